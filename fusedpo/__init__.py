@@ -1,0 +1,22 @@
+"""Fused preference-optimization losses: from hidden states to the loss, without the logits."""
+
+from fusedpo import losses
+from fusedpo.head import Head
+from fusedpo.logprobs import TokenStats, linear_logprobs, linear_token_stats
+from fusedpo.objective import FusedLoss, LossOutput, preference_loss
+from fusedpo.plan import Plan, plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FusedLoss",
+    "Head",
+    "LossOutput",
+    "Plan",
+    "TokenStats",
+    "linear_logprobs",
+    "linear_token_stats",
+    "losses",
+    "plan",
+    "preference_loss",
+]

@@ -1,0 +1,185 @@
+"""The errors a user can meet, in one form: argument, what was expected, what came, remedy."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LABELS = (torch.int64, torch.int32)
+
+
+def bad_value(argument: str, expected: str, got: str, remedy: str = "") -> ValueError:
+    return ValueError(
+        f"{argument}: expected {expected}, got {got}" + (f"; {remedy}" if remedy else "")
+    )
+
+
+def bad_type(argument: str, expected: str, got: str, remedy: str = "") -> TypeError:
+    return TypeError(
+        f"{argument}: expected {expected}, got {got}" + (f"; {remedy}" if remedy else "")
+    )
+
+
+def bad_choice(argument: str, got: object, known: Iterable[str]) -> ValueError:
+    known = tuple(known)
+    near = difflib.get_close_matches(str(got), known, n=3, cutoff=0.5)
+    remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return bad_value(argument, f"one of {', '.join(map(repr, known))}", repr(got), remedy)
+
+
+def number(argument: str, value: object) -> float:
+    """A finite Python number; NaN and infinity are refused."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise bad_type(argument, "a number", type(value).__name__)
+    if not math.isfinite(value):
+        raise bad_value(argument, "a finite number", str(value))
+    return float(value)
+
+
+def positive(argument: str, value: object) -> float:
+    if (value := number(argument, value)) <= 0:
+        raise bad_value(argument, "a number above 0", f"{value:g}")
+    return value
+
+
+def non_negative(argument: str, value: object) -> float:
+    if (value := number(argument, value)) < 0:
+        raise bad_value(argument, "a number not below 0", f"{value:g}")
+    return value
+
+
+def in_range(argument: str, value: object, low: float, high: float) -> float:
+    """low <= value < high."""
+    if not low <= (value := number(argument, value)) < high:
+        raise bad_value(argument, f"a number in [{low:g}, {high:g})", f"{value:g}")
+    return value
+
+
+def is_tensor(argument: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise bad_type(argument, "a torch.Tensor", type(value).__name__)
+    if type(value).__name__ == "DTensor":
+        raise bad_type(argument, "a plain tensor", "a DTensor", "pass argument.full_tensor()")
+    return value
+
+
+def floating(argument: str, value: object) -> Tensor:
+    tensor = is_tensor(argument, value)
+    if tensor.dtype not in FLOATS:
+        raise bad_type(argument, f"one of {_dtypes(FLOATS)}", str(tensor.dtype))
+    return tensor
+
+
+def shaped(
+    argument: str, value: Tensor, shape: Sequence[int], meaning: str, remedy: str = ""
+) -> None:
+    if tuple(value.shape) != tuple(shape):
+        raise bad_value(argument, f"{meaning} {list(shape)}", str(list(value.shape)), remedy)
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        got = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(
+            f"devices: expected all tensors on one device, got {got}; move them with .to(device)"
+        )
+
+
+def head_inputs(
+    hidden: object, weight: object, bias: object, *, prefix: str = ""
+) -> tuple[Tensor, Tensor]:
+    """Types and shapes of hidden [..., H], weight [V, H], bias [V]."""
+    hidden = floating(f"{prefix}hidden", hidden)
+    weight = floating(f"{prefix}weight", weight)
+    if weight.dim() != 2 or weight.numel() == 0:
+        remedy = (
+            "a sharded weight has to be gathered first"
+            if weight.dim() == 1 or weight.numel() == 0
+            else ""
+        )
+        raise bad_value(f"{prefix}weight", "[V, H], not empty", str(list(weight.shape)), remedy)
+    if hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
+        transposed = hidden.dim() >= 2 and hidden.shape[-1] == weight.shape[0]
+        raise bad_value(
+            f"{prefix}hidden",
+            f"[..., H] with H = {weight.shape[1]} as in {prefix}weight {list(weight.shape)}",
+            str(list(hidden.shape)),
+            f"is {prefix}weight transposed? pass {prefix}weight.T" if transposed else "",
+        )
+    if bias is not None:
+        bias = floating(f"{prefix}bias", bias)
+        shaped(f"{prefix}bias", bias, (weight.shape[0],), "[V] =", "")
+    same_device(**{f"{prefix}hidden": hidden, f"{prefix}weight": weight, f"{prefix}bias": bias})
+    _same_dtype(prefix, hidden, weight, bias)
+    return hidden, weight
+
+
+def _same_dtype(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    dtypes = {hidden.dtype, weight.dtype} | (set() if bias is None else {bias.dtype})
+    if len(dtypes) == 1:
+        return
+    device = hidden.device.type
+    # as torch.nn.Linear: autocast is what makes mixed dtypes meaningful
+    if torch.is_autocast_enabled(device) and torch.float64 not in dtypes:
+        return
+    got = f"{hidden.dtype} with weight {weight.dtype}" + (
+        "" if bias is None else f" and bias {bias.dtype}"
+    )
+    raise bad_type(
+        f"{prefix}hidden",
+        "the dtype of weight and bias",
+        got,
+        "cast one of them, or use torch.autocast",
+    )
+
+
+def label_tensor(
+    labels: object, hidden: Tensor, vocab: int, ignore_index: int, *, shift: bool = False
+) -> Tensor:
+    """labels [...], shaped like hidden without its last axis, in [0, vocab) or ignore_index."""
+    labels = is_tensor("labels", labels)
+    if labels.dtype not in LABELS:
+        raise bad_type(
+            "labels", f"one of {_dtypes(LABELS)}", str(labels.dtype), "pass labels.long()"
+        )
+    expected = hidden.shape[:-1]
+    if labels.shape != expected:
+        off_by_one = (
+            labels.dim() >= 1
+            and labels.shape[:-1] == expected[:-1]
+            and abs(labels.shape[-1] - expected[-1]) == 1
+        )
+        remedy = (
+            "labels are not shifted here: pass shift=True with both at full length"
+            if off_by_one
+            else ""
+        )
+        raise bad_value(
+            "labels",
+            f"the shape of hidden without its last axis, {list(expected)}",
+            str(list(labels.shape)),
+            remedy,
+        )
+    same_device(hidden=hidden, labels=labels)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise bad_type("ignore_index", "an int", type(ignore_index).__name__)
+    outside = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+    if bool(outside.any()):
+        where = outside.nonzero()[0].tolist()
+        raise bad_value(
+            "labels",
+            f"class numbers in [0, {vocab}) or ignore_index = {ignore_index}",
+            f"{int(labels[tuple(where)])} at position {where}",
+            "the tokenizer and the head may disagree about the vocabulary",
+        )
+    return labels
+
+
+def _dtypes(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)

@@ -1,0 +1,401 @@
+"""The engine: from hidden states, head weight and labels to per-token log-probabilities and exact
+gradients.
+
+Letters: N scored tokens, V vocabulary, H hidden size.
+
+With J = softmax(z) - onehot(y), the negated Jacobian of logp with respect to the logits, and g the
+upstream gradient, one number per token,
+
+    dL/dh_t = -g_t s_t (J W)_t        dL/dW = -J^T (g s h)        s = logit_scale / temperature
+
+so the upstream gradient scales rows of H numbers and never rows of V numbers. J does not depend on
+the loss, and J W can be formed in the forward pass, tile by tile, by the rescaling that online
+softmax uses. The five routes of fusedpo.plan are five ways to arrange these products:
+
+    forward     logp only
+    frozen      J W in the forward; nothing is left to do but to scale its rows
+    recompute   as frozen, and J^T (g s h) in the backward from recomputed logits, a slice of the
+                head at a time
+    retain      J is stored in the forward; both products in the backward
+    one_pass    both products in the forward: g is known within a group of tokens up to one
+                factor, found when the group's last token has been scored
+
+All five fold the same tiles in the same order, so their log-probabilities are bitwise equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedpo import checks
+from fusedpo.head import Head
+from fusedpo.plan import Needs, Plan, Scope, plan
+from fusedpo.sweeps import (
+    Call,
+    Groups,
+    HeadGradient,
+    Rows,
+    Tiles,
+    accumulated_dtype,
+    operand_dtype,
+    ratio,
+)
+
+STATS = ("logprob", "entropy", "logsumexp", "mean_logit", "log_sum_sq_probs", "top1")
+_DIFFERENTIABLE = ("logprob", "entropy")
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Per-token statistics of a language-model head, each shaped like the labels; None: not asked
+    for.
+
+    Everything is fp32 (fp64 for fp64 inputs) and 0 (False) at ignored positions.
+
+    Attributes:
+        logprob: log-probability of the label. Differentiable.
+        entropy: entropy of the next-token distribution, in nats. Differentiable.
+        logsumexp: logsumexp of the logits.
+        mean_logit: mean of the logits over the vocabulary.
+        log_sum_sq_probs: log of the sum of squared probabilities.
+        top1: whether no other token has a larger logit than the label.
+    """
+
+    logprob: Tensor | None = None
+    entropy: Tensor | None = None
+    logsumexp: Tensor | None = None
+    mean_logit: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    top1: Tensor | None = None
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    memory_budget: int | float | str | Plan | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Log-probability of each label under a language-model head, without holding the logits.
+
+    Equal to, and differentiable like::
+
+        z = hidden @ weight.T + bias
+        z = softcap * tanh(z / softcap) * logit_scale / temperature
+        logp = log_softmax(z.float(), -1).gather(-1, labels[..., None])[..., 0]
+
+    but the logits are accumulated and kept in fp32 whatever the input's dtype, log-probabilities
+    near zero keep their digits, and only tokens that are not ignored are projected.
+
+    Args:
+        hidden: [..., H], the head's inputs; float64, float32, bfloat16 or float16.
+        weight: [V, H], the head's weight; same dtype as hidden unless under autocast.
+        labels: [...], int64 or int32, already aligned: labels[t] is the token that hidden[t]
+            predicts.
+        bias: [V] or None.
+        softcap: bound of the logits, z = softcap tanh(z / softcap), or None.
+        logit_scale: factor of the logits, after softcap.
+        temperature: a number, or a tensor shaped like labels; divides the logits. Not
+            differentiated.
+        ignore_index: label of the positions to leave out.
+        memory_budget: bytes, a text such as ``"512MiB"``, or a Plan: what may be held beyond the
+            outputs.
+            256 MiB by default.
+        backend: ``"auto"`` or ``"torch"``.
+
+    Returns:
+        Shaped like labels, fp32 (fp64 for fp64 inputs); exactly 0 where ignored.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument, before any work, naming it.
+    """
+    head = Head(weight, bias, softcap, logit_scale)
+    rows, options = _prepare(
+        hidden, head, labels, temperature, ignore_index, memory_budget, backend
+    )
+    logprob = score(hidden, head, rows, stats=("logprob",), **options).logprob
+    assert logprob is not None, "score() returns the statistics asked for"
+    return rows.scatter(logprob)
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    stats: Sequence[str] = ("logprob", "entropy"),
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    memory_budget: int | float | str | Plan | None = None,
+    backend: str = "auto",
+) -> TokenStats:
+    """Per-token statistics of a language-model head, without holding the logits.
+
+    Args:
+        stats: which, of ``"logprob"``, ``"entropy"`` (both differentiable), ``"logsumexp"``,
+            ``"mean_logit"``, ``"log_sum_sq_probs"`` and ``"top1"``. A gradient through the entropy
+            costs one more product than one through the log-probability alone, and only if it is
+            asked for.
+        hidden, weight, labels, ...: as in linear_logprobs.
+
+    Returns:
+        A TokenStats with the asked statistics.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument, before any work, naming it.
+    """
+    if isinstance(stats, str):
+        stats = (stats,)
+    for name in stats:
+        if name not in STATS:
+            raise checks.bad_choice("stats", name, STATS)
+    head = Head(weight, bias, softcap, logit_scale)
+    rows, options = _prepare(
+        hidden, head, labels, temperature, ignore_index, memory_budget, backend
+    )
+    values = score(hidden, head, rows, stats=tuple(s for s in STATS if s in stats), **options)
+    found = {f.name: getattr(values, f.name) for f in fields(values)}
+    return TokenStats(**{k: None if v is None else rows.scatter(v) for k, v in found.items()})
+
+
+def _prepare(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    temperature: float | Tensor,
+    ignore_index: int,
+    memory_budget: int | float | str | Plan | None,
+    backend: str,
+) -> tuple[Rows, dict[str, Any]]:
+    """Check the arguments that the public functions share, and find the scored tokens."""
+    head.check(hidden)
+    labels = checks.label_tensor(labels, hidden, head.weight.shape[0], ignore_index)
+    check_temperature(temperature, labels)
+    check_backend(backend)
+    rows = Rows.of(labels, ignore_index)
+    return rows, {"temperature": temperature, "memory_budget": memory_budget}
+
+
+def check_backend(backend: str) -> None:
+    if backend not in ("auto", "torch"):
+        raise checks.bad_choice("backend", backend, ("auto", "torch"))
+
+
+def check_temperature(temperature: float | Tensor, labels: Tensor) -> None:
+    if not isinstance(temperature, Tensor):
+        checks.positive("temperature", temperature)
+        return
+    checks.floating("temperature", temperature)
+    checks.shaped(
+        "temperature", temperature, labels.shape, "a number or a tensor shaped like labels"
+    )
+    checks.same_device(labels=labels, temperature=temperature)
+    if temperature.requires_grad:
+        raise checks.bad_value(
+            "temperature", "a constant", "a tensor that requires grad", "detach it"
+        )
+    if not bool((temperature > 0).all()):
+        raise checks.bad_value(
+            "temperature", "numbers above 0", f"a minimum of {float(temperature.min()):g}"
+        )
+
+
+def needs_of(hidden: Tensor, head: Head) -> list[Needs]:
+    """Which gradients a call has to deliver."""
+    if not torch.is_grad_enabled():
+        return []
+    tensors: dict[Needs, Tensor | None] = {
+        "hidden": hidden,
+        "weight": head.weight,
+        "bias": head.bias,
+    }
+    return [name for name, t in tensors.items() if t is not None and t.requires_grad]
+
+
+def plan_for(
+    hidden: Tensor,
+    head: Head,
+    rows: Rows,
+    memory_budget: int | float | str | Plan | None,
+    *,
+    stats: Sequence[str] = ("logprob",),
+    scope: Scope | None = None,
+    groups: int = 1,
+) -> Plan:
+    """The plan of a call: the user's own, if one was given and is for this problem."""
+    vocab, width = head.weight.shape
+    if isinstance(memory_budget, Plan):
+        given = memory_budget
+        have = (rows.count, vocab, width, hidden.dtype)
+        if (given.tokens, given.vocab, given.hidden, given.dtype) != have:
+            raise checks.bad_value(
+                "memory_budget", f"a plan for tokens, vocab, hidden, dtype = {have}", str(given)
+            )
+        return given
+    return plan(
+        rows.count,
+        vocab,
+        width,
+        dtype=hidden.dtype,
+        budget=memory_budget,
+        needs=needs_of(hidden, head),
+        scope=scope,
+        groups=groups,
+        entropy="entropy" in stats,
+        softcap=head.softcap is not None,
+        gathered=rows.positions is not None,
+        device=hidden.device,
+    )
+
+
+def score(
+    hidden: Tensor,
+    head: Head,
+    rows: Rows,
+    *,
+    stats: Sequence[str] = ("logprob",),
+    temperature: float | Tensor = 1.0,
+    memory_budget: int | float | str | Plan | None = None,
+    groups: Groups | None = None,
+) -> TokenStats:
+    """linear_token_stats on checked arguments and already selected rows; statistics are [N]."""
+    chosen = plan_for(hidden, head, rows, memory_budget, stats=stats)
+    if isinstance(temperature, Tensor):
+        scale: float | Tensor = head.logit_scale / rows.gather(temperature).to(
+            accumulated_dtype(hidden.dtype)
+        )
+    else:
+        scale = head.logit_scale / temperature
+    needs = frozenset(needs_of(hidden, head))
+    call = Call(
+        rows, head.softcap, scale, chosen, needs, tuple(stats), groups, operand_dtype(hidden)
+    )
+    values = _Engine.apply(  # type: ignore[no-untyped-call]
+        hidden, head.weight, head.bias, call
+    )
+    return TokenStats(**dict(zip(stats, values, strict=True)))
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, enabled=False)
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward was asked to keep the graph, so that it may be run again."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else bool(ask())
+
+
+class _Engine(torch.autograd.Function):
+    """Statistics of the scored rows, by the route of the call's plan.
+
+    What is saved between forward and backward: the inputs as they were given (so that autograd
+    notices if one is changed in place), vectors over the tokens, and what the route holds.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call
+    ) -> tuple[Tensor, ...]:
+        need_hidden, need_weight, need_bias = (
+            n in call.needs for n in ("hidden", "weight", "bias")
+        )
+        route = call.plan.route
+        unit = kept = assumed = None
+        head = HeadGradient(None, None)
+        with _no_autocast(hidden.device):
+            tiles = Tiles(hidden, weight, bias, call)
+            if need_hidden and route != "retain":
+                unit = tiles.new_unit()
+            if route == "retain":
+                kept = torch.empty(
+                    tiles.count, tiles.vocab, dtype=call.operand, device=hidden.device
+                )
+                stats = tiles.sweep_retain(kept)
+            elif route == "one_pass":
+                assert call.groups is not None, "whoever plans with a scope gives the groups"
+                head = HeadGradient(
+                    tiles.zeros(*weight.shape) if need_weight else None,
+                    tiles.zeros(tiles.vocab) if need_bias else None,
+                )
+                stats, assumed = tiles.sweep_one_pass(unit, head, call.groups)
+            else:
+                stats = tiles.sweep_forward(unit)
+        outputs = tuple(stats[name] for name in call.stats)
+        fixed = [
+            v for name, v in zip(call.stats, outputs, strict=True) if name not in _DIFFERENTIABLE
+        ]
+        ctx.mark_non_differentiable(*fixed)
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.unit, ctx.head = call, unit, head
+        entropy = stats.get("entropy")
+        ctx.save_for_backward(
+            hidden, weight, bias, kept, assumed, stats["logprob"], stats["logsumexp"], entropy
+        )
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        # raises autograd's own error if the graph was freed, or an input was changed in place
+        hidden, weight, bias, kept, assumed, logprob, logsumexp, entropy = ctx.saved_tensors
+        given = dict(zip(call.stats, upstream, strict=True))
+        g, e = given.get("logprob"), given.get("entropy")
+        if g is None and e is None:
+            return None, None, None, None
+        need_hidden, need_weight, need_bias = (
+            n in call.needs for n in ("hidden", "weight", "bias")
+        )
+        with _no_autocast(hidden.device):
+            tiles = Tiles(hidden, weight, bias, call)
+            g = tiles.zeros(tiles.count) if g is None else g.to(tiles.acc)
+            stats = {"logprob": logprob, "logsumexp": logsumexp}
+            hidden_gradient = None
+            if assumed is not None:
+                held = _own(ctx, "head") if weight.dtype == tiles.acc else ctx.head
+                head = tiles.finish_head(held, ratio(g, assumed))
+            else:
+                head = tiles.new_head_gradient(weight=need_weight, bias=need_bias)
+            if e is not None:
+                stats["entropy"] = entropy
+                hidden_gradient = tiles.entropy_gradients(
+                    stats, g, e.to(tiles.acc), head, need_hidden
+                )
+            elif kept is not None:
+                hidden_gradient = tiles.new_hidden_gradient() if need_hidden else None
+                tiles.sweep_kept(kept, g, head, hidden_gradient)
+            else:
+                if need_hidden:
+                    unit = _own(ctx, "unit") if tiles.unit_is_output else ctx.unit
+                    hidden_gradient = tiles.finish_unit(unit, g)
+                if assumed is None and head.wanted:
+                    tiles.sweep_head(stats, g, None, head)
+            if hidden_gradient is not None:
+                hidden_gradient = hidden_gradient.view(hidden.shape)
+            head = head.to(weight.dtype, None if bias is None else bias.dtype)
+        return hidden_gradient, head.weight, head.bias, None
+
+
+def _own(ctx: Any, name: str) -> Any:
+    """What the forward left, to be changed in place: the last backward takes it for good."""
+    value = getattr(ctx, name)
+    if _graph_is_kept():
+        return value.clone()
+    setattr(ctx, name, None)
+    return value

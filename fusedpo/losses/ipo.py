@@ -1,0 +1,41 @@
+r"""Identity Preference Optimization (Azar et al., arXiv 2310.12036, eq. 17).
+
+    a(y) = log pi(y | x) - log pi_ref(y | x)
+    L    = (a(y_w) - a(y_l) - 1 / (2 beta))^2                      average=False, the paper's text
+    L    = (a(y_w) / |y_w| - a(y_l) / |y_l| - 1 / (2 beta))^2      average=True
+
+beta is the paper's tau. The average over tokens is what TRL trains with, after asking the authors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from fusedpo.checks import positive
+from fusedpo.losses._base import PairLoss, flag, hyperparameter
+from fusedpo.losses._links import squared
+from fusedpo.scores import Scores
+
+
+@dataclass(frozen=True)
+class IPO(PairLoss):
+    """Identity Preference Optimization: squared distance of the log-ratio gap from 1 / (2 beta)."""
+
+    needs_reference: ClassVar[bool] = True
+
+    beta: float = hyperparameter(0.1, "regularisation; the gap aimed at is 1 / (2 beta)", positive)
+    average: bool = hyperparameter(True, "log-ratios per token rather than summed", flag)
+
+    @property
+    def averages(self) -> bool:
+        return self.average
+
+    def of_margin(self, margin: Tensor) -> Tensor:
+        return squared(margin, 1 / (2 * self.beta))
+
+    def reward(self, s: Scores) -> Tensor:
+        # summed also when the loss averages: what TRL logs
+        return self.beta * s.ratio

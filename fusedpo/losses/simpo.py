@@ -1,0 +1,62 @@
+r"""Simple Preference Optimization (Meng, Xia and Chen, arXiv 2405.14734, eq. 6).
+
+    m(y) = log pi(y | x) / |y|
+    z    = beta (m(y_w) - m(y_l)) - gamma
+    L    = -(1 - e) log sigmoid(z) - e log sigmoid(-z)      link="sigmoid"
+    L    = max(0, 1 - z)                                    link="hinge"
+
+plus sft_weight times the cross-entropy of the chosen responses, averaged over all their tokens.
+gamma is absolute, as in TRL's ``simpo_gamma``; the authors' code takes gamma / beta.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from fusedpo.checks import bad_value, non_negative, number, positive
+from fusedpo.losses._base import PairLoss, hyperparameter, label_smoothing, one_of
+from fusedpo.losses._links import hinge, log_sigmoid
+from fusedpo.scores import Scores
+
+
+@dataclass(frozen=True)
+class SimPO(PairLoss):
+    """Simple Preference Optimization: reference-free, length-normalised, with a target margin."""
+
+    aggregate: ClassVar[Literal["sum", "mean"]] = "mean"
+
+    beta: float = hyperparameter(2.0, "scale of the per-token log-probabilities", positive)
+    gamma: float = hyperparameter(0.5, "target margin, absolute", number)
+    label_smoothing: float = label_smoothing()
+    link: Literal["sigmoid", "hinge"] = hyperparameter(
+        "sigmoid", "from margin to loss", one_of("sigmoid", "hinge")
+    )
+    sft_weight: float = hyperparameter(
+        0.0, "weight of the chosen responses' cross-entropy", non_negative
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.link == "hinge" and self.label_smoothing != 0.0:
+            raise bad_value(
+                "label_smoothing",
+                'link="sigmoid" to go with it',
+                f'{self.label_smoothing:g} with link="hinge"',
+            )
+
+    @property
+    def nll_weight(self) -> float:
+        return self.sft_weight
+
+    def of_margin(self, margin: Tensor) -> Tensor:
+        z = self.beta * margin - self.gamma
+        return hinge(z) if self.link == "hinge" else log_sigmoid(z, self.label_smoothing)
+
+    def reward(self, s: Scores) -> Tensor:
+        return self.beta * s.mean
+
+    def logged_logp(self, s: Scores) -> Tensor:
+        return s.mean

@@ -1,0 +1,493 @@
+"""From hidden states to the loss: layout, reference, scores, formula, denominator, metrics.
+
+Letters: B sequences, T positions of a padded row, P pairs, N scored tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedpo import checks
+from fusedpo.head import Head
+from fusedpo.logprobs import check_backend, check_temperature, plan_for, score
+from fusedpo.losses import Loss, PairLoss
+from fusedpo.plan import Plan
+from fusedpo.scores import Scores, Sequences
+from fusedpo.sweeps import Rows
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What a loss call returns.
+
+    Attributes:
+        loss: scalar, fp32 (fp64 for fp64 inputs). The one differentiable output.
+        per_example: [P], the loss of each pair, detached.
+        metrics: detached scalars by the names that TRL logs.
+        logprobs: log-probability of each scored token, shaped like labels, 0 elsewhere, detached.
+            Aligned
+            with hidden also under ``shift=True``: position t holds the token that hidden[t]
+            predicts.
+    """
+
+    loss: Tensor
+    per_example: Tensor
+    metrics: dict[str, Tensor] = field(repr=False)
+    logprobs: Tensor = field(repr=False)
+
+
+def preference_loss(
+    loss: Loss,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ref_logprobs: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    num_items: int | float | Tensor | None = None,
+    num_tokens: int | float | Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    memory_budget: int | float | str | Plan | None = None,
+    backend: str = "auto",
+    **inputs: Tensor,
+) -> LossOutput:
+    """A preference loss and its gradients, from hidden states, without the logits.
+
+    Rows are sequences: all chosen responses first, then all rejected ones in the same order, as in
+    TRL and Liger. Either padded, hidden [B, T, H] with labels [B, T]; or packed, hidden [N, H] with
+    labels [N] and ``cu_seqlens`` [B + 1].
+
+    Args:
+        loss: one of ``fusedpo.losses``.
+        hidden: [B, T, H] or packed [N, H] (or [1, N, H]), the inputs of the head.
+        weight: [V, H], the head's weight.
+        labels: like hidden without H; ``ignore_index`` on prompt and padding.
+        ref_logprobs: log-probabilities under the reference, per token (shaped like labels, aligned
+            with
+            hidden) or per sequence [B]. Detached here.
+        ref_hidden: instead, the reference's hidden states, shaped like hidden up to H; scored in
+            this call,
+            tile for tile as the policy's, so that equal models give a log-ratio of exactly 0.
+        ref_weight, ref_bias: the reference's head; the policy's own if not given.
+        cu_seqlens: [B + 1] int, start of each packed sequence and the total, as FlashAttention
+            takes it.
+        shift: labels are as Hugging Face gives them, labels[t] being token t: they are shifted
+            here.
+        num_items: denominator of the mean over pairs, for accumulation over micro-batches: the
+            pairs of the
+            whole optimizer step. P if not given.
+        num_tokens: likewise for a loss with an added cross-entropy: chosen tokens of the whole
+            step.
+        bias, softcap, logit_scale, temperature, ignore_index, memory_budget, backend: as in
+            linear_logprobs.
+        inputs: further per-pair tensors, as the loss declares them.
+
+    Returns:
+        A LossOutput. Only its ``loss`` is differentiable.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument, before any large allocation, naming it.
+    """
+    if not isinstance(loss, PairLoss):
+        raise checks.bad_type("loss", "a pair loss, such as fusedpo.losses.DPO()", repr(loss))
+    _check_inputs(loss, inputs)
+    head = Head(weight, bias, softcap, logit_scale)
+    head.check(hidden)
+    check_backend(backend)
+    vocab = weight.shape[0]
+    labels = checks.label_tensor(labels, hidden, vocab, ignore_index, shift=shift)
+    borders = _borders(labels, cu_seqlens)
+    if shift:
+        labels = _shifted(labels, borders, ignore_index)
+    check_temperature(temperature, labels)
+    rows = Rows.of(labels, ignore_index)
+    sequences = _sequences(labels, rows, borders)
+    pairs = _pairs(sequences, borders)
+    denominator = _denominator("num_items", num_items, pairs)
+    nll_denominator = _nll_denominator(loss, num_items, num_tokens, sequences, pairs)
+    reference = _check_reference(
+        loss, hidden, head, labels, sequences, ref_logprobs, ref_hidden, ref_weight, ref_bias
+    )
+
+    chosen_plan = plan_for(hidden, head, rows, memory_budget, scope=loss.scope, groups=pairs)
+    if chosen_plan.route == "one_pass" and pairs > 1:
+        # a pair's rows side by side, so that its gradient is known as early as can be
+        order = torch.argsort(sequences.index % pairs * 2 + sequences.index // pairs, stable=True)
+        rows, sequences = rows.reorder(order), sequences.reorder(order)
+
+    ref_logp = _reference_scores(
+        reference, rows, sequences, temperature, memory_budget, chosen_plan
+    )
+    problem = _PairProblem(loss, sequences, pairs, ref_logp, denominator, nll_denominator)
+    groups = _PairGroups(problem) if chosen_plan.route == "one_pass" else None
+    logprob = score(
+        hidden, head, rows, temperature=temperature, memory_budget=chosen_plan, groups=groups
+    ).logprob
+    assert logprob is not None, "score() returns the log-probability by default"
+    total, per_example, scores = problem.evaluate(logprob)
+    return LossOutput(
+        loss=total,
+        per_example=per_example.detach(),
+        metrics=problem.metrics(logprob.detach(), scores),
+        logprobs=rows.scatter(logprob.detach()),
+    )
+
+
+class FusedLoss(torch.nn.Module):
+    """``preference_loss`` as a module: the loss and its options are set once.
+
+    Args:
+        loss: one of ``fusedpo.losses``.
+        options: keyword arguments of preference_loss, passed on at every call; a call's own win.
+    """
+
+    def __init__(self, loss: Loss, **options: Any) -> None:
+        super().__init__()
+        if not isinstance(loss, Loss):
+            raise checks.bad_type("loss", "a loss, such as fusedpo.losses.DPO()", repr(loss))
+        known = [
+            name
+            for name, p in inspect.signature(preference_loss).parameters.items()
+            if p.kind is inspect.Parameter.KEYWORD_ONLY
+        ]
+        for name in options:
+            if name not in known and name not in loss.inputs:
+                raise TypeError(str(checks.bad_choice("option of FusedLoss", name, known)))
+        self.loss = loss
+        self.options = options
+
+    def forward(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, **arguments: Any
+    ) -> LossOutput:
+        """As preference_loss."""
+        return preference_loss(self.loss, hidden, weight, labels, **{**self.options, **arguments})
+
+    def extra_repr(self) -> str:
+        return ", ".join([repr(self.loss), *(f"{k}={v!r}" for k, v in self.options.items())])
+
+
+@dataclass(frozen=True)
+class _PairProblem:
+    """A loss on the scored tokens of some pairs, as a function of their log-probabilities."""
+
+    loss: PairLoss
+    sequences: Sequences
+    pairs: int
+    ref_logp: Tensor | None  # [B]
+    denominator: float | Tensor
+    nll_denominator: float | Tensor
+
+    def scores(self, logprob: Tensor) -> Scores:
+        """[B], from log-probabilities [N]."""
+        return Scores(
+            self.sequences.sum(logprob), self.sequences.lengths.to(logprob.dtype), self.ref_logp
+        )
+
+    def evaluate(self, logprob: Tensor) -> tuple[Tensor, Tensor, Scores]:
+        """The loss (scalar), the loss of each pair [P] and the scores [B]."""
+        scores = self.scores(logprob)
+        chosen, rejected = scores[: self.pairs], scores[self.pairs :]
+        per_example = self.loss.per_example(chosen, rejected)
+        # summed in fp64, so that equal terms have their exact mean
+        total = per_example.double().sum() / self.denominator
+        if self.loss.nll_weight:
+            total = total - self.loss.nll_weight * chosen.logp.double().sum() / self.nll_denominator
+        return total.to(logprob.dtype), per_example, scores
+
+    def metrics(self, logprob: Tensor, scores: Scores) -> dict[str, Tensor]:
+        with torch.no_grad():
+            chosen, rejected = scores[: self.pairs], scores[self.pairs :]
+            chosen_reward, rejected_reward = self.loss.reward(chosen), self.loss.reward(rejected)
+            found = {
+                "rewards/chosen": chosen_reward.mean(),
+                "rewards/rejected": rejected_reward.mean(),
+                "rewards/margins": (chosen_reward - rejected_reward).mean(),
+                "rewards/accuracies": (chosen_reward > rejected_reward).to(logprob.dtype).mean(),
+                "logps/chosen": self.loss.logged_logp(chosen).mean(),
+                "logps/rejected": self.loss.logged_logp(rejected).mean(),
+            }
+            if self.loss.nll_weight:
+                found["nll_loss"] = -chosen.logp.sum() / chosen.length.sum()
+            return {name: value.detach() for name, value in found.items()}
+
+
+class _PairGroups:
+    """Pairs as the groups of ``one_pass``: each a run of rows, chosen then rejected."""
+
+    def __init__(self, problem: _PairProblem) -> None:
+        self.problem = problem
+        sequences, pairs = problem.sequences, problem.pairs
+        rows_of_pair = sequences.lengths[:pairs] + sequences.lengths[pairs:]
+        self.starts: Sequence[int] = [0, *rows_of_pair.cumsum(0).tolist()]
+        sign = torch.where(sequences.index < pairs, 1.0, -1.0)
+        self.unit = sign / sequences.lengths[sequences.index] if problem.loss.averages else sign
+
+    def units(self, start: int, stop: int) -> Tensor:
+        return self.unit[start:stop]
+
+    def gradient(self, first: int, last: int, logprob: Tensor) -> Tensor:
+        problem = self.problem
+        rows = slice(self.starts[first], self.starts[last])
+        index = problem.sequences.index[rows]
+        some = last - first
+        # chosen first .. last become sequences 0 .. some, the rejected ones some .. 2 some
+        local = index % problem.pairs - first + torch.where(index < problem.pairs, 0, some)
+        which = torch.arange(first, last, device=index.device)
+        which = torch.cat((which, which + problem.pairs))
+        part = replace(
+            problem,
+            sequences=Sequences(local, problem.sequences.lengths[which]),
+            pairs=some,
+            ref_logp=None if problem.ref_logp is None else problem.ref_logp[which],
+        )
+        with torch.enable_grad():
+            leaf = logprob.detach().requires_grad_()
+            return torch.autograd.grad(part.evaluate(leaf)[0], leaf)[0]
+
+
+def _check_inputs(loss: Loss, inputs: dict[str, Tensor]) -> None:
+    for name in inputs:
+        if name not in loss.inputs:
+            known = (*inspect.signature(preference_loss).parameters, *loss.inputs)
+            raise TypeError(
+                str(
+                    checks.bad_choice(
+                        f"argument of preference_loss with {type(loss).__name__}", name, known
+                    )
+                )
+            )
+
+
+def _borders(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """[B + 1] int64, where each sequence starts among the flattened positions."""
+    if cu_seqlens is None:
+        if labels.dim() != 2:
+            raise checks.bad_value(
+                "labels",
+                "[B, T], or packed [N] with cu_seqlens",
+                str(list(labels.shape)),
+                "pass cu_seqlens [B + 1]",
+            )
+        return torch.arange(labels.shape[0] + 1, device=labels.device) * labels.shape[1]
+    cu_seqlens = checks.is_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dtype not in checks.LABELS or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise checks.bad_value(
+            "cu_seqlens", "int32 or int64 [B + 1]", f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
+    if labels.dim() != 1 and not (labels.dim() == 2 and labels.shape[0] == 1):
+        raise checks.bad_value("labels", "[N] or [1, N] with cu_seqlens", str(list(labels.shape)))
+    borders = cu_seqlens.to(labels.device).long()
+    if (
+        int(borders[0]) != 0
+        or int(borders[-1]) != labels.numel()
+        or not bool((borders.diff() > 0).all())
+    ):
+        raise checks.bad_value(
+            "cu_seqlens",
+            f"numbers that increase from 0 to {labels.numel()}, the number of packed positions",
+            str(cu_seqlens.tolist())
+            if cu_seqlens.numel() <= 16
+            else f"{cu_seqlens.tolist()[:16]} ...",
+        )
+    return borders
+
+
+def _shifted(labels: Tensor, borders: Tensor, ignore_index: int) -> Tensor:
+    """labels[t] <- labels[t + 1] within each sequence; nothing follows its last token."""
+    flat = labels.reshape(-1)
+    shifted = torch.full_like(flat, ignore_index)
+    shifted[:-1] = flat[1:]
+    if flat.numel():
+        shifted[borders[1:][borders.diff() > 0] - 1] = ignore_index
+    return shifted.view(labels.shape)
+
+
+def _sequences(labels: Tensor, rows: Rows, borders: Tensor) -> Sequences:
+    positions = rows.positions
+    if positions is None:
+        positions = torch.arange(labels.numel(), device=labels.device)
+    index = torch.searchsorted(borders[1:].contiguous(), positions, right=True)
+    count = borders.shape[0] - 1
+    return Sequences(index, torch.bincount(index, minlength=count))
+
+
+def _pairs(sequences: Sequences, borders: Tensor) -> int:
+    count = sequences.count
+    if count == 0 or count % 2:
+        raise checks.bad_value(
+            "labels",
+            "an even number of sequences above 0, the chosen half first, then the rejected half",
+            f"{count} sequence{'s' * (count != 1)}",
+        )
+    empty = (sequences.lengths == 0).nonzero()[:, 0].tolist()
+    if empty:
+        raise checks.bad_value(
+            "labels",
+            "at least one scored token in every sequence",
+            f"none in sequence{'s' * (len(empty) > 1)} {', '.join(map(str, empty[:8]))}",
+            "drop the pair; truncation may have cut its response away",
+        )
+    return count // 2
+
+
+def _denominator(argument: str, value: int | float | Tensor | None, default: int) -> float | Tensor:
+    if value is None:
+        return default
+    if isinstance(value, Tensor):
+        checks.shaped(argument, value, (), "a number or a tensor of shape")
+        return value.detach().double()
+    return checks.positive(argument, value)
+
+
+def _nll_denominator(
+    loss: Loss,
+    num_items: int | float | Tensor | None,
+    num_tokens: int | float | Tensor | None,
+    sequences: Sequences,
+    pairs: int,
+) -> float | Tensor:
+    if num_tokens is not None and not loss.nll_weight:
+        raise checks.bad_value(
+            "num_tokens", "a loss with an added cross-entropy", repr(loss), "leave num_tokens out"
+        )
+    if loss.nll_weight and num_items is not None and num_tokens is None:
+        raise checks.bad_value(
+            "num_tokens",
+            "the chosen tokens of the whole step, to go with num_items",
+            "None",
+            "the cross-entropy is a mean over tokens, not over pairs",
+        )
+    return _denominator(
+        "num_tokens", num_tokens, int(sequences.lengths[:pairs].sum()) if loss.nll_weight else 1
+    )
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What the reference was given as: one of the two is set, or none."""
+
+    logprobs: Tensor | None = None
+    hidden: Tensor | None = None
+    head: Head | None = None
+
+
+def _check_reference(
+    loss: Loss,
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    sequences: Sequences,
+    ref_logprobs: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+) -> _Reference:
+    name = type(loss).__name__
+    given = [
+        argument
+        for argument, value in (
+            ("ref_logprobs", ref_logprobs),
+            ("ref_hidden", ref_hidden),
+            ("ref_weight", ref_weight),
+            ("ref_bias", ref_bias),
+        )
+        if value is not None
+    ]
+    if not loss.needs_reference:
+        if given:
+            raise checks.bad_value(
+                given[0], f"None, as {name} has no reference", "a tensor", "leave it out"
+            )
+        return _Reference()
+    if (ref_logprobs is None) == (ref_hidden is None):
+        got = "both" if ref_logprobs is not None else "neither"
+        raise checks.bad_value(
+            "ref_logprobs", f"a reference for {name}: either ref_logprobs or ref_hidden", got
+        )
+    if ref_logprobs is not None:
+        if len(given) > 1:
+            raise checks.bad_value(
+                given[1], "None beside ref_logprobs", "a tensor", "it would have no effect"
+            )
+        ref_logprobs = checks.floating("ref_logprobs", ref_logprobs)
+        checks.same_device(hidden=hidden, ref_logprobs=ref_logprobs)
+        if ref_logprobs.shape not in (labels.shape, (sequences.count,)):
+            raise checks.bad_value(
+                "ref_logprobs",
+                f"per token {list(labels.shape)} or per sequence [{sequences.count}]",
+                str(list(ref_logprobs.shape)),
+            )
+        return _Reference(logprobs=ref_logprobs.detach())
+    assert ref_hidden is not None, "one of the two was given"
+    if ref_weight is None and ref_bias is not None:
+        raise checks.bad_value(
+            "ref_bias", "None without ref_weight", "a tensor", "pass ref_weight too"
+        )
+    if ref_weight is None:
+        ref_head = replace(
+            head,
+            weight=head.weight.detach(),
+            bias=None if head.bias is None else head.bias.detach(),
+        )
+    else:
+        ref_head = replace(
+            head, weight=ref_weight.detach(), bias=None if ref_bias is None else ref_bias.detach()
+        )
+    ref_head.check(ref_hidden, prefix="ref_")
+    checks.shaped(
+        "ref_hidden", ref_hidden[..., 0], labels.shape, "the shape of hidden without its last axis"
+    )
+    checks.same_device(hidden=hidden, ref_hidden=ref_hidden)
+    if ref_head.weight.shape[0] < head.weight.shape[0]:
+        raise checks.bad_value(
+            "ref_weight",
+            f"a vocabulary of at least {head.weight.shape[0]}, the policy's",
+            str(ref_head.weight.shape[0]),
+        )
+    return _Reference(hidden=ref_hidden.detach(), head=ref_head)
+
+
+def _reference_scores(
+    reference: _Reference,
+    rows: Rows,
+    sequences: Sequences,
+    temperature: float | Tensor,
+    memory_budget: int | float | str | Plan | None,
+    policy_plan: Plan,
+) -> Tensor | None:
+    """[B], the reference's log-probability of each sequence; None without a reference."""
+    if reference.logprobs is not None:
+        values = reference.logprobs
+        wide = values.double() if values.dtype == torch.float64 else values.float()
+        return wide if wide.shape == (sequences.count,) else sequences.sum(rows.gather(wide))
+    if reference.hidden is None or reference.head is None:
+        return None
+    hidden, head = reference.hidden, reference.head
+    with torch.no_grad():
+        if (*head.weight.shape, hidden.dtype) == (
+            policy_plan.vocab,
+            policy_plan.hidden,
+            policy_plan.dtype,
+        ):
+            # the policy's own tiles: equal models then agree to the last bit
+            own = replace(policy_plan, route="forward")
+        else:
+            budget = policy_plan.budget if isinstance(memory_budget, Plan) else memory_budget
+            own = plan_for(hidden, head, rows, budget)
+        logprob = score(hidden, head, rows, temperature=temperature, memory_budget=own).logprob
+        assert logprob is not None, "score() returns the log-probability by default"
+        return sequences.sum(logprob)

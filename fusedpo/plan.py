@@ -1,0 +1,441 @@
+"""The planner: shapes and a memory budget in, a route and its tile out. Pure arithmetic; no device
+needed.
+
+Letters: N scored tokens, V vocabulary, H hidden size, P positions (scored or not); n rows and v
+vocabulary columns of a tile. One product = one N x V x H matrix product.
+
+What the engine may hold at a time beyond its outputs is written down here buffer by buffer, so the
+prediction is the sum of what is allocated and the budget is kept by construction.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Literal, get_args
+
+import torch
+
+from fusedpo.checks import bad_choice, bad_value
+
+Route = Literal["forward", "frozen", "retain", "one_pass", "recompute"]
+Scope = Literal["token", "sequence", "pair", "batch"]
+Needs = Literal["hidden", "weight", "bias"]
+
+DEFAULT_BUDGET = 256 * 2**20
+
+# The largest tile that is worth having, and the smallest the engine will work with, as rows x
+# columns. CPU: the tile stays in the second-level cache; measured by benchmarks/tiles.py.
+# Elsewhere: large enough for the products to run at full speed.
+_LARGEST_TILE = {"cpu": (512, 2048), "other": (2048, 16384)}
+_SMALLEST_TILE = (16, 128)
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the engine will do for one call.
+
+    Attributes:
+        route: ``forward``, ``frozen``, ``retain``, ``one_pass`` or ``recompute``.
+        rows, cols: the tile of logits that exists at a time, [rows, cols].
+        products: matrix products of size N x V x H, forward and backward together.
+        wide: what the hidden gradient of half-precision inputs is made of waits for the backward in
+            fp32, to be rounded once; if that does not fit it waits in half precision.
+        split: the two gradients are formed in two sweeps of their own, one product dearer, because
+            the
+            hidden gradient of a gradient through the entropy did not fit in full precision.
+        buffers: name -> bytes of everything held beyond the outputs at the worst moment.
+        budget: bytes that were allowed.
+        tokens, vocab, hidden, dtype: the problem this plan is for.
+    """
+
+    route: Route
+    rows: int
+    cols: int
+    products: int
+    wide: bool
+    split: bool
+    buffers: dict[str, int] = field(hash=False)
+    budget: int
+    tokens: int
+    vocab: int
+    hidden: int
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Predicted peak memory beyond the outputs (gradients, log-probabilities), in bytes."""
+        return _total(self.buffers)
+
+    @property
+    def cut(self) -> Literal["tokens", "vocabulary", "both", "none"]:
+        """Along which axes the logits are cut."""
+        by_tokens, by_vocabulary = self.rows < self.tokens, self.cols < self.vocab
+        if by_tokens and by_vocabulary:
+            return "both"
+        return "tokens" if by_tokens else "vocabulary" if by_vocabulary else "none"
+
+    def __str__(self) -> str:
+        parts = ", ".join(
+            f"{name} {format_bytes(size)}" for name, size in self.buffers.items() if size
+        )
+        return (
+            f"{self.route}: {self.products} product{'s' * (self.products != 1)} of "
+            f"{self.tokens} x {self.vocab} x {self.hidden}, tile {self.rows} x {self.cols}, "
+            f"{format_bytes(self.bytes)} of {format_bytes(self.budget)} ({parts})"
+        )
+
+
+def parse_budget(budget: int | float | str | None) -> int:
+    """Bytes from a number, a text such as ``"512MiB"`` or ``"1.5 GB"``, or None: the default."""
+    if budget is None:
+        return DEFAULT_BUDGET
+    remedy = 'give bytes as a number, or a text such as "512MiB" or "2GB"'
+    if isinstance(budget, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", budget)
+        if match is None or match[2].upper() not in _UNITS:
+            raise bad_value(
+                "memory_budget", "a number of bytes or a text with a unit", repr(budget), remedy
+            )
+        size = float(match[1]) * _UNITS[match[2].upper()]
+    elif isinstance(budget, (int, float)) and not isinstance(budget, bool):
+        size = float(budget)
+    else:
+        raise TypeError(
+            f"memory_budget: expected a number, a text or a Plan, got {type(budget).__name__}; "
+            + remedy
+        )
+    if not 1 <= size < float("inf"):
+        raise bad_value("memory_budget", "a positive, finite number of bytes", repr(budget), remedy)
+    return int(size)
+
+
+def format_bytes(size: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024  # type: ignore[assignment]
+    return f"{size:.4g} GiB"
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Everything the arithmetic below depends on."""
+
+    tokens: int
+    vocab: int
+    hidden: int
+    dtype: torch.dtype
+    needs: frozenset[Needs]
+    scope: Scope | None
+    groups: int
+    entropy: bool  # differentiable
+    entropy_value: bool
+    softcap: bool
+    gathered: bool
+    on_cpu: bool
+    wide: bool = True
+
+    @property
+    def acc(self) -> int:
+        """Bytes of an accumulated number: logits, statistics, running gradients."""
+        return 8 if self.dtype == torch.float64 else 4
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number of the inputs."""
+        return self.dtype.itemsize
+
+    @property
+    def operand(self) -> int:
+        """Bytes of a number that enters a product."""
+        return self.acc if self.on_cpu else self.size
+
+    @property
+    def half(self) -> bool:
+        return self.dtype in _HALF
+
+    def tile_bytes(self, n: int, v: int, *, gradient: bool) -> dict[str, int]:
+        """The tile itself and the rows and columns that make it."""
+        extra = 0
+        if self.softcap and gradient:
+            extra += self.acc
+        if (self.entropy and gradient) or self.entropy_value:
+            extra += self.acc
+        if self.half and not self.on_cpu and gradient:
+            extra += self.size  # the tile in the operands' dtype, for the tensor cores
+        operand = self.operand
+        return {
+            "tile": n * v * self.acc,
+            "tile copies": n * v * extra,
+            "hidden rows": n * self.hidden * operand if self.gathered or self.half else 0,
+            "weight rows": v * self.hidden * operand if self.half and self.on_cpu else 0,
+        }
+
+    def row_bytes(self) -> int:
+        """Vectors over the scored tokens: targets, positions, and about six statistics."""
+        return self.tokens * (16 + 6 * self.acc)
+
+
+def _unit_bytes(p: _Problem, n: int) -> int:
+    """Running product of a row block with the weight, the target rows, and their sum."""
+    return n * p.hidden * (3 * p.acc)
+
+
+def _waiting(p: _Problem) -> dict[str, int]:
+    """What waits for the backward in full precision; in fp32 and fp64 it is the output itself."""
+    if "hidden" in p.needs and p.half and p.wide:
+        return {"held hidden gradient": p.tokens * p.hidden * p.acc}
+    return {}
+
+
+def _forward(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
+    return 1, p.tile_bytes(n, v, gradient=False)
+
+
+def _frozen(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
+    tile = p.tile_bytes(n, v, gradient=True)
+    return 2, {**tile, "row products": _unit_bytes(p, n), **_waiting(p)}
+
+
+def _weight_sweep(p: _Problem, n: int, v: int) -> dict[str, int]:
+    """What one step over the vocabulary holds to write its slice of the head's gradient."""
+    return {
+        "weighted rows": n * p.hidden * p.operand,
+        "weight gradient slice": v * p.hidden * p.acc if p.half else 0,
+    }
+
+
+def _total(buffers: dict[str, int]) -> int:
+    return sum(buffers.values())
+
+
+def _recompute(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
+    tile = p.tile_bytes(n, v, gradient=True)
+    head = bool(p.needs & {"weight", "bias"})
+    sweep: dict[str, int] = _weight_sweep(p, n, v) if head else {}
+    products = 1 + head + ("hidden" in p.needs) + ("weight" in p.needs)
+    if not p.entropy:
+        # the hidden gradient is formed in the forward, the head's in the backward: never both at a
+        # time
+        forward: dict[str, int] = {"row products": _unit_bytes(p, n)} if "hidden" in p.needs else {}
+        longer: dict[str, int] = max(forward, sweep, key=_total)
+        return products, {**tile, **longer, **_waiting(p)}
+    products += not head
+    rows = 0
+    if "hidden" in p.needs:
+        rows = n if not head else p.tokens if p.half or p.gathered else 0
+    return products, {
+        **tile,
+        **sweep,
+        **_waiting(p),
+        "hidden gradient": rows * p.hidden * p.acc,
+    }
+
+
+def _split(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
+    """recompute with a gradient through the entropy, each gradient in its own sweep."""
+    products, buffers = _recompute(p, n, v)
+    return products + 1, {**buffers, "hidden gradient": n * p.hidden * p.acc}
+
+
+def _retain(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
+    buffers = {
+        **p.tile_bytes(n, v, gradient=True),
+        **_weight_sweep(p, n, v),
+        "retained jacobian": p.tokens * p.vocab * p.operand,
+        "row block": n * p.vocab * p.acc if p.operand < p.acc else 0,
+        "row products": n * p.hidden * (p.acc + p.operand) if "hidden" in p.needs else 0,
+    }
+    return 1 + ("hidden" in p.needs) + ("weight" in p.needs), buffers
+
+
+def _one_pass(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
+    accumulators = int(p.half) + int(p.groups > 1 and p.scope != "token")
+    buffers = {
+        **p.tile_bytes(n, v, gradient=True),
+        **_weight_sweep(p, n, v),
+        "row block": n * p.vocab * p.acc,
+        "row products": n * p.hidden * (2 * p.acc) if "hidden" in p.needs else 0,
+        "weight gradient accumulators": accumulators * p.vocab * p.hidden * p.acc,
+        **_waiting(p),
+    }
+    buffers["weight gradient slice"] = 0
+    return 1 + ("hidden" in p.needs) + ("weight" in p.needs), buffers
+
+
+# how to run a route: problem, tile rows, tile columns -> products, buffers
+_Way = Callable[[_Problem, int, int], tuple[int, dict[str, int]]]
+
+
+def _eligible(p: _Problem) -> dict[Route, list[_Way]]:
+    """Routes that can serve the needs, each with the ways to run it."""
+    if not p.needs:
+        return {"forward": [_forward]}
+    if p.entropy:
+        both = "hidden" in p.needs and len(p.needs) > 1
+        return {"recompute": [_recompute, _split] if both else [_recompute]}
+    if p.needs == {"hidden"}:
+        return {"frozen": [_frozen]}
+    routes: dict[Route, list[_Way]] = {"recompute": [_recompute], "retain": [_retain]}
+    # fp16 products need a power-of-two gain, which one_pass cannot know before the loss is known
+    underflows = p.dtype == torch.float16 and not p.on_cpu
+    if p.scope in ("token", "sequence", "pair") and "weight" in p.needs and not underflows:
+        routes["one_pass"] = [_one_pass]
+    return routes
+
+
+def _shrink(rows: int, cols: int) -> tuple[int, int]:
+    """The next smaller tile; rows are kept longest, because each row block reads the whole head."""
+    if cols > 4 * rows and cols > _SMALLEST_TILE[1]:
+        return rows, max(_SMALLEST_TILE[1], cols // 2)
+    if rows > _SMALLEST_TILE[0]:
+        return max(_SMALLEST_TILE[0], rows // 2), cols
+    return rows, max(_SMALLEST_TILE[1], cols // 2)
+
+
+def _least(p: _Problem, n: int, v: int) -> int:
+    """The least bytes at which any route can run with this tile."""
+    p = replace(p, wide=False)
+    ways = [way for each in _eligible(p).values() for way in each]
+    return min(_total(way(p, n, v)[1]) for way in ways) + p.row_bytes()
+
+
+def _choose_tile(p: _Problem, budget: int) -> tuple[int, int]:
+    """The tile, from the shapes and the budget alone.
+
+    It does not depend on the route, so that a policy and its reference, or a loss and the
+    log-probabilities it logs, are summed in the same order and agree to the last bit.
+    """
+    rows, cols = _LARGEST_TILE["cpu" if p.on_cpu else "other"]
+    # the costliest tile any caller with these shapes can ask for decides, not this caller's needs
+    widest = replace(p, needs=frozenset({"hidden", "weight"}))
+    while True:
+        n, v = max(1, min(rows, p.tokens)), min(cols, p.vocab)
+        if _least(widest, n, v) <= budget or (rows, cols) == _SMALLEST_TILE:
+            return n, v
+        rows, cols = _shrink(rows, cols)
+
+
+def plan(
+    tokens: int,
+    vocab: int,
+    hidden: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    budget: int | float | str | None = None,
+    needs: Iterable[Needs] = ("hidden", "weight"),
+    scope: Scope | None = None,
+    groups: int = 1,
+    entropy: bool = False,
+    entropy_value: bool = False,
+    softcap: bool = False,
+    gathered: bool = True,
+    device: str | torch.device = "cpu",
+    route: Route | None = None,
+) -> Plan:
+    """Choose the cheapest route that fits a memory budget.
+
+    Args:
+        tokens: scored tokens N (labels that are not ignored).
+        vocab, hidden: V and H of the head's weight [V, H].
+        dtype: dtype of hidden states and weight.
+        budget: bytes, or a text such as ``"512MiB"``; 256 MiB if not given. It covers everything
+            the engine holds beyond its outputs: the gradients and the per-token statistics.
+        needs: which gradients are wanted, of ``"hidden"``, ``"weight"``, ``"bias"``; empty for
+            evaluation.
+        scope: within what a token's gradient is known up to one factor: ``"token"``,
+            ``"sequence"``, ``"pair"``, ``"batch"``, or None if nothing is known. Decides whether
+            ``one_pass`` can be taken.
+        groups: how many such sequences or pairs there are.
+        entropy: whether a gradient through the entropy is wanted.
+        entropy_value: whether the entropy is wanted.
+        softcap: whether the head caps its logits.
+        gathered: whether some positions are ignored, so that rows have to be gathered.
+        device: where it will run; ``"cpu"`` or any other.
+        route: take this route rather than the cheapest one.
+
+    Returns:
+        The plan. ``str(plan)`` is one readable line. It can be passed on as ``memory_budget``.
+
+    Raises:
+        ValueError: if no route fits, with the least that would; if ``route`` cannot serve the
+            needs.
+    """
+    for name, number in (("vocab", vocab), ("hidden", hidden)):
+        if number < 1:
+            raise bad_value(name, "at least 1", str(number))
+    if tokens < 0:
+        raise bad_value("tokens", "at least 0", str(tokens))
+    wanted = frozenset(needs)
+    for need in wanted:
+        if need not in get_args(Needs):
+            raise bad_choice("needs", need, get_args(Needs))
+    if scope is not None and scope not in get_args(Scope):
+        raise bad_choice("scope", scope, get_args(Scope))
+    allowed = parse_budget(budget)
+    p = _Problem(
+        tokens=tokens,
+        vocab=vocab,
+        hidden=hidden,
+        dtype=dtype,
+        needs=wanted,
+        scope=scope,
+        groups=groups,
+        entropy=entropy and bool(wanted),
+        entropy_value=entropy_value or entropy,
+        softcap=softcap,
+        gathered=gathered,
+        on_cpu=torch.device(device).type == "cpu",
+    )
+    rows, cols = _choose_tile(p, allowed)
+    eligible = _eligible(p)
+    if route is not None and route not in eligible:
+        raise bad_choice("route (for these needs)", route, eligible)
+    candidates = []
+    for name, ways in eligible.items():
+        for way, wide in product(ways, {True, not p.half}):
+            if route not in (None, name):
+                continue
+            products, buffers = way(replace(p, wide=wide), rows, cols)
+            candidates.append(
+                Plan(
+                    route=name,
+                    rows=rows,
+                    cols=cols,
+                    products=products,
+                    wide=wide,
+                    split=way is _split,
+                    buffers={**buffers, "row statistics": p.row_bytes()},
+                    budget=allowed,
+                    tokens=tokens,
+                    vocab=vocab,
+                    hidden=hidden,
+                    dtype=dtype,
+                )
+            )
+    fitting = [c for c in candidates if c.bytes <= allowed]
+    if not fitting:
+        least = min(c.bytes for c in candidates)
+        raise bad_value(
+            "memory_budget",
+            f"at least {format_bytes(least)} ({least} bytes) for {tokens} tokens, "
+            f"vocabulary {vocab}, hidden {hidden}",
+            format_bytes(allowed),
+            "raise it, or score fewer tokens in a call",
+        )
+    return min(fitting, key=lambda c: (c.products, not c.wide, c.bytes))

@@ -1,0 +1,74 @@
+"""From one number per token to one number per sequence.
+
+Letters: N scored tokens, B sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Which sequence each scored token belongs to.
+
+    Attributes:
+        index: [N] int64, the sequence of each scored token.
+        lengths: [B] int64, scored tokens of each sequence.
+    """
+
+    index: Tensor
+    lengths: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.lengths.shape[0]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """[B], the sum of values [N] over each sequence, accumulated in fp64 and rounded once."""
+        total = torch.zeros(self.count, dtype=torch.float64, device=values.device)
+        return total.index_add(0, self.index, values.double()).to(values.dtype)
+
+    def reorder(self, order: Tensor) -> Sequences:
+        return Sequences(self.index[order], self.lengths)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a loss sees of some sequences; every tensor is [B'].
+
+    Attributes:
+        logp: log-probability of the response, summed over its tokens.
+        length: number of scored tokens, in logp's dtype.
+        ref_logp: the reference's logp, or None.
+    """
+
+    logp: Tensor
+    length: Tensor
+    ref_logp: Tensor | None = None
+
+    @property
+    def mean(self) -> Tensor:
+        """Log-probability per token."""
+        return self.logp / self.length
+
+    @property
+    def ratio(self) -> Tensor:
+        """log(pi / pi_ref) of the response."""
+        if self.ref_logp is None:
+            raise ValueError(
+                "ref_logprobs: this loss compares with a reference, and none was given"
+            )
+        return self.logp - self.ref_logp
+
+    @property
+    def mean_ratio(self) -> Tensor:
+        """log(pi / pi_ref) per token."""
+        return self.ratio / self.length
+
+    def __getitem__(self, which: slice | Tensor) -> Scores:
+        ref = None if self.ref_logp is None else self.ref_logp[which]
+        return Scores(self.logp[which], self.length[which], ref)

@@ -1,0 +1,60 @@
+"""Package metadata. The only reason this is not all in pyproject.toml is the folder map below."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+
+trl = ["trl>=1.16"]
+demo = [
+    "transformers>=5.0",
+    "accelerate>=1.0",
+    "datasets>=3.0",
+    "tokenizers>=0.20",
+    "safetensors",
+    "matplotlib>=3.8",
+    "rich>=13",
+]
+bench = ["liger-kernel>=0.8.5", "matplotlib>=3.8", "rich>=13", *trl]
+dev = [
+    "pytest>=8",
+    "pytest-xdist>=3.5",
+    "hypothesis>=6.100",
+    "ruff>=0.6",
+    "mypy>=1.11",
+    "build",
+    "setuptools>=70",
+]
+
+setup(
+    name="fusedpo",
+    version="0.1.0",
+    description="Fused preference-optimization losses: from hidden states to the loss, without the logits",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # The Triton kernels live in a top-level folder and are installed as fusedpo.kernels; fusedpo/kernels.py
+    # explains how they are found from a checkout.
+    packages=[
+        "fusedpo",
+        "fusedpo.losses",
+        "fusedpo.recipes",
+        "fusedpo.trainers",
+        "fusedpo.kernels",
+    ],
+    package_dir={"fusedpo": "fusedpo", "fusedpo.kernels": "kernels"},
+    package_data={"fusedpo": ["py.typed"]},
+    install_requires=["torch>=2.6", "numpy>=1.24", "triton; platform_system == 'Linux'"],
+    extras_require={"trl": trl, "demo": demo, "bench": bench, "dev": dev},
+    entry_points={"console_scripts": ["fusedpo=fusedpo.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

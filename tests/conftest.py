@@ -1,0 +1,40 @@
+"""Test-wide habits: fresh memory is poisoned, threads are few, hypothesis is deterministic."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+
+import fusedpo.logprobs
+import fusedpo.sweeps
+
+hypothesis.settings.register_profile(
+    "default", deadline=None, derandomize=True, max_examples=30, print_blob=True
+)
+hypothesis.settings.load_profile("default")
+torch.set_num_threads(1)
+
+
+class _Poisoned:
+    """torch, but whose empty memory is full of NaN (True for booleans)."""
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+    @staticmethod
+    def _fill(t: torch.Tensor) -> torch.Tensor:
+        return t.fill_(float("nan") if t.is_floating_point() else 1)
+
+    def empty(self, *args, **kwargs):
+        return self._fill(torch.empty(*args, **kwargs))
+
+    def empty_like(self, *args, **kwargs):
+        return self._fill(torch.empty_like(*args, **kwargs))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the engine allocates without filling holds NaN: reading it unwritten shows."""
+    for module in (fusedpo.sweeps, fusedpo.logprobs):
+        monkeypatch.setattr(module, "torch", _Poisoned())

@@ -1,0 +1,162 @@
+"""Running the engine on a Case by a forced route and tile, and generating cases."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+
+import torch
+from oracles import Case, Result
+from torch import Tensor
+
+from fusedpo import linear_token_stats, plan
+from fusedpo.head import Head
+from fusedpo.logprobs import score
+from fusedpo.plan import Plan
+from fusedpo.sweeps import Rows
+
+ROUTES = ("forward", "frozen", "retain", "recompute", "one_pass")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class KnownGradient:
+    """Groups of rows with a gradient known but for one factor a group, as a loss would have."""
+
+    def __init__(self, gradient: Tensor, starts: Sequence[int]) -> None:
+        self.g, self.starts = gradient, starts
+
+    def units(self, start: int, stop: int) -> Tensor:
+        factors = torch.ones_like(self.g)
+        for i, (a, b) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
+            factors[a:b] = (-1) ** i * (i + 2.0)
+        return (self.g / factors)[start:stop]
+
+    def gradient(self, first: int, last: int, logprob: Tensor) -> Tensor:
+        assert logprob.shape[0] == self.starts[last] - self.starts[first]
+        return self.g[self.starts[first] : self.starts[last]]
+
+
+def plan_of(case: Case, route: str, rows: int | None = None, cols: int | None = None) -> Plan:
+    """A plan for the case, with its tile forced to rows x cols if they are given."""
+    chosen = plan(
+        int(case.scored.sum()),
+        *case.weight.shape,
+        dtype=case.dtype,
+        needs=() if route == "forward" else tuple(case.leaves()),
+        scope="pair",
+        groups=3,
+        entropy=case.upstream_entropy is not None,
+        softcap=case.softcap is not None,
+        budget="8GiB",
+        route=route,
+    )
+    tile = {"rows": rows or chosen.rows, "cols": cols or chosen.cols}
+    return dataclasses.replace(chosen, **tile)
+
+
+def run(
+    case: Case,
+    memory_budget: Plan | int | str | None = None,
+    *,
+    starts: Sequence[int] | None = None,
+    backwards: int = 1,
+) -> Result:
+    """A case through the public function or, for one_pass, which needs a loss, through score()."""
+    leaves = {name: t.detach().requires_grad_() for name, t in case.leaves().items()}
+    hidden = leaves.get("hidden", case.hidden)
+    weight = leaves.get("weight", case.weight)
+    options = {**case.options, "bias": leaves.get("bias", case.bias)}
+    entropy = None
+    route = memory_budget.route if isinstance(memory_budget, Plan) else None
+    with torch.set_grad_enabled(route != "forward"):
+        if route == "one_pass":
+            rows = Rows.of(case.labels, case.ignore_index)
+            g = rows.gather(case.upstream).to(torch.promote_types(case.dtype, torch.float32))
+            starts = starts or [0, rows.count]
+            head = Head(weight, options["bias"], case.softcap, case.logit_scale)
+            logprob = rows.scatter(
+                score(
+                    hidden,
+                    head,
+                    rows,
+                    temperature=case.temperature,
+                    memory_budget=memory_budget,
+                    groups=KnownGradient(g, starts),
+                ).logprob
+            )
+        else:
+            stats = linear_token_stats(
+                hidden,
+                weight,
+                case.labels,
+                stats=("logprob",) if case.upstream_entropy is None else ("logprob", "entropy"),
+                memory_budget=memory_budget,
+                **options,
+            )
+            logprob, entropy = stats.logprob, stats.entropy
+    result = Result(logprob.detach(), None if entropy is None else entropy.detach())
+    if route == "forward":
+        return result
+    total = (logprob * case.upstream).sum()
+    if entropy is not None:
+        total = total + (entropy * case.upstream_entropy).sum()
+    for last in [False] * (backwards - 1) + [True]:
+        found = torch.autograd.grad(total, list(leaves.values()), retain_graph=not last)
+        result.gradients = dict(zip(leaves, found, strict=True))
+    return result
+
+
+def generate(seed: int, *, dtype: torch.dtype | None = None) -> Case:
+    """A case from a seed: shape, head, layout, mask, scale of the upstream gradient."""
+    draw = random.Random(seed)
+    g = torch.Generator().manual_seed(seed)
+    dtype = dtype or draw.choice(DTYPES)
+    positions = draw.choice([1, 2, 15, 17, 33, 64, 100])
+    width = draw.choice([1, 8, 31, 64, 65])
+    vocab = draw.choice([1, 2, 3, 127, 128, 129, 300, 517])
+    kind = draw.choice(["plain", "hot", "shifted", "cap", "tight cap", "cold", "bias", "scaled"])
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    hidden = normal(positions, width) * (3.0 if kind == "hot" else 1.0)
+    weight = normal(vocab, width) / width**0.5
+    labels = torch.randint(vocab, (positions,), generator=g)
+    masked = torch.rand(positions, generator=g) < draw.choice([0.0, 0.0, 0.5, 0.9])
+    # the last token is kept, or a lost last chunk would go unseen
+    masked[-1] = False
+    labels[masked] = -100
+    scale = draw.choice([1.0, 0.1 / positions])
+    case = Case(
+        name=f"seed {seed}, {kind}, {str(dtype)[6:]}, {positions} x {vocab} x {width}",
+        hidden=hidden.to(dtype),
+        weight=weight.to(dtype),
+        labels=labels.int() if draw.random() < 0.2 else labels,
+        upstream=(normal(positions) * scale).float(),
+    )
+    if kind in ("bias", "shifted"):
+        case.bias = (normal(vocab) + (200.0 if kind == "shifted" else 0.0)).to(dtype)
+        case.needs = ("hidden", "weight", "bias")
+    if kind in ("cap", "tight cap"):
+        case.softcap = 30.0 if kind == "cap" else 1.0
+    if kind == "cold":
+        case.temperature = (torch.rand(positions, generator=g) + 0.3).float()
+    if kind == "scaled":
+        case.logit_scale, case.temperature = 0.25, 0.7
+    layout = draw.choice(["plain", "plain", "sliced", "transposed", "batched"])
+    if layout == "sliced":
+        wide = torch.empty(positions + 1, width + 3, dtype=dtype)
+        wide[:-1, 2:-1] = case.hidden
+        case.hidden = wide[:-1, 2:-1]
+    elif layout == "transposed":
+        case.weight = case.weight.T.contiguous().T
+    elif layout == "batched" and positions % 2 == 0:
+        wide = torch.empty(2, positions // 2 + 1, width, dtype=dtype)
+        wide[:, :-1] = case.hidden.view(2, -1, width)
+        case.hidden = wide[:, :-1]
+        case.labels, case.upstream = case.labels.view(2, -1), case.upstream.view(2, -1)
+        if isinstance(case.temperature, Tensor):
+            case.temperature = case.temperature.view(2, -1)
+    case.needs = draw.choice([case.needs, case.needs, ("hidden",), case.needs[1:]])
+    return case
