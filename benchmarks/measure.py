@@ -1,0 +1,257 @@
+"""How it is measured: interleaved timing, peak memory, and a description of the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+# With these, glibc hands every large block back to the system the moment it is freed. By default it
+# learns to keep blocks of up to 32 MiB, and a peak then counts memory that nobody holds.
+MALLOC_ENV = {
+    "MALLOC_MMAP_THRESHOLD_": str(64 * 1024),
+    "MALLOC_TRIM_THRESHOLD_": str(64 * 1024),
+    "MALLOC_ARENA_MAX": "1",
+}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of every repeat, in the order they were taken."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        if len(self.seconds) < 2:
+            return self.median, self.median
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 1,
+    device: str = "cpu",
+) -> dict[str, Timing]:
+    """Time every function once a round, so that a slow spell of the machine falls on all of them.
+
+    Each round starts one function later, and every other round runs backwards, so that no function
+    always follows the same one.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for round_ in range(-warmup, repeats):
+        for name in rotated(list(functions), round_):
+            taken = _timed(functions[name], device)
+            if round_ >= 0:
+                seconds[name].append(taken)
+    return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
+
+
+def rotated(names: Sequence[str], round_: int) -> list[str]:
+    start = round_ % len(names)
+    order = [*names[start:], *names[:start]]
+    return order[::-1] if round_ % 2 else order
+
+
+def _timed(function: Callable[[], object], device: str) -> float:
+    gc.collect()
+    gc.disable()
+    try:
+        _synchronize(device)
+        start = time.perf_counter()
+        function()
+        _synchronize(device)
+        return time.perf_counter() - start
+    finally:
+        gc.enable()
+
+
+def _synchronize(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
+    """Most memory held at a time during the call, beyond what was held before it.
+
+    On the CPU this reads the resident set, so it also sees what libraries allocate for themselves.
+    Call it in a fresh process started with ``MALLOC_ENV``, after a small warm-up.
+    """
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    filler = _settle_high_water_mark()
+    before = _status_bytes("VmHWM")
+    function()
+    peak = _status_bytes("VmHWM") - before
+    del filler
+    return peak
+
+
+def _settle_high_water_mark() -> list[torch.Tensor]:
+    """Bring the high-water mark down to what is resident now; where forbidden, fill up to it.
+
+    Returns what has to be kept alive while measuring.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return []
+    except OSError:
+        missing = _status_bytes("VmHWM") - _status_bytes("VmRSS")
+        return [torch.ones(max(0, missing), dtype=torch.uint8)]
+
+
+def _status_bytes(name: str) -> int:
+    """A size from /proc/self/status. Not getrusage: its ru_maxrss starts from the parent's."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError as error:
+        raise RuntimeError(
+            "peak memory on the CPU is read from /proc, which needs Linux"
+        ) from error
+    match = re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)
+    assert match is not None, f"no {name} in /proc/self/status"
+    return int(match[1]) * 1024
+
+
+def machine(device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
+    """What a number depends on besides the code: processor, threads, versions, commit."""
+    cuda = torch.device(device).type == "cuda"
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": threads or torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if cuda else None,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("torch", "triton", "trl", "liger-kernel")},
+        **_commit(),
+        # of others, as nothing has been measured yet: timings on a busy machine are worth little
+        "load": os.getloadavg()[0],
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def describe(machine: Mapping[str, Any]) -> str:
+    """The machine in one line, to stand above every table."""
+    processor = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
+    commit = (machine["commit"] or "no commit")[:12] + (" with changes" if machine["dirty"] else "")
+    parts = (
+        processor,
+        f"{versions}, python {machine['python']}",
+        commit,
+        machine["date"],
+        f"load {machine['load']:.1f} at the start",
+    )
+    return "; ".join(parts)
+
+
+def _cpu_model() -> str:
+    """Name and, because virtual machines hide it, the numbers that tell generations apart."""
+    try:
+        fields = dict(
+            (part.strip() for part in line.split(":", 1))
+            for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        )
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = fields.get("model name", platform.machine())
+    numbers = [f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> dict[str, Any]:
+    """Commit, and whether the tree differs from it, apart from results the benchmarks write."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True
+            )
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def save(question: str, answer: Mapping[str, Any], path: Path | None = None) -> Path:
+    """Write one question's answer into the machine's file, beside its other answers."""
+    if path is None:
+        about = answer["machine"]
+        name = about["gpu"] or f"{about['cpu']} {about['threads']} threads"
+        path = RESULTS / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+    answers = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**answers, question: answer}, indent=1) + "\n")
+    return path
+
+
+def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table: first column to the left, numbers to the right."""
+    rows = [list(row) for row in rows]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        _show_plain(title, columns, rows)
+        return
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    # a log file has no width of its own, and a table cut to 80 columns hides its numbers
+    console.width = console.width if console.is_terminal else 160
+    console.print(table)
+
+
+def _show_plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    print(title)
+    for row in [columns, *rows]:
+        cells = [
+            cell.rjust(w) if i else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells))

@@ -1,0 +1,282 @@
+"""The engine under autograd: repeated backwards, layouts, autocast, checkpoints, tied weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine import generate, plan_of, run
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import relative
+from torch.utils.checkpoint import checkpoint
+
+from fusedpo import linear_logprobs, linear_token_stats, losses, preference_loss
+
+GRADIENT_ROUTES = ("frozen", "retain", "recompute", "one_pass")
+
+
+def small(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 9, 8, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(50, 8, generator=g).to(dtype).requires_grad_()
+    labels = torch.randint(50, (4, 9), generator=g)
+    labels[:, :2] = -100
+    return hidden, weight, labels
+
+
+def needs_for(route: str) -> tuple[str, ...]:
+    return ("hidden",) if route == "frozen" else ("hidden", "weight")
+
+
+@pytest.mark.parametrize("route", GRADIENT_ROUTES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_second_backward_gives_the_same_gradients(route: str, dtype: torch.dtype) -> None:
+    case = generate(3, dtype=dtype)
+    case.needs = needs_for(route)
+    chosen = plan_of(case, route, 8, 32)
+    once, thrice = run(case, chosen), run(case, chosen, backwards=3)
+    for name, gradient in once.gradients.items():
+        assert torch.equal(gradient, thrice.gradients[name])
+
+
+@pytest.mark.parametrize("budget", ["1MiB", None])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_second_backward_without_the_graph_is_pytorchs_error(
+    budget: str | None, frozen: bool
+) -> None:
+    hidden, weight, labels = small()
+    weight.requires_grad_(not frozen)
+    total = linear_logprobs(hidden, weight, labels, memory_budget=budget).sum()
+    total.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        total.backward()
+
+
+def test_a_second_backward_of_the_loss_without_the_graph_is_pytorchs_error() -> None:
+    hidden, weight, labels = small()
+    out = preference_loss(losses.SimPO(), hidden, weight, labels)
+    out.loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        out.loss.backward()
+
+
+def test_a_double_backward_is_refused() -> None:
+    hidden, weight, labels = small()
+    total = linear_logprobs(hidden, weight, labels).square().sum()
+    (gradient,) = torch.autograd.grad(total, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("route", GRADIENT_ROUTES)
+def test_inputs_are_left_as_they_were(route: str) -> None:
+    case = generate(21, dtype=torch.float32)
+    case.needs = needs_for(route)
+    before = [t.clone() for t in (case.hidden, case.weight, case.labels, case.upstream)]
+    run(case, plan_of(case, route, 8, 32), backwards=2)
+    for was, now in zip(
+        before, (case.hidden, case.weight, case.labels, case.upstream), strict=True
+    ):
+        assert torch.equal(was, now)
+
+
+def test_an_input_changed_in_place_before_the_backward_is_an_error() -> None:
+    hidden, weight, labels = small()
+    moved = hidden * 1.0
+    total = linear_logprobs(moved, weight, labels).sum()
+    with torch.no_grad():
+        moved.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+@given(factor=st.sampled_from([0.0, -1.0, 1e-6, 3.0, 1e5]), seed=st.integers(0, 1000))
+def test_gradients_are_linear_in_the_upstream_gradient(factor: float, seed: int) -> None:
+    case = generate(seed, dtype=torch.float64)
+    for route in ("recompute", "retain", "one_pass"):
+        case.needs = ("hidden", "weight")
+        case.bias = None
+        chosen = plan_of(case, route, 16, 64)
+        upstream = case.upstream
+        plain = run(case, chosen)
+        case.upstream = upstream * factor
+        scaled = run(case, chosen)
+        case.upstream = upstream
+        for name, gradient in plain.gradients.items():
+            assert relative(scaled.gradients[name], gradient * factor) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["expanded", "strided", "double", "sliced"])
+def test_an_upstream_gradient_of_any_layout(kind: str) -> None:
+    hidden, weight, labels = small()
+
+    def total(logprob: torch.Tensor) -> torch.Tensor:
+        if kind == "expanded":
+            return logprob.sum()
+        if kind == "strided":
+            return (logprob.T * torch.arange(9.0)[:, None]).sum()
+        if kind == "double":
+            return (logprob.double() * 0.3).sum()
+        return logprob[:, 3:7:2].sum()
+
+    ours = torch.autograd.grad(total(linear_logprobs(hidden, weight, labels)), (hidden, weight))
+    logits = (hidden @ weight.T).log_softmax(-1)
+    naive = logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels >= 0)
+    expected = torch.autograd.grad(total(naive), (hidden, weight))
+    for mine, truth in zip(ours, expected, strict=True):
+        assert relative(mine, truth) < 5e-6
+
+
+@pytest.mark.parametrize("which", range(8))
+def test_only_the_gradients_that_are_wanted(which: int) -> None:
+    hidden, weight, labels = small()
+    bias = torch.zeros(50, requires_grad=True)
+    tensors = (hidden, weight, bias)
+    for i, t in enumerate(tensors):
+        t.requires_grad_(bool(which >> i & 1))
+    out = linear_logprobs(hidden, weight, labels, bias=bias)
+    assert out.requires_grad == (which != 0)
+    if which:
+        out.sum().backward()
+    for i, t in enumerate(tensors):
+        assert (t.grad is not None) == bool(which >> i & 1)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_kept_without_gradients(mode) -> None:
+    hidden, weight, labels = small()
+    expected = linear_logprobs(hidden, weight, labels).detach()
+    with mode():
+        out = linear_logprobs(hidden, weight, labels)
+        loss = preference_loss(losses.SimPO(), hidden, weight, labels).loss
+    assert not out.requires_grad and not loss.requires_grad
+    assert torch.equal(out, expected)
+
+
+def test_tied_embeddings_add_their_gradients() -> None:
+    _, weight, labels = small()
+    tokens = labels.clamp(min=0)
+
+    def forward(head) -> torch.Tensor:
+        return head(torch.tanh(torch.nn.functional.embedding(tokens, weight))).sum()
+
+    def naive(hidden: torch.Tensor) -> torch.Tensor:
+        log_p = (hidden @ weight.T).log_softmax(-1)
+        return log_p.gather(-1, tokens[..., None])[..., 0] * (labels >= 0)
+
+    (ours,) = torch.autograd.grad(forward(lambda h: linear_logprobs(h, weight, labels)), weight)
+    (expected,) = torch.autograd.grad(forward(naive), weight)
+    assert relative(ours, expected) < 5e-6
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("what", ["logprobs", "loss"])
+def test_inside_activation_checkpointing(reentrant: bool, what: str) -> None:
+    hidden, weight, labels = small()
+
+    def f(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        if what == "loss":
+            return preference_loss(losses.SimPO(), torch.tanh(h), w, labels).loss
+        return linear_logprobs(torch.tanh(h), w, labels).square().mean()
+
+    plain = torch.autograd.grad(f(hidden, weight), (hidden, weight))
+    out = checkpoint(f, hidden, weight, use_reentrant=reentrant)
+    out.backward()
+    assert torch.equal(hidden.grad, plain[0]) and torch.equal(weight.grad, plain[1])
+
+
+@pytest.mark.parametrize("backward_inside", [True, False])
+@pytest.mark.parametrize("budget", ["64KiB", None])
+def test_under_autocast(backward_inside: bool, budget: str | None) -> None:
+    """Mixed dtypes are taken as torch.nn.Linear takes them; gradients have their inputs' dtypes."""
+    hidden, weight, labels = small()
+    low = hidden.detach().bfloat16().requires_grad_()
+    exact = torch.autograd.grad(
+        linear_logprobs(low.double(), weight.double(), labels).sum(), (low, weight)
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = linear_logprobs(low, weight, labels, memory_budget=budget)
+        total = out.sum()
+        if backward_inside:
+            total.backward()
+    if not backward_inside:
+        total.backward()
+    assert out.dtype == torch.float32
+    assert low.grad.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32
+    assert relative(low.grad, exact[0]) < 4e-3
+    assert relative(weight.grad, exact[1]) < 1e-5
+
+
+def test_autocast_and_gradient_mode_are_as_before_after_an_exception() -> None:
+    hidden, weight, labels = small()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(ValueError, match="labels"):
+            linear_logprobs(hidden, weight, labels + 1000)
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.is_grad_enabled()
+    assert linear_logprobs(hidden, weight, labels).requires_grad
+
+
+@pytest.mark.parametrize("layout", ["plain", "sliced", "expanded weight", "transposed"])
+def test_any_layout_of_the_inputs(layout: str) -> None:
+    hidden, weight, labels = (t.detach() for t in small())
+    if layout == "sliced":
+        wide = torch.randn(4, 12, 11)
+        wide[:, 1:10, 2:10] = hidden
+        hidden = wide[:, 1:10, 2:10]
+    if layout == "expanded weight":
+        weight = weight[:, :1].expand(50, 8)
+    if layout == "transposed":
+        hidden = hidden.transpose(0, 1).contiguous().transpose(0, 1)
+        weight = weight.T.contiguous().T
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    for budget in ("64KiB", None):
+        ours = torch.autograd.grad(
+            linear_logprobs(hidden, weight, labels, memory_budget=budget).sum(), (hidden, weight)
+        )
+        log_p = (hidden @ weight.T).log_softmax(-1)
+        naive = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels >= 0)
+        expected = torch.autograd.grad(naive.sum(), (hidden, weight))
+        assert relative(ours[0], expected[0]) < 5e-6
+        assert relative(ours[1], expected[1]) < 5e-6
+
+
+def test_ten_runs_give_the_same_bits() -> None:
+    hidden, weight, labels = small()
+
+    def once() -> list[torch.Tensor]:
+        out = preference_loss(losses.SimPO(), hidden, weight, labels)
+        return [out.loss.detach(), *torch.autograd.grad(out.loss, (hidden, weight))]
+
+    first = once()
+    for _ in range(9):
+        assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))
+
+
+def test_statistics_that_are_not_differentiable_say_so() -> None:
+    hidden, weight, labels = small()
+    stats = linear_token_stats(hidden, weight, labels, stats=("logprob", "logsumexp", "top1"))
+    assert stats.logprob.requires_grad
+    assert not stats.logsumexp.requires_grad and not stats.top1.requires_grad
+
+
+def test_backward_through_the_entropy_alone() -> None:
+    hidden, weight, labels = small()
+    stats = linear_token_stats(hidden, weight, labels)
+    ours = torch.autograd.grad(stats.entropy.sum(), (hidden, weight))
+    log_p = (hidden @ weight.T).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1) * (labels >= 0)
+    expected = torch.autograd.grad(entropy.sum(), (hidden, weight))
+    assert relative(ours[0], expected[0]) < 5e-6 and relative(ours[1], expected[1]) < 5e-6
+
+
+def test_inside_torch_compile_the_numbers_are_the_same() -> None:
+    hidden, weight, labels = small()
+
+    def step(h: torch.Tensor) -> torch.Tensor:
+        return preference_loss(losses.SimPO(), torch.tanh(h), weight, labels).loss * 2
+
+    expected = torch.autograd.grad(step(hidden), (hidden, weight))
+    compiled = torch.compile(step, backend="eager")
+    got = torch.autograd.grad(compiled(hidden), (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
