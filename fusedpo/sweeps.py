@@ -133,7 +133,7 @@ def _product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
     """out = a @ b, or out += a @ b, accumulated in out's dtype."""
     if a.dtype == out.dtype:
         if add:
-            out.addmm_(a, b)
+            torch.addmm(out, a, b, out=out)
         else:
             torch.mm(a, b, out=out)
     elif out.device.type == "cuda" and _HAS_OUT_DTYPE:
@@ -335,27 +335,38 @@ class Tiles:
         everything = self.new_stats()
         buffer = self.tile()
         for r in self.row_blocks():
-            hidden, targets, n = self.hidden_rows(*r), self.rows.targets[slice(*r)], r[1] - r[0]
+            hidden, n = self.hidden_rows(*r), r[1] - r[0]
             stats = self.start_stats(n)
             # sum over non-target entries of exp(z - peak) slope W, rescaled as the peak rises
             rest = None if unit is None else self.zeros(n, self.width)
             for c in self.col_blocks():
-                weight = self.weight_rows(*c)
-                z = self.view_tile(buffer, n, c[1] - c[0])
-                self.logits(z, hidden, weight, r, c)
-                limit = self.limit(*r)
-                slope = None if limit is None or rest is None else softcap_slope_torch(z, limit)
-                rescale = fold_torch(z, targets, c[0], stats)
-                if rest is not None:
-                    if slope is not None:
-                        z.mul_(slope)
-                    if c[0]:
-                        rest.mul_(rescale[:, None])
-                    _product(rest, z.to(self.operand), weight, add=True)
+                self.fold_tile(self.view_tile(buffer, n, c[1] - c[0]), hidden, r, c, stats, rest)
             block = self.store(everything, r, stats)
             if unit is not None and rest is not None:
                 self.write_unit(unit, r, self.unit_rows(rest, stats, block, r))
         return everything
+
+    def fold_tile(
+        self,
+        z: Tensor,
+        hidden: Tensor,
+        r: tuple[int, int],
+        c: tuple[int, int],
+        stats: RowStats,
+        rest: Tensor | None,
+    ) -> None:
+        """One tile of sweep_forward. A function of its own, so that its temporaries go with it."""
+        weight, limit = self.weight_rows(*c), self.limit(*r)
+        self.logits(z, hidden, weight, r, c)
+        slope = None if limit is None or rest is None else softcap_slope_torch(z, limit)
+        rescale = fold_torch(z, self.rows.targets[slice(*r)], c[0], stats)
+        if rest is None:
+            return
+        if slope is not None:
+            z.mul_(slope)
+        if c[0]:
+            rest.mul_(rescale[:, None])
+        _product(rest, z.to(self.operand), weight, add=True)
 
     def unit_rows(
         self, rest: Tensor, stats: RowStats, block: dict[str, Tensor], r: tuple[int, int]
@@ -480,13 +491,25 @@ class Tiles:
         self, out: HeadGradient, jacobian: Tensor, hidden: Tensor, coefficient: Tensor
     ) -> None:
         """out += J^T (c h) for J [n, V], h [n, H], c [n]."""
-        if out.weight is not None:
+        for c in self.col_blocks():
+            weight, bias = out.slices(c)
+            self.add_slice(weight, bias, jacobian[:, c[0] : c[1]], hidden, coefficient, True)
+
+    def add_slice(
+        self,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        jacobian: Tensor,
+        hidden: Tensor,
+        coefficient: Tensor,
+        add: bool,
+    ) -> None:
+        """A slice of the head's gradient: weight (+)= J^T (c h), bias (+)= J^T c, for J [n, v]."""
+        if weight is not None:
             weighted = (hidden.to(self.acc) * coefficient[:, None]).to(self.operand)
-            for c in self.col_blocks():
-                tile = jacobian[:, c[0] : c[1]].to(self.operand)
-                _product(out.weight[c[0] : c[1]], tile.T, weighted, add=True)
-        if out.bias is not None:
-            out.bias.addmv_(jacobian.T, coefficient)
+            _product(weight, jacobian.to(self.operand).T, weighted, add=add)
+        if bias is not None:
+            bias.addmv_(jacobian.to(self.acc).T, coefficient, beta=int(add))
 
     def sweep_head(
         self,
@@ -520,13 +543,11 @@ class Tiles:
         outer = upstream if upstream_entropy is None else torch.ones_like(upstream)
         coefficient = -self.scaled(outer, 0, self.count)
         for c in self.col_blocks():
+            part, bias_part = out.slices(c, scratch)
             weight = self.weight_rows(*c)
-            part = None
-            if out.weight is not None:
-                part = out.weight[slice(*c)] if scratch is None else scratch[: c[1] - c[0]]
             for r in self.row_blocks(first, last):
-                hidden = self.hidden_rows(*r)
                 z = self.view_tile(buffer, r[1] - r[0], c[1] - c[0])
+                hidden = self.hidden_rows(*r)
                 self.logits(z, hidden, weight, r, c)
                 own = {name: value[slice(*r)] for name, value in stats.items()}
                 if upstream_entropy is None:
@@ -534,17 +555,14 @@ class Tiles:
                 else:
                     g, e = upstream[slice(*r)], upstream_entropy[slice(*r)]
                     self.weighted_jacobian(z, r, c, own, g, e)
-                add = r[0] > first
-                if part is not None:
-                    weighted = (hidden.to(self.acc) * coefficient[slice(*r), None]).to(self.operand)
-                    _product(part, z.to(self.operand).T, weighted, add=add)
-                if out.bias is not None:
-                    out.bias[slice(*c)].addmv_(z.T, coefficient[slice(*r)], beta=int(add))
+                self.add_slice(part, bias_part, z, hidden, coefficient[slice(*r)], r[0] > first)
+                del hidden
                 if hidden_gradient is not None:
                     piece = hidden_gradient[r[0] - first : r[1] - first]
                     _product(piece, z.to(self.operand), weight, add=c[0] > 0)
+            del weight
             if gain is not None:
-                for tensor in (part, None if out.bias is None else out.bias[slice(*c)]):
+                for tensor in (part, bias_part):
                     if tensor is not None:
                         tensor.div_(gain)
             if scratch is not None and out.weight is not None:
@@ -563,22 +581,19 @@ class Tiles:
             for r in self.row_blocks():
                 rows = self.row_products(kept[slice(*r)])
                 self.write_rows(hidden_gradient, *r, rows.mul_(coefficient[slice(*r), None]))
-        if out.bias is not None:
-            for c in self.col_blocks():
-                out.bias[slice(*c)] = kept[:, c[0] : c[1]].to(self.acc).T @ coefficient
-        if out.weight is None or not self.count:
+        if not self.count:
             return
-        scratch = None if out.weight.dtype == self.acc else self.empty(self.plan.cols, self.width)
+        scratch = None
+        if out.weight is not None and out.weight.dtype != self.acc:
+            scratch = self.empty(self.plan.cols, self.width)
         for c in self.col_blocks():
-            part = out.weight[slice(*c)] if scratch is None else scratch[: c[1] - c[0]]
+            part, bias_part = out.slices(c, scratch)
             for r in self.row_blocks():
-                weighted = (self.hidden_rows(*r).to(self.acc) * coefficient[slice(*r), None]).to(
-                    self.operand
-                )
-                tile = kept[slice(*r), slice(*c)].to(self.operand)
-                _product(part, tile.T, weighted, add=r[0] > 0)
-            if scratch is not None:
-                out.weight[slice(*c)] = part
+                tile = kept[slice(*r), slice(*c)]
+                own = coefficient[slice(*r)]
+                self.add_slice(part, bias_part, tile, self.hidden_rows(*r), own, r[0] > 0)
+            if scratch is not None and out.weight is not None:
+                out.weight[slice(*c)] = scratch[: c[1] - c[0]]
 
     def entropy_gradients(
         self, stats: dict[str, Tensor], g: Tensor, e: Tensor, head: HeadGradient, need_hidden: bool
@@ -680,6 +695,17 @@ class HeadGradient:
     @property
     def wanted(self) -> bool:
         return self.weight is not None or self.bias is not None
+
+    def slices(
+        self, c: tuple[int, int], scratch: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The parts of vocabulary block c; the weight's in scratch [v, H], if that is given."""
+        weight = self.weight if scratch is None else scratch
+        start, stop = c if scratch is None else (0, c[1] - c[0])
+        return (
+            None if weight is None else weight[start:stop],
+            None if self.bias is None else self.bias[slice(*c)],
+        )
 
     def like(self) -> HeadGradient:
         return HeadGradient(

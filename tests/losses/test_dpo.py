@@ -1,0 +1,50 @@
+"""DPO against its formula, and worked numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from losses.shared import scores
+
+from fusedpo.losses import DPO
+from fusedpo.scores import Scores
+
+
+@given(seed=st.integers(0, 1000), beta=st.floats(0.01, 5), e=st.floats(0, 0.49))
+def test_equals_the_formula(seed: int, beta: float, e: float) -> None:
+    """TRL's ``sigmoid`` and, with label smoothing, its ``cDPO`` form, written out."""
+    w, l = scores(seed)
+    got = DPO(beta=beta, label_smoothing=e).per_example(w, l)
+    for i in range(5):
+        z = beta * ((w.logp[i] - w.ref_logp[i]) - (l.logp[i] - l.ref_logp[i])).item()
+        truth = (1 - e) * math.log1p(math.exp(-z)) + e * math.log1p(math.exp(z))
+        assert got[i].item() == pytest.approx(truth, rel=1e-9)
+
+
+def test_a_worked_example() -> None:
+    """Log-ratios 2 and -1, beta 0.1: z = 0.3, L = log(1 + exp(-0.3)) = 0.5543552."""
+    one = torch.ones(1)
+    chosen, rejected = Scores(-8 * one, one, -10 * one), Scores(-6 * one, one, -5 * one)
+    assert DPO().per_example(chosen, rejected).item() == pytest.approx(0.5543552, abs=1e-6)
+    assert DPO().reward(chosen).item() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("e", [0.0, 0.3])
+def test_equal_policies_give_log_two_to_the_last_bit(e: float) -> None:
+    w, l = scores(0, dtype=torch.float32)
+    same = DPO(label_smoothing=e).per_example(
+        Scores(w.logp, w.length, w.logp), Scores(l.logp, l.length, l.logp)
+    )
+    assert (same == torch.tensor(2.0).log()).all()
+
+
+def test_gradient_is_minus_beta_sigmoid_of_minus_z() -> None:
+    w, l = scores(4)
+    logp = w.logp.clone().requires_grad_()
+    DPO(beta=0.3).per_example(Scores(logp, w.length, w.ref_logp), l).sum().backward()
+    z = 0.3 * (w.ratio - l.ratio)
+    assert torch.allclose(logp.grad, -0.3 * torch.sigmoid(-z), rtol=1e-12)

@@ -1,0 +1,57 @@
+"""SimPO against its formula, both links, and worked numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from losses.shared import scores
+
+from fusedpo.losses import SimPO
+from fusedpo.scores import Scores
+
+
+@given(
+    seed=st.integers(0, 1000),
+    beta=st.floats(0.1, 10),
+    gamma=st.floats(-2, 5),
+    e=st.floats(0, 0.49),
+)
+def test_equals_the_formula(seed: int, beta: float, gamma: float, e: float) -> None:
+    """As in the authors' trainer, with their gamma_beta_ratio = gamma / beta."""
+    w, l = scores(seed, reference=False)
+    sigmoid = SimPO(beta=beta, gamma=gamma, label_smoothing=e).per_example(w, l)
+    hinge = SimPO(beta=beta, gamma=gamma, link="hinge").per_example(w, l)
+    for i in range(5):
+        ratio = (w.logp[i] / w.length[i] - l.logp[i] / l.length[i]).item()
+        z = beta * (ratio - gamma / beta)
+        truth = (1 - e) * math.log1p(math.exp(-z)) + e * math.log1p(math.exp(z))
+        assert sigmoid[i].item() == pytest.approx(truth, rel=1e-9)
+        assert hinge[i].item() == pytest.approx(max(0.0, 1 - z), rel=1e-9, abs=1e-12)
+
+
+def test_a_worked_example() -> None:
+    """Averages -1 and -2, beta 2, gamma 0.5: z = 1.5, L = log(1 + exp(-1.5)) = 0.2014133."""
+    chosen = Scores(torch.tensor([-3.0]), torch.tensor([3.0]))
+    rejected = Scores(torch.tensor([-10.0]), torch.tensor([5.0]))
+    assert SimPO().per_example(chosen, rejected).item() == pytest.approx(0.2014133, abs=1e-6)
+    assert SimPO(link="hinge").per_example(chosen, rejected).item() == 0.0
+    assert SimPO().reward(chosen).item() == pytest.approx(-2.0)
+
+
+def test_gradients_of_the_two_sides_cancel_in_sum() -> None:
+    """Summed over its tokens, the chosen side receives minus what the rejected side does."""
+    w, l = scores(2, reference=False)
+    a, b = w.logp.clone().requires_grad_(), l.logp.clone().requires_grad_()
+    SimPO().per_example(Scores(a, w.length), Scores(b, l.length)).sum().backward()
+    assert torch.allclose(a.grad * w.length, -b.grad * l.length, rtol=1e-12)
+
+
+def test_the_added_cross_entropy_is_no_part_of_the_pair_loss() -> None:
+    w, l = scores(2, reference=False)
+    assert torch.equal(SimPO(sft_weight=0.3).per_example(w, l), SimPO().per_example(w, l))
+    assert SimPO(sft_weight=0.3).nll_weight == 0.3
+    assert SimPO().scope == "pair" and SimPO(sft_weight=0.3).scope == "batch"

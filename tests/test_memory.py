@@ -1,0 +1,183 @@
+"""What the engine holds: never the logits, never more than its budget, as the planner says."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from tracking import Allocations
+
+from fusedpo import linear_logprobs, linear_token_stats, losses, plan, preference_loss
+
+MIB = 2**20
+TOKENS, VOCAB, WIDTH = 1024, 6000, 64
+
+
+def tensors(
+    dtype: torch.dtype, *, masked: bool, frozen: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, TOKENS // 4, WIDTH, generator=g).to(dtype).requires_grad_()
+    weight = (torch.randn(VOCAB, WIDTH, generator=g) / 8).to(dtype).requires_grad_(not frozen)
+    labels = torch.randint(VOCAB, (4, TOKENS // 4), generator=g)
+    if masked:
+        labels[:, : TOKENS // 8] = -100
+    return hidden, weight, labels
+
+
+def held(function, hidden, weight, labels) -> tuple[Allocations, int]:
+    """Bytes held beyond the outputs by forward and backward of function() -> (scalar, outputs)."""
+    gc.collect()
+    with Allocations() as seen:
+        seen.know(hidden, weight, labels)
+        total, outputs = function()
+        total.backward()
+    return seen, seen.peak_beyond(hidden.grad, weight.grad, *outputs)
+
+
+CASES = [
+    # dtype, budget, frozen, softcap
+    (torch.float32, "2MiB", False, None),
+    (torch.float32, "16MiB", False, None),
+    (torch.float32, "16MiB", False, 30.0),
+    (torch.float32, "64MiB", False, None),
+    (torch.float32, "64MiB", True, None),
+    (torch.bfloat16, "4MiB", False, None),
+    (torch.bfloat16, "16MiB", True, None),
+    (torch.bfloat16, "64MiB", False, None),
+    (torch.float64, "16MiB", False, None),
+]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("dtype", "budget", "frozen", "softcap"), CASES)
+def test_holds_what_the_plan_says(dtype, budget, frozen, softcap, masked) -> None:
+    hidden, weight, labels = tensors(dtype, masked=masked, frozen=frozen)
+    chosen = plan(
+        int((labels >= 0).sum()),
+        VOCAB,
+        WIDTH,
+        dtype=dtype,
+        budget=budget,
+        needs=("hidden",) if frozen else ("hidden", "weight"),
+        softcap=softcap is not None,
+        gathered=masked,
+    )
+
+    def call() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        out = linear_logprobs(hidden, weight, labels, softcap=softcap, memory_budget=budget)
+        return out.sum(), (out,)
+
+    seen, bytes_held = held(call, hidden, weight, labels)
+    vectors = 8 * labels.numel() * 8  # over all positions: masks, indices, the upstream gradient
+    assert bytes_held <= chosen.bytes + vectors, (str(chosen), bytes_held)
+    assert bytes_held >= 0.75 * chosen.bytes - vectors, (str(chosen), bytes_held)
+    if chosen.route != "retain":
+        assert seen.largest() < max(TOKENS * VOCAB // 2, weight.numel()) * dtype.itemsize
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("pairs", [1, 2])
+@pytest.mark.parametrize("budget", ["16MiB", "24MiB"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_holds_what_the_plan_says(dtype, budget, pairs, masked) -> None:
+    hidden, weight, labels = tensors(dtype, masked=masked, frozen=False)
+    hidden = hidden.detach().reshape(2 * pairs, -1, WIDTH).requires_grad_()
+    labels = labels.reshape(2 * pairs, -1)
+    count = int((labels >= 0).sum())
+    chosen = plan(
+        count,
+        VOCAB,
+        WIDTH,
+        dtype=dtype,
+        budget=budget,
+        scope="pair",
+        groups=pairs,
+        gathered=masked,
+    )
+
+    def call() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        out = preference_loss(losses.SimPO(), hidden, weight, labels, memory_budget=budget)
+        return out.loss, (out.loss, out.logprobs)
+
+    _, bytes_held = held(call, hidden, weight, labels)
+    # a pair's rows are gathered side by side when there are several, and its accumulator is needed
+    # only if the pair does not fit a block of rows
+    vectors = 16 * labels.numel() * 8
+    assert bytes_held <= chosen.bytes + vectors + chosen.rows * WIDTH * 4, (str(chosen), bytes_held)
+
+
+def test_entropy_keeps_its_budget() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for masked in (False, True):
+            hidden, weight, labels = tensors(dtype, masked=masked, frozen=False)
+            budget = 4 * MIB
+
+            def call(h=hidden, w=weight, y=labels) -> tuple[torch.Tensor, tuple]:
+                stats = linear_token_stats(h, w, y, memory_budget=4 * MIB)
+                return (stats.logprob + stats.entropy).sum(), (stats.logprob, stats.entropy)
+
+            _, bytes_held = held(call, hidden, weight, labels)
+            assert bytes_held <= budget + 16 * labels.numel() * 8
+
+
+def test_a_reference_in_the_same_call_keeps_the_budget() -> None:
+    hidden, weight, labels = tensors(torch.float32, masked=True, frozen=False)
+    ref_hidden, ref_weight = hidden.detach() + 1, weight.detach() + 0
+
+    def call() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        out = preference_loss(
+            losses.DPO(),
+            hidden,
+            weight,
+            labels,
+            ref_hidden=ref_hidden,
+            ref_weight=ref_weight,
+            memory_budget="8MiB",
+        )
+        return out.loss, (out.loss, out.logprobs)
+
+    _, bytes_held = held(call, hidden, weight, labels)
+    assert bytes_held <= 8 * MIB + 16 * labels.numel() * 8
+
+
+def test_ignored_rows_are_not_projected() -> None:
+    """Half of the rows masked: half of the flops, counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(masked: bool) -> int:
+        hidden, weight, labels = tensors(torch.float32, masked=masked, frozen=False)
+        with FlopCounterMode(display=False) as counter:
+            linear_logprobs(hidden, weight, labels, memory_budget="8MiB").sum().backward()
+        return counter.get_total_flops()
+
+    assert flops(masked=True) == flops(masked=False) // 2
+
+
+@pytest.mark.parametrize(
+    ("route", "needs", "products"),
+    [
+        ("forward", (), 1),
+        ("frozen", ("hidden",), 2),
+        ("recompute", ("hidden", "weight"), 4),
+        ("recompute", ("weight",), 3),
+        ("retain", ("hidden", "weight"), 3),
+        ("one_pass", ("hidden", "weight"), 3),
+    ],
+)
+def test_the_products_are_as_many_as_the_plan_says(route, needs, products) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    hidden, weight, labels = (t.detach() for t in tensors(torch.float32, masked=False, frozen=True))
+    hidden.requires_grad_("hidden" in needs)
+    weight.requires_grad_("weight" in needs)
+    chosen = plan(
+        TOKENS, VOCAB, WIDTH, budget="1GiB", needs=needs, scope="pair", groups=2, route=route
+    )
+    assert chosen.products == products
+    with FlopCounterMode(display=False) as counter:
+        out = preference_loss(losses.SimPO(), hidden, weight, labels, memory_budget=chosen)
+        if needs:
+            out.loss.backward()
+    assert counter.get_total_flops() == products * 2 * TOKENS * VOCAB * WIDTH

@@ -1,0 +1,270 @@
+"""The tests of the tests: deliberately wrong engines, each to be rejected by the acceptance rule.
+
+A mutant changes one thing in the engine. It is run on a handful of cases, at the upstream scale of
+a preference loss (0.1 over the number of tokens), in every dtype it applies to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from engine import DTYPES, KnownGradient, plan_of, run
+from oracles import Case, Result, faults
+
+import fusedpo.sweeps as sweeps
+from fusedpo.kernels import logit_tile
+from fusedpo.sweeps import Rows, Tiles
+
+Patch = pytest.MonkeyPatch
+ROUTES = ("recompute", "retain", "one_pass")
+
+
+def cases(dtype: torch.dtype) -> list[Case]:
+    """Ragged against every tile below; the last token is scored; hot, capped, shifted, scaled."""
+    made = []
+    for kind in ("plain", "hot", "cap", "bias", "shifted", "temperature"):
+        g = torch.Generator().manual_seed(len(made))
+        labels = torch.randint(131, (45,), generator=g)
+        # a confident token is what rounding its probability would hurt
+        hidden = torch.randn(45, 24, generator=g)
+        weight = torch.randn(131, 24, generator=g) / 4
+        weight[labels[44]] = 12.0 * hidden[44] / hidden[44].square().sum()
+        labels[5:12] = -100
+        case = Case(
+            f"{kind}, {dtype}",
+            (hidden * (3 if kind == "hot" else 1)).to(dtype),
+            weight.to(dtype),
+            labels,
+            torch.randn(45, generator=g) * 0.1 / 45,
+        )
+        if kind == "cap":
+            case.softcap = 3.0
+        if kind in ("bias", "shifted"):
+            # exp(-200) is 0 in single precision, but not in double
+            far = -900.0 if dtype == torch.float64 else -200.0
+            offset = far if kind == "shifted" else 0.0
+            case.bias = (torch.randn(131, generator=g) + offset).to(dtype)
+            case.needs = ("hidden", "weight", "bias")
+        if kind == "temperature":
+            case.temperature, case.logit_scale = torch.rand(45, generator=g) + 0.4, 0.8
+        made.append(case)
+    return made
+
+
+def caught(dtype: torch.dtype, route: str) -> bool:
+    """Whether the rule finds fault with the engine as it is now."""
+
+    def result(case: Case) -> Result:
+        if route == "as planned":
+            return run(case)
+        return run(case, plan_of(case, route, 16, 50), starts=[0, 10, 30, 38])
+
+    return any(faults(result(case), case) for case in cases(dtype))
+
+
+def scaled_gradient(which: str, factor: float) -> Callable[[Patch], None]:
+    """The engine's gradient of one tensor times a factor."""
+
+    def patch(m: Patch) -> None:
+        engine = fusedpo_engine()
+        original = engine.backward
+
+        def backward(ctx, *upstream):
+            hidden, weight, bias, rest = original(ctx, *upstream)
+            if which == "hidden":
+                hidden = hidden * factor
+            else:
+                weight = weight * factor
+            return hidden, weight, bias, rest
+
+        m.setattr(engine, "backward", staticmethod(backward))
+
+    return patch
+
+
+def fusedpo_engine():
+    import fusedpo.logprobs
+
+    return fusedpo.logprobs._Engine
+
+
+def lose_last_rows(m: Patch) -> None:
+    """The backward forgets the last block of rows; in one_pass, the head's gradient does."""
+    original = Tiles.add_slice
+
+    def add_slice(self, weight, bias, jacobian, hidden, coefficient, add):
+        if self.rows.targets.shape[0] == 38 and torch.equal(coefficient[-1:], self._last):
+            coefficient = torch.zeros_like(coefficient)
+        original(self, weight, bias, jacobian, hidden, coefficient, add)
+
+    # the last row's coefficient tells the last block
+    for name in ("sweep_head", "sweep_kept"):
+        whole = getattr(Tiles, name)
+
+        def sweep(self, first, second, *rest, _whole=whole):
+            upstream = second
+            self._last = -self.scaled(upstream, 0, self.count)[-1:]
+            _whole(self, first, second, *rest)
+
+        m.setattr(Tiles, name, sweep)
+
+    def units(self, start, stop):
+        found = original_units(self, start, stop)
+        return torch.zeros_like(found) if stop == self.starts[-1] else found
+
+    original_units = KnownGradient.units
+    m.setattr(KnownGradient, "units", units)
+    m.setattr(Tiles, "_last", torch.tensor([torch.nan]), raising=False)
+    m.setattr(Tiles, "add_slice", add_slice)
+
+
+def lose_last_columns(m: Patch) -> None:
+    """The last tile of the vocabulary is never folded."""
+    original = logit_tile.fold_torch
+
+    def fold(z, target, start, stats, out=None):
+        if start + z.shape[1] == 131:
+            z = z.masked_fill(torch.arange(z.shape[1]) != (target - start)[:, None], -torch.inf)
+            return original(z, target, start, stats, None if out is None else out)
+        return original(z, target, start, stats, out)
+
+    m.setattr(sweeps, "fold_torch", fold)
+
+
+def round_target_entry(m: Patch) -> None:
+    """softmax - 1 at the target, formed from a probability rounded to bfloat16."""
+    original = logit_tile.jacobian_torch
+
+    def jacobian(z, target, start, logsumexp, logprob, *, limit=None):
+        # expm1 of this is bf16(p) - 1
+        rounded = logprob.exp().bfloat16().to(logprob.dtype).log()
+        return original(z, target, start, logsumexp, rounded, limit=limit)
+
+    def unit_rows(self, rest, stats, block, r):
+        rounded = block["logprob"].exp().bfloat16().to(self.acc).log()
+        return original_rows(self, rest, stats, {**block, "logprob": rounded}, r)
+
+    original_rows = Tiles.unit_rows
+    m.setattr(Tiles, "unit_rows", unit_rows)
+    m.setattr(sweeps, "jacobian_torch", jacobian)
+
+
+def ignore_the_mask(m: Patch) -> None:
+    """Ignored positions are scored as class 0."""
+    m.setattr(
+        Rows,
+        "of",
+        classmethod(lambda cls, labels, _: cls(labels.clamp(min=0).long(), None, labels.shape)),
+    )
+
+
+def start_peak_at_zero(m: Patch) -> None:
+    original = logit_tile.RowStats.start.__func__
+
+    def start(cls, *args, **kwargs):
+        stats = original(cls, *args, **kwargs)
+        stats.peak.zero_()
+        return stats
+
+    m.setattr(logit_tile.RowStats, "start", classmethod(start))
+
+
+def no_rescale(m: Patch) -> None:
+    """The running sum of the hidden gradient is not rescaled when the peak rises."""
+    original = logit_tile.fold_torch
+
+    def fold(*args, **kwargs):
+        return torch.ones_like(original(*args, **kwargs))
+
+    m.setattr(sweeps, "fold_torch", fold)
+
+
+def lose_softcap_slope(m: Patch) -> None:
+    m.setattr(Tiles, "limit", lambda self, start, stop: None)
+
+
+def lose_temperature_in_backward(m: Patch) -> None:
+    m.setattr(Tiles, "scaled", lambda self, values, start, stop: values)
+
+
+def shift_labels_by_one(m: Patch) -> None:
+    original = Rows.of.__func__
+
+    def of(cls, labels, ignore_index):
+        rows = original(cls, labels, ignore_index)
+        return dataclasses.replace(rows, targets=(rows.targets + 1) % 131)
+
+    m.setattr(Rows, "of", classmethod(of))
+
+
+def bias_twice(m: Patch) -> None:
+    original = Tiles.logits
+
+    def logits(self, out, hidden, weight, r, c):
+        original(self, out, hidden, weight, r, c)
+        if self.bias is not None:
+            out += self.bias[c[0] : c[1]]
+
+    m.setattr(Tiles, "logits", logits)
+
+
+def half_precision_logsumexp(m: Patch) -> None:
+    m.setattr(
+        logit_tile.RowStats,
+        "rest",
+        property(lambda s: (s.peak + s.total.log()).bfloat16().to(s.peak.dtype)),
+    )
+
+
+def scalar_upstream(m: Patch) -> None:
+    """Every token is given the first token's upstream gradient."""
+    engine = fusedpo_engine()
+    original = engine.backward
+    m.setattr(
+        engine,
+        "backward",
+        staticmethod(lambda ctx, g, *rest: original(ctx, g[:1].expand_as(g).contiguous(), *rest)),
+    )
+
+
+MUTANTS: dict[str, tuple[Callable[[Patch], None], tuple[str, ...]]] = {
+    "zero hidden gradient": (scaled_gradient("hidden", 0.0), ROUTES),
+    "zero weight gradient": (scaled_gradient("weight", 0.0), ROUTES),
+    "0.9 x hidden gradient": (scaled_gradient("hidden", 0.9), ROUTES),
+    "0.9 x weight gradient": (scaled_gradient("weight", 0.9), ROUTES),
+    "1.02 x weight gradient": (scaled_gradient("weight", 1.02), ROUTES),
+    "flipped hidden gradient": (scaled_gradient("hidden", -1.0), ROUTES),
+    "last block of rows lost": (lose_last_rows, ROUTES),
+    "last tile of the vocabulary lost": (lose_last_columns, ROUTES),
+    "target entry rounded through bfloat16": (round_target_entry, ROUTES),
+    "mask ignored": (ignore_the_mask, ("as planned",)),
+    "running maximum starts at 0": (start_peak_at_zero, ROUTES),
+    "running sum not rescaled": (no_rescale, ("recompute",)),
+    "softcap's slope lost": (lose_softcap_slope, ROUTES),
+    "temperature lost in the backward": (lose_temperature_in_backward, ROUTES),
+    "labels shifted by one": (shift_labels_by_one, ROUTES),
+    "bias counted twice": (bias_twice, ROUTES),
+    "logsumexp in half precision": (half_precision_logsumexp, ROUTES),
+    "upstream gradient taken for a number": (scalar_upstream, ("recompute", "retain")),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_engine_as_it_is_raises_no_alarm(dtype: torch.dtype, route: str) -> None:
+    assert not caught(dtype, route)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_engine_is_caught(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch, routes = MUTANTS[name]
+    with monkeypatch.context() as m:
+        patch(m)
+        for route in routes:
+            assert caught(dtype, route), route

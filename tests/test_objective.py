@@ -1,0 +1,449 @@
+"""preference_loss against the naive program: layouts, references, denominators, routes, metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from losses.shared import pair_losses
+from oracles import gradient_faults
+
+from fusedpo import FusedLoss, linear_logprobs, losses, plan, preference_loss
+from fusedpo.losses import DPO, IPO, Loss, SimPO
+from fusedpo.scores import Scores
+
+every_loss = pytest.mark.parametrize("loss", pair_losses(), ids=lambda loss: type(loss).__name__)
+VOCAB, WIDTH = 61, 12
+
+
+def batch(
+    seed: int, pairs: int, *, length: int = 14, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """Padded chosen and rejected sequences with prompts of their own length, and a reference."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(2 * pairs, length, WIDTH, generator=g)
+    weight = torch.randn(VOCAB, WIDTH, generator=g) / 3
+    labels = torch.randint(VOCAB, (2 * pairs, length), generator=g)
+    for row in labels:
+        prompt, end = sorted(torch.randperm(length + 1, generator=g)[:2].tolist())
+        row[:prompt] = -100
+        row[end:] = -100
+    return {
+        "hidden": hidden.to(dtype).requires_grad_(),
+        "weight": weight.to(dtype).requires_grad_(),
+        "labels": labels,
+        "ref_hidden": (hidden + 0.3 * torch.randn(hidden.shape, generator=g)).to(dtype),
+        "ref_weight": (weight + 0.1 * torch.randn(weight.shape, generator=g)).to(dtype),
+    }
+
+
+def naive_loss(
+    loss: Loss, hidden: torch.Tensor, weight: torch.Tensor, data: dict, denominator: float | None
+) -> torch.Tensor:
+    """Full logits, per-sequence sums, the loss's formula on them, the mean over pairs."""
+
+    def logps(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        z = (h @ w.T).log_softmax(-1) if h.dtype == torch.float64 else (h @ w.T).float()
+        log_p = z if h.dtype == torch.float64 else z.log_softmax(-1)
+        labels = data["labels"]
+        found = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        return found.masked_fill(labels < 0, 0.0).sum(-1)
+
+    pairs = data["labels"].shape[0] // 2
+    policy = logps(hidden, weight)
+    length = (data["labels"] >= 0).sum(-1).to(policy.dtype)
+    ref = None
+    if loss.needs_reference:
+        ref = logps(data["ref_hidden"].to(hidden.dtype), data["ref_weight"].to(hidden.dtype))
+    scores = Scores(policy, length, ref)
+    total = loss.per_example(scores[:pairs], scores[pairs:]).sum() / (denominator or pairs)
+    if loss.nll_weight:
+        total = total - loss.nll_weight * policy[:pairs].sum() / length[:pairs].sum()
+    return total
+
+
+def reference(loss: Loss, data: dict) -> dict:
+    names = ("ref_hidden", "ref_weight") if loss.needs_reference else ()
+    return {name: data[name] for name in names}
+
+
+def check(loss: Loss, data: dict, factor: float = 1.0, **options) -> None:
+    """Loss and gradients of one call against the naive program in float64."""
+    hidden, weight = data["hidden"], data["weight"]
+    out = preference_loss(
+        loss, hidden, weight, data["labels"], **{**reference(loss, data), **options}
+    )
+    got = torch.autograd.grad(out.loss * factor, (hidden, weight))
+    results = {}
+    for dtype in (torch.float64, hidden.dtype):
+        h, w = (t.detach().to(dtype).requires_grad_() for t in (hidden, weight))
+        total = naive_loss(loss, h, w, data, options.get("num_items"))
+        results[dtype] = (total, torch.autograd.grad(total * factor, (h, w)))
+    truth, exact = results[torch.float64]
+    assert out.loss.item() == pytest.approx(truth.item(), rel=2e-5, abs=1e-6)
+    for name, mine, true, same in zip(
+        ("hidden", "weight"), got, exact, results[hidden.dtype][1], strict=True
+    ):
+        assert not (found := gradient_faults(name, mine, true, same, 10.0)), found
+
+
+@every_loss
+@pytest.mark.parametrize("pairs", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("route", ["recompute", "retain", "one_pass"])
+def test_equals_the_naive_program(loss: Loss, pairs: int, dtype: torch.dtype, route: str) -> None:
+    for seed in range(4):
+        data = batch(seed, pairs, dtype=dtype)
+        count = int((data["labels"] >= 0).sum())
+        for tile in ((5, 16), (16, 128)):
+            chosen = plan(count, VOCAB, WIDTH, dtype=dtype, scope="pair", groups=pairs, route=route)
+            chosen = dataclasses.replace(chosen, rows=tile[0], cols=tile[1])
+            check(loss, data, factor=0.37, memory_budget=chosen)
+
+
+@every_loss
+@given(seed=st.integers(0, 10_000), pairs=st.integers(1, 5), length=st.integers(2, 40))
+def test_equals_the_naive_program_as_planned(
+    loss: Loss, seed: int, pairs: int, length: int
+) -> None:
+    check(loss, batch(seed, pairs, length=length), memory_budget="256KiB")
+    check(loss, batch(seed, pairs, length=length))
+
+
+@pytest.mark.parametrize("link", ["sigmoid", "hinge"])
+@pytest.mark.parametrize("sft_weight", [0.0, 0.5])
+def test_simpo_with_its_options(link: str, sft_weight: float) -> None:
+    for budget in ("64KiB", None):
+        check(SimPO(link=link, sft_weight=sft_weight), batch(0, 3), memory_budget=budget)
+
+
+def test_an_inactive_hinge_has_no_gradient() -> None:
+    """The gradient that one_pass assumed is 0: the ratio of nothing to nothing is nothing."""
+    data = batch(0, 2)
+    loss = SimPO(link="hinge", gamma=-1e4)
+    out = preference_loss(loss, data["hidden"], data["weight"], data["labels"])
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert (data["hidden"].grad == 0).all() and (data["weight"].grad == 0).all()
+
+
+def packed(data: dict) -> tuple[dict, torch.Tensor]:
+    """The same sequences without their padding, in one row."""
+    keep = (data["labels"] >= 0).long()
+    ends = [int(row.nonzero().max()) + 1 for row in keep]
+    cu = torch.tensor([0, *torch.tensor(ends).cumsum(0).tolist()], dtype=torch.int32)
+    flat = {}
+    for name in ("hidden", "labels", "ref_hidden"):
+        flat[name] = torch.cat(
+            [row[:end] for row, end in zip(data[name].detach(), ends, strict=True)]
+        )
+    flat["hidden"].requires_grad_()
+    return {**data, **flat}, cu
+
+
+@every_loss
+@pytest.mark.parametrize("budget", ["128KiB", None])
+def test_packed_equals_padded(loss: Loss, budget: str | None) -> None:
+    data = batch(1, 3)
+    flat, cu = packed(data)
+    outs = [
+        preference_loss(
+            loss,
+            d["hidden"],
+            d["weight"],
+            d["labels"],
+            **reference(loss, d),
+            **options,
+            memory_budget=budget,
+        )
+        for d, options in ((data, {}), (flat, {"cu_seqlens": cu}))
+    ]
+    assert outs[0].loss.item() == pytest.approx(outs[1].loss.item(), rel=1e-6)
+    assert torch.allclose(outs[0].per_example, outs[1].per_example, rtol=1e-6)
+    mine = torch.autograd.grad(outs[0].loss, data["weight"])[0]
+    other = torch.autograd.grad(outs[1].loss, flat["weight"])[0]
+    assert not gradient_faults("weight", other, mine.double(), mine, 10.0)
+    batched = preference_loss(
+        loss,
+        flat["hidden"][None],
+        flat["weight"],
+        flat["labels"][None],
+        cu_seqlens=cu,
+        **{k: v[None] if k == "ref_hidden" else v for k, v in reference(loss, flat).items()},
+    )
+    assert batched.loss.item() == pytest.approx(outs[1].loss.item(), rel=1e-6)
+    assert batched.logprobs.shape == (1, flat["labels"].shape[0])
+
+
+@every_loss
+def test_padding_side_does_not_matter(loss: Loss) -> None:
+    data = batch(2, 2)
+    out = preference_loss(
+        loss, data["hidden"], data["weight"], data["labels"], **reference(loss, data)
+    )
+    moved = {
+        name: torch.nn.functional.pad(data[name].detach(), (0, 0, 3, 0))
+        for name in ("hidden", "ref_hidden")
+    }
+    labels = torch.nn.functional.pad(data["labels"], (3, 0), value=-100)
+    ref = {**reference(loss, data)}
+    if ref:
+        ref["ref_hidden"] = moved["ref_hidden"]
+    left = preference_loss(loss, moved["hidden"], data["weight"], labels, **ref)
+    assert left.loss.item() == out.loss.item()
+
+
+def test_labels_of_hugging_face_are_shifted_here() -> None:
+    """Three tokens by hand: with labels [5, 6, 7], hidden 0 predicts 6 and hidden 1 predicts 7."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(2, 3, 4, generator=g), torch.randn(9, 4, generator=g)
+    labels = torch.tensor([[5, 6, 7], [-100, -100, 3]])
+    out = preference_loss(SimPO(), hidden, weight, labels, shift=True)
+    log_p = (hidden @ weight.T).log_softmax(-1)
+    expected = torch.zeros(2, 3)
+    expected[0, 0], expected[0, 1], expected[1, 1] = log_p[0, 0, 6], log_p[0, 1, 7], log_p[1, 1, 3]
+    assert torch.allclose(out.logprobs, expected, atol=1e-6)
+    assert torch.equal(out.logprobs == 0, expected == 0)
+
+
+def test_no_label_crosses_a_border_of_packed_sequences() -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(5, 4, generator=g), torch.randn(9, 4, generator=g)
+    labels = torch.tensor([5, 6, 7, 1, 2])
+    cu = torch.tensor([0, 3, 5])
+    out = preference_loss(SimPO(), hidden, weight, labels, shift=True, cu_seqlens=cu)
+    log_p = (hidden @ weight.T).log_softmax(-1)
+    expected = torch.stack(
+        [log_p[0, 6], log_p[1, 7], torch.tensor(0.0), log_p[3, 2], torch.tensor(0.0)]
+    )
+    assert torch.allclose(out.logprobs, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("loss", [DPO(), IPO(), IPO(average=False)], ids=repr)
+def test_a_reference_may_be_given_in_three_ways(loss: Loss, shift: bool) -> None:
+    data = batch(3, 2)
+    labels = data["labels"]
+    args = (loss, data["hidden"], data["weight"], labels)
+    states = preference_loss(
+        *args, ref_hidden=data["ref_hidden"], ref_weight=data["ref_weight"], shift=shift
+    )
+    aligned = labels
+    if shift:
+        aligned = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    tokens = linear_logprobs(data["ref_hidden"], data["ref_weight"], aligned)
+    # garbage where nothing is scored must not matter
+    tokens = tokens.detach().masked_fill(aligned < 0, torch.nan)
+    per_token = preference_loss(*args, ref_logprobs=tokens, shift=shift)
+    per_sequence = preference_loss(*args, ref_logprobs=tokens.nansum(-1), shift=shift)
+    assert states.loss.item() == pytest.approx(per_token.loss.item(), rel=1e-6)
+    assert states.loss.item() == pytest.approx(per_sequence.loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 3, 7])
+@pytest.mark.parametrize("budget", ["128KiB", "1MiB", None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_equal_policies_give_log_two_to_the_last_bit(
+    pairs: int, budget: str | None, dtype: torch.dtype
+) -> None:
+    """And every reward exactly 0, whatever route the policy takes."""
+    data = batch(pairs, pairs, length=33, dtype=dtype)
+    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
+    for ref in (
+        {"ref_hidden": data["hidden"]},
+        {"ref_hidden": data["hidden"], "ref_weight": data["weight"]},
+        {
+            "ref_logprobs": preference_loss(
+                SimPO(), data["hidden"], data["weight"], data["labels"], memory_budget=budget
+            ).logprobs
+        },
+    ):
+        out = preference_loss(
+            DPO(), data["hidden"], data["weight"], data["labels"], memory_budget=budget, **ref
+        )
+        assert out.loss.item() == torch.tensor(2, dtype=accumulated).log().item()
+        assert all(
+            out.metrics[f"rewards/{name}"] == 0 for name in ("chosen", "rejected", "margins")
+        )
+
+
+def test_no_gradient_reaches_the_reference() -> None:
+    data = batch(0, 2)
+    ref_hidden = data["ref_hidden"].clone().requires_grad_()
+    ref_weight = data["ref_weight"].clone().requires_grad_()
+    out = preference_loss(
+        DPO(),
+        data["hidden"],
+        data["weight"],
+        data["labels"],
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+    )
+    out.loss.backward()
+    assert ref_hidden.grad is None and ref_weight.grad is None
+
+
+def test_a_shared_head_is_the_default_of_the_reference() -> None:
+    data = batch(0, 2)
+    args = (DPO(), data["hidden"], data["weight"], data["labels"])
+    assert torch.equal(
+        preference_loss(*args, ref_hidden=data["ref_hidden"]).loss,
+        preference_loss(*args, ref_hidden=data["ref_hidden"], ref_weight=data["weight"]).loss,
+    )
+
+
+def test_a_reference_may_have_another_size() -> None:
+    data = batch(0, 2)
+    g = torch.Generator().manual_seed(9)
+    ref_hidden, ref_weight = torch.randn(4, 14, 5, generator=g), torch.randn(70, 5, generator=g)
+    args = (DPO(), data["hidden"], data["weight"], data["labels"])
+    out = preference_loss(*args, ref_hidden=ref_hidden, ref_weight=ref_weight)
+    tokens = linear_logprobs(ref_hidden, ref_weight, data["labels"])
+    assert out.loss.item() == pytest.approx(
+        preference_loss(*args, ref_logprobs=tokens).loss.item(), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("loss", [SimPO(), SimPO(sft_weight=0.4), DPO()], ids=repr)
+@pytest.mark.parametrize("splits", [[2, 3], [1, 1, 3], [1, 1, 1, 1, 1]])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_accumulation_over_micro_batches_is_one_batch(
+    loss: Loss, splits: list[int], as_tensor: bool
+) -> None:
+    """With unequal lengths, given the step's denominators."""
+    data = batch(4, 5)
+    hidden, weight, labels = data["hidden"], data["weight"], data["labels"]
+    whole = preference_loss(loss, hidden, weight, labels, **reference(loss, data))
+    expected = torch.autograd.grad(whole.loss, (hidden, weight))
+    items = torch.tensor(5) if as_tensor else 5
+    options = {"num_items": items}
+    if loss.nll_weight:
+        options["num_tokens"] = int((labels[:5] >= 0).sum())
+    total, start = 0.0, 0
+    for size in splits:
+        rows = [*range(start, start + size), *range(5 + start, 5 + start + size)]
+        ref = {k: v[rows] if k == "ref_hidden" else v for k, v in reference(loss, data).items()}
+        total = (
+            total + preference_loss(loss, hidden[rows], weight, labels[rows], **ref, **options).loss
+        )
+        start += size
+    assert total.item() == pytest.approx(whole.loss.item(), rel=1e-6)
+    for name, mine, true in zip(
+        ("hidden", "weight"), torch.autograd.grad(total, (hidden, weight)), expected, strict=True
+    ):
+        assert not gradient_faults(name, mine, true.double(), true, 10.0)
+
+
+def test_metrics_are_trls() -> None:
+    data = batch(5, 3)
+    out = preference_loss(
+        DPO(beta=0.3), data["hidden"], data["weight"], data["labels"], **reference(DPO(), data)
+    )
+    logps = out.logprobs.sum(-1)
+    ref = linear_logprobs(data["ref_hidden"], data["ref_weight"], data["labels"]).sum(-1)
+    reward = 0.3 * (logps - ref)
+    expected = {
+        "rewards/chosen": reward[:3].mean(),
+        "rewards/rejected": reward[3:].mean(),
+        "rewards/margins": (reward[:3] - reward[3:]).mean(),
+        "rewards/accuracies": (reward[:3] > reward[3:]).float().mean(),
+        "logps/chosen": logps[:3].mean(),
+        "logps/rejected": logps[3:].mean(),
+    }
+    assert out.metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        assert out.metrics[name].item() == pytest.approx(value.item(), rel=1e-5), name
+        assert not out.metrics[name].requires_grad and out.metrics[name].shape == ()
+    assert out.per_example.mean().item() == pytest.approx(out.loss.item())
+    assert not out.per_example.requires_grad and not out.logprobs.requires_grad
+
+
+def test_simpo_logs_averages_and_its_cross_entropy() -> None:
+    data = batch(5, 3)
+    out = preference_loss(SimPO(sft_weight=0.5), data["hidden"], data["weight"], data["labels"])
+    counts = (data["labels"] >= 0).sum(-1)
+    mean = out.logprobs.sum(-1) / counts
+    assert out.metrics["logps/chosen"].item() == pytest.approx(mean[:3].mean().item(), rel=1e-5)
+    assert out.metrics["rewards/chosen"].item() == pytest.approx(
+        2 * mean[:3].mean().item(), rel=1e-5
+    )
+    nll = -out.logprobs[:3].sum() / counts[:3].sum()
+    assert out.metrics["nll_loss"].item() == pytest.approx(nll.item(), rel=1e-5)
+
+
+def test_logprobs_are_those_of_linear_logprobs() -> None:
+    data = batch(6, 2)
+    out = preference_loss(SimPO(), data["hidden"], data["weight"], data["labels"])
+    alone = linear_logprobs(data["hidden"], data["weight"], data["labels"]).detach()
+    assert torch.allclose(out.logprobs, alone, rtol=1e-6)
+    assert torch.equal(out.logprobs == 0, data["labels"] < 0)
+
+
+@pytest.mark.parametrize("route", ["recompute", "retain", "one_pass"])
+def test_head_options_reach_the_loss(route: str) -> None:
+    """No option of the head is dead, in the policy or in the reference."""
+    data = batch(7, 2)
+    options = {
+        "bias": torch.linspace(-1, 1, VOCAB),
+        "softcap": 1.5,
+        "logit_scale": 0.5,
+        "temperature": 0.7,
+    }
+    chosen = plan(int((data["labels"] >= 0).sum()), VOCAB, WIDTH, scope="pair", route=route)
+    args = (DPO(), data["hidden"], data["weight"], data["labels"])
+
+    def value(**some) -> float:
+        ref = {"ref_hidden": data["ref_hidden"]}
+        return preference_loss(*args, **ref, **some, memory_budget=chosen).loss.item()
+
+    plain = value()
+    for name, option in options.items():
+        assert value(**{name: option}) != plain, name
+    z = data["hidden"] @ data["weight"].T + options["bias"]
+    z = 1.5 * torch.tanh(z / 1.5) * 0.5 / 0.7
+    expected = z.log_softmax(-1).gather(-1, data["labels"].clamp(min=0)[..., None])[..., 0]
+    scored = data["labels"] >= 0
+    got = preference_loss(*args, ref_hidden=data["ref_hidden"], **options, memory_budget=chosen)
+    assert torch.allclose(got.logprobs[scored], expected[scored], atol=1e-5)
+
+
+def test_fused_loss_is_preference_loss_with_its_options_set_once() -> None:
+    data = batch(8, 2)
+    module = FusedLoss(SimPO(), memory_budget="1MiB", softcap=3.0)
+    args = (data["hidden"], data["weight"], data["labels"])
+    assert torch.equal(
+        module(*args).loss,
+        preference_loss(SimPO(), *args, memory_budget="1MiB", softcap=3.0).loss,
+    )
+    assert torch.equal(module(*args, softcap=None).loss, preference_loss(SimPO(), *args).loss)
+    assert "SimPO(beta=2.0" in repr(module) and "softcap=3.0" in repr(module)
+    assert not list(module.parameters()) and not module.state_dict()
+
+
+def test_a_new_loss_needs_nothing_but_its_formula() -> None:
+    """A toy pair loss, defined here, goes through every route."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Exponential(losses.PairLoss):
+        """exp(-margin), per token."""
+
+        aggregate = "mean"
+
+        def of_margin(self, margin: torch.Tensor) -> torch.Tensor:
+            return torch.exp(-margin)
+
+        def reward(self, s: Scores) -> torch.Tensor:
+            return s.mean
+
+    data = batch(9, 2)
+    for budget in ("64KiB", None):
+        check(Exponential(), data, memory_budget=budget)
+    assert math.isfinite(
+        preference_loss(Exponential(), data["hidden"], data["weight"], data["labels"])
+        .metrics["rewards/margins"]
+        .item()
+    )

@@ -1,0 +1,134 @@
+"""The planner: pure arithmetic, held to what the engine allocates."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusedpo import Plan, linear_logprobs, plan
+from fusedpo.plan import DEFAULT_BUDGET, format_bytes
+
+MIB = 2**20
+
+
+def test_evaluation_takes_one_product() -> None:
+    chosen = plan(4096, 50_000, 512, needs=())
+    assert (chosen.route, chosen.products) == ("forward", 1)
+
+
+def test_a_frozen_head_takes_two_products() -> None:
+    chosen = plan(4096, 50_000, 512, needs=("hidden",))
+    assert (chosen.route, chosen.products) == ("frozen", 2)
+
+
+@pytest.mark.parametrize(
+    ("budget", "scope", "groups", "route", "products"),
+    [
+        ("16MiB", None, 1, "recompute", 4),
+        ("1GiB", None, 1, "retain", 3),
+        ("256MiB", "pair", 1, "one_pass", 3),
+        ("16MiB", "pair", 1, "recompute", 4),
+        ("256MiB", "batch", 1, "recompute", 4),
+    ],
+)
+def test_a_trainable_head_takes_the_fewest_products_that_fit(
+    budget: str, scope: str | None, groups: int, route: str, products: int
+) -> None:
+    chosen = plan(4096, 50_000, 512, budget=budget, scope=scope, groups=groups, gathered=False)
+    assert (chosen.route, chosen.products) == (route, products)
+
+
+def test_several_pairs_need_one_more_accumulator() -> None:
+    one = plan(4096, 50_000, 512, budget="1GiB", scope="pair", route="one_pass")
+    two = plan(4096, 50_000, 512, budget="1GiB", scope="pair", groups=2, route="one_pass")
+    assert two.bytes - one.bytes == 50_000 * 512 * 4
+
+
+@given(
+    tokens=st.integers(0, 200_000),
+    vocab=st.integers(1, 300_000),
+    hidden=st.integers(1, 8192),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    budget=st.integers(2**16, 2**33),
+    needs=st.sets(st.sampled_from(["hidden", "weight", "bias"])),
+    scope=st.sampled_from([None, "token", "sequence", "pair", "batch"]),
+    entropy=st.booleans(),
+    device=st.sampled_from(["cpu", "cuda"]),
+)
+def test_a_plan_keeps_its_budget_or_names_the_least_that_would_do(
+    tokens, vocab, hidden, dtype, budget, needs, scope, entropy, device
+) -> None:
+    def make(allowed: int) -> Plan:
+        return plan(
+            tokens,
+            vocab,
+            hidden,
+            dtype=dtype,
+            budget=allowed,
+            needs=needs,
+            scope=scope,
+            entropy=entropy,
+            device=device,
+        )
+
+    try:
+        chosen = make(budget)
+    except ValueError as refusal:
+        least = int(str(refusal).split("(")[1].split(" bytes")[0])
+        assert least > budget
+        assert make(least).bytes <= least
+        with pytest.raises(ValueError, match="at least"):
+            make(least - 1)
+        return
+    assert chosen.bytes <= budget
+    assert 1 <= chosen.rows <= max(1, tokens) and 1 <= chosen.cols <= vocab
+    assert chosen.products <= make(2**50).products + 2
+
+
+@given(small=st.integers(2**20, 2**28), factor=st.integers(1, 64))
+def test_more_memory_never_costs_more_products(small: int, factor: int) -> None:
+    few = plan(8192, 32_000, 256, budget=small, scope="pair")
+    many = plan(8192, 32_000, 256, budget=small * factor, scope="pair")
+    assert many.products <= few.products
+
+
+def test_the_tile_does_not_depend_on_the_route() -> None:
+    """Or a policy and its reference would be summed in different orders."""
+    kinds = [{"needs": ()}, {"needs": ("hidden",)}, {}, {"scope": "pair"}, {"route": "retain"}]
+    tiles = set()
+    for kind in kinds:
+        chosen = plan(700, 9000, 64, budget="64MiB", **kind)
+        tiles.add((chosen.rows, chosen.cols))
+    assert len(tiles) == 1
+
+
+def test_a_plan_prints_as_one_readable_line() -> None:
+    text = str(plan(1024, 50_257, 512, budget="20MiB"))
+    assert text.startswith("recompute: 4 products of 1024 x 50257 x 512, tile ")
+    assert "of 20 MiB" in text and "\n" not in text
+
+
+def test_cut_says_along_what() -> None:
+    chosen = plan(1024, 50_257, 512, budget="20MiB")
+    assert dataclasses.replace(chosen, rows=1024, cols=128).cut == "vocabulary"
+    assert dataclasses.replace(chosen, rows=16, cols=50_257).cut == "tokens"
+    assert dataclasses.replace(chosen, rows=16, cols=128).cut == "both"
+    assert dataclasses.replace(chosen, rows=1024, cols=50_257).cut == "none"
+
+
+def test_a_plan_can_be_given_as_the_budget() -> None:
+    hidden, weight = torch.randn(8, 4), torch.randn(10, 4, requires_grad=True)
+    labels = torch.randint(10, (8,))
+    chosen = plan(8, 10, 4, route="retain")
+    linear_logprobs(hidden, weight, labels, memory_budget=chosen).sum().backward()
+    with pytest.raises(ValueError, match="memory_budget: expected a plan for"):
+        linear_logprobs(hidden[:7], weight, labels[:7], memory_budget=chosen)
+
+
+def test_the_default_budget_is_as_stated() -> None:
+    assert DEFAULT_BUDGET == 256 * MIB == plan(8, 10, 4).budget
+    assert format_bytes(DEFAULT_BUDGET) == "256 MiB"
