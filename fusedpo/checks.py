@@ -64,7 +64,7 @@ def is_tensor(argument: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise bad_type(argument, "a torch.Tensor", type(value).__name__)
     if type(value).__name__ == "DTensor":
-        raise bad_type(argument, "a plain tensor", "a DTensor", "pass argument.full_tensor()")
+        raise bad_type(argument, "a plain tensor", "a DTensor", f"pass {argument}.full_tensor()")
     return value
 
 
@@ -140,7 +140,12 @@ def _same_dtype(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def label_tensor(
-    labels: object, hidden: Tensor, vocab: int, ignore_index: int, *, shift: bool = False
+    labels: object,
+    hidden: Tensor,
+    vocab: int,
+    ignore_index: int,
+    *,
+    unshifted: str = "pass hidden[:, :-1] with labels[:, 1:]",
 ) -> Tensor:
     """labels [...], shaped like hidden without its last axis, in [0, vocab) or ignore_index."""
     labels = is_tensor("labels", labels)
@@ -155,11 +160,7 @@ def label_tensor(
             and labels.shape[:-1] == expected[:-1]
             and abs(labels.shape[-1] - expected[-1]) == 1
         )
-        remedy = (
-            "labels are not shifted here: pass shift=True with both at full length"
-            if off_by_one
-            else ""
-        )
+        remedy = f"labels are not shifted here: {unshifted}" if off_by_one else ""
         raise bad_value(
             "labels",
             f"the shape of hidden without its last axis, {list(expected)}",

@@ -161,6 +161,8 @@ def linear_token_stats(
     """
     if isinstance(stats, str):
         stats = (stats,)
+    if not isinstance(stats, Sequence):
+        raise checks.bad_type("stats", "a sequence of names", type(stats).__name__)
     for name in stats:
         if name not in STATS:
             raise checks.bad_choice("stats", name, STATS)
@@ -185,7 +187,7 @@ def _prepare(
     """Check the arguments that the public functions share, and find the scored tokens."""
     head.check(hidden)
     labels = checks.label_tensor(labels, hidden, head.weight.shape[0], ignore_index)
-    check_temperature(temperature, labels)
+    check_temperature(temperature, labels, ignore_index)
     check_backend(backend)
     rows = Rows.of(labels, ignore_index)
     return rows, {"temperature": temperature, "memory_budget": memory_budget}
@@ -196,7 +198,7 @@ def check_backend(backend: str) -> None:
         raise checks.bad_choice("backend", backend, ("auto", "torch"))
 
 
-def check_temperature(temperature: float | Tensor, labels: Tensor) -> None:
+def check_temperature(temperature: float | Tensor, labels: Tensor, ignore_index: int) -> None:
     if not isinstance(temperature, Tensor):
         checks.positive("temperature", temperature)
         return
@@ -209,10 +211,9 @@ def check_temperature(temperature: float | Tensor, labels: Tensor) -> None:
         raise checks.bad_value(
             "temperature", "a constant", "a tensor that requires grad", "detach it"
         )
-    if not bool((temperature > 0).all()):
-        raise checks.bad_value(
-            "temperature", "numbers above 0", f"a minimum of {float(temperature.min()):g}"
-        )
+    wrong = temperature[~((temperature > 0) & temperature.isfinite()) & (labels != ignore_index)]
+    if wrong.numel():
+        raise checks.bad_value("temperature", "finite numbers above 0", f"{float(wrong[0]):g}")
 
 
 def needs_of(hidden: Tensor, head: Head) -> list[Needs]:
@@ -246,6 +247,17 @@ def plan_for(
             raise checks.bad_value(
                 "memory_budget", f"a plan for tokens, vocab, hidden, dtype = {have}", str(given)
             )
+        missing = {*needs_of(hidden, head)} - given.needs
+        if missing or ("entropy" in stats and not given.entropy):
+            wanted = ", ".join(sorted(missing) or ["entropy"])
+            raise checks.bad_value("memory_budget", f"a plan with needs for {wanted}", str(given))
+        if given.route == "one_pass" and scope not in ("token", "sequence", "pair"):
+            raise checks.bad_value(
+                "memory_budget",
+                "a plan of a route that serves this call",
+                str(given),
+                "one_pass needs a loss whose gradient is known within a token, sequence or pair",
+            )
         return given
     return plan(
         rows.count,
@@ -274,7 +286,9 @@ def score(
     groups: Groups | None = None,
 ) -> TokenStats:
     """linear_token_stats on checked arguments and already selected rows; statistics are [N]."""
-    chosen = plan_for(hidden, head, rows, memory_budget, stats=stats)
+    # whoever has groups has looked into the loss for them
+    scope: Scope | None = None if groups is None else "pair"
+    chosen = plan_for(hidden, head, rows, memory_budget, stats=stats, scope=scope)
     if isinstance(temperature, Tensor):
         scale: float | Tensor = head.logit_scale / rows.gather(temperature).to(
             accumulated_dtype(hidden.dtype)

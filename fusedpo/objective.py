@@ -82,7 +82,8 @@ def preference_loss(
         ref_hidden: instead, the reference's hidden states, shaped like hidden up to H; scored in
             this call,
             tile for tile as the policy's, so that equal models give a log-ratio of exactly 0.
-        ref_weight, ref_bias: the reference's head; the policy's own if not given.
+        ref_weight, ref_bias: the reference's head; the policy's own, bias included, if neither is
+            given. A ref_weight alone is a head without bias.
         cu_seqlens: [B + 1] int, start of each packed sequence and the total, as FlashAttention
             takes it.
         shift: labels are as Hugging Face gives them, labels[t] being token t: they are shifted
@@ -94,7 +95,7 @@ def preference_loss(
             step.
         bias, softcap, logit_scale, temperature, ignore_index, memory_budget, backend: as in
             linear_logprobs.
-        inputs: further per-pair tensors, as the loss declares them.
+        inputs: further tensors [P], as the loss declares them. Detached here.
 
     Returns:
         A LossOutput. Only its ``loss`` is differentiable.
@@ -104,19 +105,21 @@ def preference_loss(
     """
     if not isinstance(loss, PairLoss):
         raise checks.bad_type("loss", "a pair loss, such as fusedpo.losses.DPO()", repr(loss))
-    _check_inputs(loss, inputs)
     head = Head(weight, bias, softcap, logit_scale)
     head.check(hidden)
     check_backend(backend)
     vocab = weight.shape[0]
-    labels = checks.label_tensor(labels, hidden, vocab, ignore_index, shift=shift)
+    labels = checks.label_tensor(
+        labels, hidden, vocab, ignore_index, unshifted="pass shift=True with both at full length"
+    )
     borders = _borders(labels, cu_seqlens)
     if shift:
         labels = _shifted(labels, borders, ignore_index)
-    check_temperature(temperature, labels)
+    check_temperature(temperature, labels, ignore_index)
     rows = Rows.of(labels, ignore_index)
     sequences = _sequences(labels, rows, borders)
-    pairs = _pairs(sequences, borders)
+    pairs = _pairs(sequences)
+    per_pair = _check_inputs(loss, inputs, pairs, hidden)
     denominator = _denominator("num_items", num_items, pairs)
     nll_denominator = _nll_denominator(loss, num_items, num_tokens, sequences, pairs)
     reference = _check_reference(
@@ -132,7 +135,7 @@ def preference_loss(
     ref_logp = _reference_scores(
         reference, rows, sequences, temperature, memory_budget, chosen_plan
     )
-    problem = _PairProblem(loss, sequences, pairs, ref_logp, denominator, nll_denominator)
+    problem = _PairProblem(loss, sequences, pairs, per_pair, ref_logp, denominator, nll_denominator)
     groups = _PairGroups(problem) if chosen_plan.route == "one_pass" else None
     logprob = score(
         hidden, head, rows, temperature=temperature, memory_budget=chosen_plan, groups=groups
@@ -187,6 +190,7 @@ class _PairProblem:
     loss: PairLoss
     sequences: Sequences
     pairs: int
+    inputs: dict[str, Tensor]  # [P] each
     ref_logp: Tensor | None  # [B]
     denominator: float | Tensor
     nll_denominator: float | Tensor
@@ -201,7 +205,7 @@ class _PairProblem:
         """The loss (scalar), the loss of each pair [P] and the scores [B]."""
         scores = self.scores(logprob)
         chosen, rejected = scores[: self.pairs], scores[self.pairs :]
-        per_example = self.loss.per_example(chosen, rejected)
+        per_example = self.loss.per_example(chosen, rejected, **self.inputs)
         # summed in fp64, so that equal terms have their exact mean
         total = per_example.double().sum() / self.denominator
         if self.loss.nll_weight:
@@ -252,6 +256,7 @@ class _PairGroups:
             problem,
             sequences=Sequences(local, problem.sequences.lengths[which]),
             pairs=some,
+            inputs={name: value[first:last] for name, value in problem.inputs.items()},
             ref_logp=None if problem.ref_logp is None else problem.ref_logp[which],
         )
         with torch.enable_grad():
@@ -259,17 +264,23 @@ class _PairGroups:
             return torch.autograd.grad(part.evaluate(leaf)[0], leaf)[0]
 
 
-def _check_inputs(loss: Loss, inputs: dict[str, Tensor]) -> None:
+def _check_inputs(
+    loss: Loss, inputs: dict[str, Tensor], pairs: int, hidden: Tensor
+) -> dict[str, Tensor]:
+    """The loss's further inputs, each [P], detached."""
     for name in inputs:
         if name not in loss.inputs:
-            known = (*inspect.signature(preference_loss).parameters, *loss.inputs)
-            raise TypeError(
-                str(
-                    checks.bad_choice(
-                        f"argument of preference_loss with {type(loss).__name__}", name, known
-                    )
-                )
-            )
+            parameters = inspect.signature(preference_loss).parameters.values()
+            named = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+            argument = f"argument of preference_loss with {type(loss).__name__}"
+            raise TypeError(str(checks.bad_choice(argument, name, (*named, *loss.inputs))))
+    for name in loss.inputs:
+        if name not in inputs:
+            raise checks.bad_type(name, f"a tensor [{pairs}] for {type(loss).__name__}", "nothing")
+        value = checks.floating(name, inputs[name])
+        checks.shaped(name, value, (pairs,), "one number a pair,")
+        checks.same_device(hidden=hidden, **{name: value})
+    return {name: value.detach() for name, value in inputs.items()}
 
 
 def _borders(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -284,10 +295,10 @@ def _borders(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
             )
         return torch.arange(labels.shape[0] + 1, device=labels.device) * labels.shape[1]
     cu_seqlens = checks.is_tensor("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dtype not in checks.LABELS or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise checks.bad_value(
-            "cu_seqlens", "int32 or int64 [B + 1]", f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
-        )
+    if cu_seqlens.dtype not in checks.LABELS:
+        raise checks.bad_type("cu_seqlens", "int32 or int64 [B + 1]", str(cu_seqlens.dtype))
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise checks.bad_value("cu_seqlens", "[B + 1]", str(list(cu_seqlens.shape)))
     if labels.dim() != 1 and not (labels.dim() == 2 and labels.shape[0] == 1):
         raise checks.bad_value("labels", "[N] or [1, N] with cu_seqlens", str(list(labels.shape)))
     borders = cu_seqlens.to(labels.device).long()
@@ -325,7 +336,7 @@ def _sequences(labels: Tensor, rows: Rows, borders: Tensor) -> Sequences:
     return Sequences(index, torch.bincount(index, minlength=count))
 
 
-def _pairs(sequences: Sequences, borders: Tensor) -> int:
+def _pairs(sequences: Sequences) -> int:
     count = sequences.count
     if count == 0 or count % 2:
         raise checks.bad_value(
@@ -349,6 +360,8 @@ def _denominator(argument: str, value: int | float | Tensor | None, default: int
         return default
     if isinstance(value, Tensor):
         checks.shaped(argument, value, (), "a number or a tensor of shape")
+        if value.device.type == "cpu":  # elsewhere reading it would wait for the device
+            checks.positive(argument, value.item())
         return value.detach().double()
     return checks.positive(argument, value)
 
@@ -444,6 +457,9 @@ def _check_reference(
             bias=None if head.bias is None else head.bias.detach(),
         )
     else:
+        checks.is_tensor("ref_weight", ref_weight)
+        if ref_bias is not None:
+            checks.is_tensor("ref_bias", ref_bias)
         ref_head = replace(
             head, weight=ref_weight.detach(), bias=None if ref_bias is None else ref_bias.detach()
         )

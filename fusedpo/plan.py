@@ -18,7 +18,7 @@ from typing import Literal, get_args
 
 import torch
 
-from fusedpo.checks import bad_choice, bad_value
+from fusedpo.checks import FLOATS, bad_choice, bad_type, bad_value
 
 Route = Literal["forward", "frozen", "retain", "one_pass", "recompute"]
 Scope = Literal["token", "sequence", "pair", "batch"]
@@ -60,7 +60,7 @@ class Plan:
             hidden gradient of a gradient through the entropy did not fit in full precision.
         buffers: name -> bytes of everything held beyond the outputs at the worst moment.
         budget: bytes that were allowed.
-        tokens, vocab, hidden, dtype: the problem this plan is for.
+        tokens, vocab, hidden, dtype, needs, entropy: the problem this plan is for.
     """
 
     route: Route
@@ -75,6 +75,8 @@ class Plan:
     vocab: int
     hidden: int
     dtype: torch.dtype
+    needs: frozenset[Needs]
+    entropy: bool
 
     @property
     def bytes(self) -> int:
@@ -309,9 +311,13 @@ def _shrink(rows: int, cols: int) -> tuple[int, int]:
 
 
 def _least(p: _Problem, n: int, v: int) -> int:
-    """The least bytes at which any route can run with this tile."""
+    """Bytes with which any need can be served with this tile.
+
+    Those of recompute, which holds at least what frozen and forward do; retain or one_pass may hold
+    less on a small vocabulary, but do not serve every need.
+    """
     p = replace(p, wide=False)
-    ways = [way for each in _eligible(p).values() for way in each]
+    ways = [_recompute, _split] if p.entropy else [_recompute]
     return min(_total(way(p, n, v)[1]) for way in ways) + p.row_bytes()
 
 
@@ -376,12 +382,20 @@ def plan(
         ValueError: if no route fits, with the least that would; if ``route`` cannot serve the
             needs.
     """
-    for name, number in (("vocab", vocab), ("hidden", hidden)):
-        if number < 1:
-            raise bad_value(name, "at least 1", str(number))
-    if tokens < 0:
-        raise bad_value("tokens", "at least 0", str(tokens))
-    wanted = frozenset(needs)
+    sizes = (
+        ("tokens", tokens, 0),
+        ("vocab", vocab, 1),
+        ("hidden", hidden, 1),
+        ("groups", groups, 1),
+    )
+    for name, size, least in sizes:
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise bad_type(name, "an int", type(size).__name__)
+        if size < least:
+            raise bad_value(name, f"at least {least}", str(size))
+    if dtype not in FLOATS:
+        raise bad_type("dtype", "a floating-point dtype that the engine takes", str(dtype))
+    wanted: frozenset[Needs] = frozenset([needs] if isinstance(needs, str) else needs)  # type: ignore[list-item]
     for need in wanted:
         if need not in get_args(Needs):
             raise bad_choice("needs", need, get_args(Needs))
@@ -426,14 +440,16 @@ def plan(
                     vocab=vocab,
                     hidden=hidden,
                     dtype=dtype,
+                    needs=wanted,
+                    entropy=p.entropy_value,
                 )
             )
     fitting = [c for c in candidates if c.bytes <= allowed]
     if not fitting:
-        least = min(c.bytes for c in candidates)
+        fewest = min(c.bytes for c in candidates)
         raise bad_value(
             "memory_budget",
-            f"at least {format_bytes(least)} ({least} bytes) for {tokens} tokens, "
+            f"at least {format_bytes(fewest)} ({fewest} bytes) for {tokens} tokens, "
             f"vocabulary {vocab}, hidden {hidden}",
             format_bytes(allowed),
             "raise it, or score fewer tokens in a call",

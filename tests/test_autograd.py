@@ -270,6 +270,7 @@ def test_backward_through_the_entropy_alone() -> None:
     assert relative(ours[0], expected[0]) < 5e-6 and relative(ours[1], expected[1]) < 5e-6
 
 
+@pytest.mark.compiled
 def test_inside_torch_compile_the_numbers_are_the_same() -> None:
     hidden, weight, labels = small()
 

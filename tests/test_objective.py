@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from losses.shared import pair_losses
-from oracles import gradient_faults
+from oracles import gradient_faults, relative
 
 from fusedpo import FusedLoss, linear_logprobs, losses, plan, preference_loss
 from fusedpo.losses import DPO, IPO, Loss, SimPO
@@ -163,7 +162,7 @@ def test_packed_equals_padded(loss: Loss, budget: str | None) -> None:
         for d, options in ((data, {}), (flat, {"cu_seqlens": cu}))
     ]
     assert outs[0].loss.item() == pytest.approx(outs[1].loss.item(), rel=1e-6)
-    assert torch.allclose(outs[0].per_example, outs[1].per_example, rtol=1e-6)
+    assert relative(outs[0].per_example, outs[1].per_example) < 1e-6
     mine = torch.autograd.grad(outs[0].loss, data["weight"])[0]
     other = torch.autograd.grad(outs[1].loss, flat["weight"])[0]
     assert not gradient_faults("weight", other, mine.double(), mine, 10.0)
@@ -206,7 +205,7 @@ def test_labels_of_hugging_face_are_shifted_here() -> None:
     log_p = (hidden @ weight.T).log_softmax(-1)
     expected = torch.zeros(2, 3)
     expected[0, 0], expected[0, 1], expected[1, 1] = log_p[0, 0, 6], log_p[0, 1, 7], log_p[1, 1, 3]
-    assert torch.allclose(out.logprobs, expected, atol=1e-6)
+    assert relative(out.logprobs, expected) < 1e-6
     assert torch.equal(out.logprobs == 0, expected == 0)
 
 
@@ -220,7 +219,7 @@ def test_no_label_crosses_a_border_of_packed_sequences() -> None:
     expected = torch.stack(
         [log_p[0, 6], log_p[1, 7], torch.tensor(0.0), log_p[3, 2], torch.tensor(0.0)]
     )
-    assert torch.allclose(out.logprobs, expected, atol=1e-6)
+    assert relative(out.logprobs, expected) < 1e-6
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -379,7 +378,7 @@ def test_logprobs_are_those_of_linear_logprobs() -> None:
     data = batch(6, 2)
     out = preference_loss(SimPO(), data["hidden"], data["weight"], data["labels"])
     alone = linear_logprobs(data["hidden"], data["weight"], data["labels"]).detach()
-    assert torch.allclose(out.logprobs, alone, rtol=1e-6)
+    assert relative(out.logprobs, alone) < 1e-6
     assert torch.equal(out.logprobs == 0, data["labels"] < 0)
 
 
@@ -408,7 +407,7 @@ def test_head_options_reach_the_loss(route: str) -> None:
     expected = z.log_softmax(-1).gather(-1, data["labels"].clamp(min=0)[..., None])[..., 0]
     scored = data["labels"] >= 0
     got = preference_loss(*args, ref_hidden=data["ref_hidden"], **options, memory_budget=chosen)
-    assert torch.allclose(got.logprobs[scored], expected[scored], atol=1e-5)
+    assert relative(got.logprobs[scored], expected[scored]) < 1e-6
 
 
 def test_fused_loss_is_preference_loss_with_its_options_set_once() -> None:
@@ -429,21 +428,34 @@ def test_a_new_loss_needs_nothing_but_its_formula() -> None:
 
     @dataclasses.dataclass(frozen=True)
     class Exponential(losses.PairLoss):
-        """exp(-margin), per token."""
+        """exp(-margin), per token, each pair with a weight of its own."""
 
         aggregate = "mean"
+        inputs = ("pair_weight",)
 
-        def of_margin(self, margin: torch.Tensor) -> torch.Tensor:
-            return torch.exp(-margin)
+        def of_margin(self, margin: torch.Tensor, *, pair_weight: torch.Tensor) -> torch.Tensor:
+            return pair_weight * torch.exp(-margin)
 
         def reward(self, s: Scores) -> torch.Tensor:
             return s.mean
 
-    data = batch(9, 2)
-    for budget in ("64KiB", None):
-        check(Exponential(), data, memory_budget=budget)
-    assert math.isfinite(
-        preference_loss(Exponential(), data["hidden"], data["weight"], data["labels"])
-        .metrics["rewards/margins"]
-        .item()
-    )
+    data = batch(9, 3)
+    args = (data["hidden"], data["weight"], data["labels"])
+    pair_weight = torch.tensor([0.5, 2.0, 1.5])
+    h, w = (t.detach().double().requires_grad_() for t in args[:2])
+    log_p = (h @ w.T).log_softmax(-1).gather(-1, args[2].clamp(min=0)[..., None])[..., 0]
+    mean = (log_p * (args[2] >= 0)).sum(-1) / (args[2] >= 0).sum(-1)
+    truth = (pair_weight * torch.exp(mean[3:] - mean[:3])).mean()
+    exact = torch.autograd.grad(truth, (h, w))
+    for route in ("recompute", "retain", "one_pass"):
+        count = int((args[2] >= 0).sum())
+        chosen = plan(count, VOCAB, WIDTH, scope="pair", groups=3, route=route)
+        chosen = dataclasses.replace(chosen, rows=7, cols=16)
+        out = preference_loss(Exponential(), *args, pair_weight=pair_weight, memory_budget=chosen)
+        assert out.loss.item() == pytest.approx(truth.item(), rel=1e-5)
+        for mine, true in zip(torch.autograd.grad(out.loss, args[:2]), exact, strict=True):
+            assert relative(mine, true) < 5e-6
+    with pytest.raises(TypeError, match=r"pair_weight: expected a tensor \[3\] for Exponential"):
+        preference_loss(Exponential(), *args)
+    with pytest.raises(ValueError, match=r"pair_weight: expected one number a pair, \[3\]"):
+        preference_loss(Exponential(), *args, pair_weight=pair_weight[:2])

@@ -38,6 +38,10 @@ def _discover() -> dict[str, type[Loss]]:
     return found
 
 
+# a loss whose file was dropped into the folder is an attribute of this module like the others
+globals().update({cls.__name__: cls for cls in _discover().values()})
+
+
 def available() -> dict[str, type[Loss]]:
     """Name -> class of every loss, names in lower case, in alphabetical order."""
     return dict(sorted(_discover().items()))

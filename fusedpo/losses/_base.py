@@ -58,7 +58,7 @@ class Loss:
     """Whether the formula compares with a reference policy."""
 
     inputs: ClassVar[tuple[str, ...]] = ()
-    """Names of further per-pair tensors the formula takes."""
+    """Names of further tensors [P] that the formula takes."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -100,13 +100,13 @@ class PairLoss(Loss):
             return s.mean_ratio if self.averages else s.ratio
         return s.mean if self.averages else s.logp
 
-    def of_margin(self, margin: Tensor) -> Tensor:
-        """[P], the loss of each pair from score(chosen) - score(rejected)."""
+    def of_margin(self, margin: Tensor, **inputs: Tensor) -> Tensor:
+        """[P], the loss of each pair from score(chosen) - score(rejected) and the loss's inputs."""
         raise NotImplementedError
 
-    def per_example(self, chosen: Scores, rejected: Scores) -> Tensor:
+    def per_example(self, chosen: Scores, rejected: Scores, **inputs: Tensor) -> Tensor:
         """[P], the loss of each pair."""
-        return self.of_margin(self.score(chosen) - self.score(rejected))
+        return self.of_margin(self.score(chosen) - self.score(rejected), **inputs)
 
     def reward(self, s: Scores) -> Tensor:
         """[P], the implicit reward, as trainers log it."""

@@ -30,7 +30,7 @@ class DPO(PairLoss):
     beta: float = hyperparameter(0.1, "strength of the pull towards the reference", positive)
     label_smoothing: float = label_smoothing()
 
-    def of_margin(self, margin: Tensor) -> Tensor:
+    def of_margin(self, margin: Tensor, **inputs: Tensor) -> Tensor:
         return log_sigmoid(self.beta * margin, self.label_smoothing)
 
     def reward(self, s: Scores) -> Tensor:

@@ -33,7 +33,7 @@ class IPO(PairLoss):
     def averages(self) -> bool:
         return self.average
 
-    def of_margin(self, margin: Tensor) -> Tensor:
+    def of_margin(self, margin: Tensor, **inputs: Tensor) -> Tensor:
         return squared(margin, 1 / (2 * self.beta))
 
     def reward(self, s: Scores) -> Tensor:

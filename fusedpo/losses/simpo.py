@@ -51,7 +51,7 @@ class SimPO(PairLoss):
     def nll_weight(self) -> float:
         return self.sft_weight
 
-    def of_margin(self, margin: Tensor) -> Tensor:
+    def of_margin(self, margin: Tensor, **inputs: Tensor) -> Tensor:
         z = self.beta * margin - self.gamma
         return hinge(z) if self.link == "hinge" else log_sigmoid(z, self.label_smoothing)
 

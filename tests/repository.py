@@ -1,0 +1,30 @@
+"""The files of the repository, for the tests that read or copy them."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def files() -> list[Path]:
+    """Relative paths of what git tracks or would track; outside a clone, of what looks like it."""
+    ask = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        found = subprocess.run(ask, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return sorted(path.relative_to(ROOT) for path in _walk(ROOT))
+    # a deleted file is listed until the deletion is committed
+    return sorted(Path(name) for name in found.split("\0") if (ROOT / name).is_file())
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.name.startswith(".") or path.name in ("build", "dist", "__pycache__"):
+            continue
+        if path.is_file():
+            yield path
+        elif path.suffix != ".egg-info":
+            yield from _walk(path)

@@ -1,0 +1,939 @@
+"""Wrong input is refused before any work: the argument, what was expected, what came.
+
+And what is no error: a NaN in the data comes out as NaN, where it was and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fusedpo
+from fusedpo import losses, plan
+
+V, H, B, T = 50, 6, 4, 5
+IGNORED = -100
+NAN, INF = float("nan"), float("inf")
+
+_generator = torch.Generator().manual_seed(0)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=_generator)
+
+
+HIDDEN = normal(B, T, H).requires_grad_()
+WEIGHT = normal(V, H).requires_grad_()
+LABELS = torch.randint(V, (B, T), generator=_generator)
+LABELS[:, 0] = IGNORED
+N = int((LABELS != IGNORED).sum())
+STARTS = torch.arange(0, B * T + 1, T, dtype=torch.int32)
+GOOD = {"hidden": HIDDEN, "weight": WEIGHT, "labels": LABELS}
+PACKED = {"hidden": HIDDEN.reshape(-1, H), "labels": LABELS.reshape(-1), "cu_seqlens": STARTS}
+
+SIMPO, SIMPO_SFT, DPO = losses.SimPO(), losses.SimPO(sft_weight=1.0), losses.DPO()
+LOSSES = losses.available()
+
+
+def logprobs(**given: Any) -> Tensor:
+    return fusedpo.linear_logprobs(**{**GOOD, **given})
+
+
+def stats(**given: Any) -> fusedpo.TokenStats:
+    return fusedpo.linear_token_stats(**{**GOOD, **given})
+
+
+def pairs(loss: Any = SIMPO, **given: Any) -> fusedpo.LossOutput:
+    return fusedpo.preference_loss(loss, **{**GOOD, **given})
+
+
+def module(**given: Any) -> fusedpo.LossOutput:
+    options = {name: value for name, value in given.items() if name not in GOOD}
+    tensors = {name: given.get(name, value) for name, value in GOOD.items()}
+    return fusedpo.FusedLoss(SIMPO, **options)(**tensors)
+
+
+def label(value: int) -> Tensor:
+    """The labels, with this one at position [2, 3]."""
+    labels = LABELS.clone()
+    labels[2, 3] = value
+    return labels
+
+
+def without(*sequences: int) -> Tensor:
+    """The labels, without a scored token in these sequences."""
+    labels = LABELS.clone()
+    labels[list(sequences)] = IGNORED
+    return labels
+
+
+class DTensor(torch.Tensor):
+    """Stands in for torch.distributed's, which needs a process group; known by its name."""
+
+
+class LargestCreated(TorchDispatchMode):
+    """Watches the largest floating tensor that any operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [
+            t.numel() for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()
+        ]
+        self.largest = max(self.largest, *sizes, 0)
+        return out
+
+
+def refused(call: Callable[..., Any], given: dict[str, Any], error: type, message: str) -> None:
+    """The call raises, and has created nothing larger than what it was given."""
+    tensors = [t for t in {**GOOD, **given}.values() if isinstance(t, Tensor)]
+    with LargestCreated() as created, pytest.raises(error, match=message):
+        call(**given)
+    assert created.largest <= max(t.numel() for t in tensors)
+
+
+Row = tuple[dict[str, Any], type, str]
+
+
+def rows(table: dict[str, Row]) -> pytest.MarkDecorator:
+    params = [pytest.param(*row, id=name) for name, row in table.items()]
+    return pytest.mark.parametrize(("given", "error", "message"), params)
+
+
+EVERYWHERE: dict[str, Row] = {
+    "label negative": (
+        {"labels": label(-1)},
+        ValueError,
+        r"^labels: expected .*\[0, 50\) or ignore_index = -100, got -1 at position \[2, 3\]",
+    ),
+    "label too large": (
+        {"labels": label(V)},
+        ValueError,
+        r"^labels: expected .*\[0, 50\) or ignore_index = -100, got 50 at position \[2, 3\]",
+    ),
+    "labels ignored by another number": (
+        {"ignore_index": -1},
+        ValueError,
+        r"^labels: expected .*ignore_index = -1, got -100 at position \[0, 0\]",
+    ),
+    "ignore_index not an int": (
+        {"ignore_index": -100.0},
+        TypeError,
+        r"^ignore_index: expected an int, got float",
+    ),
+    "labels one short": (
+        {"labels": LABELS[:, 1:]},
+        ValueError,
+        r"^labels: expected .*\[4, 5\], got \[4, 4\]; labels are not shifted here",
+    ),
+    "labels of other rows": (
+        {"labels": LABELS[:2]},
+        ValueError,
+        r"^labels: expected .*\[4, 5\], got \[2, 5\]$",
+    ),
+    "labels float": (
+        {"labels": LABELS.float()},
+        TypeError,
+        r"^labels: expected one of int64, int32, got torch.float32; pass labels.long\(\)",
+    ),
+    "labels bool": (
+        {"labels": LABELS > 0},
+        TypeError,
+        r"^labels: expected one of int64, int32, got torch.bool",
+    ),
+    "labels a list": (
+        {"labels": LABELS.tolist()},
+        TypeError,
+        r"^labels: expected a torch.Tensor, got list",
+    ),
+    "weight transposed": (
+        {"weight": WEIGHT.T},
+        ValueError,
+        r"^hidden: expected .*H = 50 as in weight \[6, 50\], got \[4, 5, 6\]; is weight transposed",
+    ),
+    "hidden of another width": (
+        {"hidden": normal(B, T, H + 1)},
+        ValueError,
+        r"^hidden: expected .*H = 6 as in weight \[50, 6\], got \[4, 5, 7\]$",
+    ),
+    "hidden one-dimensional": (
+        {"hidden": HIDDEN[0, 0], "labels": LABELS[0, 0]},
+        ValueError,
+        r"^hidden: expected .*, got \[6\]",
+    ),
+    "weight one-dimensional": (
+        {"weight": WEIGHT.reshape(-1)},
+        ValueError,
+        r"^weight: expected \[V, H\].*, got \[300\]; a sharded weight has to be gathered",
+    ),
+    "weight empty": (
+        {"weight": WEIGHT[:0]},
+        ValueError,
+        r"^weight: expected .*not empty, got \[0, 6\]; a sharded weight has to be gathered",
+    ),
+    "weight three-dimensional": (
+        {"weight": WEIGHT[None]},
+        ValueError,
+        r"^weight: expected \[V, H\].*, got \[1, 50, 6\]$",
+    ),
+    "bias of another length": (
+        {"bias": normal(H)},
+        ValueError,
+        r"^bias: expected \[V\] = \[50\], got \[6\]",
+    ),
+    "hidden integer": (
+        {"hidden": HIDDEN.long()},
+        TypeError,
+        r"^hidden: expected one of float64, float32, bfloat16, float16, got torch.int64",
+    ),
+    "hidden complex": (
+        {"hidden": HIDDEN.to(torch.complex64)},
+        TypeError,
+        r"^hidden: expected one of .*, got torch.complex64",
+    ),
+    "hidden missing": (
+        {"hidden": None},
+        TypeError,
+        r"^hidden: expected a torch.Tensor, got NoneType",
+    ),
+    "weight integer": (
+        {"weight": WEIGHT.long()},
+        TypeError,
+        r"^weight: expected one of .*, got torch.int64",
+    ),
+    "bias integer": (
+        {"bias": torch.ones(V, dtype=torch.int64)},
+        TypeError,
+        r"^bias: expected one of .*, got torch.int64",
+    ),
+    "hidden bf16, weight fp32": (
+        {"hidden": HIDDEN.bfloat16()},
+        TypeError,
+        r"^hidden: expected the dtype of weight.*, got torch.bfloat16 with weight torch.float32; "
+        r"cast one of them, or use torch.autocast",
+    ),
+    "bias bf16, the rest fp32": (
+        {"bias": torch.ones(V, dtype=torch.bfloat16)},
+        TypeError,
+        r"expected the dtype of .*, got .*bias torch.bfloat16",
+    ),
+    "weight on another device": (
+        {"weight": WEIGHT.to("meta")},
+        ValueError,
+        r"^devices: expected .*one device, got hidden on cpu, weight on meta",
+    ),
+    "bias on another device": (
+        {"bias": torch.ones(V, device="meta")},
+        ValueError,
+        r"^devices: expected .*one device, got .*bias on meta",
+    ),
+    "labels on another device": (
+        {"labels": LABELS.to("meta")},
+        ValueError,
+        r"^devices: expected .*one device, got hidden on cpu, labels on meta",
+    ),
+    "temperature on another device": (
+        {"temperature": torch.ones(B, T, device="meta")},
+        ValueError,
+        r"^devices: expected .*one device, got labels on cpu, temperature on meta",
+    ),
+    "hidden a DTensor": (
+        {"hidden": HIDDEN.detach().as_subclass(DTensor)},
+        TypeError,
+        r"^hidden: expected a plain tensor, got a DTensor; pass hidden\.full_tensor\(\)",
+    ),
+    "weight a DTensor": (
+        {"weight": WEIGHT.detach().as_subclass(DTensor)},
+        TypeError,
+        r"^weight: expected a plain tensor, got a DTensor; pass weight\.full_tensor\(\)",
+    ),
+    "temperature of another shape": (
+        {"temperature": torch.ones(B)},
+        ValueError,
+        r"^temperature: expected .*labels \[4, 5\], got \[4\]",
+    ),
+    "temperature integer tensor": (
+        {"temperature": torch.ones(B, T, dtype=torch.int32)},
+        TypeError,
+        r"^temperature: expected one of .*, got torch.int32",
+    ),
+    "temperature with a zero": (
+        {"temperature": torch.ones(B, T).index_fill_(1, torch.tensor(3), 0.0)},
+        ValueError,
+        r"^temperature: expected .*numbers above 0, got .*0",
+    ),
+    "temperature with a NaN": (
+        {"temperature": torch.full((B, T), NAN)},
+        ValueError,
+        r"^temperature: expected .*, got .*nan",
+    ),
+    "temperature with an infinity": (
+        {"temperature": torch.full((B, T), INF)},
+        ValueError,
+        r"^temperature: expected .*, got .*inf",
+    ),
+    "temperature that requires grad": (
+        {"temperature": torch.ones(B, T).requires_grad_()},
+        ValueError,
+        r"^temperature: expected a constant, got a tensor that requires grad; detach it",
+    ),
+    "backend unknown": (
+        {"backend": "torhc"},
+        ValueError,
+        r"^backend: expected one of 'auto', 'torch'.*, got 'torhc'; did you mean 'torch'",
+    ),
+    "backend None": (
+        {"backend": None},
+        ValueError,
+        r"^backend: expected one of 'auto', 'torch'.*, got None",
+    ),
+    **{
+        f"memory_budget {value!r}": (
+            {"memory_budget": value},
+            ValueError,
+            rf"^memory_budget: expected .*, got {re.escape(repr(value))}; give bytes as",
+        )
+        for value in (0, -1, 0.5, NAN, INF, "0", "-5", "lots", "12 XB", "", "nan")
+    },
+    **{
+        f"memory_budget {type(value).__name__}": (
+            {"memory_budget": value},
+            TypeError,
+            rf"^memory_budget: expected .*, got {type(value).__name__}; give bytes as",
+        )
+        for value in (True, [2**20], b"1MiB")
+    },
+    "memory_budget too small": (
+        {"memory_budget": "1B"},
+        ValueError,
+        rf"^memory_budget: expected at least .*\(\d+ bytes\) for {N} tokens, .*, got 1 B; raise it",
+    ),
+    "plan for fewer tokens": (
+        {"memory_budget": plan(N - 1, V, H)},
+        ValueError,
+        rf"^memory_budget: expected a plan for .*\({N}, 50, 6, torch.float32\), got .*15 x 50 x 6",
+    ),
+    "plan for another vocabulary": (
+        {"memory_budget": plan(N, V + 1, H)},
+        ValueError,
+        r"^memory_budget: expected a plan for .*, got .*16 x 51 x 6",
+    ),
+    "plan for another dtype": (
+        {"memory_budget": plan(N, V, H, dtype=torch.bfloat16)},
+        ValueError,
+        r"^memory_budget: expected a plan for .*torch.float32.*, got ",
+    ),
+    **{
+        f"{name} {value!r}": (
+            {name: value},
+            ValueError,
+            rf"^{name}: expected a .*number.*, got {value:g}",
+        )
+        for name in ("softcap", "logit_scale", "temperature")
+        for value in (0, -1.0, NAN, INF, -INF)
+    },
+    **{
+        f"{name} {value!r}": (
+            {name: value},
+            TypeError,
+            rf"^{name}: expected a number, got {type(value).__name__}",
+        )
+        for name in ("softcap", "logit_scale", "temperature")
+        for value in ("1.0", True)
+    },
+}
+
+
+@pytest.mark.parametrize("call", [logprobs, stats, pairs, module])
+@rows(EVERYWHERE)
+def test_every_function_refuses(call, given, error, message):
+    refused(call, given, error, message)
+
+
+@rows(
+    {
+        "unknown": (
+            {"stats": ("logprob", "entropi")},
+            ValueError,
+            r"^stats: expected one of 'logprob', .*, got 'entropi'; did you mean 'entropy'",
+        ),
+        "not names": ({"stats": (1,)}, ValueError, r"^stats: expected one of .*, got 1"),
+        "missing": ({"stats": None}, TypeError, r"^stats: expected .*, got NoneType"),
+    }
+)
+def test_token_stats_refuse_stats(given, error, message):
+    refused(stats, given, error, message)
+
+
+def cu_seqlens(*starts: int) -> dict[str, Tensor]:
+    return {**PACKED, "cu_seqlens": torch.tensor(starts, dtype=torch.int32)}
+
+
+@rows(
+    {
+        "three rows": (
+            {"hidden": HIDDEN[:3], "labels": LABELS[:3]},
+            ValueError,
+            r"^labels: expected an even number of sequences above 0, .*, got 3 sequences",
+        ),
+        "no rows": (
+            {"hidden": HIDDEN[:0], "labels": LABELS[:0]},
+            ValueError,
+            r"^labels: expected an even number of sequences above 0, .*, got 0 sequences",
+        ),
+        "no packed sequence": (
+            {
+                "hidden": PACKED["hidden"][:0],
+                "labels": PACKED["labels"][:0],
+                "cu_seqlens": STARTS[:1],
+            },
+            ValueError,
+            r"^labels: expected an even number of sequences above 0, .*, got 0 sequences",
+        ),
+        "no positions": (
+            {"hidden": HIDDEN[:, :0], "labels": LABELS[:, :0]},
+            ValueError,
+            r"^labels: expected at least one scored token.*, got none in sequences 0, 1, 2, 3",
+        ),
+        "a sequence without a scored token": (
+            {"labels": without(2)},
+            ValueError,
+            r"^labels: expected at least one scored token .*, got none in sequence 2;",
+        ),
+        "two sequences without a scored token": (
+            {"labels": without(1, 3)},
+            ValueError,
+            r"^labels: expected at least one scored token .*, got none in sequences 1, 3;",
+        ),
+        "a sequence whose one scored token is shifted away": (
+            {"labels": without(1).index_fill_(1, torch.tensor(0), 7), "shift": True},
+            ValueError,
+            r"^labels: expected at least one scored token .*, got none in sequence 1;",
+        ),
+        "labels 1-D without cu_seqlens": (
+            {**PACKED, "cu_seqlens": None},
+            ValueError,
+            r"^labels: expected \[B, T\], .*, got \[20\]; pass cu_seqlens",
+        ),
+        "labels 3-D": (
+            {"hidden": HIDDEN[None], "labels": LABELS[None]},
+            ValueError,
+            r"^labels: expected \[B, T\], .*, got \[1, 4, 5\]",
+        ),
+        "cu_seqlens with padded labels": (
+            {"cu_seqlens": STARTS},
+            ValueError,
+            r"^labels: expected \[N\] .*with cu_seqlens, got \[4, 5\]",
+        ),
+        "cu_seqlens not increasing": (
+            cu_seqlens(0, 10, 5, 15, 20),
+            ValueError,
+            r"^cu_seqlens: expected numbers that increase .*, got \[0, 10, 5, 15, 20\]",
+        ),
+        "cu_seqlens with an empty sequence": (
+            cu_seqlens(0, 5, 5, 15, 20),
+            ValueError,
+            r"^cu_seqlens: expected numbers that increase .*, got \[0, 5, 5, 15, 20\]",
+        ),
+        "cu_seqlens not from 0": (
+            cu_seqlens(1, 5, 10, 15, 20),
+            ValueError,
+            r"^cu_seqlens: expected .*from 0 to 20, .*, got \[1, 5, 10, 15, 20\]",
+        ),
+        "cu_seqlens not to the end": (
+            cu_seqlens(0, 5, 10, 15, 19),
+            ValueError,
+            r"^cu_seqlens: expected .*from 0 to 20, .*, got \[0, 5, 10, 15, 19\]",
+        ),
+        "cu_seqlens beyond the end": (
+            cu_seqlens(0, 5, 10, 15, 21),
+            ValueError,
+            r"^cu_seqlens: expected .*from 0 to 20, .*, got \[0, 5, 10, 15, 21\]",
+        ),
+        "cu_seqlens float": (
+            {**PACKED, "cu_seqlens": STARTS.float()},
+            TypeError,
+            r"^cu_seqlens: expected .*int32.*, got torch.float32",
+        ),
+        "cu_seqlens two-dimensional": (
+            {**PACKED, "cu_seqlens": STARTS[None]},
+            ValueError,
+            r"^cu_seqlens: expected .*\[B \+ 1\], got .*\[1, 5\]",
+        ),
+        "cu_seqlens empty": (
+            {**PACKED, "cu_seqlens": STARTS[:0]},
+            ValueError,
+            r"^cu_seqlens: expected .*\[B \+ 1\], got .*\[0\]",
+        ),
+        "cu_seqlens a list": (
+            {**PACKED, "cu_seqlens": STARTS.tolist()},
+            TypeError,
+            r"^cu_seqlens: expected a torch.Tensor, got list",
+        ),
+    }
+)
+def test_preference_loss_refuses_layout(given, error, message):
+    refused(pairs, given, error, message)
+
+
+PER_SEQUENCE = normal(B)
+
+
+@rows(
+    {
+        "missing": (
+            {},
+            ValueError,
+            r"^ref_logprobs: expected a reference for DPO: either ref_logprobs or ref_hidden, "
+            r"got neither",
+        ),
+        "a head alone": (
+            {"ref_weight": WEIGHT},
+            ValueError,
+            r"^ref_logprobs: expected a reference for DPO: .*, got neither",
+        ),
+        "given twice": (
+            {"ref_logprobs": PER_SEQUENCE, "ref_hidden": HIDDEN},
+            ValueError,
+            r"^ref_logprobs: expected .*either ref_logprobs or ref_hidden, got both",
+        ),
+        "ref_logprobs with a head": (
+            {"ref_logprobs": PER_SEQUENCE, "ref_weight": WEIGHT},
+            ValueError,
+            r"^ref_weight: expected None beside ref_logprobs, got a tensor",
+        ),
+        "ref_bias without ref_weight": (
+            {"ref_hidden": HIDDEN, "ref_bias": normal(V)},
+            ValueError,
+            r"^ref_bias: expected None without ref_weight, got a tensor; pass ref_weight",
+        ),
+        "given to a loss that has none": (
+            {"loss": SIMPO, "ref_logprobs": PER_SEQUENCE},
+            ValueError,
+            r"^ref_logprobs: expected None, as SimPO has no reference, got a tensor",
+        ),
+        "states given to a loss that has none": (
+            {"loss": SIMPO, "ref_hidden": HIDDEN},
+            ValueError,
+            r"^ref_hidden: expected None, as SimPO has no reference, got a tensor",
+        ),
+        "ref_logprobs of another shape": (
+            {"ref_logprobs": PER_SEQUENCE[:2]},
+            ValueError,
+            r"^ref_logprobs: expected per token \[4, 5\] or per sequence \[4\], got \[2\]",
+        ),
+        "ref_logprobs integer": (
+            {"ref_logprobs": LABELS},
+            TypeError,
+            r"^ref_logprobs: expected one of .*, got torch.int64",
+        ),
+        "ref_logprobs a list": (
+            {"ref_logprobs": PER_SEQUENCE.tolist()},
+            TypeError,
+            r"^ref_logprobs: expected a torch.Tensor, got list",
+        ),
+        "ref_logprobs on another device": (
+            {"ref_logprobs": PER_SEQUENCE.to("meta")},
+            ValueError,
+            r"^devices: expected .*one device, got hidden on cpu, ref_logprobs on meta",
+        ),
+        "ref_hidden of other rows": (
+            {"ref_hidden": HIDDEN[:2]},
+            ValueError,
+            r"^ref_hidden: expected .*\[4, 5\], got \[2, 5",
+        ),
+        "ref_hidden of another width": (
+            {"ref_hidden": normal(B, T, H + 1)},
+            ValueError,
+            r"^ref_hidden: expected .*H = 6 .*\[50, 6\], got \[4, 5, 7\]",
+        ),
+        "ref_hidden of another dtype": (
+            {"ref_hidden": HIDDEN.bfloat16()},
+            TypeError,
+            r"^ref_hidden: expected the dtype of weight.*, got torch.bfloat16 with weight ",
+        ),
+        "ref_hidden on another device": (
+            {"ref_hidden": HIDDEN.to("meta"), "ref_weight": WEIGHT.to("meta")},
+            ValueError,
+            r"^devices: expected .*one device, got hidden on cpu, ref_hidden on meta",
+        ),
+        "ref_weight on another device": (
+            {"ref_hidden": HIDDEN, "ref_weight": WEIGHT.to("meta")},
+            ValueError,
+            r"^devices: expected .*one device, got ref_hidden on cpu, ref_weight on meta",
+        ),
+        "ref_weight transposed": (
+            {"ref_hidden": HIDDEN, "ref_weight": WEIGHT.T},
+            ValueError,
+            r"^ref_hidden: expected .*ref_weight \[6, 50\], got \[4, 5, 6\]; is ref_weight transp",
+        ),
+        "ref_weight of a smaller vocabulary": (
+            {"ref_hidden": HIDDEN, "ref_weight": WEIGHT[:-1]},
+            ValueError,
+            r"^ref_weight: expected a vocabulary of at least 50, .*, got 49",
+        ),
+        "ref_weight an array": (
+            {"ref_hidden": HIDDEN, "ref_weight": WEIGHT.detach().numpy()},
+            TypeError,
+            r"^ref_weight: expected a torch.Tensor, got ndarray",
+        ),
+        "ref_bias of another length": (
+            {"ref_hidden": HIDDEN, "ref_weight": WEIGHT, "ref_bias": normal(H)},
+            ValueError,
+            r"^ref_bias: expected \[V\] = \[50\], got \[6\]",
+        ),
+        "ref_bias a list": (
+            {"ref_hidden": HIDDEN, "ref_weight": WEIGHT, "ref_bias": [0.0] * V},
+            TypeError,
+            r"^ref_bias: expected a torch.Tensor, got list",
+        ),
+    }
+)
+def test_preference_loss_refuses_reference(given, error, message):
+    refused(pairs, {"loss": DPO, **given}, error, message)
+
+
+@rows(
+    {
+        **{
+            f"num_items {value!r}": (
+                {"num_items": value},
+                ValueError,
+                rf"^num_items: expected a .*number.*, got {value:g}",
+            )
+            for value in (0, -3, NAN, INF)
+        },
+        **{
+            f"num_items tensor of {value!r}": (
+                {"num_items": torch.tensor(value)},
+                ValueError,
+                r"^num_items: expected a .*number.*, got ",
+            )
+            for value in (0, -3, NAN)
+        },
+        "num_items text": (
+            {"num_items": "3"},
+            TypeError,
+            r"^num_items: expected a number.*, got str",
+        ),
+        "num_items of one element in a list": (
+            {"num_items": torch.ones(1)},
+            ValueError,
+            r"^num_items: expected .*\[\], got \[1\]",
+        ),
+        "num_items without num_tokens": (
+            {"loss": SIMPO_SFT, "num_items": 4},
+            ValueError,
+            r"^num_tokens: expected .*to go with num_items, got None",
+        ),
+        "num_tokens zero": (
+            {"loss": SIMPO_SFT, "num_items": 4, "num_tokens": 0},
+            ValueError,
+            r"^num_tokens: expected a number above 0, got 0",
+        ),
+        "num_tokens without a cross-entropy": (
+            {"num_tokens": 4},
+            ValueError,
+            r"^num_tokens: expected a loss with an added cross-entropy, got SimPO",
+        ),
+    }
+)
+def test_preference_loss_refuses_denominator(given, error, message):
+    refused(pairs, given, error, message)
+
+
+@rows(
+    {
+        "a name": (
+            {"loss": "simpo"},
+            TypeError,
+            r"^loss: expected a .*loss, such as fusedpo.losses.DPO\(\), got 'simpo'",
+        ),
+        "a class": (
+            {"loss": losses.SimPO},
+            TypeError,
+            r"^loss: expected a .*loss, such as .*, got <class",
+        ),
+        "keyword misspelt": (
+            {"ref_logprob": PER_SEQUENCE},
+            TypeError,
+            r"^argument of preference_loss with SimPO: expected one of .*, got 'ref_logprob'; "
+            r"did you mean 'ref_logprobs'",
+        ),
+        # the name that collects further keywords in the signature is not itself one
+        "keyword inputs": (
+            {"inputs": PER_SEQUENCE},
+            TypeError,
+            r"^argument of preference_loss with SimPO: expected one of (?!.*'inputs'.*got)",
+        ),
+    }
+)
+def test_preference_loss_refuses_call(given, error, message):
+    refused(pairs, given, error, message)
+
+
+def test_fused_loss_refuses_what_is_not_a_loss():
+    with pytest.raises(TypeError, match=r"^loss: expected a loss, such as .*, got 'simpo'"):
+        fusedpo.FusedLoss("simpo")
+
+
+def test_fused_loss_refuses_an_unknown_option_when_it_is_made():
+    message = r"^option of FusedLoss: expected one of .*, got 'memory_buget'; did you mean 'memory_"
+    with pytest.raises(TypeError, match=message):
+        fusedpo.FusedLoss(SIMPO, memory_buget=2**20)
+
+
+@pytest.mark.parametrize("call", [pairs, module])
+def test_shift_hint_names_shift_where_there_is_such_an_argument(call):
+    with pytest.raises(ValueError, match="shift=True"):
+        call(labels=LABELS[:, 1:])
+
+
+@pytest.mark.parametrize("call", [logprobs, stats])
+def test_shift_hint_names_no_argument_that_does_not_exist(call):
+    with pytest.raises(ValueError, match=r"not shifted here: pass (?!shift)"):
+        call(labels=LABELS[:, 1:])
+
+
+def test_the_watch_sees_a_tile_of_logits():
+    with LargestCreated() as created:
+        logprobs()
+    assert created.largest >= N * V > max(t.numel() for t in GOOD.values())
+
+
+def test_mixed_dtypes_are_taken_under_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert logprobs(hidden=HIDDEN.bfloat16()).isfinite().all()
+
+
+# hyperparameters, of every loss that exists
+
+# where a negative number means something; everywhere else it is refused
+SIGNED = {("simpo", "gamma")}
+
+
+def numeric(kind: str) -> bool:
+    return re.match(r"(float|int)\b", kind) is not None
+
+
+def wrong_values(loss: str, field: dataclasses.Field) -> Iterator[tuple[Any, type]]:
+    """Values no such hyperparameter can have, by its declared type."""
+    kind = str(field.type)
+    if kind == "bool":
+        yield from ((1, TypeError), ("yes", TypeError), (None, TypeError))
+    elif kind.startswith("Literal"):
+        yield from (("nonsense", ValueError), (None, ValueError), (3, ValueError))
+    elif numeric(kind):
+        yield from ((NAN, ValueError), (INF, ValueError), (-INF, ValueError))
+        yield from (("0.1", TypeError), (True, TypeError), (torch.ones(()), TypeError))
+        if "None" not in kind:
+            yield None, TypeError
+        if (loss, field.name) not in SIGNED:
+            yield -1, ValueError
+        if field.name == "label_smoothing":
+            yield from ((0.5, ValueError), (1, ValueError))
+    else:
+        yield object(), TypeError
+
+
+@pytest.mark.parametrize(
+    ("loss", "name", "value", "error"),
+    [
+        pytest.param(loss, f.name, value, error, id=f"{loss}-{f.name}-{str(value)[:8]}")
+        for loss, cls in LOSSES.items()
+        for f in dataclasses.fields(cls)
+        for value, error in wrong_values(loss, f)
+    ],
+)
+def test_losses_refuse_hyperparameter(loss, name, value, error):
+    with pytest.raises(error, match=rf"^{name}: expected .+, got .+"):
+        losses.get(loss, **{name: value})
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_refuse_an_unknown_hyperparameter(loss):
+    name = dataclasses.fields(LOSSES[loss])[0].name
+    message = (
+        rf"hyperparameter: expected one of .*'{name}'.*, got '{name}s'; did you mean .*'{name}"
+    )
+    with pytest.raises(TypeError, match=message):
+        losses.get(loss, **{f"{name}s": 1.0})
+
+
+def test_an_unknown_loss_is_refused_with_a_near_match():
+    with pytest.raises(
+        ValueError, match=r"^loss: expected one of .*'dpo'.*, got 'simop'; .*'simpo'"
+    ):
+        losses.get("simop")
+
+
+def test_an_unknown_link_is_refused_with_a_near_match():
+    message = r"^link: expected one of 'sigmoid', 'hinge', got 'sigmod'; did you mean 'sigmoid'"
+    with pytest.raises(ValueError, match=message):
+        losses.SimPO(link="sigmod")
+
+
+def test_a_hyperparameter_without_effect_is_refused():
+    message = r'^label_smoothing: expected link="sigmoid".*, got 0\.1 with link="hinge"'
+    with pytest.raises(ValueError, match=message):
+        losses.SimPO(link="hinge", label_smoothing=0.1)
+
+
+# budgets and plans
+
+
+def least_bytes(call: Callable[..., Any], **given: Any) -> int:
+    with pytest.raises(ValueError, match=r"^memory_budget: expected at least") as refusal:
+        call(**given)
+    found = re.search(r"\((\d+) bytes\)", str(refusal.value))
+    assert found is not None, str(refusal.value)
+    return int(found[1])
+
+
+BUDGETED = {
+    "logprobs": logprobs,
+    "logprobs without gradients": lambda **k: logprobs(
+        hidden=HIDDEN.detach(), weight=WEIGHT.detach(), **k
+    ),
+    "entropy": stats,
+    "SimPO": pairs,
+    "SimPO with cross-entropy": lambda **k: pairs(SIMPO_SFT, **k),
+    "DPO": lambda **k: pairs(DPO, ref_hidden=HIDDEN, **k),
+    "bias and softcap": lambda **k: logprobs(bias=torch.zeros(V), softcap=5.0, **k),
+}
+
+
+@pytest.mark.parametrize("call", BUDGETED.values(), ids=BUDGETED)
+def test_the_least_budget_is_named_and_is_enough(call):
+    least = least_bytes(call, memory_budget=1)
+    call(memory_budget=least)
+    assert least_bytes(call, memory_budget=least - 1) == least
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        pytest.param(
+            {"tokens": 2048, "vocab": 5, "hidden": 64, "needs": ("hidden",)}, id="tiny vocabulary"
+        ),
+        pytest.param({"tokens": 3000, "vocab": 50257, "hidden": 512}, id="large vocabulary"),
+    ],
+)
+def test_a_budget_above_the_least_is_never_refused(problem):
+    problem = {**problem, "dtype": torch.bfloat16, "device": "cuda"}
+    least = least_bytes(plan, budget=1, **problem)
+    for factor in range(1, 60):
+        assert plan(budget=least * factor, **problem).bytes <= least * factor
+
+
+def test_a_plan_that_the_loss_does_not_admit_is_refused():
+    """one_pass needs a gradient known within a pair, which an added cross-entropy takes away."""
+    one_pass = plan(N, V, H, scope="pair", groups=B // 2, route="one_pass")
+    for call in (logprobs, lambda **k: pairs(SIMPO_SFT, **k)):
+        with pytest.raises(ValueError, match=r"^memory_budget: expected .*, got one_pass"):
+            call(memory_budget=one_pass)
+
+
+@rows(
+    {
+        "vocab zero": ({"vocab": 0}, ValueError, r"^vocab: expected at least 1, got 0"),
+        "hidden zero": ({"hidden": 0}, ValueError, r"^hidden: expected at least 1, got 0"),
+        "tokens negative": ({"tokens": -1}, ValueError, r"^tokens: expected at least 0, got -1"),
+        "needs unknown": (
+            {"needs": ("wieght",)},
+            ValueError,
+            r"^needs: expected one of .*, got 'wieght'; did you mean 'weight'",
+        ),
+        "scope unknown": (
+            {"scope": "pairs"},
+            ValueError,
+            r"^scope: expected one of .*, got 'pairs'; did you mean 'pair'",
+        ),
+        "route that cannot serve the needs": (
+            {"needs": ("hidden",), "route": "retain"},
+            ValueError,
+            r"^route.*: expected one of 'frozen', got 'retain'",
+        ),
+        "budget zero": ({"budget": 0}, ValueError, r"budget: expected a positive.*, got 0"),
+    }
+)
+def test_plan_refuses(given, error, message):
+    with pytest.raises(error, match=message):
+        plan(**{"tokens": N, "vocab": V, "hidden": H, **given})
+
+
+# a NaN is data, not an error
+
+
+ROUTES = ("frozen", "retain", "recompute")
+
+
+def gradients(hidden: Tensor, weight: Tensor, route: str) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and hidden gradient; one row a tile, so that a leak would show."""
+    needs = ("hidden",) if route == "frozen" else ("hidden", "weight")
+    hidden = hidden.detach().requires_grad_()
+    weight = weight.detach().requires_grad_("weight" in needs)
+    chosen = plan(N, V, H, needs=needs, route=route)
+    chosen = dataclasses.replace(chosen, rows=3, cols=17)
+    logp = fusedpo.linear_logprobs(hidden, weight, LABELS, memory_budget=chosen)
+    (found,) = torch.autograd.grad(logp.sum(), hidden)
+    return logp.detach(), found
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("route", ROUTES)
+def test_nan_in_hidden_states_stays_in_its_row(route, value):
+    spoilt = HIDDEN.detach().clone()
+    spoilt[2, 3, 1] = value
+    others = torch.ones(B, T, dtype=torch.bool)
+    others[2, 3] = False
+    clean, found = gradients(HIDDEN, WEIGHT, route), gradients(spoilt, WEIGHT, route)
+    for expected, got in zip(clean, found, strict=True):
+        assert got[2, 3].isnan().all()
+        assert same_bits(got[others], expected[others])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_nan_in_the_weight_shows_in_every_scored_row(route):
+    spoilt = WEIGHT.detach().clone()
+    spoilt[7, 1] = NAN
+    logp, found = gradients(HIDDEN, spoilt, route)
+    scored = LABELS != IGNORED
+    assert logp[scored].isnan().all() and found[scored].isnan().all()
+    assert not logp[~scored].any() and not found[~scored].any()
+
+
+@pytest.mark.parametrize("route", [None, "one_pass", "retain", "recompute"])
+def test_nan_in_a_sequence_stays_in_its_pair(route):
+    """It shows in the loss and in its pair; every other pair's gradient keeps its bits."""
+    chosen = None
+    if route is not None:
+        chosen = plan(N, V, H, scope="pair", groups=B // 2, route=route)
+        chosen = dataclasses.replace(chosen, rows=3, cols=17)
+    spoilt = HIDDEN.detach().clone()
+    spoilt[3, 2] = NAN  # the rejected response of pair 1
+
+    def run(hidden: Tensor) -> tuple[fusedpo.LossOutput, Tensor]:
+        hidden = hidden.detach().requires_grad_()
+        out = pairs(hidden=hidden, memory_budget=chosen)
+        return out, torch.autograd.grad(out.loss, hidden)[0]
+
+    (clean, expected), (out, found) = run(HIDDEN), run(spoilt)
+    assert out.loss.isnan()
+    assert out.per_example[1].isnan()
+    assert same_bits(out.per_example[0], clean.per_example[0])
+    assert found[3, 2].isnan().all()
+    assert same_bits(found[[0, 2]], expected[[0, 2]])
