@@ -29,7 +29,7 @@ DEFAULT_BUDGET = 256 * 2**20
 # The largest tile that is worth having, and the smallest the engine will work with, as rows x
 # columns. CPU: the tile stays in the second-level cache; measured by benchmarks/tiles.py.
 # Elsewhere: large enough for the products to run at full speed.
-_LARGEST_TILE = {"cpu": (512, 2048), "other": (2048, 16384)}
+_LARGEST_TILE = {"cpu": (512, 4096), "other": (2048, 16384)}
 _SMALLEST_TILE = (16, 128)
 
 _UNITS = {

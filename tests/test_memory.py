@@ -74,7 +74,8 @@ def test_holds_what_the_plan_says(dtype, budget, frozen, softcap, masked) -> Non
     assert bytes_held <= chosen.bytes + vectors, (str(chosen), bytes_held)
     assert bytes_held >= 0.75 * chosen.bytes - vectors, (str(chosen), bytes_held)
     if chosen.route != "retain":
-        assert seen.largest() < max(TOKENS * VOCAB // 2, weight.numel()) * dtype.itemsize
+        # logits are kept in fp32 or better
+        assert seen.largest() < TOKENS * VOCAB // 2 * max(4, dtype.itemsize)
 
 
 @pytest.mark.parametrize("masked", [False, True])
