@@ -30,14 +30,14 @@ dev = [
 setup(
     name="fusedpo",
     version="0.1.0",
-    description="Fused preference-optimization losses: from hidden states to the loss, without the logits",
+    description="Fused preference-optimization losses, without the logits",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    # The Triton kernels live in a top-level folder and are installed as fusedpo.kernels; fusedpo/kernels.py
-    # explains how they are found from a checkout.
+    # kernels/ is a top-level folder, installed as fusedpo.kernels; fusedpo/kernels.py explains how
+    # it is found from a checkout.
     packages=[
         "fusedpo",
         "fusedpo.losses",

@@ -1,0 +1,1 @@
+"""The data half of a method: where preference pairs come from."""

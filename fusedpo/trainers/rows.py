@@ -1,0 +1,434 @@
+"""Preference rows: from a file or a dataset to token ids, with every row checked on the way.
+
+A row is either of text or of chat messages::
+
+    {"prompt": "2 + 2 = ", "chosen": "4", "rejected": "5"}
+    {"prompt": [{"role": "user", "content": "2 + 2?"}],
+     "chosen": [{"role": "assistant", "content": "4"}],
+     "rejected": [{"role": "assistant", "content": "5"}]}
+
+The prompt of messages may be left out: it is then what ``chosen`` and ``rejected`` begin with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias, TypedDict
+
+import numpy as np
+
+from fusedpo.checks import bad_choice, bad_type, bad_value
+
+Message: TypeAlias = Mapping[str, Any]
+Text: TypeAlias = "str | list[Message]"
+Ids: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int32]]"
+
+COLUMNS = ("prompt", "chosen", "rejected")
+
+# the formats that are left to `datasets`, by suffix
+_BUILDERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+_HELD_OUT_SPLITS = ("test", "validation", "eval", "test_prefs", "eval_prefs")
+_TRAIN_SPLITS = ("train", "train_prefs")
+# rows handed to the tokenizer at a time: enough for its threads, little to hold
+_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One checked row. The three texts are all strings or all lists of messages."""
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    where: str
+    inputs: Mapping[str, float] = field(default_factory=dict)
+
+
+class TokenRow(TypedDict):
+    """One row in token ids, int32; ``inputs`` are the loss's further numbers by name."""
+
+    prompt_ids: Ids
+    chosen_ids: Ids
+    rejected_ids: Ids
+    inputs: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Rows to train on, and the rows that the dataset itself holds out, if it does."""
+
+    train: Sequence[Mapping[str, Any]]
+    held_out: Sequence[Mapping[str, Any]] | None
+    name: str
+    unit: str = "row"
+
+    def where(self, index: int) -> str:
+        """A place a person can find: lines of a file count from 1."""
+        return f"{self.name} {self.unit} {index + 1}"
+
+
+def load(source: str) -> Splits:
+    """Read preference rows.
+
+    Args:
+        source: a ``.jsonl`` or ``.json`` file, a file or folder that ``datasets`` reads (parquet,
+            csv, ``save_to_disk``), or the name of a dataset on the Hub.
+
+    Raises:
+        FileNotFoundError, ValueError: with the file, the line and what was expected there.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix not in _BUILDERS:
+        rows = list(_read_json(path))
+        if not rows:
+            raise bad_value("dataset", "at least one row", f"none in {path}")
+        return Splits(rows, None, str(path), "line" if _is_lines(path) else "item")
+    if path.exists():
+        return _from_datasets(path)
+    # a Hub name is "name" or "owner/name"; anything else can only have been meant as a path
+    if path.suffix or source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"dataset: expected a file, a folder or the name of a dataset on the Hub, "
+            f"got {source!r}, which does not exist"
+        )
+    return _from_hub(source)
+
+
+def _is_lines(path: Path) -> bool:
+    """One object a line, rather than one list: also true of many a file that ends in .json."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.strip():
+                return not line.lstrip().startswith("[")
+    return True
+
+
+def _read_json(path: Path) -> Iterator[Mapping[str, Any]]:
+    remedy = 'each line is one row: {"prompt": ..., "chosen": ..., "rejected": ...}'
+    try:
+        if not _is_lines(path):
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            yield from (_mapping(row, f"{path} item {i + 1}") for i, row in enumerate(rows))
+            return
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    raise bad_value(f"{path} line {number}", "a JSON object", "an empty line")
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    got = f"{error.msg} at column {error.colno}"
+                    raise bad_value(
+                        f"{path} line {number}", "a JSON object", got, remedy
+                    ) from error
+                yield _mapping(row, f"{path} line {number}")
+    except json.JSONDecodeError as error:
+        raise bad_value(
+            f"{path} line {error.lineno}", "JSON", f"{error.msg} at column {error.colno}", remedy
+        ) from error
+    except UnicodeDecodeError as error:
+        raise bad_value(
+            str(path), "text in UTF-8", f"byte {error.object[error.start]:#x}"
+        ) from error
+
+
+def _mapping(row: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(row, dict):
+        raise bad_type(where, f"an object with {', '.join(COLUMNS)}", type(row).__name__)
+    return row
+
+
+def _from_datasets(path: Path) -> Splits:
+    import datasets
+
+    saved = path.is_dir() and any(
+        (path / name).is_file() for name in ("dataset_dict.json", "state.json")
+    )
+    try:
+        if saved:
+            data = datasets.load_from_disk(str(path))
+        elif path.is_dir():
+            data = datasets.load_dataset(str(path))
+        else:
+            data = datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path))
+    except Exception as error:
+        got = f"{path}, which `datasets` refuses: {_first_line(error)}"
+        raise bad_value("dataset", "a file or folder of rows", got) from error
+    return _splits(data, str(path))
+
+
+def _from_hub(name: str) -> Splits:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name)
+    except Exception as error:
+        raise bad_value(
+            "dataset",
+            "a file, a folder or the name of a dataset on the Hub",
+            f"{name!r} ({_first_line(error)})",
+            "check the spelling, and the network for a Hub name",
+        ) from error
+    return _splits(data, name)
+
+
+def _splits(data: Any, name: str) -> Splits:
+    if not isinstance(data, dict):
+        data = {"train": data}
+    train = next((s for s in _TRAIN_SPLITS if s in data), None)
+    if train is None:
+        remedy = "save the split to train on by itself, with save_to_disk"
+        raise bad_value(f"dataset {name}", "a split named train", ", ".join(data), remedy)
+    held_out = next((data[s] for s in _HELD_OUT_SPLITS if s in data and len(data[s])), None)
+    if not len(data[train]):
+        raise bad_value("dataset", "at least one row", f"none in {name}")
+    return Splits(data[train], held_out, name)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def check_row(row: Mapping[str, Any], where: str, inputs: Sequence[str] = ()) -> Preference:
+    """Check one row and find its prompt.
+
+    Args:
+        row: has ``chosen`` and ``rejected``, and ``prompt`` unless they are messages.
+        where: the row's place, for the error.
+        inputs: further columns that the loss takes, one number a row.
+
+    Raises:
+        ValueError, TypeError: naming the place, the column, what was expected and what came.
+    """
+    for column in ("chosen", "rejected", *inputs):
+        if row.get(column) is None:
+            _missing(row, column, where)
+    chosen, rejected = (_text(row[column], column, where) for column in ("chosen", "rejected"))
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        got = f"chosen of {_kind(chosen)} and rejected of {_kind(rejected)}"
+        raise bad_type(where, "chosen and rejected of one kind, text or messages", got)
+    prompt = None if row.get("prompt") is None else _text(row["prompt"], "prompt", where)
+    if isinstance(chosen, str):
+        if prompt is None:
+            _missing(row, "prompt", where)
+        if not isinstance(prompt, str):
+            raise bad_type(
+                f"{where}, prompt", "text, as chosen and rejected are", _kind(prompt or [])
+            )
+    else:
+        assert not isinstance(rejected, str), "both are messages, or an error was raised above"
+        prompt, chosen, rejected = _split_messages(prompt, chosen, rejected, where)
+    numbers = {name: _number(row[name], f"{where}, {name}") for name in inputs}
+    return Preference(prompt, chosen, rejected, where, numbers)
+
+
+def _missing(row: Mapping[str, Any], column: str, where: str) -> None:
+    present = [name for name, value in row.items() if value is not None]
+    near = str(bad_choice("", column, present)).partition("; ")[2] if present else ""
+    needed = f"the columns {', '.join(COLUMNS)}"
+    if column not in COLUMNS:
+        needed = f"the column {column}, which this loss takes"
+    raise bad_value(where, needed, f"{', '.join(present) or 'none'} ({column} is missing)", near)
+
+
+def _kind(text: Text) -> str:
+    return "text" if isinstance(text, str) else "messages"
+
+
+def _text(value: object, column: str, where: str) -> Text:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Sequence) and all(isinstance(message, Mapping) for message in value):
+        for message in value:
+            for key in ("role", "content"):
+                if message.get(key) is None:
+                    got = f"a message with {', '.join(map(str, message)) or 'nothing'}"
+                    raise bad_value(f"{where}, {column}", "messages with role and content", got)
+        return list(value)
+    raise bad_type(
+        f"{where}, {column}",
+        'text, or a list of {"role": ..., "content": ...}',
+        type(value).__name__,
+    )
+
+
+def _number(value: object, argument: str) -> float:
+    if isinstance(value, (bool, int, float)):
+        return float(value)
+    raise bad_type(argument, "a number", type(value).__name__)
+
+
+def _split_messages(
+    prompt: Text | None, chosen: list[Message], rejected: list[Message], where: str
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Messages of the prompt, and of each response without them."""
+    if isinstance(prompt, list) and prompt:
+        size = len(prompt)
+        if chosen[:size] == prompt and rejected[:size] == prompt:
+            chosen, rejected = chosen[size:], rejected[size:]
+        return prompt, chosen, rejected
+    common = 0
+    for left, right in zip(chosen, rejected, strict=False):
+        if left != right:
+            break
+        common += 1
+    # equal responses share their last message too, and it is still a response
+    common = min(common, len(chosen) - 1, len(rejected) - 1)
+    if common <= 0:
+        if isinstance(prompt, str) and prompt:
+            return [{"role": "user", "content": prompt}], chosen, rejected
+        raise bad_value(
+            where,
+            "messages that begin alike in chosen and rejected, or a prompt",
+            "neither",
+            'add "prompt": the messages up to the response',
+        )
+    return chosen[:common], chosen[common:], rejected[common:]
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Rows in token ids, and what had to be done to them.
+
+    Attributes:
+        rows: the rows that are left.
+        dropped: places of the rows without a response to score.
+        truncated: how many rows were longer than ``max_length``.
+    """
+
+    rows: list[TokenRow]
+    dropped: list[str]
+    truncated: int
+
+
+def tokenize(rows: Iterable[Preference], tokenizer: Any, max_length: int) -> Tokenized:
+    """Token ids of checked rows, each sequence at most ``max_length`` tokens.
+
+    Prompt and response are tokenized as one text, because a tokenizer may merge across the border
+    between them; the prompt is then what the three texts have in common, so a merged token counts
+    as part of the response. A response of plain text gets the end-of-sequence token; messages end
+    as the chat template says. A row that is too long loses the start of its prompt first.
+
+    Args:
+        rows: checked rows.
+        tokenizer: of transformers.
+        max_length: tokens of prompt and response together.
+    """
+    if max_length < 2:
+        raise bad_value(
+            "max_length", "at least 2, a prompt token and a response token", f"{max_length}"
+        )
+    kept: list[TokenRow] = []
+    dropped: list[str] = []
+    truncated = 0
+    for chunk in _chunks(rows, _CHUNK):
+        for row, (prompt, chosen, rejected) in zip(chunk, _encode(chunk, tokenizer), strict=True):
+            longest = max(len(chosen), len(rejected))
+            truncated += len(prompt) + longest > max_length
+            prompt = _keep_end(prompt, max(1, max_length - longest), tokenizer.bos_token_id)
+            room = max_length - len(prompt)
+            # without a prompt nothing predicts the first token
+            least = 1 if prompt else 2
+            if _empty(row) or min(len(chosen), len(rejected)) < least:
+                dropped.append(row.where)
+                continue
+            kept.append(
+                TokenRow(
+                    prompt_ids=np.asarray(prompt, dtype=np.int32),
+                    chosen_ids=np.asarray(chosen[:room], dtype=np.int32),
+                    rejected_ids=np.asarray(rejected[:room], dtype=np.int32),
+                    inputs=row.inputs,
+                )
+            )
+    return Tokenized(kept, dropped, truncated)
+
+
+def _chunks(rows: Iterable[Preference], size: int) -> Iterator[list[Preference]]:
+    chunk: list[Preference] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _empty(row: Preference) -> bool:
+    """Whether either response says nothing: its end-of-sequence token alone is no preference."""
+    return any(
+        not (text if isinstance(text, str) else "".join(str(m["content"]) for m in text))
+        for text in (row.chosen, row.rejected)
+    )
+
+
+def _encode(
+    chunk: list[Preference], tokenizer: Any
+) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    """Prompt, chosen and rejected of each row, untruncated."""
+    texts: dict[bool, list[str]] = {True: [], False: []}
+    for row in chunk:
+        texts[isinstance(row.prompt, str)] += _render(row, tokenizer)
+    ids = {
+        # a chat template writes the special tokens itself
+        plain: iter(tokenizer(batch, add_special_tokens=plain)["input_ids"] if batch else ())
+        for plain, batch in texts.items()
+    }
+    for row in chunk:
+        plain = isinstance(row.prompt, str)
+        prompt, chosen, rejected = (next(ids[plain]) for _ in COLUMNS)
+        eos = tokenizer.eos_token_id
+        if plain and eos is not None:
+            chosen, rejected = (x if x[-1:] == [eos] else [*x, eos] for x in (chosen, rejected))
+        prompt = _common(prompt, _common(chosen, rejected))
+        yield prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+
+
+def _common(left: list[int], right: list[int]) -> list[int]:
+    size = 0
+    for a, b in zip(left, right, strict=False):
+        if a != b:
+            break
+        size += 1
+    return left[:size]
+
+
+def _render(row: Preference, tokenizer: Any) -> tuple[str, str, str]:
+    """The three texts that are tokenized: the prompt, and the prompt with each response."""
+    if isinstance(row.prompt, str):
+        assert isinstance(row.chosen, str) and isinstance(row.rejected, str), "one kind a row"
+        return row.prompt, row.prompt + row.chosen, row.prompt + row.rejected
+    if tokenizer.chat_template is None:
+        raise bad_value(
+            row.where,
+            "text, as the tokenizer has no chat template",
+            "messages",
+            "give prompt, chosen and rejected as strings, or a model with a chat template",
+        )
+
+    def text(messages: list[Message], generation: bool) -> str:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation
+        )
+
+    try:
+        return (
+            text(row.prompt, True),
+            text([*row.prompt, *row.chosen], False),
+            text([*row.prompt, *row.rejected], False),
+        )
+    except Exception as error:
+        got = f"a refusal: {_first_line(error)}"
+        raise bad_value(row.where, "messages that the chat template accepts", got) from error
+
+
+def _keep_end(prompt: list[int], size: int, bos: int | None) -> list[int]:
+    """The last tokens of the prompt, and the first one if it is the start of every sequence."""
+    if len(prompt) <= size:
+        return prompt
+    if bos is not None and prompt[0] == bos and size > 1:
+        return [bos, *prompt[1 - size :]]
+    return prompt[-size:]

@@ -1,0 +1,337 @@
+"""The command: a run from files to a saved model, and one line for every mistake."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from fusedpo import losses
+from fusedpo.cli import main
+from fusedpo.trainers.job import TrainJob, run
+from fusedpo.trainers.rows import check_row, tokenize
+from fusedpo.trainers.transformers import PreferenceTrainer
+
+OUTPUT_FILES = {
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "metrics.json",
+    "training.png",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model and rows to learn from."""
+    path = tmp_path_factory.mktemp("cli")
+    tiny.save(path / "model", initializer_range=0.02)
+    rows = [json.dumps(row) for row in tiny.text_rows(240)]
+    (path / "pairs.jsonl").write_text("\n".join(rows))
+    return path
+
+
+def arguments(folder: Path, output: Path, *more: str) -> list[str]:
+    return [
+        *("train", "--cpu", "--model", str(folder / "model")),
+        *("--dataset", str(folder / "pairs.jsonl"), "--output", str(output)),
+        *more,
+    ]
+
+
+def quick(*more: str) -> list[str]:
+    return ["--max-steps", "3", "--batch-size", "4", "--evaluations", "1", *more]
+
+
+LEARN = "--learning-rate 5e-3 --max-steps 40 --batch-size 16 --eval-fraction 0.2 --evaluations 4"
+
+
+@pytest.fixture(scope="module")
+def trained(folder) -> Path:
+    output = folder / "trained"
+    code = main(arguments(folder, output, *LEARN.split(), "--beta", "2.5", "--loss", "simpo"))
+    assert code == 0
+    return output
+
+
+def held_out(metrics: dict) -> list[dict]:
+    return [entry for entry in metrics["log"] if "eval_loss" in entry]
+
+
+def test_training_improves_held_out_pairs(trained):
+    metrics = json.loads((trained / "metrics.json").read_text())
+    first, *_, last = held_out(metrics)
+    assert [entry["step"] for entry in held_out(metrics)] == [0, 10, 20, 30, 40]
+    assert last["eval_loss"] < 0.8 * first["eval_loss"]
+    assert last["eval_rewards/margins"] > first["eval_rewards/margins"] + 0.5
+    assert last["eval_rewards/accuracies"] >= 0.9
+    assert metrics["loss"].startswith("SimPO(beta=2.5, gamma=0.5")
+    assert (metrics["training_pairs"], metrics["held_out_pairs"]) == (192, 48)
+
+
+def test_saved_model_is_loaded_by_transformers_and_is_the_trained_one(trained, folder, tmp_path):
+    assert {path.name for path in trained.iterdir()} >= OUTPUT_FILES
+    model = AutoModelForCausalLM.from_pretrained(trained)
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    lines = (folder / "pairs.jsonl").read_text().splitlines()
+    rows = [check_row(json.loads(line), f"{i}") for i, line in enumerate(lines)]
+    every = tokenize(rows, tokenizer, 64).rows
+    # held out as the run does it
+    random.Random(0).shuffle(every)
+    subject = PreferenceTrainer(
+        model,
+        TrainingArguments(str(tmp_path), use_cpu=True, per_device_eval_batch_size=16),
+        loss=losses.SimPO(beta=2.5),
+        processing_class=tokenizer,
+        eval_dataset=every[:48],
+    )
+    last = held_out(json.loads((trained / "metrics.json").read_text()))[-1]
+    assert subject.evaluate()["eval_loss"] == pytest.approx(last["eval_loss"], rel=1e-6)
+
+
+def test_nothing_but_the_output_is_left(trained, folder):
+    assert {path.name for path in folder.iterdir()} >= {"model", "pairs.jsonl", "trained"}
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_run_is_replaced_by_the_next_one_and_repeats_it(folder, tmp_path):
+    output = tmp_path / "out"
+    weights = []
+    for _ in range(2):
+        assert main(arguments(folder, output, *quick())) == 0
+        weights.append(AutoModelForCausalLM.from_pretrained(output).lm_head.weight)
+    assert torch.equal(*weights)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_reference_memory_budget_and_comparison(folder, tmp_path):
+    more = quick("--loss", "dpo", "--memory-budget", "1MiB", "--compare")
+    assert main(arguments(folder, tmp_path / "out", *more)) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert held_out(metrics)[0]["eval_loss"] == pytest.approx(0.6931472, rel=1e-6)
+    ways = metrics["comparison"]["ways"]
+    assert metrics["comparison"]["memory_budget"] == 2**20
+    assert len({round(way["loss"], 5) for way in ways.values()}) == 1
+    assert (tmp_path / "out" / "comparison.png").is_file()
+
+
+def test_chat_messages_from_a_saved_dataset(folder, tmp_path):
+    rows = [
+        {
+            "chosen": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["chosen"]},
+            ],
+            "rejected": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["rejected"]},
+            ],
+        }
+        for row in tiny.text_rows(12)
+    ]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "rows"))
+    command = arguments(folder, tmp_path / "out", *quick())
+    command[command.index("--dataset") + 1] = str(tmp_path / "rows")
+    assert main(command) == 0
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_resuming_equals_going_on(folder, tmp_path):
+    more = quick("--save-steps", "2")
+    assert main(arguments(folder, tmp_path / "whole", *more)) == 0
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").lm_head.weight
+    checkpoints = tmp_path / "whole-checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    # as after an interruption, the second one incomplete
+    (checkpoints / "checkpoint-3" / "trainer_state.json").unlink()
+    assert main(arguments(folder, tmp_path / "whole", *more, "--resume")) == 0
+    resumed = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").lm_head.weight
+    assert torch.equal(resumed, weights)
+
+
+def test_dropped_and_truncated_rows_are_counted(folder, tmp_path, capsys):
+    rows = [*tiny.text_rows(12), {"prompt": "red", "chosen": "", "rejected": " blue"}]
+    rows[3]["prompt"] = "red " * 80
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = arguments(folder, tmp_path / "out", *quick())
+    command[command.index("--dataset") + 1] = str(tmp_path / "pairs.jsonl")
+    assert main(command) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "dropped: 1 of 13 rows have an empty response (the first:" in told
+    assert "pairs.jsonl line 13)" in told
+    assert "truncated: 1 of 13 rows are longer than 64 tokens" in told
+
+
+# mistakes
+
+
+MISTAKES = {
+    "unknown loss": (["--loss", "simpoo"], "loss: expected one of .*; did you mean 'simpo'"),
+    "loss option out of range": (["--beta", "-1"], "beta: expected a number above 0, got -1"),
+    "loss option of another kind": (["--beta", "x"], "--beta: invalid float value: 'x'"),
+    "option of another loss": (
+        ["--loss", "dpo", "--gamma", "1"],
+        "unknown argument --gamma",
+    ),
+    "misspelt option": (
+        ["--max-step", "3"],
+        "unknown argument --max-step; did you mean --max-step",
+    ),
+    "budget": (["--memory-budget", "lots"], "memory_budget: expected a number of bytes"),
+    "budget too small": (["--memory-budget", "100"], "memory_budget: expected at least"),
+    "no steps": (["--max-steps", "0"], "max_steps: expected at least 1, got 0"),
+    "no file": (["--dataset", "none.jsonl"], "dataset: expected a file, .*, which does not exist"),
+    "no model": (["--model", "./none"], "model: expected a folder .*, which is not a folder"),
+    "no checkpoint": (["--resume"], "resume: expected a checkpoint in .*, got none"),
+    "fraction": (["--eval-fraction", "1"], "eval_fraction: expected a number between 0 and 1"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(name, folder, tmp_path, capsys):
+    more, message = MISTAKES[name]
+    try:
+        code = main(arguments(folder, tmp_path / "out", *quick(), *more))
+    except SystemExit as exit:
+        code = exit.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.startswith("fusedpo train: error: ") and error.count("\n") == 1, error
+    assert re.search(message, error), error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "dataset: expected at least one row, got none in"),
+        ('{"prompt": "a", "chosen": "b"}\n', "line 1: expected the columns .*rejected is missing"),
+        (
+            '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"pro',
+            "line 2: expected a JSON object",
+        ),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "one to hold out, got 0 and 1"),
+    ],
+)
+def test_a_bad_dataset_is_one_line_and_exit_code_2(content, message, folder, tmp_path, capsys):
+    (tmp_path / "pairs.jsonl").write_text(content)
+    command = arguments(folder, tmp_path / "out", *quick())
+    command[command.index("--dataset") + 1] = str(tmp_path / "pairs.jsonl")
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_not_replaced(folder, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    assert main(arguments(folder, tmp_path / "out", *quick())) == 2
+    assert "output: expected a new folder, or one of an earlier run" in capsys.readouterr().err
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_folder_without_a_model_is_refused(folder, tmp_path, capsys):
+    command = arguments(folder, tmp_path / "out", *quick())
+    command[command.index("--model") + 1] = str(folder)
+    assert main(command) == 2
+    assert "model: expected a folder with a config.json" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(folder, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        return torch.zeros(2) @ torch.zeros(3)
+
+    monkeypatch.setattr(PreferenceTrainer, "compute_loss", broken)
+    with pytest.raises(RuntimeError):
+        main(arguments(folder, tmp_path / "out", *quick()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_packages_are_named_with_the_extra(folder, tmp_path, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "datasets" else found(name)
+    )
+    assert main(arguments(folder, tmp_path / "out", *quick())) == 2
+    assert "datasets, which is not installed: pip install 'fusedpo[demo]'" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("name", losses.available())
+def test_every_loss_offers_its_hyperparameters(name, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--loss", name, "--help"])
+    assert exit.value.code == 0
+    told = capsys.readouterr().out
+    assert f"the loss {losses.available()[name].__name__}:" in told
+    assert "examples:" in told and "--memory-budget" in told
+
+
+def test_the_command_is_a_module_too():
+    done = subprocess.run(
+        [sys.executable, "-m", "fusedpo", "--version"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.startswith("fusedpo ")
+
+
+def test_an_interruption_leaves_nothing_half_done(folder, tmp_path):
+    """A real signal to a real process, once training is under way."""
+    command = arguments(folder, tmp_path / "out", "--max-steps", "100000", "--evaluations", "10000")
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "fusedpo", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step") and "held out" in line and not line.startswith("step      0"):
+            break
+    assert list(tmp_path.iterdir()), "the run writes beside its output first"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error == "fusedpo train: interrupted; no incomplete output was left\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_job_is_callable_from_python(folder, tmp_path):
+    job = TrainJob(
+        str(folder / "model"),
+        str(folder / "pairs.jsonl"),
+        tmp_path / "deep" / "out",
+        losses.SimPO(),
+        max_steps=2,
+        cpu=True,
+        gradient_checkpointing=True,
+        dtype="bfloat16",
+    )
+    metrics = run(job)
+    assert metrics == json.loads((tmp_path / "deep" / "out" / "metrics.json").read_text())
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "deep" / "out", dtype="auto")
+    assert saved.dtype == torch.bfloat16
+
+
+def test_asking_for_help_imports_none_of_the_extras():
+    code = (
+        "import sys, fusedpo.cli; "
+        "print(sorted({'transformers', 'datasets', 'tokenizers', 'matplotlib', 'rich'} "
+        "& set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

@@ -1,0 +1,107 @@
+"""The two ways agree, and what is said about their time and memory is measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fusedpo.compare import (
+    FULL,
+    FUSED,
+    SCORED_ONLY,
+    WAYS,
+    Batch,
+    compare,
+    full_logits,
+    fused,
+    small_budget,
+)
+from fusedpo.head import Head
+from fusedpo.losses import DPO, IPO, SimPO
+from fusedpo.plan import parse_budget
+
+PAIRS, LENGTH, HIDDEN, VOCAB = 3, 9, 8, 50
+
+
+def batch(loss, reference=False, **head) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2 * PAIRS, LENGTH, HIDDEN, generator=generator)
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator)
+    labels = torch.randint(VOCAB, (2 * PAIRS, LENGTH), generator=generator)
+    labels[:, :4] = -100
+    labels[1, 7:] = -100
+    ref = torch.randn(2 * PAIRS, generator=generator) - 20 if reference else None
+    return Batch(loss, hidden, Head(weight, **head), labels, ref)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        batch(SimPO()),
+        batch(SimPO(sft_weight=0.5), softcap=3.0),
+        batch(DPO(), reference=True, logit_scale=0.5),
+        batch(IPO(), reference=True, bias=torch.linspace(-1, 1, VOCAB)),
+    ],
+    ids=lambda problem: repr(problem.loss),
+)
+def test_every_way_gives_the_same_loss(problem):
+    expected = full_logits(problem)
+    assert fused(problem).item() == pytest.approx(expected.item(), rel=1e-5)
+    only = full_logits(problem, scored_only=True)
+    assert only.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_scored_tokens_are_counted():
+    assert batch(SimPO()).scored == 2 * PAIRS * 5 - 2
+
+
+def test_small_budget_is_the_fraction_or_the_least_that_will_do():
+    problem = batch(SimPO())
+    large = replace(
+        problem,
+        hidden=problem.hidden.repeat(32, 8, 1),
+        labels=problem.labels.repeat(32, 8),
+        head=Head(problem.head.weight.repeat(40, 1)),
+    )
+    rows, vocab = 32 * 2 * PAIRS * (8 * LENGTH - 1), 40 * VOCAB
+    assert small_budget(large) == rows * vocab * 4 // 8
+    # too little for any tile: doubled until it is enough
+    least = small_budget(problem, fraction=1e-6)
+    assert fused(replace(problem, memory_budget=least)).isfinite()
+    with pytest.raises(ValueError, match="memory_budget"):
+        fused(replace(problem, memory_budget=least // 2))
+
+
+@pytest.mark.slow
+def test_comparison_measures_what_it_says():
+    """Sizes at which the logits stand out of the noise of a process: 48 MiB of them."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(4096, (48, 65), generator=generator)
+    labels[:, :33] = -100
+    hidden = torch.randn(48, 65, 16, generator=generator)
+    problem = Batch(
+        SimPO(),
+        hidden,
+        Head(torch.randn(4096, 16, generator=generator)),
+        labels,
+        memory_budget="8MiB",
+    )
+    found = compare(problem, rounds=1)
+    assert list(found.ways) == list(WAYS) == [FUSED, FULL, SCORED_ONLY]
+    assert (found.pairs, found.positions, found.scored) == (24, 48 * 65, 48 * 32)
+    assert found.memory_budget == parse_budget("8MiB")
+    assert found.logits_bytes == 48 * 64 * 4096 * 4
+    losses = [way.loss for way in found.ways.values()]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    for name in (FULL, SCORED_ONLY):
+        assert 0 < found.ways[name].hidden_gap < 1e-4
+        assert 0 < found.ways[name].weight_gap < 1e-4
+    assert all(way.seconds > 0 for way in found.ways.values())
+    if found.ways[FUSED].peak_bytes is not None:
+        # what the linear algebra library keeps for itself is in it too
+        assert found.ways[FUSED].peak_bytes < found.memory_budget + 2**22
+        assert found.ways[FULL].peak_bytes > 2 * found.logits_bytes
+        assert found.ways[FULL].peak_bytes > 1.5 * found.ways[SCORED_ONLY].peak_bytes
+    assert found.to_json()["ways"][FULL]["loss"] == losses[1]

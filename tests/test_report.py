@@ -1,0 +1,90 @@
+"""What is printed and drawn is what was logged and measured."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fusedpo.compare import Comparison, Way
+from fusedpo.report import (
+    Evaluation,
+    History,
+    comparison_table,
+    draw_comparison,
+    draw_training,
+    training_table,
+)
+
+LOG = [
+    {"step": 0, "eval_loss": 0.97, "eval_rewards/margins": 0.0, "eval_rewards/accuracies": 0.5},
+    {"step": 1, "loss": 0.9, "grad_norm": 1.0},
+    {"step": 2, "loss": 0.7},
+    {"step": 2, "eval_loss": 0.8, "eval_rewards/margins": 0.4, "eval_rewards/accuracies": 0.75},
+    {"step": 3, "loss": 0.6},
+    {"step": 3, "eval_loss": 0.7},
+    {"step": 3, "train_runtime": 1.0, "train_loss": 0.73},
+]
+HISTORY = History.from_log(LOG)
+
+COMPARISON = Comparison(
+    ways={
+        "fused": Way(0.5, 0.0, 0.0, 0.010, 2**20),
+        "full logits": Way(0.5000001, 1e-6, 2e-6, 0.025, 30 * 2**20),
+        "full logits, scored tokens only": Way(0.5, 3e-7, 1e-7, 0.015, None),
+    },
+    pairs=4,
+    positions=800,
+    scored=300,
+    vocab=1000,
+    hidden=16,
+    logits_bytes=3 * 2**20,
+    memory_budget=2**20,
+    device="cpu",
+    threads=2,
+)
+
+
+def text(renderable) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(renderable)
+    return console.export_text()
+
+
+def test_history_joins_evaluations_with_the_losses_before_them():
+    assert HISTORY.train_losses == ((1, 0.9), (2, 0.7), (3, 0.6))
+    assert HISTORY.evaluations == (
+        Evaluation(0, None, 0.97, 0.0, 0.5),
+        Evaluation(2, pytest.approx(0.8), 0.8, 0.4, 0.75),
+        Evaluation(3, pytest.approx(0.6), 0.7, None, None),
+    )
+
+
+def test_training_table_has_a_row_for_each_evaluation():
+    shown = text(training_table(HISTORY))
+    cells = [line.replace("│", " ").split() for line in shown.splitlines() if "│" in line]
+    assert cells == [
+        ["0", "0.9700", "+0.000", "50.0%"],
+        ["2", "0.8000", "0.8000", "+0.400", "75.0%"],
+        ["3", "0.6000", "0.7000"],
+    ]
+
+
+def test_comparison_table_gives_ratios_to_the_fused_loss():
+    lines = text(comparison_table(COMPARISON)).splitlines()
+    (full,) = [line for line in lines if "│ full logits  " in line]
+    for cell in ("0.5000001", "2.0e-06", "25 ms", "2.50", "30 MiB", "30.0"):
+        assert cell in full
+    (only,) = [line for line in lines if "scored tokens only" in line]
+    assert "not measured" in only
+
+
+def test_drawings_are_png_files(tmp_path):
+    draw_training(tmp_path / "a.png", HISTORY, "title")
+    draw_training(tmp_path / "b.png", History((), ()), "nothing yet")
+    draw_comparison(tmp_path / "c.png", COMPARISON)
+    for path in sorted(Path(tmp_path).iterdir()):
+        content = path.read_bytes()
+        assert content.startswith(b"\x89PNG") and len(content) > 10_000

@@ -1,0 +1,249 @@
+"""Rows: what is read from a file, what is refused, and which tokens a row becomes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import tiny
+
+from fusedpo.trainers.rows import check_row, load, tokenize
+
+GOOD = {"prompt": "red", "chosen": " green", "rejected": " blue"}
+
+
+def write(path: Path, *rows: Any) -> str:
+    """Rows as JSON lines; a string is written as it is."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+# reading
+
+
+def test_json_lines_and_json_lists_are_read(tmp_path):
+    lines = load(write(tmp_path / "a.jsonl", GOOD, GOOD))
+    assert list(lines.train) == [GOOD, GOOD]
+    assert lines.where(1) == f"{tmp_path / 'a.jsonl'} line 2"
+    (tmp_path / "b.json").write_text(json.dumps([GOOD], indent=2))
+    items = load(str(tmp_path / "b.json"))
+    assert list(items.train) == [GOOD]
+    assert items.where(0) == f"{tmp_path / 'b.json'} item 1"
+
+
+def test_lines_in_a_json_file_are_read(tmp_path):
+    assert list(load(write(tmp_path / "a.json", GOOD, GOOD)).train) == [GOOD, GOOD]
+
+
+def test_saved_datasets_are_read_with_their_own_held_out_split(tmp_path):
+    data = datasets.Dataset.from_list([GOOD, GOOD])
+    data.save_to_disk(str(tmp_path / "one"))
+    alone = load(str(tmp_path / "one"))
+    assert alone.held_out is None and list(alone.train) == [GOOD, GOOD]
+    splits = datasets.DatasetDict({"train": data, "test": data.select([0])})
+    splits.save_to_disk(str(tmp_path / "two"))
+    both = load(str(tmp_path / "two"))
+    assert list(both.held_out) == [GOOD] and len(both.train) == 2
+    data.to_parquet(str(tmp_path / "c.parquet"))
+    assert list(load(str(tmp_path / "c.parquet")).train) == [GOOD, GOOD]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([GOOD, "{broken"], r"line 2: expected a JSON object, got Expecting .* at column 2; each"),
+        ([GOOD, "", GOOD], "line 2: expected a JSON object, got an empty line"),
+        (["3"], "line 1: expected an object with prompt, chosen, rejected, got int"),
+        ([], "dataset: expected at least one row, got none in"),
+        (['[{"prompt": 1},'], r"line 2: expected JSON, got .* at column 1"),
+    ],
+)
+def test_malformed_files_are_refused_with_the_line(tmp_path, content, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f"{x if isinstance(x, str) else json.dumps(x)}\n" for x in content))
+    with pytest.raises((ValueError, TypeError), match=message):
+        load(str(path))
+
+
+def test_bytes_that_are_not_text_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(ValueError, match="expected text in UTF-8, got byte 0xff"):
+        load(str(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["no/such/file", "./none", "pairs.jsonl"])
+def test_missing_files_are_refused_without_asking_the_hub(name, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    with pytest.raises(FileNotFoundError, match="which does not exist"):
+        load(name)
+
+
+# checking
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": "a", "choosen": "b", "rejected": "c"},
+            r"line 7: expected the columns prompt, chosen, rejected, got prompt, choosen, rejected "
+            r"\(chosen is missing\); did you mean 'choosen'\?",
+        ),
+        ({"chosen": "b", "rejected": "c"}, r"\(prompt is missing\)"),
+        ({"prompt": "a", "chosen": 1, "rejected": "c"}, "line 7, chosen: expected text, or a list"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": [assistant("c")]},
+            "expected chosen and rejected of one kind, text or messages, "
+            "got chosen of text and rejected of messages",
+        ),
+        (
+            {"prompt": [user("a")], "chosen": "b", "rejected": "c"},
+            "line 7, prompt: expected text, as chosen and rejected are, got messages",
+        ),
+        (
+            {"chosen": [{"role": "user"}], "rejected": []},
+            "line 7, chosen: expected messages with role and content, got a message with role",
+        ),
+        (
+            {"chosen": [assistant("a")], "rejected": [assistant("b")]},
+            "line 7: expected messages that begin alike",
+        ),
+    ],
+)
+def test_bad_rows_are_refused_with_their_place(row, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        check_row(row, "line 7")
+
+
+def test_the_losss_own_columns_are_numbers():
+    row = check_row({**GOOD, "weight": 1}, "line 7", ["weight"])
+    assert row.inputs == {"weight": 1.0}
+    with pytest.raises(ValueError, match=r"the column weight, which this loss takes"):
+        check_row(GOOD, "line 7", ["weight"])
+    with pytest.raises(TypeError, match="line 7, weight: expected a number, got str"):
+        check_row({**GOOD, "weight": "x"}, "line 7", ["weight"])
+
+
+QUESTION, ANSWER, OTHER = user("red?"), assistant("green"), assistant("blue")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [OTHER]},
+        {"prompt": [QUESTION], "chosen": [QUESTION, ANSWER], "rejected": [QUESTION, OTHER]},
+        {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, OTHER]},
+        {"prompt": "red?", "chosen": [QUESTION, ANSWER], "rejected": [QUESTION, OTHER]},
+        {"prompt": "red?", "chosen": [ANSWER], "rejected": [OTHER]},
+    ],
+    ids=["explicit", "repeated", "implicit", "text beside", "text alone"],
+)
+def test_prompt_of_messages_is_found(row):
+    found = check_row(row, "line 1")
+    assert (found.prompt, found.chosen, found.rejected) == ([QUESTION], [ANSWER], [OTHER])
+
+
+def test_equal_responses_stay_responses():
+    found = check_row({"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, ANSWER]}, "line 1")
+    assert (found.prompt, found.chosen, found.rejected) == ([QUESTION], [ANSWER], [ANSWER])
+
+
+# tokens
+
+
+def tokens(row: dict[str, Any], max_length: int = 64) -> Any:
+    return tokenize([check_row(row, "line 1")], tiny.tokenizer(), max_length)
+
+
+def text(ids: Any) -> str:
+    return tiny.tokenizer().decode(ids)
+
+
+def test_text_starts_with_bos_and_ends_with_eos():
+    (row,) = tokens(GOOD).rows
+    assert text(row["prompt_ids"]) == "<s>red"
+    assert text(row["chosen_ids"]) == " green</s>"
+    assert text(row["rejected_ids"]) == " blue</s>"
+
+
+def test_a_token_merged_across_the_border_belongs_to_the_response():
+    """As the model sees it when it writes; tokenized apart, " gr" and "een" are other tokens."""
+    (row,) = tokens({"prompt": "red gr", "chosen": "een", "rejected": "x"}).rows
+    together = [*row["prompt_ids"], *row["chosen_ids"]]
+    eos = tiny.tokenizer().eos_token_id
+    assert together == [*tiny.tokenizer()("red green")["input_ids"], eos]
+    apart = tiny.tokenizer()("red gr")["input_ids"]
+    assert list(row["prompt_ids"]) != apart
+    assert text(row["chosen_ids"]) == " green</s>"
+    assert text(row["rejected_ids"]) == " grx</s>"
+
+
+def test_messages_are_written_by_the_chat_template():
+    row = {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, OTHER]}
+    (found,) = tokens(row).rows
+    template = tiny.tokenizer().apply_chat_template([QUESTION, ANSWER], tokenize=False)
+    assert text(found["prompt_ids"]) + text(found["chosen_ids"]) == template
+    assert text(found["prompt_ids"]) == "user: red?\nassistant:"
+    assert text(found["rejected_ids"]) == " blue\n</s>"
+
+
+def test_messages_without_a_chat_template_are_refused(monkeypatch):
+    monkeypatch.setattr(tiny.tokenizer(), "chat_template", None)
+    with pytest.raises(ValueError, match="line 1: expected text, as the tokenizer has no chat"):
+        tokens({"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [OTHER]})
+
+
+def test_a_long_prompt_loses_its_start_but_not_bos():
+    row = {"prompt": "red green blue one two three", "chosen": " cat", "rejected": " dog sun"}
+    whole = tokens(row).rows[0]
+    assert len(whole["prompt_ids"]) == 7
+    done = tokens(row, max_length=6)
+    assert done.truncated == 1
+    assert text(done.rows[0]["prompt_ids"]) == "<s> two three"
+    assert text(done.rows[0]["chosen_ids"]) == " cat</s>"
+    assert text(done.rows[0]["rejected_ids"]) == " dog sun</s>"
+
+
+def test_a_long_response_keeps_its_start_and_a_prompt_token():
+    done = tokens({"prompt": "red", "chosen": " cat dog sun moon", "rejected": " star"}, 3)
+    (row,) = done.rows
+    assert len(row["prompt_ids"]) == 1
+    assert text(row["chosen_ids"]) == " cat dog"
+    assert text(row["rejected_ids"]) == " star</s>"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**GOOD, "chosen": ""},
+        {**GOOD, "rejected": ""},
+        {"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [assistant("")]},
+    ],
+)
+def test_rows_with_an_empty_response_are_dropped_and_named(row):
+    done = tokenize([check_row(GOOD, "line 1"), check_row(row, "line 2")], tiny.tokenizer(), 64)
+    assert len(done.rows) == 1
+    assert done.dropped == ["line 2"]
+
+
+def test_rows_keep_their_order_over_chunks():
+    rows = tiny.text_rows(1500)
+    found = tiny.token_rows(1500)
+    assert [text(row["prompt_ids"]) for row in found] == [f"<s>{row['prompt']}" for row in rows]
+
+
+def test_a_length_without_room_is_refused():
+    with pytest.raises(ValueError, match="max_length: expected at least 2"):
+        tokens(GOOD, 1)

@@ -1,0 +1,350 @@
+"""The Trainer: its loss is the formula on the model's own logits, however the pairs are split."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration, TrainingArguments
+
+from fusedpo.losses import DPO, SimPO
+from fusedpo.trainers.transformers import PreferenceCollator, PreferenceTrainer
+
+ROWS = tiny.token_rows(7)
+
+
+def trainer(
+    folder: Path, model: Any = None, loss: Any = None, rows: Any = ROWS, **options: Any
+) -> PreferenceTrainer:
+    """Plain SGD in fp32, so that the update is the gradient and nothing hides its scale."""
+    arguments = {
+        name: options.pop(name)
+        for name in list(options)
+        if name in TrainingArguments.__annotations__
+    }
+    return PreferenceTrainer(
+        tiny.model() if model is None else model,
+        TrainingArguments(
+            str(folder),
+            **{
+                "use_cpu": True,
+                "report_to": "none",
+                "disable_tqdm": True,
+                "save_strategy": "no",
+                "optim": "sgd",
+                "learning_rate": 0.5,
+                "lr_scheduler_type": "constant",
+                "max_grad_norm": 0.0,
+                "max_steps": 1,
+                "logging_steps": 1,
+                "train_sampling_strategy": "sequential",
+                "dataloader_pin_memory": False,
+                **arguments,
+            },
+        ),
+        loss=loss or SimPO(),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tiny.tokenizer(),
+        **options,
+    )
+
+
+def naive_loss(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """SimPO(beta=2, gamma=0.5) written out on the model's logits."""
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    mask = labels != -100
+    logp = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    chosen, rejected = ((logp * mask).sum(1) / mask.sum(1)).chunk(2)
+    return -torch.nn.functional.logsigmoid(2 * (chosen - rejected) - 0.5).mean()
+
+
+def parameters(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def same(left: torch.Tensor, right: torch.Tensor, share: float = 1e-5) -> bool:
+    """Equal up to a share of the largest entry."""
+    return bool((left - right).abs().max() <= share * right.abs().max())
+
+
+# batches
+
+
+def test_collator_puts_chosen_first_and_masks_prompt_and_padding():
+    rows = [
+        {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5], "inputs": {"w": 0.5}},
+        {"prompt_ids": [6], "chosen_ids": [7, 8, 9], "rejected_ids": [10], "inputs": {"w": 2.0}},
+    ]
+    batch = PreferenceCollator(pad_token_id=0)(rows)
+    assert batch["input_ids"].tolist() == [
+        [1, 2, 3, 0],
+        [6, 7, 8, 9],
+        [1, 2, 4, 5],
+        [6, 10, 0, 0],
+    ]
+    assert batch["attention_mask"].tolist() == [
+        [1, 1, 1, 0],
+        [1, 1, 1, 1],
+        [1, 1, 1, 1],
+        [1, 1, 0, 0],
+    ]
+    assert batch["labels"].tolist() == [
+        [-100, -100, 3, -100],
+        [-100, 7, 8, 9],
+        [-100, -100, 4, 5],
+        [-100, 10, -100, -100],
+    ]
+    assert batch["w"].tolist() == [0.5, 2.0]
+    assert PreferenceCollator(0, pad_to_multiple_of=8)(rows)["labels"].shape == (4, 8)
+
+
+# the loss
+
+
+def test_loss_and_gradient_are_those_of_the_models_own_logits(tmp_path):
+    model = tiny.model()
+    subject = trainer(tmp_path, model)
+    batch = subject.data_collator(ROWS)
+    loss = subject.compute_loss(model, dict(batch))
+    loss.backward()
+    gradients = parameters_gradient(model)
+    model.zero_grad()
+    expected = naive_loss(model, batch)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert same(gradients, parameters_gradient(model))
+
+
+def parameters_gradient(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("loss", [SimPO(), SimPO(sft_weight=0.3), DPO()], ids=repr)
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 7), (2, 4), (4, 2)])
+def test_accumulation_equals_one_batch(tmp_path, loss, batch_size, accumulation):
+    """Also where the last batch is smaller, and for the mean over tokens of the cross-entropy."""
+    whole, split = tiny.model(), tiny.model()
+    start = parameters(whole)
+    trainer(tmp_path, whole, loss, per_device_train_batch_size=7).train()
+    subject = trainer(
+        tmp_path,
+        split,
+        loss,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+    )
+    subject.train()
+    assert same(parameters(split) - start, parameters(whole) - start)
+
+
+def test_logged_training_loss_is_the_mean_over_pairs(tmp_path):
+    model = tiny.model()
+    subject = trainer(tmp_path, model, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    batch = subject.data_collator(ROWS)
+    with torch.no_grad():
+        expected = float(naive_loss(model, batch))
+    subject.train()
+    logged = subject.state.log_history[0]
+    assert logged["loss"] == pytest.approx(expected, rel=1e-5)
+    assert logged["rewards/margins"] == pytest.approx(
+        logged["rewards/chosen"] - logged["rewards/rejected"], rel=1e-5
+    )
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(tmp_path):
+    found = [trainer(tmp_path, per_device_eval_batch_size=size).evaluate() for size in (7, 3, 1)]
+    names = [name for name in found[0] if "/" in name or name == "eval_loss"]
+    assert {"eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"} < set(names)
+    for name in names:
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-5), name
+        assert found[2][name] == pytest.approx(found[0][name], rel=1e-5), name
+    model = tiny.model()
+    with torch.no_grad():
+        expected = float(naive_loss(model, PreferenceCollator(0)(ROWS)))
+    assert found[1]["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_memory_budget_reaches_the_head(tmp_path):
+    with pytest.raises(ValueError, match="memory_budget: expected at least"):
+        trainer(tmp_path, memory_budget=64).train()
+
+
+def test_gradient_checkpointing_changes_no_gradient(tmp_path):
+    plain, recomputed = tiny.model(), tiny.model()
+    enable = getattr(recomputed, "activation_checkpointing_enable", None)
+    (enable or recomputed.gradient_checkpointing_enable)({"use_reentrant": False})
+    for model in (plain, recomputed):
+        trainer(tmp_path, model, per_device_train_batch_size=7).train()
+    assert same(parameters(recomputed), parameters(plain), 1e-6)
+
+
+def test_autocast_holds_in_the_forward(tmp_path, monkeypatch):
+    seen = []
+    from fusedpo.trainers import transformers as module
+
+    original = module.preference_loss
+    monkeypatch.setattr(
+        module,
+        "preference_loss",
+        lambda *a, **k: (seen.append(torch.is_autocast_enabled("cpu")), original(*a, **k))[1],
+    )
+    model = tiny.model()
+    subject = trainer(tmp_path, model, bf16=True)
+    subject.train()
+    assert seen == [True]
+    assert next(model.parameters()).dtype == torch.float32
+
+
+# the reference
+
+
+def test_reference_is_the_model_as_it_was(tmp_path):
+    model = tiny.model()
+    start = parameters(model)
+    subject = trainer(tmp_path, model, DPO(), max_steps=3, per_device_train_batch_size=7)
+    before = subject.evaluate()
+    subject.train()
+    after = subject.evaluate()
+    # no margin yet: -log sigmoid(0)
+    assert before["eval_loss"] == pytest.approx(0.6931472, rel=1e-6)
+    assert before["eval_rewards/margins"] == 0
+    assert after["eval_loss"] < before["eval_loss"]
+    assert torch.equal(parameters(subject.ref_model), start)
+    assert not torch.equal(parameters(model), start)
+
+
+def test_given_reference_is_used(tmp_path):
+    reference = tiny.model(seed=1)
+    found = trainer(tmp_path, tiny.model(), DPO(), ref_model=reference).evaluate()
+    assert found["eval_rewards/margins"] != 0
+    assert not any(p.requires_grad for p in reference.parameters())
+
+
+def test_adapters_are_left_out_of_the_reference(tmp_path):
+    """A model that can switch its adapters off is its own reference."""
+    model = tiny.model()
+    switched = []
+
+    class Adapted(type(model)):
+        def disable_adapter(self) -> Any:
+            switched.append(True)
+            return torch.no_grad()
+
+    model.__class__ = Adapted
+    subject = trainer(tmp_path, model, DPO())
+    assert subject.ref_model is None
+    assert subject.evaluate()["eval_rewards/margins"] == 0
+    assert switched
+
+
+# what Trainer does beside
+
+
+def test_the_model_is_left_as_it_was(tmp_path):
+    model = tiny.model()
+    trainer(tmp_path, model).train()
+    assert "forward" not in vars(model)
+    ids = torch.tensor([[1, 5, 6]])
+    assert model(ids).logits.shape == (1, 3, len(tiny.tokenizer()))
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape[1] >= 4
+
+
+def test_an_interrupted_forward_leaves_the_model_too(tmp_path, monkeypatch):
+    model = tiny.model()
+    subject = trainer(tmp_path, model)
+    monkeypatch.setattr(subject, "_reference", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        subject.train()
+    assert "forward" not in vars(model)
+
+
+def test_resuming_equals_going_on(tmp_path):
+    options = {"max_steps": 4, "per_device_train_batch_size": 2, "optim": "adamw_torch"}
+    whole, resumed = tiny.model(), tiny.model()
+    trainer(tmp_path / "a", whole, **options, save_strategy="steps", save_steps=2).train()
+    subject = trainer(tmp_path / "b", resumed, **options)
+    subject.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert torch.equal(parameters(resumed), parameters(whole))
+
+
+def test_saved_model_is_loaded_by_transformers(tmp_path):
+    model = tiny.model()
+    subject = trainer(tmp_path, model, max_steps=2)
+    subject.train()
+    subject.save_model(str(tmp_path / "saved"))
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "saved")
+    before, after = subject.evaluate(), trainer(tmp_path, loaded).evaluate()
+    assert after["eval_loss"] == before["eval_loss"]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    """Pairs of uneven number split over ranks, entered through DistributedDataParallel."""
+    whole = tiny.model()
+    start = parameters(whole)
+    rows = tiny.token_rows(8)
+    subject = trainer(tmp_path, whole, SimPO(sft_weight=0.3), rows, per_device_train_batch_size=8)
+    subject.train()
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    worker = Path(__file__).with_name("two_processes.py")
+    done = subprocess.run(
+        [*run, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(worker), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    update = torch.load(tmp_path / "update.pt")
+    assert same(update, parameters(whole) - start)
+    log = json.loads((tmp_path / "log.json").read_text())
+    for name in ("loss", "rewards/margins", "nll_loss"):
+        # the cross-entropy is a mean over tokens, which a mean over pairs does not quite give
+        share = 2e-2 if name == "nll_loss" else 1e-5
+        assert log[name] == pytest.approx(subject.state.log_history[0][name], rel=share), name
+
+
+# refusals
+
+
+class Doubling(LlamaForCausalLM):
+    """Does something to its logits that a head's weight does not say."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+
+def test_a_head_that_does_more_is_refused(tmp_path):
+    model = tiny.model()
+    model.__class__ = Doubling
+    with pytest.raises(ValueError, match="logits that differ"):
+        trainer(tmp_path, model).train()
+
+
+def test_encoder_decoder_is_refused(tmp_path):
+    config = T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="model: expected a decoder-only"):
+        trainer(tmp_path, T5ForConditionalGeneration(config))
+
+
+def test_unused_arguments_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="ref_model: expected None, as SimPO has no reference"):
+        trainer(tmp_path, ref_model=tiny.model())
+    with pytest.raises(ValueError, match="compute_metrics: expected None"):
+        trainer(tmp_path, compute_metrics=lambda prediction: {})
+    with pytest.raises(TypeError, match="loss: expected a loss"):
+        trainer(tmp_path, loss="simpo")
+    model = tiny.model()
+    with pytest.raises(ValueError, match="ref_model: expected a model of its own"):
+        trainer(tmp_path, model, DPO(), ref_model=model)
+    with pytest.raises(ValueError, match="processing_class: expected the tokenizer"):
+        PreferenceTrainer(model, TrainingArguments(str(tmp_path)), loss=SimPO())
