@@ -107,7 +107,7 @@ def naive(case: Case, dtype: torch.dtype) -> Result:
 
 def relative(got: Tensor, exact: Tensor) -> float:
     """Relative Frobenius error; 0 if both are 0."""
-    got, exact = got.double(), exact.double()
+    got, exact = got.detach().double(), exact.detach().double()
     gap, size = float((got - exact).norm()), float(exact.norm())
     return 0.0 if gap == 0.0 else gap / size if size else float("inf")
 

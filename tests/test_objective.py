@@ -35,8 +35,8 @@ def batch(
         "hidden": hidden.to(dtype).requires_grad_(),
         "weight": weight.to(dtype).requires_grad_(),
         "labels": labels,
-        "ref_hidden": (hidden + 0.3 * torch.randn(hidden.shape, generator=g)).to(dtype),
-        "ref_weight": (weight + 0.1 * torch.randn(weight.shape, generator=g)).to(dtype),
+        "ref_hidden": (hidden.detach() + 0.3 * torch.randn(hidden.shape, generator=g)).to(dtype),
+        "ref_weight": (weight.detach() + 0.1 * torch.randn(weight.shape, generator=g)).to(dtype),
     }
 
 
