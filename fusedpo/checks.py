@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def bad_choice(argument: str, got: object, known: Iterable[str]) -> ValueError:
 
 def number(argument: str, value: object) -> float:
     """A finite Python number; NaN and infinity are refused."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise bad_type(argument, "a number", type(value).__name__)
     if not math.isfinite(value):
         raise bad_value(argument, "a finite number", str(value))

@@ -37,6 +37,7 @@ from fusedpo import checks
 from fusedpo.head import Head
 from fusedpo.plan import Needs, Plan, Scope, plan
 from fusedpo.sweeps import (
+    KEPT,
     Call,
     Groups,
     HeadGradient,
@@ -264,6 +265,8 @@ def plan_for(
         vocab,
         width,
         dtype=hidden.dtype,
+        weight_dtype=head.weight.dtype,
+        operand_dtype=operand_dtype(hidden),
         budget=memory_budget,
         needs=needs_of(hidden, head),
         scope=scope,
@@ -359,7 +362,7 @@ class _Engine(torch.autograd.Function):
         ctx.call, ctx.unit, ctx.head = call, unit, head
         entropy = stats.get("entropy")
         ctx.save_for_backward(
-            hidden, weight, bias, kept, assumed, stats["logprob"], stats["logsumexp"], entropy
+            hidden, weight, bias, kept, assumed, *(stats[name] for name in KEPT), entropy
         )
         return outputs
 
@@ -368,7 +371,7 @@ class _Engine(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         # raises autograd's own error if the graph was freed, or an input was changed in place
-        hidden, weight, bias, kept, assumed, logprob, logsumexp, entropy = ctx.saved_tensors
+        hidden, weight, bias, kept, assumed, *vectors, entropy = ctx.saved_tensors
         given = dict(zip(call.stats, upstream, strict=True))
         g, e = given.get("logprob"), given.get("entropy")
         if g is None and e is None:
@@ -379,24 +382,26 @@ class _Engine(torch.autograd.Function):
         with _no_autocast(hidden.device):
             tiles = Tiles(hidden, weight, bias, call)
             g = tiles.zeros(tiles.count) if g is None else g.to(tiles.acc)
-            stats = {"logprob": logprob, "logsumexp": logsumexp}
+            stats = dict(zip(KEPT, vectors, strict=True))
             hidden_gradient = None
             if assumed is not None:
-                held = _own(ctx, "head") if weight.dtype == tiles.acc else ctx.head
+                held = _take(ctx, "head", copy=weight.dtype == tiles.acc)
                 head = tiles.finish_head(held, ratio(g, assumed))
             else:
                 head = tiles.new_head_gradient(weight=need_weight, bias=need_bias)
             if e is not None:
                 stats["entropy"] = entropy
+                if not _graph_is_kept():
+                    ctx.unit = None  # of no use to a gradient through the entropy
                 hidden_gradient = tiles.entropy_gradients(
                     stats, g, e.to(tiles.acc), head, need_hidden
                 )
             elif kept is not None:
                 hidden_gradient = tiles.new_hidden_gradient() if need_hidden else None
-                tiles.sweep_kept(kept, g, head, hidden_gradient)
+                tiles.sweep_kept(kept, stats, g, head, hidden_gradient)
             else:
                 if need_hidden:
-                    unit = _own(ctx, "unit") if tiles.unit_is_output else ctx.unit
+                    unit = _take(ctx, "unit", copy=tiles.unit_is_output)
                     hidden_gradient = tiles.finish_unit(unit, g)
                 if assumed is None and head.wanted:
                     tiles.sweep_head(stats, g, None, head)
@@ -406,10 +411,13 @@ class _Engine(torch.autograd.Function):
         return hidden_gradient, head.weight, head.bias, None
 
 
-def _own(ctx: Any, name: str) -> Any:
-    """What the forward left, to be changed in place: the last backward takes it for good."""
+def _take(ctx: Any, name: str, *, copy: bool) -> Any:
+    """What the forward left under this name. The last backward takes it for good.
+
+    copy: whether it will be changed in place, so that an earlier backward needs a copy.
+    """
     value = getattr(ctx, name)
     if _graph_is_kept():
-        return value.clone()
+        return value.clone() if copy else value
     setattr(ctx, name, None)
     return value

@@ -144,7 +144,7 @@ def preference_loss(
     total, per_example, scores = problem.evaluate(logprob)
     return LossOutput(
         loss=total,
-        per_example=per_example.detach(),
+        per_example=per_example,
         metrics=problem.metrics(logprob.detach(), scores),
         logprobs=rows.scatter(logprob.detach()),
     )
@@ -197,20 +197,17 @@ class _PairProblem:
 
     def scores(self, logprob: Tensor) -> Scores:
         """[B], from log-probabilities [N]."""
-        return Scores(
-            self.sequences.sum(logprob), self.sequences.lengths.to(logprob.dtype), self.ref_logp
-        )
+        return Scores(self.sequences.sum(logprob), self.sequences.lengths.double(), self.ref_logp)
 
     def evaluate(self, logprob: Tensor) -> tuple[Tensor, Tensor, Scores]:
         """The loss (scalar), the loss of each pair [P] and the scores [B]."""
         scores = self.scores(logprob)
         chosen, rejected = scores[: self.pairs], scores[self.pairs :]
         per_example = self.loss.per_example(chosen, rejected, **self.inputs)
-        # summed in fp64, so that equal terms have their exact mean
-        total = per_example.double().sum() / self.denominator
+        total = per_example.sum() / self.denominator
         if self.loss.nll_weight:
-            total = total - self.loss.nll_weight * chosen.logp.double().sum() / self.nll_denominator
-        return total.to(logprob.dtype), per_example, scores
+            total = total - self.loss.nll_weight * chosen.logp.sum() / self.nll_denominator
+        return total.to(logprob.dtype), per_example.detach().to(logprob.dtype), scores
 
     def metrics(self, logprob: Tensor, scores: Scores) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -220,13 +217,13 @@ class _PairProblem:
                 "rewards/chosen": chosen_reward.mean(),
                 "rewards/rejected": rejected_reward.mean(),
                 "rewards/margins": (chosen_reward - rejected_reward).mean(),
-                "rewards/accuracies": (chosen_reward > rejected_reward).to(logprob.dtype).mean(),
+                "rewards/accuracies": (chosen_reward > rejected_reward).double().mean(),
                 "logps/chosen": self.loss.logged_logp(chosen).mean(),
                 "logps/rejected": self.loss.logged_logp(rejected).mean(),
             }
             if self.loss.nll_weight:
                 found["nll_loss"] = -chosen.logp.sum() / chosen.length.sum()
-            return {name: value.detach() for name, value in found.items()}
+            return {name: value.to(logprob.dtype) for name, value in found.items()}
 
 
 class _PairGroups:
@@ -487,8 +484,7 @@ def _reference_scores(
 ) -> Tensor | None:
     """[B], the reference's log-probability of each sequence; None without a reference."""
     if reference.logprobs is not None:
-        values = reference.logprobs
-        wide = values.double() if values.dtype == torch.float64 else values.float()
+        wide = reference.logprobs.double()
         return wide if wide.shape == (sequences.count,) else sequences.sum(rows.gather(wide))
     if reference.hidden is None or reference.head is None:
         return None

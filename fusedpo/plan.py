@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import product
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -26,9 +27,9 @@ Needs = Literal["hidden", "weight", "bias"]
 
 DEFAULT_BUDGET = 256 * 2**20
 
-# The largest tile that is worth having, and the smallest the engine will work with, as rows x
-# columns. CPU: the tile stays in the second-level cache; measured by benchmarks/tiles.py.
-# Elsewhere: large enough for the products to run at full speed.
+# The largest tile that is worth having, and the smallest the engine will work with: rows, columns.
+# CPU: the fastest of those that benchmarks/tiles.py measures. Elsewhere: not measured yet; large
+# enough, by arithmetic, for the products to run at full speed.
 _LARGEST_TILE = {"cpu": (512, 4096), "other": (2048, 16384)}
 _SMALLEST_TILE = (16, 128)
 
@@ -42,7 +43,6 @@ _UNITS = {
     "MIB": 2**20,
     "GIB": 2**30,
 }
-_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def parse_budget(budget: int | float | str | None) -> int:
                 "memory_budget", "a number of bytes or a text with a unit", repr(budget), remedy
             )
         size = float(match[1]) * _UNITS[match[2].upper()]
-    elif isinstance(budget, (int, float)) and not isinstance(budget, bool):
+    elif isinstance(budget, Real) and not isinstance(budget, bool):
         size = float(budget)
     else:
         raise TypeError(
@@ -141,7 +141,11 @@ class _Problem:
     tokens: int
     vocab: int
     hidden: int
-    dtype: torch.dtype
+    hidden_size: int  # bytes of a number of the hidden states, of the weight,
+    weight_size: int
+    operand: int  # of what enters a product, and
+    acc: int  # of what is accumulated: logits, statistics, running gradients
+    fp16_products: bool
     needs: frozenset[Needs]
     scope: Scope | None
     groups: int
@@ -149,27 +153,7 @@ class _Problem:
     entropy_value: bool
     softcap: bool
     gathered: bool
-    on_cpu: bool
     wide: bool = True
-
-    @property
-    def acc(self) -> int:
-        """Bytes of an accumulated number: logits, statistics, running gradients."""
-        return 8 if self.dtype == torch.float64 else 4
-
-    @property
-    def size(self) -> int:
-        """Bytes of a number of the inputs."""
-        return self.dtype.itemsize
-
-    @property
-    def operand(self) -> int:
-        """Bytes of a number that enters a product."""
-        return self.acc if self.on_cpu else self.size
-
-    @property
-    def half(self) -> bool:
-        return self.dtype in _HALF
 
     def tile_bytes(self, n: int, v: int, *, gradient: bool) -> dict[str, int]:
         """The tile itself and the rows and columns that make it."""
@@ -178,14 +162,15 @@ class _Problem:
             extra += self.acc
         if (self.entropy and gradient) or self.entropy_value:
             extra += self.acc
-        if self.half and not self.on_cpu and gradient:
-            extra += self.size  # the tile in the operands' dtype, for the tensor cores
-        operand = self.operand
+        if self.operand < self.acc and gradient:
+            extra += self.operand  # the tile in the operands' dtype, for the tensor cores
+        gathered = self.gathered or self.hidden_size != self.operand
+        cast = self.weight_size != self.operand
         return {
             "tile": n * v * self.acc,
             "tile copies": n * v * extra,
-            "hidden rows": n * self.hidden * operand if self.gathered or self.half else 0,
-            "weight rows": v * self.hidden * operand if self.half and self.on_cpu else 0,
+            "hidden rows": n * self.hidden * self.operand if gathered else 0,
+            "weight rows": v * self.hidden * self.operand if cast else 0,
         }
 
     def row_bytes(self) -> int:
@@ -200,7 +185,7 @@ def _unit_bytes(p: _Problem, n: int) -> int:
 
 def _waiting(p: _Problem) -> dict[str, int]:
     """What waits for the backward in full precision; in fp32 and fp64 it is the output itself."""
-    if "hidden" in p.needs and p.half and p.wide:
+    if "hidden" in p.needs and p.hidden_size < p.acc and p.wide:
         return {"held hidden gradient": p.tokens * p.hidden * p.acc}
     return {}
 
@@ -218,7 +203,7 @@ def _weight_sweep(p: _Problem, n: int, v: int) -> dict[str, int]:
     """What one step over the vocabulary holds to write its slice of the head's gradient."""
     return {
         "weighted rows": n * p.hidden * p.operand,
-        "weight gradient slice": v * p.hidden * p.acc if p.half else 0,
+        "weight gradient slice": v * p.hidden * p.acc if p.weight_size < p.acc else 0,
     }
 
 
@@ -232,15 +217,15 @@ def _recompute(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
     sweep: dict[str, int] = _weight_sweep(p, n, v) if head else {}
     products = 1 + head + ("hidden" in p.needs) + ("weight" in p.needs)
     if not p.entropy:
-        # the hidden gradient is formed in the forward, the head's in the backward: never both at a
-        # time
+        # the hidden gradient is formed in the forward, the head's in the backward
         forward: dict[str, int] = {"row products": _unit_bytes(p, n)} if "hidden" in p.needs else {}
         longer: dict[str, int] = max(forward, sweep, key=_total)
         return products, {**tile, **longer, **_waiting(p)}
-    products += not head
+    # the gradient through the entropy forms the hidden gradient anew
+    products += (not head) + ("hidden" in p.needs)
     rows = 0
     if "hidden" in p.needs:
-        rows = n if not head else p.tokens if p.half or p.gathered else 0
+        rows = n if not head else p.tokens if p.hidden_size < p.acc or p.gathered else 0
     return products, {
         **tile,
         **sweep,
@@ -259,6 +244,7 @@ def _retain(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
     buffers = {
         **p.tile_bytes(n, v, gradient=True),
         **_weight_sweep(p, n, v),
+        "tile": 0,  # it is a part of the rows below
         "retained jacobian": p.tokens * p.vocab * p.operand,
         "row block": n * p.vocab * p.acc if p.operand < p.acc else 0,
         "row products": n * p.hidden * (p.acc + p.operand) if "hidden" in p.needs else 0,
@@ -267,10 +253,11 @@ def _retain(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
 
 
 def _one_pass(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
-    accumulators = int(p.half) + int(p.groups > 1 and p.scope != "token")
+    accumulators = int(p.weight_size < p.acc) + int(p.groups > 1 and p.scope != "token")
     buffers = {
         **p.tile_bytes(n, v, gradient=True),
         **_weight_sweep(p, n, v),
+        "tile": 0,
         "row block": n * p.vocab * p.acc,
         "row products": n * p.hidden * (2 * p.acc) if "hidden" in p.needs else 0,
         "weight gradient accumulators": accumulators * p.vocab * p.hidden * p.acc,
@@ -295,8 +282,8 @@ def _eligible(p: _Problem) -> dict[Route, list[_Way]]:
         return {"frozen": [_frozen]}
     routes: dict[Route, list[_Way]] = {"recompute": [_recompute], "retain": [_retain]}
     # fp16 products need a power-of-two gain, which one_pass cannot know before the loss is known
-    underflows = p.dtype == torch.float16 and not p.on_cpu
-    if p.scope in ("token", "sequence", "pair") and "weight" in p.needs and not underflows:
+    known = p.scope in ("token", "sequence", "pair")
+    if known and "weight" in p.needs and not p.fp16_products:
         routes["one_pass"] = [_one_pass]
     return routes
 
@@ -321,13 +308,13 @@ def _least(p: _Problem, n: int, v: int) -> int:
     return min(_total(way(p, n, v)[1]) for way in ways) + p.row_bytes()
 
 
-def _choose_tile(p: _Problem, budget: int) -> tuple[int, int]:
+def _choose_tile(p: _Problem, budget: int, largest: tuple[int, int]) -> tuple[int, int]:
     """The tile, from the shapes and the budget alone.
 
     It does not depend on the route, so that a policy and its reference, or a loss and the
     log-probabilities it logs, are summed in the same order and agree to the last bit.
     """
-    rows, cols = _LARGEST_TILE["cpu" if p.on_cpu else "other"]
+    rows, cols = largest
     # the costliest tile any caller with these shapes can ask for decides, not this caller's needs
     widest = replace(p, needs=frozenset({"hidden", "weight"}))
     while True:
@@ -343,6 +330,8 @@ def plan(
     hidden: int,
     *,
     dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype | None = None,
+    operand_dtype: torch.dtype | None = None,
     budget: int | float | str | None = None,
     needs: Iterable[Needs] = ("hidden", "weight"),
     scope: Scope | None = None,
@@ -360,6 +349,8 @@ def plan(
         tokens: scored tokens N (labels that are not ignored).
         vocab, hidden: V and H of the head's weight [V, H].
         dtype: dtype of hidden states and weight.
+        weight_dtype: dtype of the weight, if it is another, as under autocast.
+        operand_dtype: autocast's dtype, under autocast.
         budget: bytes, or a text such as ``"512MiB"``; 256 MiB if not given. It covers everything
             the engine holds beyond its outputs: the gradients and the per-token statistics.
         needs: which gradients are wanted, of ``"hidden"``, ``"weight"``, ``"bias"``; empty for
@@ -402,11 +393,17 @@ def plan(
     if scope is not None and scope not in get_args(Scope):
         raise bad_choice("scope", scope, get_args(Scope))
     allowed = parse_budget(budget)
+    on_cpu = torch.device(device).type == "cpu"
+    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
     p = _Problem(
         tokens=tokens,
         vocab=vocab,
         hidden=hidden,
-        dtype=dtype,
+        hidden_size=dtype.itemsize,
+        weight_size=(weight_dtype or dtype).itemsize,
+        operand=(accumulated if on_cpu else operand_dtype or dtype).itemsize,
+        acc=accumulated.itemsize,
+        fp16_products=not on_cpu and (operand_dtype or dtype) == torch.float16,
         needs=wanted,
         scope=scope,
         groups=groups,
@@ -414,15 +411,14 @@ def plan(
         entropy_value=entropy_value or entropy,
         softcap=softcap,
         gathered=gathered,
-        on_cpu=torch.device(device).type == "cpu",
     )
-    rows, cols = _choose_tile(p, allowed)
+    rows, cols = _choose_tile(p, allowed, _LARGEST_TILE["cpu" if on_cpu else "other"])
     eligible = _eligible(p)
     if route is not None and route not in eligible:
         raise bad_choice("route (for these needs)", route, eligible)
     candidates = []
     for name, ways in eligible.items():
-        for way, wide in product(ways, {True, not p.half}):
+        for way, wide in product(ways, {True, p.hidden_size == p.acc}):
             if route not in (None, name):
                 continue
             products, buffers = way(replace(p, wide=wide), rows, cols)

@@ -28,9 +28,13 @@ class Sequences:
         return self.lengths.shape[0]
 
     def sum(self, values: Tensor) -> Tensor:
-        """[B], the sum of values [N] over each sequence, accumulated in fp64 and rounded once."""
+        """[B] fp64, the sum of values [N] over each sequence.
+
+        Not rounded to fp32: a reference is yet to be subtracted, which over tens of thousands of
+        tokens is a small difference of large sums.
+        """
         total = torch.zeros(self.count, dtype=torch.float64, device=values.device)
-        return total.index_add(0, self.index, values.double()).to(values.dtype)
+        return total.index_add(0, self.index, values.double())
 
     def reorder(self, order: Tensor) -> Sequences:
         return Sequences(self.index[order], self.lengths)
@@ -38,11 +42,11 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a loss sees of some sequences; every tensor is [B'].
+    """What a loss sees of some sequences; every tensor is [B'] in fp64.
 
     Attributes:
         logp: log-probability of the response, summed over its tokens.
-        length: number of scored tokens, in logp's dtype.
+        length: number of scored tokens.
         ref_logp: the reference's logp, or None.
     """
 

@@ -1,8 +1,8 @@
 """The sweeps of the engine: the problem cut into tiles, and every loop over them.
 
 Letters: N scored tokens, P positions (scored or not), V vocabulary, H hidden size; n rows and v
-vocabulary columns of the tile of logits that exists at a time. J = softmax(z) - onehot(y), the
-negated Jacobian of the log-probability with respect to the logits.
+vocabulary columns of the tile of logits that exists at a time. J is the negated Jacobian of the
+log-probability with respect to the logits, but for one factor a row: see kernels/logit_tile.py.
 
 What a sweep allocates is what fusedpo.plan counts; a buffer added here is to be added there.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fusedpo.kernels.logit_tile import (
     RowStats,
+    finite_peak,
     fold_torch,
     jacobian_torch,
     softcap_slope_torch,
@@ -25,8 +26,15 @@ from fusedpo.kernels.logit_tile import (
 )
 from fusedpo.plan import Needs, Plan
 
-# torch.mm(..., out_dtype=torch.float32) from half-precision operands exists since 2.8, for CUDA
-_HAS_OUT_DTYPE = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 8)
+_TORCH = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2])
+# fp32 results of half-precision operands, on CUDA: torch.mm since 2.8; torch.addmm exists as long,
+# but took an fp32 accumulator only later
+_HAS_MM_OUT_DTYPE = _TORCH >= (2, 8) and torch.version.hip is None
+_HAS_ADDMM_OUT_DTYPE = _TORCH >= (2, 10) and torch.version.hip is None
+
+
+# what every forward leaves per token, for the backward
+KEPT = ("logprob", "logsumexp", "peak", "total")
 
 
 class Groups(Protocol):
@@ -64,7 +72,8 @@ class Rows:
         flat = labels.reshape(-1)
         scored = flat != ignore_index
         if bool(scored.all()):
-            return cls(flat.long(), None, labels.shape)
+            # a copy: the caller may change the labels before the backward
+            return cls(flat.to(torch.int64, copy=True), None, labels.shape)
         positions = scored.nonzero()[:, 0]
         return cls(flat[positions].long(), positions, labels.shape)
 
@@ -136,11 +145,13 @@ def _product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
             torch.addmm(out, a, b, out=out)
         else:
             torch.mm(a, b, out=out)
-    elif out.device.type == "cuda" and _HAS_OUT_DTYPE:
-        if add:
+    elif out.device.type == "cuda" and _HAS_MM_OUT_DTYPE:
+        if not add:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        elif _HAS_ADDMM_OUT_DTYPE:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         else:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
+            out += torch.mm(a, b, out_dtype=out.dtype)
     else:
         _product(out, a.to(out.dtype), b.to(out.dtype), add=add)
 
@@ -240,7 +251,7 @@ class Tiles:
 
     def new_stats(self) -> dict[str, Tensor]:
         """[N] of every statistic that is kept or asked for."""
-        names = dict.fromkeys(("logprob", "logsumexp", *self.call.stats))
+        names = dict.fromkeys((*KEPT, *self.call.stats))
         device = self.hidden.device
         return {
             name: torch.empty(
@@ -290,7 +301,12 @@ class Tiles:
     def finish_unit(self, unit: Tensor, g: Tensor) -> Tensor:
         """The hidden gradient [P, H]: g [N] times unit, in place if unit is the output."""
         if self.unit_is_output:
-            return unit.mul_(self.at_positions(g)[:, None])
+            factor = self.at_positions(g)[:, None]
+            # in blocks: a half-precision tensor times fp32 is widened whole
+            for start, stop in _blocks(0, unit.shape[0], self.plan.rows):
+                part = unit[start:stop]
+                part.copy_(part * factor[start:stop])
+            return unit
         out = self.new_hidden_gradient()
         for r in self.row_blocks():
             self.write_rows(out, *r, unit[slice(*r)] * g[slice(*r), None])
@@ -354,16 +370,23 @@ class Tiles:
         c: tuple[int, int],
         stats: RowStats,
         rest: Tensor | None,
+        *,
+        sloped: bool = False,
     ) -> None:
-        """One tile of sweep_forward. A function of its own, so that its temporaries go with it."""
+        """Logits of one tile into z, folded into stats and, times W, into rest.
+
+        A function of its own, so that its temporaries go with it. ``sloped`` asks for softcap's
+        slope on what stays in z also without rest.
+        """
         weight, limit = self.weight_rows(*c), self.limit(*r)
         self.logits(z, hidden, weight, r, c)
-        slope = None if limit is None or rest is None else softcap_slope_torch(z, limit)
+        sloped = limit is not None and (sloped or rest is not None)
+        slope = softcap_slope_torch(z, limit) if sloped and limit is not None else None
         rescale = fold_torch(z, self.rows.targets[slice(*r)], c[0], stats)
-        if rest is None:
-            return
         if slope is not None:
             z.mul_(slope)
+        if rest is None:
+            return
         if c[0]:
             rest.mul_(rescale[:, None])
         _product(rest, z.to(self.operand), weight, add=True)
@@ -372,47 +395,51 @@ class Tiles:
         self, rest: Tensor, stats: RowStats, block: dict[str, Tensor], r: tuple[int, int]
     ) -> Tensor:
         """dlogp/dhidden [n, H] of a finished row block, from its sum over non-target entries."""
-        own = -torch.expm1(block["logprob"])
-        limit = self.limit(*r)
-        if limit is not None:
-            own = own * softcap_slope_torch(stats.target[:, None], limit)[:, 0]
-        others = torch.where(stats.total > 0, torch.exp(stats.peak - block["logsumexp"]), 0.0)
+        own = row_factor(block) * stats.total * self.target_slope(stats, r)
         target_rows = self.weight[self.rows.targets[slice(*r)]].to(self.acc)
-        rest.mul_(self.scaled(-others, *r)[:, None])
+        rest.mul_(self.scaled(-row_factor(block), *r)[:, None])
         return rest.addcmul_(target_rows, self.scaled(own, *r)[:, None])
 
-    def full_row_logits(
-        self, out: Tensor, scratch: Tensor, hidden: Tensor, r: tuple[int, int], stats: RowStats
+    def target_slope(self, stats: RowStats, r: tuple[int, int]) -> Tensor | float:
+        """Slope of softcap at the targets, [n]; 1 without softcap."""
+        limit = self.limit(*r)
+        return 1.0 if limit is None else softcap_slope_torch(stats.target[:, None], limit)[:, 0]
+
+    def full_row_jacobian(
+        self, out: Tensor, hidden: Tensor, r: tuple[int, int], stats: RowStats
     ) -> None:
-        """All logits of a row block into out [n, V], folded into stats on the way."""
-        n = r[1] - r[0]
+        """J of a row block, all of its vocabulary, into out [n, V]; its statistics into stats."""
+        peaks = []
         for c in self.col_blocks():
-            z = out[:, c[0] : c[1]]
-            self.logits(z, hidden, self.weight_rows(*c), r, c)
-            fold_torch(
-                z,
-                self.rows.targets[slice(*r)],
-                c[0],
-                stats,
-                out=self.view_tile(scratch, n, c[1] - c[0]),
-            )
+            self.fold_tile(out[:, slice(*c)], hidden, r, c, stats, None, sloped=True)
+            peaks.append(finite_peak(stats.peak))
+        for c, peak in zip(self.col_blocks(), peaks, strict=True):
+            # exponentials were taken relative to the peak so far
+            out[:, slice(*c)].mul_(torch.exp(peak - peaks[-1])[:, None])
+        own = -stats.total * self.target_slope(stats, r)
+        out.scatter_(1, self.rows.targets[slice(*r), None], own[:, None])
+        self.narrow(out, stats.total)
 
     def jacobian(
         self, z: Tensor, r: tuple[int, int], c: tuple[int, int], stats: dict[str, Tensor]
     ) -> Tensor:
         """A tile of logits to a tile of J, in place; stats are of these rows."""
-        return jacobian_torch(
-            z,
-            self.rows.targets[slice(*r)],
-            c[0],
-            stats["logsumexp"],
-            stats["logprob"],
-            limit=self.limit(*r),
-        )
+        targets = self.rows.targets[slice(*r)]
+        jacobian_torch(z, targets, c[0], stats["peak"], stats["total"], limit=self.limit(*r))
+        return self.narrow(z, stats["total"])
 
-    def full_row_jacobian(self, z: Tensor, r: tuple[int, int], block: dict[str, Tensor]) -> None:
-        for c in self.col_blocks():
-            self.jacobian(z[:, c[0] : c[1]], r, c, block)
+    def narrow(self, jacobian: Tensor, total: Tensor) -> Tensor:
+        """J in place, within the range of fp16 if that is what products take: |J| reaches total."""
+        if self.operand == torch.float16:
+            jacobian.mul_(_power_of_two(total)[:, None])
+        return jacobian
+
+    def factor(self, stats: dict[str, Tensor]) -> Tensor:
+        """[n], what J as it stands lacks to be softmax - onehot."""
+        factor = row_factor(stats)
+        if self.operand == torch.float16:
+            factor = factor / _power_of_two(stats["total"])
+        return factor
 
     def row_products(self, jacobian: Tensor) -> Tensor:
         """J W [n, H] from J [n, V]."""
@@ -426,14 +453,13 @@ class Tiles:
     def sweep_retain(self, kept: Tensor) -> dict[str, Tensor]:
         """Statistics of all rows, and J into kept [N, V]."""
         everything = self.new_stats()
-        scratch = self.tile()
         in_place = kept.dtype == self.acc
         block_buffer = None if in_place else self.empty(self.plan.rows, self.vocab)
         for r in self.row_blocks():
             stats = self.start_stats(r[1] - r[0])
             z = kept[slice(*r)] if block_buffer is None else block_buffer[: r[1] - r[0]]
-            self.full_row_logits(z, scratch, self.hidden_rows(*r), r, stats)
-            self.full_row_jacobian(z, r, self.store(everything, r, stats))
+            self.full_row_jacobian(z, self.hidden_rows(*r), r, stats)
+            self.store(everything, r, stats)
             if not in_place:
                 kept[slice(*r)] = z
         return everything
@@ -447,41 +473,40 @@ class Tiles:
         """
         everything = self.new_stats()
         upstream = self.zeros(self.count)
-        scratch, block_buffer = self.tile(), self.empty(self.plan.rows, self.vocab)
+        block_buffer = self.empty(self.plan.rows, self.vocab)
         several = len(groups.starts) > 2
         partial = out
         for r in self.row_blocks():
             stats = self.start_stats(r[1] - r[0])
             z, hidden = block_buffer[: r[1] - r[0]], self.hidden_rows(*r)
-            self.full_row_logits(z, scratch, hidden, r, stats)
-            self.full_row_jacobian(z, r, self.store(everything, r, stats))
+            self.full_row_jacobian(z, hidden, r, stats)
+            factor = self.factor(self.store(everything, r, stats))
             if unit is not None:
-                self.write_unit(unit, r, self.negate_scaled(self.row_products(z), *r))
+                products = self.row_products(z).mul_(self.scaled(-factor, *r)[:, None])
+                self.write_unit(unit, r, products)
             for first, last, start, stop, ends in _pieces(groups.starts, *r):
                 within = slice(start - r[0], stop - r[0])
                 if ends and groups.starts[first] >= r[0]:
                     # groups that lie within the block: their gradient is known
                     g = groups.gradient(first, last, everything["logprob"][start:stop])
                     upstream[start:stop] = g
-                    self.add_head_gradient(
-                        out, z[within], hidden[within], -self.scaled(g, start, stop)
-                    )
+                    coefficient = -self.scaled(g * factor[within], start, stop)
+                    self.add_head_gradient(out, z[within], hidden[within], coefficient)
                     continue
                 if several and partial is out:
                     partial = out.like()
                 unit_g = groups.units(start, stop).to(self.acc)
-                self.add_head_gradient(
-                    partial, z[within], hidden[within], -self.scaled(unit_g, start, stop)
-                )
+                coefficient = -self.scaled(unit_g * factor[within], start, stop)
+                self.add_head_gradient(partial, z[within], hidden[within], coefficient)
                 if ends:
                     whole = slice(groups.starts[first], stop)
                     g = groups.gradient(first, last, everything["logprob"][whole])
                     upstream[whole] = g
-                    factor = ratio(g, groups.units(whole.start, stop).to(self.acc))
+                    slope = ratio(g, groups.units(whole.start, stop).to(self.acc))
                     if partial is out:
-                        out.scale(factor)
+                        out.scale(slope)
                     else:
-                        out.add(partial, factor)
+                        out.add(partial, slope)
                         partial.zero()
         return everything, upstream
 
@@ -534,14 +559,16 @@ class Tiles:
             scratch = self.empty(self.plan.cols, self.width)
         first, last = rows or (0, self.count)
         gain = None
-        if self.operand == torch.float16:
-            gain = _power_of_two(
-                upstream if upstream_entropy is None else torch.cat((upstream, upstream_entropy))
-            )
-            upstream = upstream * gain
-            upstream_entropy = None if upstream_entropy is None else upstream_entropy * gain
-        outer = upstream if upstream_entropy is None else torch.ones_like(upstream)
-        coefficient = -self.scaled(outer, 0, self.count)
+        if upstream_entropy is None:
+            coefficient = -self.scaled(upstream * self.factor(stats), 0, self.count)
+        else:
+            coefficient = -self.scaled(torch.ones_like(upstream), 0, self.count)
+        if self.operand == torch.float16 and upstream_entropy is None:
+            gain = _power_of_two(_largest(coefficient))
+            coefficient = coefficient * gain
+        elif self.operand == torch.float16 and upstream_entropy is not None:
+            gain = _power_of_two(_largest(torch.cat((upstream, upstream_entropy))))
+            upstream, upstream_entropy = upstream * gain, upstream_entropy * gain
         for c in self.col_blocks():
             part, bias_part = out.slices(c, scratch)
             weight = self.weight_rows(*c)
@@ -561,28 +588,33 @@ class Tiles:
                     piece = hidden_gradient[r[0] - first : r[1] - first]
                     _product(piece, z.to(self.operand), weight, add=c[0] > 0)
             del weight
-            if gain is not None:
-                for tensor in (part, bias_part):
-                    if tensor is not None:
-                        tensor.div_(gain)
+            _divide(gain, part, bias_part)
             if scratch is not None and out.weight is not None:
                 out.weight[slice(*c)] = scratch[: c[1] - c[0]]
         if hidden_gradient is not None:
-            self.negate_scaled(hidden_gradient, first, last)
-            if gain is not None:
-                hidden_gradient.div_(gain)
+            hidden_gradient.mul_(coefficient[first:last, None])
+            _divide(gain, hidden_gradient)
 
     def sweep_kept(
-        self, kept: Tensor, upstream: Tensor, out: HeadGradient, hidden_gradient: Tensor | None
+        self,
+        kept: Tensor,
+        stats: dict[str, Tensor],
+        upstream: Tensor,
+        out: HeadGradient,
+        hidden_gradient: Tensor | None,
     ) -> None:
         """All gradients from the retained J [N, V], left as it is; hidden_gradient is [P, H]."""
-        coefficient = -self.scaled(upstream, 0, self.count)
+        coefficient = -self.scaled(upstream * self.factor(stats), 0, self.count)
         if hidden_gradient is not None:
             for r in self.row_blocks():
                 rows = self.row_products(kept[slice(*r)])
                 self.write_rows(hidden_gradient, *r, rows.mul_(coefficient[slice(*r), None]))
         if not self.count:
             return
+        gain = None
+        if self.operand == torch.float16:
+            gain = _power_of_two(_largest(coefficient))
+            coefficient = coefficient * gain
         scratch = None
         if out.weight is not None and out.weight.dtype != self.acc:
             scratch = self.empty(self.plan.cols, self.width)
@@ -592,6 +624,7 @@ class Tiles:
                 tile = kept[slice(*r), slice(*c)]
                 own = coefficient[slice(*r)]
                 self.add_slice(part, bias_part, tile, self.hidden_rows(*r), own, r[0] > 0)
+            _divide(gain, part, bias_part)
             if scratch is not None and out.weight is not None:
                 out.weight[slice(*c)] = scratch[: c[1] - c[0]]
 
@@ -638,22 +671,32 @@ class Tiles:
             limit=self.limit(*r),
         )
 
-    def negate_scaled(self, values: Tensor, start: int, stop: int) -> Tensor:
-        """-scale * values, in place; values [n, H]."""
-        scale = self.scale_rows(start, stop)
-        return values.mul_(-scale[:, None] if isinstance(scale, Tensor) else -scale)
+
+def row_factor(stats: dict[str, Tensor]) -> Tensor:
+    """(1 - p) / total [n], what J lacks to be softmax - onehot; 0 for a vocabulary of one."""
+    own, total = -torch.expm1(stats["logprob"]), stats["total"]
+    return torch.where(total == 0, 0.0, own / total)
 
 
 def _power_of_two(values: Tensor) -> Tensor:
-    """A power of two that brings the largest |value| near 1, found on the device.
+    """The power of two that brings each |value| into [1/2, 1); 1 for 0 and what is not finite.
 
-    Without it fp16 products of a gradient that is a mean over many tokens would underflow.
+    Found on the device. Without such factors fp16 products over- and underflow: a gradient that is
+    a mean over many tokens is smaller than fp16's least number.
     """
-    largest = values.abs().amax() if values.numel() else values.new_ones(())
-    exponent = torch.frexp(
-        torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
-    ).exponent
-    return torch.ldexp(torch.ones_like(largest), -exponent)
+    usable = torch.isfinite(values) & (values != 0)
+    exponent = torch.frexp(torch.where(usable, values.abs(), 1.0)).exponent
+    return torch.ldexp(torch.ones_like(values), -exponent)
+
+
+def _divide(gain: Tensor | None, *tensors: Tensor | None) -> None:
+    for tensor in tensors:
+        if gain is not None and tensor is not None:
+            tensor.div_(gain)
+
+
+def _largest(values: Tensor) -> Tensor:
+    return values.abs().amax() if values.numel() else values.new_ones(())
 
 
 def ratio(g: Tensor, a: Tensor) -> Tensor:

@@ -17,8 +17,14 @@ so that the log-probability of the target is
 which has no cancellation: for a confident token, z_y and logsumexp(z) agree in all their digits and
 their difference would be rounding noise, while the log-sigmoid of a large number is exact.
 
-*Jacobian.* With the logsumexp known, the tile becomes P - onehot(y), the negated derivative of logp
-with respect to z. Its target entry is expm1(logp), again without cancellation.
+*Jacobian.* With the statistics known, the tile becomes J, the negated derivative of logp with
+respect to z, but for one factor a row:
+
+    softmax(z) - onehot(y) = (1 - p) / total * J,   J_j = exp(z_j - peak) for j != y,   J_y = -total
+
+The factor is formed from expm1(logp), again without cancellation, and scales rows of hidden size,
+not of vocabulary size. The entries of a row of J cancel as exactly as they were summed, however
+large the logits, which a softmax from a rounded logsumexp does not achieve.
 
 The functions with the suffix ``_torch`` are the definition; every kernel is held to them.
 """
@@ -74,8 +80,9 @@ class RowStats:
 
     @property
     def logprob(self) -> Tensor:
-        """log-probability of the target, [n], never above 0."""
-        return torch.nn.functional.logsigmoid(self.target - self.rest)
+        """log-probability of the target, [n], never above 0; NaN for a target of +inf."""
+        logprob = torch.nn.functional.logsigmoid(self.target - self.rest)
+        return logprob.masked_fill(self.target == torch.inf, torch.nan)
 
     @property
     def logsumexp(self) -> Tensor:
@@ -114,22 +121,17 @@ def _locate(target: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
     return local.clamp(0, columns - 1)[:, None], inside[:, None]
 
 
-def fold_torch(
-    z: Tensor, target: Tensor, start: int, stats: RowStats, out: Tensor | None = None
-) -> Tensor:
-    """Fold one tile into ``stats`` (updated in place) and leave exp(z - peak) behind, 0 at the
-    targets.
+def fold_torch(z: Tensor, target: Tensor, start: int, stats: RowStats) -> Tensor:
+    """Fold one tile into ``stats`` and leave exp(z - peak) in it, 0 at the targets; both in place.
 
     Args:
         z: [n, v] logits of vocabulary entries start .. start + v.
         target: [n] int64, the target's index in the whole vocabulary.
         start: first vocabulary entry of the tile.
         stats: running statistics of these rows.
-        out: [n, v], where the exponentials go; z itself if not given. z is otherwise unchanged.
 
     Returns:
-        [n], exp(old peak - new peak): what sums kept relative to the old peak are to be multiplied
-        with.
+        [n], exp(old peak - new peak): what sums relative to the old peak are to be multiplied with.
     """
     local, inside = _locate(target, start, z.shape[1])
     at_target = z.gather(1, local)
@@ -139,14 +141,9 @@ def fold_torch(
     z.scatter_(1, local, at_target.masked_fill(inside, -torch.inf))
 
     peak = torch.maximum(stats.peak, z.amax(1))
-    # a row without a finite entry so far has no meaningful peak; any finite stand-in gives zeros
-    safe = peak.masked_fill(peak == -torch.inf, 0.0)
+    safe = finite_peak(peak)
     rescale = torch.exp(stats.peak - safe)
-    if out is None:
-        e = z.sub_(safe[:, None])
-    else:
-        e = torch.sub(z, safe[:, None], out=out)
-        z.scatter_(1, local, at_target)
+    e = z.sub_(safe[:, None])
     if stats.weighted is not None:
         shift = torch.where(stats.total > 0, (stats.peak - safe) * stats.total, 0.0)
         exponent = e.clamp(min=LOWEST)
@@ -161,6 +158,11 @@ def fold_torch(
     return rescale
 
 
+def finite_peak(peak: Tensor) -> Tensor:
+    """The peak to subtract: a row without a finite entry has none, and any number gives zeros."""
+    return peak.masked_fill(peak == -torch.inf, 0.0)
+
+
 def softcap_slope_torch(z: Tensor, limit: float | Tensor) -> Tensor:
     """Derivative of softcap: 1 - (z / limit)^2, [n, v]; limit is the largest z there can be."""
     return torch.div(z, limit).square_().neg_().add_(1.0)
@@ -170,23 +172,23 @@ def jacobian_torch(
     z: Tensor,
     target: Tensor,
     start: int,
-    logsumexp: Tensor,
-    logprob: Tensor,
+    peak: Tensor,
+    total: Tensor,
     *,
     limit: float | Tensor | None = None,
 ) -> Tensor:
-    """Turn a tile of logits into P - onehot(target), in place; with softcap, times its slope.
+    """Turn a tile of logits into J, in place; with softcap, times its slope.
 
     Args:
         z: [n, v] logits; overwritten.
         target, start: as in fold_torch.
-        logsumexp, logprob: [n], over the whole vocabulary.
+        peak, total: [n], over the whole vocabulary.
         limit: softcap times the row's scale, a number or [n, 1]: the bound of |z|.
     """
     local, inside = _locate(target, start, z.shape[1])
     slope = None if limit is None else softcap_slope_torch(z, limit)
-    z.sub_(logsumexp[:, None]).exp_()
-    z.scatter_(1, local, torch.where(inside, torch.expm1(logprob)[:, None], z.gather(1, local)))
+    z.sub_(finite_peak(peak)[:, None]).exp_()
+    z.scatter_(1, local, torch.where(inside, -total[:, None], z.gather(1, local)))
     return z if slope is None else z.mul_(slope)
 
 

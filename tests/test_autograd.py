@@ -281,3 +281,33 @@ def test_inside_torch_compile_the_numbers_are_the_same() -> None:
     compiled = torch.compile(step, backend="eager")
     got = torch.autograd.grad(compiled(hidden), (hidden, weight))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_labels_may_be_changed_before_the_backward(masked: bool) -> None:
+    hidden, weight, labels = small()
+    labels = labels if masked else labels.clamp(min=0)
+    expected = torch.autograd.grad(
+        linear_logprobs(hidden, weight, labels, memory_budget="64KiB").sum(), (hidden, weight)
+    )
+    mine = labels.clone()
+    total = linear_logprobs(hidden, weight, mine, memory_budget="64KiB").sum()
+    mine.zero_()
+    got = torch.autograd.grad(total, (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("route", ["recompute", "one_pass"])
+def test_the_last_backward_lets_go_of_what_was_held(route: str) -> None:
+    hidden, weight, labels = small(torch.bfloat16)
+    out = preference_loss(losses.SimPO(), hidden, weight, labels, memory_budget="64KiB")
+    if route == "one_pass":
+        out = preference_loss(losses.SimPO(), hidden, weight, labels)
+    nodes, engine = [out.loss.grad_fn], None
+    while nodes:
+        node = nodes.pop()
+        engine = node if node is not None and "_Engine" in type(node).__name__ else engine
+        nodes += [n for n, _ in getattr(node, "next_functions", ())]
+    assert engine.unit is not None or engine.call.plan.route == "retain"
+    out.loss.backward()
+    assert engine.unit is None and (engine.head is None or not engine.head.wanted)

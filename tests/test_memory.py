@@ -182,3 +182,17 @@ def test_the_products_are_as_many_as_the_plan_says(route, needs, products) -> No
         if needs:
             out.loss.backward()
     assert counter.get_total_flops() == products * 2 * TOKENS * VOCAB * WIDTH
+
+
+@pytest.mark.parametrize(("frozen", "products"), [(True, 4), (False, 5)])
+def test_a_gradient_through_the_entropy_costs_what_the_plan_says(frozen, products) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    hidden, weight, labels = tensors(torch.float32, masked=False, frozen=frozen)
+    needs = ("hidden",) if frozen else ("hidden", "weight")
+    chosen = plan(TOKENS, VOCAB, WIDTH, needs=needs, entropy=True)
+    assert chosen.products == products
+    with FlopCounterMode(display=False) as counter:
+        stats = linear_token_stats(hidden, weight, labels, memory_budget=chosen)
+        (stats.logprob + stats.entropy).sum().backward()
+    assert counter.get_total_flops() == products * 2 * TOKENS * VOCAB * WIDTH
