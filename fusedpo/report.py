@@ -113,7 +113,7 @@ def comparison_table(comparison: Comparison) -> Table:
             name,
             f"{way.loss:.7f}",
             "" if name == FUSED else f"{gap:.1e}",
-            f"{way.seconds * 1e3:.0f} ms",
+            f"{way.seconds * 1e3:.3g} ms",
             f"{way.seconds / base.seconds:.2f}",
             "not measured" if way.peak_bytes is None else format_bytes(way.peak_bytes),
             _ratio(way.peak_bytes, base.peak_bytes),

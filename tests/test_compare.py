@@ -66,7 +66,7 @@ def test_small_budget_is_the_fraction_or_the_least_that_will_do():
         head=Head(problem.head.weight.repeat(40, 1)),
     )
     rows, vocab = 32 * 2 * PAIRS * (8 * LENGTH - 1), 40 * VOCAB
-    assert small_budget(large) == rows * vocab * 4 // 8
+    assert small_budget(large) == rows * vocab * 4 // 16
     # too little for any tile: doubled until it is enough
     least = small_budget(problem, fraction=1e-6)
     assert fused(replace(problem, memory_budget=least)).isfinite()

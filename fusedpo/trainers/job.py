@@ -36,7 +36,7 @@ from fusedpo.report import (
     draw_training,
     training_table,
 )
-from fusedpo.trainers.rows import Splits, TokenRow, check_row, load, tokenize
+from fusedpo.trainers.rows import Preference, Splits, TokenRow, check_row, load, tokenize
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,7 +62,7 @@ class Defaults:
 
 
 TUNED = Defaults(learning_rate=1e-6, batch_size=8, max_steps=None, epochs=1.0)
-FROM_SCRATCH = Defaults(learning_rate=2e-3, batch_size=16, max_steps=300, epochs=1.0)
+FROM_SCRATCH = Defaults(learning_rate=1e-3, batch_size=32, max_steps=280, epochs=1.0)
 
 # the demonstration's text: pieces of about 40 tokens, so that a CPU sees many of them
 _VOCAB = 8192
@@ -178,32 +178,24 @@ def run(job: TrainJob, console: Console | None = None) -> dict[str, Any]:
         console.width = max(console.width, 120)
     _quiet()
     _check_output(job)
+    # rows before the model: a mistake in them is found in seconds
+    rows = _read_rows(job)
     with _staging(job.output) as staging:
         torch.manual_seed(job.seed)
         model, tokenizer = _load_model(job)
-        size = sum(p.numel() for p in model.parameters())
         console.print(
-            f"model: {type(model).__name__} {job.model}, {size / 1e6:.1f} million parameters, "
-            f"vocabulary {model.get_output_embeddings().weight.shape[0]}"
+            f"model: {type(model).__name__} {job.model}, "
+            f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, "
+            f"vocabulary {Head.from_model(model).weight.shape[0]}"
         )
-        train, held_out = _load_rows(job, model, tokenizer, console)
+        train, held_out = _tokenize_rows(job, *rows, model, tokenizer, console)
+        del rows
         trainer = _make_trainer(job, model, tokenizer, train, held_out, staging)
-        console.print(
-            f"training: {job.loss}, {trainer.args.max_steps} steps of "
-            f"{trainer.args.train_batch_size * job.accumulation * trainer.args.world_size} pairs "
-            f"on {trainer.args.device}"
-        )
         with Progress(console) as progress:
             trainer.add_callback(progress)
-            trainer.train(resume_from_checkpoint=_last_checkpoint(job) if job.resume else None)
-            if not _evaluated_at_the_end(trainer):
-                trainer.evaluate()
+            _train(job, trainer, console)
         history = History.from_log(trainer.state.log_history)
         console.print(training_table(history))
-        folder = staging / "model"
-        trainer.save_model(str(folder))
-        # a pickle with this machine's paths, of use to nobody else
-        (folder / "training_args.bin").unlink(missing_ok=True)
         metrics = {
             "model": job.model,
             "dataset": job.dataset,
@@ -214,7 +206,11 @@ def run(job: TrainJob, console: Console | None = None) -> dict[str, Any]:
             "log": trainer.state.log_history,
             "versions": _versions(),
         }
+        folder = staging / "model"
+        trainer.save_model(str(folder))
         if main:
+            # a pickle with this machine's paths, of use to nobody else
+            (folder / "training_args.bin").unlink(missing_ok=True)
             title = f"{job.loss}: {len(train)} training pairs, {len(held_out)} held out"
             draw_training(folder / "training.png", history, title)
             _write_json(folder / METRICS, metrics)
@@ -227,8 +223,25 @@ def run(job: TrainJob, console: Console | None = None) -> dict[str, Any]:
         console.print(f"saved: {job.output / 'comparison.png'}")
     console.print(f"done in {time.perf_counter() - started:.0f} s")
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     return metrics
+
+
+def _train(job: TrainJob, trainer: PreferenceTrainer, console: Console) -> None:
+    pairs = trainer.args.train_batch_size * job.accumulation * trainer.args.world_size
+    console.print(
+        f"training: {job.loss}, {trainer.args.max_steps} steps of {pairs} pairs "
+        f"on {trainer.args.device}"
+    )
+    try:
+        trainer.train(resume_from_checkpoint=_last_checkpoint(job) if job.resume else None)
+    except KeyboardInterrupt:
+        if job.save_steps:
+            console.print(f"checkpoints: {job.checkpoints}; go on from the last one with --resume")
+        raise
+    if not _evaluated_at_the_end(trainer):
+        trainer.evaluate()
 
 
 def _require(*packages: str) -> None:
@@ -243,8 +256,10 @@ def _require(*packages: str) -> None:
 def _quiet() -> None:
     """Leave the console to this module: progress bars of the libraries would break its own."""
     import datasets
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     datasets.disable_progress_bars()
@@ -302,17 +317,32 @@ def _demo_splits(seed: int) -> Splits:
     return Splits(train, held_out[:_DEMO_HELD_OUT], "the standard library", "pair")
 
 
-def _load_rows(
-    job: TrainJob, model: Any, tokenizer: Any, console: Console
+def _read_rows(job: TrainJob) -> tuple[str, list[Preference], list[Preference] | None]:
+    """The dataset's name, its rows, and those it holds out itself; every row is checked."""
+    splits = _demo_splits(job.seed) if job.dataset == DEMO else load(job.dataset)
+
+    def check(rows: Sequence[Any]) -> list[Preference]:
+        return [check_row(row, splits.where(i), job.loss.inputs) for i, row in enumerate(rows)]
+
+    held_out = None if splits.held_out is None else check(splits.held_out)
+    return splits.name, check(splits.train), held_out
+
+
+def _tokenize_rows(
+    job: TrainJob,
+    name: str,
+    rows: list[Preference],
+    rows_held_out: list[Preference] | None,
+    model: Any,
+    tokenizer: Any,
+    console: Console,
 ) -> tuple[list[TokenRow], list[TokenRow]]:
     """Rows to train on and rows held out."""
-    splits = _demo_splits(job.seed) if job.dataset == DEMO else load(job.dataset)
     limit = getattr(model.config, "max_position_embeddings", None) or job.max_length
     max_length = min(job.max_length, limit)
 
-    def prepare(rows: Sequence[Any]) -> list[TokenRow]:
-        checked = (check_row(row, splits.where(i), job.loss.inputs) for i, row in enumerate(rows))
-        done = tokenize(checked, tokenizer, max_length)
+    def prepare(rows: list[Preference]) -> list[TokenRow]:
+        done = tokenize(rows, tokenizer, max_length)
         if done.dropped:
             console.print(
                 f"dropped: {len(done.dropped)} of {len(rows)} rows have an empty response "
@@ -325,9 +355,9 @@ def _load_rows(
             )
         return done.rows
 
-    train = prepare(splits.train)
-    if splits.held_out is not None:
-        held_out = prepare(splits.held_out)
+    train = prepare(rows)
+    if rows_held_out is not None:
+        held_out = prepare(rows_held_out)
     else:
         random.Random(job.seed).shuffle(train)
         size = max(1, round(job.eval_fraction * len(train)))
@@ -336,11 +366,11 @@ def _load_rows(
         raise bad_value(
             "dataset",
             "at least one row to train on and one to hold out",
-            f"{len(train)} and {len(held_out)} in {splits.name}",
+            f"{len(train)} and {len(held_out)} in {name}",
         )
     tokens = sum(len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in train) / (2 * len(train))
     console.print(
-        f"dataset: {splits.name}, {len(train)} pairs to train on and {len(held_out)} held out, "
+        f"dataset: {name}, {len(train)} pairs to train on and {len(held_out)} held out, "
         f"{tokens:.0f} tokens a response"
     )
     return train, held_out
@@ -380,6 +410,8 @@ def _make_trainer(
         bf16=autocast == "bfloat16",
         fp16=autocast == "float16",
         use_cpu=use_cpu,
+        # every parameter takes part in every step
+        ddp_find_unused_parameters=False,
         # nothing is gained where there is no copy to a device
         dataloader_pin_memory=not use_cpu,
         eval_on_start=True,
