@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.peers import step
-from benchmarks.shapes import GPU, MIB, SPEED, Case, Inputs, Shape, make_inputs
+from benchmarks.shapes import GPU, SPEED, Case, Inputs, Shape, make_inputs
 from fusedpo import losses, plan, preference_loss
 from fusedpo.plan import Plan
 
@@ -88,13 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(measure.describe(about))
     measure.show(
         f"SimPO forward + backward, {case.shape}, {dtype}, medians of {options.repeats} rounds",
-        ("tile", "ms", "x full logits", "MiB planned"),
+        ("tile", "ms", "x full logits"),
         [
             [
                 name,
                 f"{1e3 * timing.median:.1f}",
                 f"{timing.median / baseline:.2f}",
-                f"{plans[name].bytes / MIB:.0f}" if name in plans else "-",
             ]
             for name, timing in times.items()
         ],
