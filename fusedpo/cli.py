@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import signal
 import sys
+import threading
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -55,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, 2 for a user's error, 130 for an interruption."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        return _train(argv)
+        with _terminable():
+            return _train(argv)
     except KeyboardInterrupt:
         print("fusedpo train: interrupted; no incomplete output was left", file=sys.stderr)
         return _INTERRUPTED
@@ -64,6 +68,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"fusedpo train: error: {' '.join(str(error).split())}", file=sys.stderr)
         return _USER_ERROR
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM, as from a job scheduler, clean up like any other way out."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_for_the_user(error: Exception) -> bool:

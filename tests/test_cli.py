@@ -288,7 +288,14 @@ def test_the_command_is_a_module_too():
     assert done.returncode == 0 and done.stdout.startswith("fusedpo ")
 
 
-def test_an_interruption_leaves_nothing_half_done(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [
+        (signal.SIGINT, 130, "fusedpo train: interrupted; no incomplete output was left\n"),
+        (signal.SIGTERM, 143, ""),
+    ],
+)
+def test_an_interruption_leaves_nothing_half_done(folder, tmp_path, number, code, message):
     """A real signal to a real process, once training is under way."""
     command = arguments(folder, tmp_path / "out", "--max-steps", "100000", "--evaluations", "10000")
     process = subprocess.Popen(
@@ -303,10 +310,9 @@ def test_an_interruption_leaves_nothing_half_done(folder, tmp_path):
         if line.startswith("step") and "held out" in line and not line.startswith("step      0"):
             break
     assert list(tmp_path.iterdir()), "the run writes beside its output first"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert error == "fusedpo train: interrupted; no incomplete output was left\n"
+    assert (process.returncode, error) == (code, message)
     assert not list(tmp_path.iterdir())
 
 
