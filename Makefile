@@ -2,13 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-oldest lint bench clean
 
 demo: .venv/ready
 	$(BIN)/fusedpo train --model demo --dataset demo --loss simpo --output build/demo
 
 test: .venv/ready lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# the engine on the oldest torch that setup.py admits; downloads that release
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet torch==2.6.0 numpy pytest hypothesis
+	PYTHONPATH=. .venv-oldest/bin/python -m pytest tests/test_logprobs.py tests/test_autograd.py \
+		tests/test_objective.py tests/test_memory.py tests/test_plan.py tests/test_scores.py \
+		tests/test_mutants.py tests/test_checks.py tests/losses
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -29,4 +37,4 @@ bench: .venv/bench
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-oldest build dist *.egg-info
