@@ -113,7 +113,7 @@ def comparison_table(comparison: Comparison) -> Table:
             name,
             f"{way.loss:.7f}",
             "" if name == FUSED else f"{gap:.1e}",
-            f"{way.seconds * 1e3:.3g} ms",
+            _milliseconds(way.seconds),
             f"{way.seconds / base.seconds:.2f}",
             "not measured" if way.peak_bytes is None else format_bytes(way.peak_bytes),
             _ratio(way.peak_bytes, base.peak_bytes),
@@ -127,6 +127,10 @@ def _machine(c: Comparison) -> str:
 
 def _number(value: float | None, style: str = ".4f") -> str:
     return "" if value is None else format(value, style)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:{'.0f' if seconds > 0.1 else '.3g'}} ms"
 
 
 def _ratio(value: int | None, base: int | None) -> str:
