@@ -1,10 +1,19 @@
-"""Test-wide habits: fresh memory is poisoned, threads are few, hypothesis is deterministic."""
+"""Test-wide habits: fresh memory is poisoned, threads are few, hypothesis is deterministic.
+
+Without a GPU the Triton kernels run in Triton's interpreter, which has to be asked for before a
+kernel is defined; so it is the first thing done here.
+"""
 
 from __future__ import annotations
+
+import os
 
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import fusedpo.logprobs
 import fusedpo.sweeps
