@@ -300,7 +300,15 @@ def score(
         scale = head.logit_scale / temperature
     needs = frozenset(needs_of(hidden, head))
     call = Call(
-        rows, head.softcap, scale, chosen, needs, tuple(stats), groups, operand_dtype(hidden)
+        rows=rows,
+        softcap=head.softcap,
+        scale=scale,
+        plan=chosen,
+        needs=needs,
+        stats=tuple(stats),
+        groups=groups,
+        operand=operand_dtype(hidden),
+        backend="torch",
     )
     values = _Engine.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, call
@@ -340,9 +348,7 @@ class _Engine(torch.autograd.Function):
             if need_hidden and route != "retain":
                 unit = tiles.new_unit()
             if route == "retain":
-                kept = torch.empty(
-                    tiles.count, tiles.vocab, dtype=call.operand, device=hidden.device
-                )
+                kept = tiles.full_rows(tiles.count)
                 stats = tiles.sweep_retain(kept)
             elif route == "one_pass":
                 assert call.groups is not None, "whoever plans with a scope gives the groups"

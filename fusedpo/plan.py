@@ -24,6 +24,7 @@ from fusedpo.checks import FLOATS, bad_choice, bad_type, bad_value
 Route = Literal["forward", "frozen", "retain", "one_pass", "recompute"]
 Scope = Literal["token", "sequence", "pair", "batch"]
 Needs = Literal["hidden", "weight", "bias"]
+Backend = Literal["torch", "triton"]
 
 DEFAULT_BUDGET = 256 * 2**20
 
@@ -43,6 +44,11 @@ _UNITS = {
     "MIB": 2**20,
     "GIB": 2**30,
 }
+
+
+def padded(columns: int) -> int:
+    """Numbers from the start of a row of logits to the next: rows start at whole vectors."""
+    return -(-columns // 16) * 16
 
 
 @dataclass(frozen=True)
@@ -153,22 +159,30 @@ class _Problem:
     entropy_value: bool
     softcap: bool
     gathered: bool
+    backend: Backend
     wide: bool = True
 
-    def tile_bytes(self, n: int, v: int, *, gradient: bool) -> dict[str, int]:
-        """The tile itself and the rows and columns that make it."""
-        extra = 0
-        if self.softcap and gradient:
-            extra += self.acc
-        if (self.entropy and gradient) or self.entropy_value:
-            extra += self.acc
-        if self.operand < self.acc and gradient:
+    def tile_bytes(
+        self, n: int, v: int, *, gradient: bool, full_rows: bool = False
+    ) -> dict[str, int]:
+        """The tile itself and the rows and columns that make it.
+
+        full_rows: whole rows of J are held, in the dtype of the products.
+        """
+        extra, v_padded = 0, padded(v)
+        if self.backend == "torch":  # a kernel has its temporaries in registers
+            if self.softcap and gradient:
+                extra += self.acc
+            if (self.entropy and gradient) or self.entropy_value:
+                extra += self.acc
+        narrow = self.operand < self.acc
+        if narrow and gradient and not full_rows:
             extra += self.operand  # the tile in the operands' dtype, for the tensor cores
         gathered = self.gathered or self.hidden_size != self.operand
         cast = self.weight_size != self.operand
         return {
-            "tile": n * v * self.acc,
-            "tile copies": n * v * extra,
+            "tile": 0 if full_rows and not narrow else n * v_padded * self.acc,
+            "tile copies": n * v_padded * extra,
             "hidden rows": n * self.hidden * self.operand if gathered else 0,
             "weight rows": v * self.hidden * self.operand if cast else 0,
         }
@@ -242,11 +256,9 @@ def _split(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
 
 def _retain(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
     buffers = {
-        **p.tile_bytes(n, v, gradient=True),
+        **p.tile_bytes(n, v, gradient=True, full_rows=True),
         **_weight_sweep(p, n, v),
-        "tile": 0,  # it is a part of the rows below
-        "retained jacobian": p.tokens * p.vocab * p.operand,
-        "row block": n * p.vocab * p.acc if p.operand < p.acc else 0,
+        "retained jacobian": p.tokens * padded(p.vocab) * p.operand,
         "row products": n * p.hidden * (p.acc + p.operand) if "hidden" in p.needs else 0,
     }
     return 1 + ("hidden" in p.needs) + ("weight" in p.needs), buffers
@@ -255,10 +267,9 @@ def _retain(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
 def _one_pass(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
     accumulators = int(p.weight_size < p.acc) + int(p.groups > 1 and p.scope != "token")
     buffers = {
-        **p.tile_bytes(n, v, gradient=True),
+        **p.tile_bytes(n, v, gradient=True, full_rows=True),
         **_weight_sweep(p, n, v),
-        "tile": 0,
-        "row block": n * p.vocab * p.acc,
+        "row block": n * padded(p.vocab) * p.operand,
         "row products": n * p.hidden * (2 * p.acc) if "hidden" in p.needs else 0,
         "weight gradient accumulators": accumulators * p.vocab * p.hidden * p.acc,
         **_waiting(p),
@@ -341,6 +352,7 @@ def plan(
     softcap: bool = False,
     gathered: bool = True,
     device: str | torch.device = "cpu",
+    backend: Backend = "torch",
     route: Route | None = None,
 ) -> Plan:
     """Choose the cheapest route that fits a memory budget.
@@ -364,6 +376,7 @@ def plan(
         softcap: whether the head caps its logits.
         gathered: whether some positions are ignored, so that rows have to be gathered.
         device: where it will run; ``"cpu"`` or any other.
+        backend: ``"torch"`` or ``"triton"``; kernels need fewer temporaries.
         route: take this route rather than the cheapest one.
 
     Returns:
@@ -392,6 +405,8 @@ def plan(
             raise bad_choice("needs", need, get_args(Needs))
     if scope is not None and scope not in get_args(Scope):
         raise bad_choice("scope", scope, get_args(Scope))
+    if backend not in get_args(Backend):
+        raise bad_choice("backend", backend, get_args(Backend))
     allowed = parse_budget(budget)
     on_cpu = torch.device(device).type == "cpu"
     accumulated = torch.float64 if dtype == torch.float64 else torch.float32
@@ -411,6 +426,7 @@ def plan(
         entropy_value=entropy_value or entropy,
         softcap=softcap,
         gathered=gathered,
+        backend=backend,
     )
     rows, cols = _choose_tile(p, allowed, _LARGEST_TILE["cpu" if on_cpu else "other"])
     eligible = _eligible(p)

@@ -4,6 +4,9 @@ Letters: N scored tokens, P positions (scored or not), V vocabulary, H hidden si
 vocabulary columns of the tile of logits that exists at a time. J is the negated Jacobian of the
 log-probability with respect to the logits, but for one factor a row: see kernels/logit_tile.py.
 
+What is done to a tile is a backend's, chosen by the call; the products and the order of everything
+are the same for all.
+
 What a sweep allocates is what fusedpo.plan counts; a buffer added here is to be added there.
 """
 
@@ -11,20 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fusedpo.kernels.logit_tile import (
-    RowStats,
-    finite_peak,
-    fold_torch,
-    jacobian_torch,
-    softcap_slope_torch,
-    weighted_jacobian_torch,
-)
-from fusedpo.plan import Needs, Plan
+from fusedpo.kernels import logit_tile
+from fusedpo.kernels.logit_tile import LogitMap, RowStats
+from fusedpo.plan import Backend, Needs, Plan, padded
 
 _TORCH = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2])
 # fp32 results of half-precision operands, on CUDA: torch.mm since 2.8; torch.addmm exists as long,
@@ -34,7 +31,11 @@ _HAS_ADDMM_OUT_DTYPE = _TORCH >= (2, 10) and torch.version.hip is None
 
 
 # what every forward leaves per token, for the backward
-KEPT = ("logprob", "logsumexp", "peak", "total")
+KEPT = ("logprob", "logsumexp", "shift", "total")
+
+# fp16 has few exponents: exponentials, at most 1, are stored this much larger, and Jacobians so
+# that their largest entry, the total, is at most twice this
+_FP16_GAIN = 2.0**14
 
 
 class Groups(Protocol):
@@ -131,6 +132,7 @@ class Call:
     stats: tuple[str, ...]
     groups: Groups | None
     operand: torch.dtype  # of the products; decided once, for a backward outside autocast
+    backend: Backend
 
 
 def _blocks(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
@@ -164,6 +166,8 @@ class Tiles:
         self.rows, self.plan = call.rows, call.plan
         self.acc = accumulated_dtype(hidden.dtype)
         self.operand = call.operand
+        self.kernels = _kernels(call.backend)
+        self.gain = _FP16_GAIN if call.operand == torch.float16 else 1.0
         self.vocab, self.width = weight.shape
         self.count = call.rows.count
         try:
@@ -183,13 +187,23 @@ class Tiles:
     def col_blocks(self) -> Iterator[tuple[int, int]]:
         return _blocks(0, self.vocab, self.plan.cols)
 
-    def tile(self) -> Tensor:
-        """Memory for one tile; sliced by ``view_tile``."""
-        return self.empty(self.plan.rows * self.plan.cols)
+    def tile(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory for one tile [rows, cols], in the accumulated dtype; sliced by its users.
 
-    @staticmethod
-    def view_tile(buffer: Tensor, n: int, v: int) -> Tensor:
-        return buffer[: n * v].view(n, v)
+        Rows start at multiples of 16 numbers, for loads of whole vectors.
+        """
+        shape = (min(self.plan.rows, self.count), padded(self.plan.cols))
+        return torch.empty(shape, dtype=dtype or self.acc, device=self.hidden.device)
+
+    def narrow_tile(self) -> Tensor | None:
+        """Memory for a tile as products take it, if that is another dtype."""
+        return None if self.operand == self.acc else self.tile(self.operand)
+
+    def full_rows(self, rows: int) -> Tensor:
+        """Memory for rows of J [rows, V], as products take it."""
+        shape = (rows, padded(self.vocab))
+        block = torch.empty(shape, dtype=self.operand, device=self.hidden.device)
+        return block[:, : self.vocab]
 
     def hidden_rows(self, start: int, stop: int) -> Tensor:
         """[n, H] in the operands' dtype."""
@@ -216,28 +230,10 @@ class Tiles:
         """values [n] times the rows' scale."""
         return values * self.scale_rows(start, stop)
 
-    def limit(self, start: int, stop: int) -> float | Tensor | None:
-        """The bound that softcap puts on |z| of these rows: a number, [n, 1], or None."""
-        if self.call.softcap is None:
-            return None
-        scale = self.scale_rows(start, stop)
-        bound = self.call.softcap * scale
-        return bound[:, None] if isinstance(bound, Tensor) else bound
-
-    def logits(
-        self, out: Tensor, hidden: Tensor, weight: Tensor, r: tuple[int, int], c: tuple[int, int]
-    ) -> None:
-        """z [n, v] of row block r against vocabulary block c, into out."""
-        _product(out, hidden, weight.T, add=False)
-        if self.bias is not None:
-            out += self.bias[c[0] : c[1]]
-        if self.call.softcap is not None:
-            out.div_(self.call.softcap).tanh_().mul_(self.call.softcap)
-        scale = self.scale_rows(*r)
-        if isinstance(scale, Tensor):
-            out.mul_(scale[:, None])
-        elif scale != 1.0:
-            out.mul_(scale)
+    def logit_map(self, r: tuple[int, int], c: tuple[int, int]) -> LogitMap:
+        """What makes logits of the products of row block r and vocabulary block c."""
+        bias = None if self.bias is None else self.bias[slice(*c)]
+        return LogitMap(bias, self.call.softcap, self.scale_rows(*r))
 
     def start_stats(self, n: int) -> RowStats:
         asked = self.call.stats
@@ -269,8 +265,6 @@ class Tiles:
             if name == "mean_logit":
                 assert stats.plain is not None, "start_stats() asks for it"
                 value.copy_(stats.plain / self.vocab)
-            elif name == "top1":
-                value.copy_(stats.target >= stats.peak)
             else:
                 value.copy_(getattr(stats, name))
         return block
@@ -349,14 +343,16 @@ class Tiles:
     def sweep_forward(self, unit: Tensor | None) -> dict[str, Tensor]:
         """Statistics of all rows; with ``unit`` [P, H], also dlogp/dhidden into it."""
         everything = self.new_stats()
-        buffer = self.tile()
+        buffer, narrow = self.tile(), None if unit is None else self.narrow_tile()
         for r in self.row_blocks():
             hidden, n = self.hidden_rows(*r), r[1] - r[0]
             stats = self.start_stats(n)
-            # sum over non-target entries of exp(z - peak) slope W, rescaled as the peak rises
+            # sum over non-target entries of exp(z - shift) slope W, relative to the shift so far
             rest = None if unit is None else self.zeros(n, self.width)
             for c in self.col_blocks():
-                self.fold_tile(self.view_tile(buffer, n, c[1] - c[0]), hidden, r, c, stats, rest)
+                x = buffer[:n, : c[1] - c[0]]
+                e = None if unit is None else x if narrow is None else narrow[:n, : c[1] - c[0]]
+                self.fold_tile(x, hidden, r, c, stats, e, rest)
             block = self.store(everything, r, stats)
             if unit is not None and rest is not None:
                 self.write_unit(unit, r, self.unit_rows(rest, stats, block, r))
@@ -364,104 +360,80 @@ class Tiles:
 
     def fold_tile(
         self,
-        z: Tensor,
+        x: Tensor,
         hidden: Tensor,
         r: tuple[int, int],
         c: tuple[int, int],
         stats: RowStats,
-        rest: Tensor | None,
-        *,
-        sloped: bool = False,
+        e: Tensor | None = None,
+        rest: Tensor | None = None,
     ) -> None:
-        """Logits of one tile into z, folded into stats and, times W, into rest.
+        """Products of one tile into x, folded into stats, exponentials into e and, times W, rest.
 
-        A function of its own, so that its temporaries go with it. ``sloped`` asks for softcap's
-        slope on what stays in z also without rest.
+        A function of its own, so that its temporaries go with it.
         """
-        weight, limit = self.weight_rows(*c), self.limit(*r)
-        self.logits(z, hidden, weight, r, c)
-        sloped = limit is not None and (sloped or rest is not None)
-        slope = softcap_slope_torch(z, limit) if sloped and limit is not None else None
-        rescale = fold_torch(z, self.rows.targets[slice(*r)], c[0], stats)
-        if slope is not None:
-            z.mul_(slope)
-        if rest is None:
-            return
-        if c[0]:
-            rest.mul_(rescale[:, None])
-        _product(rest, z.to(self.operand), weight, add=True)
+        weight, head = self.weight_rows(*c), self.logit_map(r, c)
+        _product(x, hidden, weight.T, add=False)
+        targets = self.rows.targets[slice(*r)]
+        moved = rest if c[0] else None
+        self.kernels.fold(x, head, targets, c[0], stats, out=e, gain=self.gain, rest=moved)
+        if rest is not None and e is not None:
+            _product(rest, e, weight, add=True)
 
     def unit_rows(
         self, rest: Tensor, stats: RowStats, block: dict[str, Tensor], r: tuple[int, int]
     ) -> Tensor:
         """dlogp/dhidden [n, H] of a finished row block, from its sum over non-target entries."""
-        own = row_factor(block) * stats.total * self.target_slope(stats, r)
+        factor = row_factor(block)
         target_rows = self.weight[self.rows.targets[slice(*r)]].to(self.acc)
-        rest.mul_(self.scaled(-row_factor(block), *r)[:, None])
-        return rest.addcmul_(target_rows, self.scaled(own, *r)[:, None])
+        rest.mul_(self.scaled(-factor / self.gain, *r)[:, None])
+        own = self.scaled(factor * self.own_entry(stats, r), *r)
+        return rest.addcmul_(target_rows, own[:, None])
 
-    def target_slope(self, stats: RowStats, r: tuple[int, int]) -> Tensor | float:
-        """Slope of softcap at the targets, [n]; 1 without softcap."""
-        limit = self.limit(*r)
-        return 1.0 if limit is None else softcap_slope_torch(stats.target[:, None], limit)[:, 0]
+    def own_entry(self, stats: RowStats, r: tuple[int, int]) -> Tensor:
+        """What J holds at the targets, negated, [n]: the total times softcap's slope."""
+        slope = self.logit_map(r, (0, self.vocab)).slope(stats.target)
+        return stats.total if slope is None else stats.total * slope
 
     def full_row_jacobian(
-        self, out: Tensor, hidden: Tensor, r: tuple[int, int], stats: RowStats
+        self, out: Tensor, tile: Tensor | None, hidden: Tensor, r: tuple[int, int], stats: RowStats
     ) -> None:
         """J of a row block, all of its vocabulary, into out [n, V]; its statistics into stats."""
-        peaks = []
+        steps = []
         for c in self.col_blocks():
-            self.fold_tile(out[:, slice(*c)], hidden, r, c, stats, None, sloped=True)
-            peaks.append(finite_peak(stats.peak))
-        for c, peak in zip(self.col_blocks(), peaks, strict=True):
-            # exponentials were taken relative to the peak so far
-            out[:, slice(*c)].mul_(torch.exp(peak - peaks[-1])[:, None])
-        own = -stats.total * self.target_slope(stats, r)
-        out.scatter_(1, self.rows.targets[slice(*r), None], own[:, None])
-        self.narrow(out, stats.total)
+            e = out[:, slice(*c)]
+            x = e if tile is None else tile[: r[1] - r[0], : c[1] - c[0]]
+            self.fold_tile(x, hidden, r, c, stats, e)
+            steps.append(stats.steps.clone())
+        narrow = self.row_gain(stats.total)
+        # a power of two each
+        factors = [torch.exp2(was - stats.steps) * (narrow / self.gain) for was in steps]
+        own = -self.own_entry(stats, r) * narrow
+        self.kernels.settle(out, self.rows.targets[slice(*r)], own, factors, self.plan.cols)
 
-    def jacobian(
-        self, z: Tensor, r: tuple[int, int], c: tuple[int, int], stats: dict[str, Tensor]
-    ) -> Tensor:
-        """A tile of logits to a tile of J, in place; stats are of these rows."""
-        targets = self.rows.targets[slice(*r)]
-        jacobian_torch(z, targets, c[0], stats["peak"], stats["total"], limit=self.limit(*r))
-        return self.narrow(z, stats["total"])
-
-    def narrow(self, jacobian: Tensor, total: Tensor) -> Tensor:
-        """J in place, within the range of fp16 if that is what products take: |J| reaches total."""
-        if self.operand == torch.float16:
-            jacobian.mul_(_power_of_two(total)[:, None])
-        return jacobian
+    def row_gain(self, total: Tensor) -> Tensor | float:
+        """Powers of two [n] that keep J within the range of the products' dtype; |J| <= total."""
+        return 2 * _FP16_GAIN * _power_of_two(total) if self.operand == torch.float16 else 1.0
 
     def factor(self, stats: dict[str, Tensor]) -> Tensor:
-        """[n], what J as it stands lacks to be softmax - onehot."""
-        factor = row_factor(stats)
-        if self.operand == torch.float16:
-            factor = factor / _power_of_two(stats["total"])
-        return factor
+        """[n], what J lacks to be softmax - onehot."""
+        return row_factor(stats) / self.row_gain(stats["total"])
 
     def row_products(self, jacobian: Tensor) -> Tensor:
         """J W [n, H] from J [n, V]."""
         out = self.empty(jacobian.shape[0], self.width)
         for c in self.col_blocks():
-            _product(
-                out, jacobian[:, c[0] : c[1]].to(self.operand), self.weight_rows(*c), add=c[0] > 0
-            )
+            _product(out, jacobian[:, slice(*c)], self.weight_rows(*c), add=c[0] > 0)
         return out
 
     def sweep_retain(self, kept: Tensor) -> dict[str, Tensor]:
         """Statistics of all rows, and J into kept [N, V]."""
         everything = self.new_stats()
-        in_place = kept.dtype == self.acc
-        block_buffer = None if in_place else self.empty(self.plan.rows, self.vocab)
+        tile = None if self.operand == self.acc else self.tile()
         for r in self.row_blocks():
             stats = self.start_stats(r[1] - r[0])
-            z = kept[slice(*r)] if block_buffer is None else block_buffer[: r[1] - r[0]]
-            self.full_row_jacobian(z, self.hidden_rows(*r), r, stats)
+            self.full_row_jacobian(kept[slice(*r)], tile, self.hidden_rows(*r), r, stats)
             self.store(everything, r, stats)
-            if not in_place:
-                kept[slice(*r)] = z
         return everything
 
     def sweep_one_pass(
@@ -473,13 +445,14 @@ class Tiles:
         """
         everything = self.new_stats()
         upstream = self.zeros(self.count)
-        block_buffer = self.empty(self.plan.rows, self.vocab)
+        block_buffer = self.full_rows(min(self.plan.rows, self.count))
+        tile = None if self.operand == self.acc else self.tile()
         several = len(groups.starts) > 2
         partial = out
         for r in self.row_blocks():
             stats = self.start_stats(r[1] - r[0])
             z, hidden = block_buffer[: r[1] - r[0]], self.hidden_rows(*r)
-            self.full_row_jacobian(z, hidden, r, stats)
+            self.full_row_jacobian(z, tile, hidden, r, stats)
             factor = self.factor(self.store(everything, r, stats))
             if unit is not None:
                 products = self.row_products(z).mul_(self.scaled(-factor, *r)[:, None])
@@ -518,7 +491,7 @@ class Tiles:
         """out += J^T (c h) for J [n, V], h [n, H], c [n]."""
         for c in self.col_blocks():
             weight, bias = out.slices(c)
-            self.add_slice(weight, bias, jacobian[:, c[0] : c[1]], hidden, coefficient, True)
+            self.add_slice(weight, bias, jacobian[:, slice(*c)], hidden, coefficient, True)
 
     def add_slice(
         self,
@@ -526,15 +499,30 @@ class Tiles:
         bias: Tensor | None,
         jacobian: Tensor,
         hidden: Tensor,
-        coefficient: Tensor,
+        coefficient: Tensor | None,
         add: bool,
     ) -> None:
-        """A slice of the head's gradient: weight (+)= J^T (c h), bias (+)= J^T c, for J [n, v]."""
+        """A slice of the head's gradient: weight (+)= J^T (c h), bias (+)= J^T c, for J [n, v].
+
+        coefficient None: c is in J.
+        """
         if weight is not None:
-            weighted = (hidden.to(self.acc) * coefficient[:, None]).to(self.operand)
-            _product(weight, jacobian.to(self.operand).T, weighted, add=add)
-        if bias is not None:
-            bias.addmv_(jacobian.to(self.acc).T, coefficient, beta=int(add))
+            if coefficient is not None:
+                hidden = (hidden.to(self.acc) * coefficient[:, None]).to(self.operand)
+            _product(weight, jacobian.T, hidden, add=add)
+        if bias is None:
+            return
+        if coefficient is None:
+            coefficient = torch.ones_like(jacobian[:, 0], dtype=self.acc)
+        if self.operand == self.acc:
+            bias.addmv_(jacobian.T, coefficient, beta=int(add))
+            return
+        # in two parts, so that the products' dtype does not round it
+        high = coefficient.to(self.operand)
+        parts = torch.stack((high, (coefficient - high.to(self.acc)).to(self.operand)), 1)
+        sums = self.empty(bias.shape[0], 2)
+        _product(sums, jacobian.T, parts, add=False)
+        bias.copy_(sums.sum(1).add_(bias) if add else sums.sum(1))
 
     def sweep_head(
         self,
@@ -553,47 +541,72 @@ class Tiles:
         """
         if not self.count:
             return
-        buffer = self.tile()
+        buffer, narrow = self.tile(), self.narrow_tile()
         scratch = None
         if out.weight is not None and out.weight.dtype != self.acc:
             scratch = self.empty(self.plan.cols, self.width)
         first, last = rows or (0, self.count)
-        gain = None
-        if upstream_entropy is None:
-            coefficient = -self.scaled(upstream * self.factor(stats), 0, self.count)
-        else:
-            coefficient = -self.scaled(torch.ones_like(upstream), 0, self.count)
-        if self.operand == torch.float16 and upstream_entropy is None:
-            gain = _power_of_two(_largest(coefficient))
-            coefficient = coefficient * gain
-        elif self.operand == torch.float16 and upstream_entropy is not None:
-            gain = _power_of_two(_largest(torch.cat((upstream, upstream_entropy))))
-            upstream, upstream_entropy = upstream * gain, upstream_entropy * gain
+        j, gain = self.row_coefficients(stats, upstream, upstream_entropy)
         for c in self.col_blocks():
             part, bias_part = out.slices(c, scratch)
             weight = self.weight_rows(*c)
             for r in self.row_blocks(first, last):
-                z = self.view_tile(buffer, r[1] - r[0], c[1] - c[0])
-                hidden = self.hidden_rows(*r)
-                self.logits(z, hidden, weight, r, c)
-                own = {name: value[slice(*r)] for name, value in stats.items()}
-                if upstream_entropy is None:
-                    self.jacobian(z, r, c, own)
-                else:
-                    g, e = upstream[slice(*r)], upstream_entropy[slice(*r)]
-                    self.weighted_jacobian(z, r, c, own, g, e)
-                self.add_slice(part, bias_part, z, hidden, coefficient[slice(*r)], r[0] > first)
+                x = buffer[: r[1] - r[0], : c[1] - c[0]]
+                z = x if narrow is None else narrow[: r[1] - r[0], : c[1] - c[0]]
+                hidden, own = self.hidden_rows(*r), j.of(slice(*r))
+                _product(x, hidden, weight.T, add=False)
+                self.kernels.jacobian(
+                    x,
+                    self.logit_map(r, c),
+                    self.rows.targets[slice(*r)],
+                    c[0],
+                    stats["shift"][slice(*r)],
+                    own.own,
+                    factor=own.factor,
+                    tilt=own.tilt,
+                    out=z,
+                )
+                self.add_slice(part, bias_part, z, hidden, own.left, r[0] > first)
                 del hidden
                 if hidden_gradient is not None:
                     piece = hidden_gradient[r[0] - first : r[1] - first]
-                    _product(piece, z.to(self.operand), weight, add=c[0] > 0)
+                    _product(piece, z, weight, add=c[0] > 0)
             del weight
             _divide(gain, part, bias_part)
             if scratch is not None and out.weight is not None:
                 out.weight[slice(*c)] = scratch[: c[1] - c[0]]
         if hidden_gradient is not None:
-            hidden_gradient.mul_(coefficient[first:last, None])
+            if j.left is not None:
+                hidden_gradient.mul_(j.left[first:last, None])
             _divide(gain, hidden_gradient)
+
+    def row_coefficients(
+        self, stats: dict[str, Tensor], g: Tensor, e: Tensor | None
+    ) -> tuple[RowCoefficients, Tensor | None]:
+        """The numbers of each row [N] that make J the gradient of sum(g logp + e entropy), and the
+        power of two that the gradients are then too large by, or None.
+        """
+        fp16 = self.operand == torch.float16
+        gain = None
+        if e is None:
+            narrow = self.row_gain(stats["total"])
+            factor = narrow if isinstance(narrow, Tensor) else None
+            left = -self.scaled(g * self.factor(stats), 0, self.count)
+            if fp16:
+                gain = _power_of_two(_largest(left))
+                left = left * gain
+            own, tilt = -stats["total"] * narrow, None
+        else:
+            if fp16:
+                gain = 2.0**10 * _power_of_two(_largest(torch.cat((g, e))))
+                g, e = g * gain, e * gain
+            factor, tilt, own = entropy_coefficients(stats, g, e)
+            left = -self.scaled(torch.ones_like(g), 0, self.count)
+        if fp16 or not self.kernels.ABSORBS_FACTORS:
+            return RowCoefficients(own, factor, tilt, left), gain
+        factor = left if factor is None else factor * left
+        tilt = None if tilt is None else tilt * left
+        return RowCoefficients(own * left, factor, tilt, None), gain
 
     def sweep_kept(
         self,
@@ -649,27 +662,45 @@ class Tiles:
                 self.write_rows(out, 0, self.count, accumulated)
         return out
 
-    def weighted_jacobian(
-        self,
-        z: Tensor,
-        r: tuple[int, int],
-        c: tuple[int, int],
-        stats: dict[str, Tensor],
-        g: Tensor,
-        e: Tensor,
-    ) -> Tensor:
-        """A tile of logits to the negated gradient of sum(g logp + e entropy), in place."""
-        return weighted_jacobian_torch(
-            z,
-            self.rows.targets[slice(*r)],
-            c[0],
-            stats["logsumexp"],
-            stats["logprob"],
-            stats["entropy"],
-            g,
-            e,
-            limit=self.limit(*r),
+
+@dataclass(frozen=True)
+class RowCoefficients:
+    """What makes a gradient of a tile's exponentials; each [N] or None. See logit_tile.jacobian."""
+
+    own: Tensor
+    factor: Tensor | None
+    tilt: Tensor | None
+    left: Tensor | None  # what J still lacks; None: nothing
+
+    def of(self, rows: slice) -> RowCoefficients:
+        return RowCoefficients(
+            *(None if t is None else t[rows] for t in (self.own, self.factor, self.tilt, self.left))  # type: ignore[arg-type]
         )
+
+
+def _kernels(backend: Backend) -> Any:
+    """The module whose functions work on tiles: fold, settle, jacobian."""
+    if backend == "torch":
+        return logit_tile
+    # Triton is not there on every platform
+    from fusedpo.kernels import logit_tile_triton
+
+    return logit_tile_triton
+
+
+def entropy_coefficients(
+    stats: dict[str, Tensor], g: Tensor, e: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """factor, tilt and own [N] of the negated gradient of sum(g logp + e entropy) by the logits:
+
+    g (P - onehot) + e P (log P + entropy), P being exp(z - shift) exp(shift - logsumexp).
+    """
+    logprob, entropy = stats["logprob"], stats["entropy"]
+    below = (stats["shift"] - stats["logsumexp"]).clamp(min=logit_tile.LOWEST)
+    weight = below.exp()
+    finite = logprob.clamp(min=logit_tile.LOWEST)
+    own = g * torch.expm1(logprob) + e * finite.exp() * (finite + entropy)
+    return weight * (g + e * (below + entropy)), weight * e, own
 
 
 def row_factor(stats: dict[str, Tensor]) -> Tensor:

@@ -1,36 +1,46 @@
 """What is done to one tile of logits: fold it into running row statistics, or turn it into a
 Jacobian.
 
-Letters: n rows of a tile, v vocabulary columns of a tile, y the target column of a row.
+Letters: n rows of a tile, v vocabulary columns of a tile, y the target column of a row, z logits.
 
-A tile holds z [n, v], the final logits of n rows against v vocabulary entries, in fp32 (fp64 for
-fp64 inputs). Two things are ever done to it.
+A tile comes as the bare product hidden weight^T, [n, v], in fp32 (fp64 for fp64 inputs).
+``LogitMap`` says how logits come of it. Two things are ever done to it.
 
 *Fold.* The row statistics are kept over all entries **but the target's**:
 
-    peak = max_{j != y} z_j         total = sum_{j != y} exp(z_j - peak)
+    shift ~ max_{j != y} z_j         total = sum_{j != y} exp(z_j - shift)
 
 so that the log-probability of the target is
 
-    logp = z_y - logsumexp(z) = logsigmoid(z_y - peak - log(total))
+    logp = z_y - logsumexp(z) = logsigmoid(z_y - shift - log(total))
 
 which has no cancellation: for a confident token, z_y and logsumexp(z) agree in all their digits and
 their difference would be rounding noise, while the log-sigmoid of a large number is exact.
 
+The shift of a row is the peak of the first tile that had one, and rises from there by whole
+multiples of log 2. So what has been summed or stored relative to an earlier shift is brought to a
+later one by a power of two, which is exact in every dtype: exponentials can be kept in half
+precision before the last tile is known, with one rounding.
+
 *Jacobian.* With the statistics known, the tile becomes J, the negated derivative of logp with
 respect to z, but for one factor a row:
 
-    softmax(z) - onehot(y) = (1 - p) / total * J,   J_j = exp(z_j - peak) for j != y,   J_y = -total
+    softmax(z) - onehot(y) = (1 - p) / total * J
+    J_j = exp(z_j - shift) for j != y,   J_y = -total
 
-The factor is formed from expm1(logp), again without cancellation, and scales rows of hidden size,
-not of vocabulary size. The entries of a row of J cancel as exactly as they were summed, however
-large the logits, which a softmax from a rounded logsumexp does not achieve.
+The factor is formed from expm1(logp), again without cancellation. The entries of a row of J cancel
+as exactly as they were summed, however large the logits, which a softmax from a rounded logsumexp
+does not achieve. A gradient through the entropy too makes J_j = exp(z_j - shift) (a + b (z_j -
+shift)) with two numbers a row, so one shape serves both.
 
-The functions with the suffix ``_torch`` are the definition; every kernel is held to them.
+The functions here are the definition, in PyTorch; logit_tile_triton has kernels of the same names
+and arguments, which are held to them.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,16 +49,66 @@ from torch import Tensor
 # exp(LOWEST) is 0 and 0 * LOWEST is 0, where exp(-inf) * -inf would be NaN
 LOWEST = -1e30
 
+_LOG_2 = math.log(2.0)
+
+# Whether a Jacobian comes with its row's factor multiplied in. Here that would be one more pass
+# over the tile, where scaling the hidden rows instead is one over [n, H].
+ABSORBS_FACTORS = False
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """From products to logits: z = x + bias, then softcap tanh(z / softcap), then times scale.
+
+    Attributes:
+        bias: [v] or None.
+        softcap: a number or None.
+        scale: a number, or [n].
+    """
+
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float | Tensor = 1.0
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The logits [n, v], in place."""
+        if self.bias is not None:
+            x += self.bias
+        if self.softcap is not None:
+            x.div_(self.softcap).tanh_().mul_(self.softcap)
+        if isinstance(self.scale, Tensor):
+            x.mul_(self.scale[:, None])
+        elif self.scale != 1.0:
+            x.mul_(self.scale)
+        return x
+
+    def slope(self, z: Tensor) -> Tensor | None:
+        """Derivative of softcap at logits z [n] or [n, v]: 1 - (z / limit)^2; None without softcap.
+
+        limit = softcap times scale is the largest z there can be.
+        """
+        if self.softcap is None:
+            return None
+        limit = self.softcap * self.scale
+        if isinstance(limit, Tensor) and z.dim() > 1:
+            limit = limit[:, None]
+        return torch.div(z, limit).square_().neg_().add_(1.0)
+
 
 @dataclass
 class RowStats:
-    """Running statistics of n rows; all [n], in the tile's dtype. None: not asked for."""
+    """Running statistics of n rows; all [n], in the tile's dtype. None: not asked for.
+
+    Sums are relative to the row's ``shift``.
+    """
 
     peak: Tensor  # largest non-target logit so far
-    total: Tensor  # sum of exp(z - peak) over the non-target logits so far
+    base: Tensor  # the first peak that was not -inf
+    steps: Tensor  # how often log 2 was added to it, a whole number
+    total: Tensor  # sum of exp(z - shift) over the non-target logits so far
     target: Tensor  # the target's logit, once its tile has been seen
-    weighted: Tensor | None  # sum of exp(z - peak) (z - peak) over non-target logits: entropy
-    squares: Tensor | None  # sum of exp(2 (z - peak)) over non-target logits: log-sum of squares
+    weighted: Tensor | None  # sum of exp(z - shift) (z - shift) over non-target logits: entropy
+    squares: Tensor | None  # sum of exp(2 (z - shift)) over non-target logits: log-sum of squares
     plain: Tensor | None  # sum of all logits: mean logit
 
     @classmethod
@@ -61,22 +121,29 @@ class RowStats:
         squares: bool = False,
         mean: bool = False,
     ) -> RowStats:
-        def zeros() -> Tensor:
-            return torch.zeros(rows, dtype=like.dtype, device=like.device)
+        def full(value: float) -> Tensor:
+            return torch.full((rows,), value, dtype=like.dtype, device=like.device)
 
         return cls(
-            peak=torch.full((rows,), -torch.inf, dtype=like.dtype, device=like.device),
-            total=zeros(),
-            target=torch.full((rows,), -torch.inf, dtype=like.dtype, device=like.device),
-            weighted=zeros() if entropy else None,
-            squares=zeros() if squares else None,
-            plain=zeros() if mean else None,
+            peak=full(-torch.inf),
+            base=full(-torch.inf),
+            steps=full(0.0),
+            total=full(0.0),
+            target=full(-torch.inf),
+            weighted=full(0.0) if entropy else None,
+            squares=full(0.0) if squares else None,
+            plain=full(0.0) if mean else None,
         )
+
+    @property
+    def shift(self) -> Tensor:
+        """What exponentials are taken relative to; 0 for a row without a finite entry."""
+        return shift_of(self.base, self.steps)
 
     @property
     def rest(self) -> Tensor:
         """logsumexp over the non-target logits, [n]."""
-        return self.peak + self.total.log()
+        return self.shift + self.total.log()
 
     @property
     def logprob(self) -> Tensor:
@@ -93,21 +160,29 @@ class RowStats:
         """-sum p log p, [n]: a sum of non-negative terms, so a confident row keeps its digits."""
         assert self.weighted is not None, "entropy was not asked for when the rows were started"
         logprob, lse = self.logprob, self.logsumexp
-        above = torch.where(self.total > 0, (lse - self.peak) * self.total - self.weighted, 0.0)
+        above = torch.where(self.total > 0, (lse - self.shift) * self.total - self.weighted, 0.0)
         own = torch.where(logprob == -torch.inf, 0.0, logprob.exp() * logprob)
-        return torch.exp(_difference(self.peak, lse)) * above - own
+        return torch.exp(self._below(lse)) * above - own
 
     @property
     def log_sum_sq_probs(self) -> Tensor:
         """log of the sum of squared probabilities, [n]."""
         assert self.squares is not None, "squares were not asked for when the rows were started"
-        rest = 2 * _difference(self.peak, self.logsumexp) + self.squares.log()
+        rest = 2 * self._below(self.logsumexp) + self.squares.log()
         return torch.logaddexp(rest, 2 * self.logprob)
 
+    @property
+    def top1(self) -> Tensor:
+        """Whether no other logit is larger than the target's, [n]."""
+        return self.target >= self.peak
 
-def _difference(a: Tensor, b: Tensor) -> Tensor:
-    """a - b where a may be -inf because nothing was folded: then -inf, also for b = -inf."""
-    return torch.where(a == -torch.inf, a, a - b)
+    def _below(self, lse: Tensor) -> Tensor:
+        """shift - lse; -inf where nothing was folded, also for lse = -inf."""
+        return torch.where(self.base == -torch.inf, -torch.inf, self.shift - lse)
+
+
+def shift_of(base: Tensor, steps: Tensor) -> Tensor:
+    return base.masked_fill(base == -torch.inf, 0.0) + steps * _LOG_2
 
 
 def _locate(target: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -121,18 +196,32 @@ def _locate(target: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
     return local.clamp(0, columns - 1)[:, None], inside[:, None]
 
 
-def fold_torch(z: Tensor, target: Tensor, start: int, stats: RowStats) -> Tensor:
-    """Fold one tile into ``stats`` and leave exp(z - peak) in it, 0 at the targets; both in place.
+def fold(
+    x: Tensor,
+    head: LogitMap,
+    target: Tensor,
+    start: int,
+    stats: RowStats,
+    *,
+    out: Tensor | None = None,
+    gain: float = 1.0,
+    rest: Tensor | None = None,
+) -> None:
+    """Fold one tile into ``stats``.
 
     Args:
-        z: [n, v] logits of vocabulary entries start .. start + v.
+        x: [n, v] products of vocabulary entries start .. start + v; overwritten.
+        head: what makes logits of them.
         target: [n] int64, the target's index in the whole vocabulary.
         start: first vocabulary entry of the tile.
-        stats: running statistics of these rows.
-
-    Returns:
-        [n], exp(old peak - new peak): what sums relative to the old peak are to be multiplied with.
+        stats: running statistics of these rows; updated.
+        out: [n, v] of any floating dtype, may be x: exp(z - shift) times softcap's slope, 0 at the
+            targets; what the tile contributes to a product with the weight.
+        gain: a power of two that multiplies ``out``, to keep it in the range of its dtype.
+        rest: [n, H], sums relative to the shift so far; brought to the new shift, in place.
     """
+    z = head.apply(x)
+    slope = None if out is None else head.slope(z)
     local, inside = _locate(target, start, z.shape[1])
     at_target = z.gather(1, local)
     if stats.plain is not None:
@@ -140,82 +229,97 @@ def fold_torch(z: Tensor, target: Tensor, start: int, stats: RowStats) -> Tensor
     stats.target = torch.where(inside[:, 0], at_target[:, 0], stats.target)
     z.scatter_(1, local, at_target.masked_fill(inside, -torch.inf))
 
-    peak = torch.maximum(stats.peak, z.amax(1))
-    safe = finite_peak(peak)
-    rescale = torch.exp(stats.peak - safe)
-    e = z.sub_(safe[:, None])
+    before = stats.shift
+    stats.peak = torch.maximum(stats.peak, z.amax(1))
+    stats.base = torch.where(stats.base == -torch.inf, stats.peak, stats.base)
+    above = (stats.peak - stats.base.masked_fill(stats.base == -torch.inf, 0.0)) / _LOG_2
+    steps = torch.maximum(stats.steps, above.ceil())
+    rescale = torch.exp2(stats.steps - steps)
+    stats.steps = steps
+
+    e = z.sub_(stats.shift[:, None])
     if stats.weighted is not None:
-        shift = torch.where(stats.total > 0, (stats.peak - safe) * stats.total, 0.0)
+        moved = torch.where(stats.total > 0, (before - stats.shift) * stats.total, 0.0)
         exponent = e.clamp(min=LOWEST)
         e.exp_()
-        stats.weighted = rescale * (stats.weighted + shift) + exponent.mul_(e).sum(1)
+        stats.weighted = rescale * (stats.weighted + moved) + exponent.mul_(e).sum(1)
     else:
         e.exp_()
     stats.total = rescale * stats.total + e.sum(1)
     if stats.squares is not None:
         stats.squares = rescale.square() * stats.squares + torch.einsum("nv,nv->n", e, e)
-    stats.peak = peak
-    return rescale
+    if rest is not None:
+        rest.mul_(rescale[:, None])
+    if out is None:
+        return
+    if slope is not None:
+        e.mul_(slope)
+    if gain != 1.0:
+        e.mul_(gain)
+    if out is not e:
+        out.copy_(e)
 
 
-def finite_peak(peak: Tensor) -> Tensor:
-    """The peak to subtract: a row without a finite entry has none, and any number gives zeros."""
-    return peak.masked_fill(peak == -torch.inf, 0.0)
-
-
-def softcap_slope_torch(z: Tensor, limit: float | Tensor) -> Tensor:
-    """Derivative of softcap: 1 - (z / limit)^2, [n, v]; limit is the largest z there can be."""
-    return torch.div(z, limit).square_().neg_().add_(1.0)
-
-
-def jacobian_torch(
-    z: Tensor,
+def settle(
+    block: Tensor,
     target: Tensor,
-    start: int,
-    peak: Tensor,
-    total: Tensor,
-    *,
-    limit: float | Tensor | None = None,
-) -> Tensor:
-    """Turn a tile of logits into J, in place; with softcap, times its slope.
+    own: Tensor,
+    factors: Sequence[Tensor],
+    columns: int,
+) -> None:
+    """Finish rows of J whose exponentials were taken relative to the shifts so far, in place.
 
     Args:
-        z: [n, v] logits; overwritten.
-        target, start: as in fold_torch.
-        peak, total: [n], over the whole vocabulary.
-        limit: softcap times the row's scale, a number or [n, 1]: the bound of |z|.
+        block: [n, V], what ``fold`` left in ``out``, tile beside tile.
+        target: [n] int64.
+        own: [n], the entry at the target.
+        factors: [n] for each tile, a power of two.
+        columns: columns of each tile but the last.
     """
-    local, inside = _locate(target, start, z.shape[1])
-    slope = None if limit is None else softcap_slope_torch(z, limit)
-    z.sub_(finite_peak(peak)[:, None]).exp_()
-    z.scatter_(1, local, torch.where(inside, -total[:, None], z.gather(1, local)))
-    return z if slope is None else z.mul_(slope)
+    for i, factor in enumerate(factors):
+        block[:, i * columns : (i + 1) * columns].mul_(factor[:, None].to(block.dtype))
+    block.scatter_(1, target[:, None], own[:, None].to(block.dtype))
 
 
-def weighted_jacobian_torch(
-    z: Tensor,
+def jacobian(
+    x: Tensor,
+    head: LogitMap,
     target: Tensor,
     start: int,
-    logsumexp: Tensor,
-    logprob: Tensor,
-    entropy: Tensor,
-    upstream: Tensor,
-    upstream_entropy: Tensor,
+    shift: Tensor,
+    own: Tensor,
     *,
-    limit: float | Tensor | None = None,
-) -> Tensor:
-    """Turn a tile of logits into the negated gradient of sum_t(g_t logp_t + e_t entropy_t), in
-    place.
+    factor: Tensor | None = None,
+    tilt: Tensor | None = None,
+    out: Tensor,
+) -> None:
+    """Turn a tile of products into a tile of J, times softcap's slope.
 
-    -d/dz = g (P - onehot) + e P (log P + entropy). As jacobian_torch, with ``upstream`` g [n],
-    ``upstream_entropy`` e [n] and the rows' ``entropy`` [n].
+    J_j = exp(z_j - shift) (factor + tilt (z_j - shift)), and ``own`` at the target.
+
+    Args:
+        x: [n, v] products; overwritten.
+        head, target, start: as in ``fold``.
+        shift: [n], over the whole vocabulary.
+        own: [n], the entry at the target, but for softcap's slope.
+        factor: [n], or None for 1.
+        tilt: [n], or None for 0; needs a factor.
+        out: [n, v] of any floating dtype, may be x.
     """
+    z = head.apply(x)
+    slope = head.slope(z)
     local, inside = _locate(target, start, z.shape[1])
-    slope = None if limit is None else softcap_slope_torch(z, limit)
-    logp = z.sub_(logsumexp[:, None]).clamp_(min=LOWEST)
-    weight = (logp + entropy[:, None]).mul_(upstream_entropy[:, None]).add_(upstream[:, None])
-    z = logp.exp_().mul_(weight)
-    finite = logprob.clamp(min=LOWEST)
-    own = upstream * torch.expm1(logprob) + upstream_entropy * finite.exp() * (finite + entropy)
+    z.sub_(shift[:, None])
+    if factor is None:
+        z.exp_()
+    elif tilt is None:
+        z.exp_().mul_(factor[:, None])
+    else:
+        z.clamp_(min=LOWEST)
+        weight = (z * tilt[:, None]).add_(factor[:, None])
+        z.exp_().mul_(weight)
     z.scatter_(1, local, torch.where(inside, own[:, None], z.gather(1, local)))
-    return z if slope is None else z.mul_(slope)
+    if slope is not None:
+        z.mul_(slope)
+    if out is not z:
+        out.copy_(z)

@@ -97,7 +97,7 @@ def lose_last_rows(m: Patch) -> None:
 
     def add_slice(self, weight, bias, jacobian, hidden, coefficient, add):
         if torch.equal(hidden[-1:], self.hidden_rows(self.count - 1, self.count)):
-            coefficient = torch.zeros_like(coefficient)
+            jacobian = torch.zeros_like(jacobian)
         original(self, weight, bias, jacobian, hidden, coefficient, add)
 
     m.setattr(Tiles, "add_slice", add_slice)
@@ -105,15 +105,15 @@ def lose_last_rows(m: Patch) -> None:
 
 def lose_last_columns(m: Patch) -> None:
     """The last tile of the vocabulary is never folded."""
-    original = logit_tile.fold_torch
+    original = logit_tile.fold
 
-    def fold(z, target, start, stats):
-        if start + z.shape[1] == 131:
-            others = torch.arange(z.shape[1]) != (target - start)[:, None]
-            z.masked_fill_(others, -torch.inf)
-        return original(z, target, start, stats)
+    def fold(x, head, target, start, stats, **options):
+        if start + x.shape[1] == 131:
+            others = torch.arange(x.shape[1]) != (target - start)[:, None]
+            x.masked_fill_(others, -torch.inf)
+        original(x, head, target, start, stats, **options)
 
-    m.setattr(sweeps, "fold_torch", fold)
+    m.setattr(logit_tile, "fold", fold)
 
 
 def round_target_entry(m: Patch) -> None:
@@ -142,23 +142,34 @@ def start_peak_at_zero(m: Patch) -> None:
     def start(cls, *args, **kwargs):
         stats = original(cls, *args, **kwargs)
         stats.peak.zero_()
+        stats.base.zero_()
         return stats
 
     m.setattr(logit_tile.RowStats, "start", classmethod(start))
 
 
 def no_rescale(m: Patch) -> None:
-    """The running sum of the hidden gradient is not rescaled when the peak rises."""
-    original = logit_tile.fold_torch
+    """The running sum of the hidden gradient is not rescaled when the shift rises."""
+    original = logit_tile.fold
 
-    def fold(*args, **kwargs):
-        return torch.ones_like(original(*args, **kwargs))
+    def fold(*args, rest=None, **options):
+        original(*args, **options)
 
-    m.setattr(sweeps, "fold_torch", fold)
+    m.setattr(logit_tile, "fold", fold)
+
+
+def no_settling(m: Patch) -> None:
+    """Exponentials of earlier tiles stay relative to the shift there was then."""
+    original = logit_tile.settle
+
+    def settle(block, target, own, factors, columns):
+        original(block, target, own, [torch.ones_like(f) for f in factors], columns)
+
+    m.setattr(logit_tile, "settle", settle)
 
 
 def lose_softcap_slope(m: Patch) -> None:
-    m.setattr(Tiles, "limit", lambda self, start, stop: None)
+    m.setattr(logit_tile.LogitMap, "slope", lambda self, z: None)
 
 
 def lose_temperature_in_backward(m: Patch) -> None:
@@ -176,21 +187,20 @@ def shift_labels_by_one(m: Patch) -> None:
 
 
 def bias_twice(m: Patch) -> None:
-    original = Tiles.logits
+    original = Tiles.logit_map
 
-    def logits(self, out, hidden, weight, r, c):
-        original(self, out, hidden, weight, r, c)
-        if self.bias is not None:
-            out += self.bias[c[0] : c[1]]
+    def logit_map(self, r, c):
+        head = original(self, r, c)
+        return head if head.bias is None else dataclasses.replace(head, bias=2 * head.bias)
 
-    m.setattr(Tiles, "logits", logits)
+    m.setattr(Tiles, "logit_map", logit_map)
 
 
 def half_precision_logsumexp(m: Patch) -> None:
     m.setattr(
         logit_tile.RowStats,
         "rest",
-        property(lambda s: (s.peak + s.total.log()).bfloat16().to(s.peak.dtype)),
+        property(lambda s: (s.shift + s.total.log()).bfloat16().to(s.peak.dtype)),
     )
 
 
@@ -218,6 +228,7 @@ MUTANTS: dict[str, tuple[Callable[[Patch], None], tuple[str, ...]]] = {
     "mask ignored": (ignore_the_mask, ("as planned",)),
     "running maximum starts at 0": (start_peak_at_zero, ROUTES),
     "running sum not rescaled": (no_rescale, ("recompute",)),
+    "stored tiles not rescaled": (no_settling, ("retain", "one_pass")),
     "softcap's slope lost": (lose_softcap_slope, ROUTES),
     "temperature lost in the backward": (lose_temperature_in_backward, ROUTES),
     "labels shifted by one": (shift_labels_by_one, ROUTES),
