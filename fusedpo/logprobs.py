@@ -34,8 +34,9 @@ import torch
 from torch import Tensor
 
 from fusedpo import checks
+from fusedpo.backend import resolve
 from fusedpo.head import Head
-from fusedpo.plan import Needs, Plan, Scope, plan
+from fusedpo.plan import Backend, Needs, Plan, Scope, plan
 from fusedpo.sweeps import (
     KEPT,
     Call,
@@ -114,7 +115,8 @@ def linear_logprobs(
         memory_budget: bytes, a text such as ``"512MiB"``, or a Plan: what may be held beyond the
             outputs.
             256 MiB by default.
-        backend: ``"auto"`` or ``"torch"``.
+        backend: ``"torch"``, ``"triton"`` (a CUDA or ROCm device, not float64), or ``"auto"``: the
+            Triton kernels where they can run.
 
     Returns:
         Shaped like labels, fp32 (fp64 for fp64 inputs); exactly 0 where ignored.
@@ -189,14 +191,12 @@ def _prepare(
     head.check(hidden)
     labels = checks.label_tensor(labels, hidden, head.weight.shape[0], ignore_index)
     check_temperature(temperature, labels, ignore_index)
-    check_backend(backend)
-    rows = Rows.of(labels, ignore_index)
-    return rows, {"temperature": temperature, "memory_budget": memory_budget}
-
-
-def check_backend(backend: str) -> None:
-    if backend not in ("auto", "torch"):
-        raise checks.bad_choice("backend", backend, ("auto", "torch"))
+    options = {
+        "temperature": temperature,
+        "memory_budget": memory_budget,
+        "backend": resolve(backend, hidden),
+    }
+    return Rows.of(labels, ignore_index), options
 
 
 def check_temperature(temperature: float | Tensor, labels: Tensor, ignore_index: int) -> None:
@@ -238,6 +238,7 @@ def plan_for(
     stats: Sequence[str] = ("logprob",),
     scope: Scope | None = None,
     groups: int = 1,
+    backend: Backend = "torch",
 ) -> Plan:
     """The plan of a call: the user's own, if one was given and is for this problem."""
     vocab, width = head.weight.shape
@@ -275,6 +276,7 @@ def plan_for(
         softcap=head.softcap is not None,
         gathered=rows.positions is not None,
         device=hidden.device,
+        backend=backend,
     )
 
 
@@ -287,11 +289,12 @@ def score(
     temperature: float | Tensor = 1.0,
     memory_budget: int | float | str | Plan | None = None,
     groups: Groups | None = None,
+    backend: Backend = "torch",
 ) -> TokenStats:
     """linear_token_stats on checked arguments and already selected rows; statistics are [N]."""
     # whoever has groups has looked into the loss for them
     scope: Scope | None = None if groups is None else "pair"
-    chosen = plan_for(hidden, head, rows, memory_budget, stats=stats, scope=scope)
+    chosen = plan_for(hidden, head, rows, memory_budget, stats=stats, scope=scope, backend=backend)
     if isinstance(temperature, Tensor):
         scale: float | Tensor = head.logit_scale / rows.gather(temperature).to(
             accumulated_dtype(hidden.dtype)
@@ -308,7 +311,7 @@ def score(
         stats=tuple(stats),
         groups=groups,
         operand=operand_dtype(hidden),
-        backend="torch",
+        backend=backend,
     )
     values = _Engine.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, call

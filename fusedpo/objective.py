@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from fusedpo import checks
+from fusedpo.backend import resolve
 from fusedpo.head import Head
-from fusedpo.logprobs import check_backend, check_temperature, plan_for, score
+from fusedpo.logprobs import check_temperature, plan_for, score
 from fusedpo.losses import Loss, PairLoss
-from fusedpo.plan import Plan
+from fusedpo.plan import Backend, Plan
 from fusedpo.scores import Scores, Sequences
 from fusedpo.sweeps import Rows
 
@@ -107,7 +108,7 @@ def preference_loss(
         raise checks.bad_type("loss", "a pair loss, such as fusedpo.losses.DPO()", repr(loss))
     head = Head(weight, bias, softcap, logit_scale)
     head.check(hidden)
-    check_backend(backend)
+    used = resolve(backend, hidden)
     vocab = weight.shape[0]
     labels = checks.label_tensor(
         labels, hidden, vocab, ignore_index, unshifted="pass shift=True with both at full length"
@@ -126,19 +127,27 @@ def preference_loss(
         loss, hidden, head, labels, sequences, ref_logprobs, ref_hidden, ref_weight, ref_bias
     )
 
-    chosen_plan = plan_for(hidden, head, rows, memory_budget, scope=loss.scope, groups=pairs)
+    chosen_plan = plan_for(
+        hidden, head, rows, memory_budget, scope=loss.scope, groups=pairs, backend=used
+    )
     if chosen_plan.route == "one_pass" and pairs > 1:
         # a pair's rows side by side, so that its gradient is known as early as can be
         order = torch.argsort(sequences.index % pairs * 2 + sequences.index // pairs, stable=True)
         rows, sequences = rows.reorder(order), sequences.reorder(order)
 
     ref_logp = _reference_scores(
-        reference, rows, sequences, temperature, memory_budget, chosen_plan
+        reference, rows, sequences, temperature, memory_budget, chosen_plan, used
     )
     problem = _PairProblem(loss, sequences, pairs, per_pair, ref_logp, denominator, nll_denominator)
     groups = _PairGroups(problem) if chosen_plan.route == "one_pass" else None
     logprob = score(
-        hidden, head, rows, temperature=temperature, memory_budget=chosen_plan, groups=groups
+        hidden,
+        head,
+        rows,
+        temperature=temperature,
+        memory_budget=chosen_plan,
+        groups=groups,
+        backend=used,
     ).logprob
     assert logprob is not None, "score() returns the log-probability by default"
     total, per_example, scores = problem.evaluate(logprob)
@@ -481,6 +490,7 @@ def _reference_scores(
     temperature: float | Tensor,
     memory_budget: int | float | str | Plan | None,
     policy_plan: Plan,
+    backend: Backend,
 ) -> Tensor | None:
     """[B], the reference's log-probability of each sequence; None without a reference."""
     if reference.logprobs is not None:
@@ -499,7 +509,9 @@ def _reference_scores(
             own = replace(policy_plan, route="forward")
         else:
             budget = policy_plan.budget if isinstance(memory_budget, Plan) else memory_budget
-            own = plan_for(hidden, head, rows, budget)
-        logprob = score(hidden, head, rows, temperature=temperature, memory_budget=own).logprob
+            own = plan_for(hidden, head, rows, budget, backend=backend)
+        logprob = score(
+            hidden, head, rows, temperature=temperature, memory_budget=own, backend=backend
+        ).logprob
         assert logprob is not None, "score() returns the log-probability by default"
         return sequences.sum(logprob)

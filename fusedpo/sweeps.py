@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fusedpo.kernels import logit_tile
-from fusedpo.kernels.logit_tile import LogitMap, RowStats
+from fusedpo.kernels.logit_tile import LogitMap, RowStats, power_of_two
 from fusedpo.plan import Backend, Needs, Plan, padded
 
 _TORCH = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2])
@@ -407,7 +407,7 @@ class Tiles:
             steps.append(stats.steps.clone())
         narrow = self.row_gain(stats.total)
         # a power of two each
-        factors = [torch.exp2(was - stats.steps) * (narrow / self.gain) for was in steps]
+        factors = [power_of_two(was - stats.steps) * (narrow / self.gain) for was in steps]
         own = -self.own_entry(stats, r) * narrow
         self.kernels.settle(out, self.rows.targets[slice(*r)], own, factors, self.plan.cols)
 
@@ -683,9 +683,9 @@ def _kernels(backend: Backend) -> Any:
     if backend == "torch":
         return logit_tile
     # Triton is not there on every platform
-    from fusedpo.kernels import logit_tile_triton
+    import fusedpo.kernels.logit_tile_triton as kernels
 
-    return logit_tile_triton
+    return kernels
 
 
 def entropy_coefficients(
@@ -717,7 +717,7 @@ def _power_of_two(values: Tensor) -> Tensor:
     """
     usable = torch.isfinite(values) & (values != 0)
     exponent = torch.frexp(torch.where(usable, values.abs(), 1.0)).exponent
-    return torch.ldexp(torch.ones_like(values), -exponent)
+    return power_of_two(-exponent.to(values.dtype))
 
 
 def _divide(gain: Tensor | None, *tensors: Tensor | None) -> None:

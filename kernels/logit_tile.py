@@ -181,6 +181,16 @@ class RowStats:
         return torch.where(self.base == -torch.inf, -torch.inf, self.shift - lse)
 
 
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent for whole numbers, exactly, by its bits: exp2 is an approximation on some devices.
+
+    Clamped to the dtype's normal numbers.
+    """
+    if exponent.dtype == torch.float64:
+        return ((exponent.clamp(-1022, 1023) + 1023).long() << 52).view(torch.float64)
+    return ((exponent.clamp(-126, 127) + 127).int() << 23).view(torch.float32)
+
+
 def shift_of(base: Tensor, steps: Tensor) -> Tensor:
     return base.masked_fill(base == -torch.inf, 0.0) + steps * _LOG_2
 
@@ -234,7 +244,7 @@ def fold(
     stats.base = torch.where(stats.base == -torch.inf, stats.peak, stats.base)
     above = (stats.peak - stats.base.masked_fill(stats.base == -torch.inf, 0.0)) / _LOG_2
     steps = torch.maximum(stats.steps, above.ceil())
-    rescale = torch.exp2(stats.steps - steps)
+    rescale = power_of_two(stats.steps - steps)
     stats.steps = steps
 
     e = z.sub_(stats.shift[:, None])

@@ -37,7 +37,13 @@ class KnownGradient:
         return self.g[self.starts[first] : self.starts[last]]
 
 
-def plan_of(case: Case, route: str, rows: int | None = None, cols: int | None = None) -> Plan:
+def plan_of(
+    case: Case,
+    route: str,
+    rows: int | None = None,
+    cols: int | None = None,
+    backend: str = "torch",
+) -> Plan:
     """A plan for the case, with its tile forced to rows x cols if they are given."""
     chosen = plan(
         int(case.scored.sum()),
@@ -49,6 +55,7 @@ def plan_of(case: Case, route: str, rows: int | None = None, cols: int | None = 
         entropy=case.upstream_entropy is not None,
         softcap=case.softcap is not None,
         budget="8GiB",
+        backend=backend,
         route=route,
     )
     tile = {"rows": rows or chosen.rows, "cols": cols or chosen.cols}
@@ -61,6 +68,7 @@ def run(
     *,
     starts: Sequence[int] | None = None,
     backwards: int = 1,
+    backend: str = "torch",
 ) -> Result:
     """A case through the public function or, for one_pass, which needs a loss, through score()."""
     leaves = {name: t.detach().requires_grad_() for name, t in case.leaves().items()}
@@ -83,6 +91,7 @@ def run(
                     temperature=case.temperature,
                     memory_budget=memory_budget,
                     groups=KnownGradient(g, starts),
+                    backend=backend,
                 ).logprob
             )
         else:
@@ -92,6 +101,7 @@ def run(
                 case.labels,
                 stats=("logprob",) if case.upstream_entropy is None else ("logprob", "entropy"),
                 memory_budget=memory_budget,
+                backend=backend,
                 **options,
             )
             logprob, entropy = stats.logprob, stats.entropy

@@ -21,7 +21,7 @@ LAYERS = (
     ("kernels",),
     ("checks",),
     ("plan", "scores"),
-    ("head", "losses", "sweeps"),
+    ("backend", "head", "losses", "sweeps"),
     ("logprobs",),
     ("objective",),
     ("fusedpo",),  # the package's face, fusedpo/__init__.py

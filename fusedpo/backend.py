@@ -1,0 +1,70 @@
+"""Which implementation of the tile work a call uses: PyTorch's or the Triton kernels'."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from fusedpo import checks
+from fusedpo.plan import Backend
+
+_CHOICES = ("auto", *get_args(Backend))
+
+_LEAST_TRITON = (3, 6)
+_LEAST_CUDA = (8, 0)  # sm_80; bf16 matrix units
+
+
+def resolve(backend: str, hidden: Tensor) -> Backend:
+    """The backend of a call.
+
+    ``"auto"`` takes the kernels on a GPU that can run them, and PyTorch everywhere else.
+
+    Raises:
+        ValueError: for an unknown backend, or for ``"triton"`` where it cannot run, saying why.
+    """
+    if backend not in _CHOICES:
+        raise checks.bad_choice("backend", backend, _CHOICES)
+    if backend == "torch" or (backend == "auto" and not hidden.is_cuda):
+        return "torch"
+    obstacle = _obstacle(hidden)
+    if obstacle is None:
+        return "triton"
+    if backend == "auto":
+        return "torch"
+    expected, got = obstacle
+    raise checks.bad_value("backend", f'{expected} for "triton"', got, 'use "auto" or "torch"')
+
+
+def _obstacle(hidden: Tensor) -> tuple[str, str] | None:
+    """What the kernels lack for these hidden states: (what is expected, what there is), or None."""
+    found = _triton_version()
+    if found is None or found < _LEAST_TRITON:
+        least = ".".join(map(str, _LEAST_TRITON))
+        got = "no Triton" if found is None else "Triton " + ".".join(map(str, found))
+        return f"Triton {least} or newer", got
+    if hidden.dtype == torch.float64:
+        return "hidden states in float32, bfloat16 or float16", "float64"
+    if not hidden.is_cuda:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "a CUDA or ROCm device, or TRITON_INTERPRET=1 in the environment", str(hidden.device)
+    if torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(hidden.device)
+        if capability < _LEAST_CUDA:
+            return "a GPU of compute capability 8.0 or newer", ".".join(map(str, capability))
+    return None
+
+
+@functools.cache
+def _triton_version() -> tuple[int, int] | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)

@@ -1,0 +1,413 @@
+"""The functions of logit_tile as Triton kernels: same names, same arguments, held to them by tests.
+
+Letters: n rows of a tile, v vocabulary columns of a tile, z logits.
+
+Each kernel reads a tile once. Bytes per logit, for fp32 products and half-precision operands:
+
+    fold        4 read, and 2 written if the exponentials are wanted
+    settle      2 read and 2 written, only where a row's shift has risen since
+    jacobian    4 read, 2 written
+
+Arithmetic is in fp32. A row belongs to one program, so nothing is added atomically and results
+repeat bit for bit. Offsets are 64 bits wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from fusedpo.kernels.device_math import tanh, two_to_the
+from fusedpo.kernels.logit_tile import LogitMap, RowStats
+from fusedpo.kernels.tiles import jacobian_tile, on_device_of, row_tile
+from torch import Tensor
+
+# A factor a row costs nothing here: the tile is in registers.
+ABSORBS_FACTORS = True
+
+
+@triton.jit
+def _logits(
+    x,
+    bias_ptr,
+    columns,
+    inside,
+    softcap,
+    scale,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Products [BLOCK] to logits: bias, softcap, scale."""
+    if BIAS:
+        x += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if SOFTCAP:
+        x = softcap * tanh(x / softcap)
+    return x * scale
+
+
+@triton.jit
+def _slope(z, limit):
+    """Derivative of softcap at logits z; limit is softcap times scale."""
+    ratio = z / limit
+    return 1.0 - ratio * ratio
+
+
+@triton.jit
+def _others(z, columns, inside, y):
+    """Logits with the target's, and what lies beyond the tile, taken out."""
+    return tl.where(inside & (columns != y), z, float("-inf"))
+
+
+@triton.jit
+def fold_kernel(
+    x_ptr,
+    out_ptr,
+    rest_ptr,
+    bias_ptr,
+    scale_ptr,
+    target_ptr,
+    peak_ptr,
+    base_ptr,
+    steps_ptr,
+    total_ptr,
+    own_ptr,
+    weighted_ptr,
+    squares_ptr,
+    plain_ptr,
+    x_stride,
+    out_stride,
+    rest_stride,
+    start,
+    width,
+    hidden,
+    softcap,
+    scale,
+    gain,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ROW_SCALE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SQUARES: tl.constexpr,
+    PLAIN: tl.constexpr,
+    OUT: tl.constexpr,
+    REST: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a row. WHOLE: the row of the tile fits in BLOCK, and is read only once."""
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * x_stride
+    out_ptr += row * out_stride
+    y = tl.load(target_ptr + row) - start
+    if ROW_SCALE:
+        scale = tl.load(scale_ptr + row)
+    lanes = tl.arange(0, BLOCK)
+
+    # the largest of the others, the target's own logit, the sum of all
+    own = tl.zeros([BLOCK], tl.float32)
+    all_of_them = tl.zeros([BLOCK], tl.float32)
+    if WHOLE:
+        inside = lanes < width
+        x = tl.load(x_ptr + lanes, mask=inside, other=0.0).to(tl.float32)
+        z = _logits(x, bias_ptr, lanes, inside, softcap, scale, BIAS, SOFTCAP)
+        own += tl.where(inside & (lanes == y), z, 0.0)
+        if PLAIN:
+            all_of_them += tl.where(inside, z, 0.0)
+        highest = _others(z, lanes, inside, y)
+    else:
+        highest = tl.full([BLOCK], float("-inf"), tl.float32)
+        for begin in range(0, width, BLOCK):
+            columns = begin + lanes
+            inside = columns < width
+            x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+            z = _logits(x, bias_ptr, columns, inside, softcap, scale, BIAS, SOFTCAP)
+            own += tl.where(inside & (columns == y), z, 0.0)
+            if PLAIN:
+                all_of_them += tl.where(inside, z, 0.0)
+            highest = tl.maximum(highest, _others(z, columns, inside, y))
+    if (y >= 0) & (y < width):
+        tl.store(own_ptr + row, tl.sum(own, 0))
+    if PLAIN:
+        tl.store(plain_ptr + row, tl.load(plain_ptr + row) + tl.sum(all_of_them, 0))
+
+    # the new shift: the first peak there was, and above that whole multiples of log 2
+    peak = tl.maximum(tl.load(peak_ptr + row), tl.max(highest, 0))
+    base = tl.load(base_ptr + row)
+    base = tl.where(base == float("-inf"), peak, base)
+    finite = tl.where(base == float("-inf"), 0.0, base)
+    before = tl.load(steps_ptr + row)
+    steps = tl.maximum(before, tl.ceil((peak - finite) * 1.4426950408889634))
+    shift = finite + steps * 0.6931471805599453
+    rescale = two_to_the(before - steps)
+
+    sums = tl.zeros([BLOCK], tl.float32)
+    weighted = tl.zeros([BLOCK], tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)
+    limit = softcap * scale
+    if WHOLE:
+        d = highest - shift
+        e = tl.exp(d)
+        sums += e
+        if WEIGHTED:
+            weighted += e * tl.maximum(d, -1e30)
+        if SQUARES:
+            squares += e * e
+        if OUT:
+            if SOFTCAP:
+                e *= _slope(z, limit)
+            tl.store(out_ptr + lanes, (e * gain).to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        for begin in range(0, width, BLOCK):
+            columns = begin + lanes
+            inside = columns < width
+            x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+            z = _logits(x, bias_ptr, columns, inside, softcap, scale, BIAS, SOFTCAP)
+            d = _others(z, columns, inside, y) - shift
+            e = tl.exp(d)
+            sums += e
+            if WEIGHTED:
+                weighted += e * tl.maximum(d, -1e30)
+            if SQUARES:
+                squares += e * e
+            if OUT:
+                if SOFTCAP:
+                    e *= _slope(z, limit)
+                tl.store(out_ptr + columns, (e * gain).to(out_ptr.dtype.element_ty), mask=inside)
+
+    total = tl.load(total_ptr + row)
+    if WEIGHTED:
+        old_shift = finite + before * 0.6931471805599453
+        moved = tl.where(total > 0, (old_shift - shift) * total, 0.0)
+        was = tl.load(weighted_ptr + row)
+        tl.store(weighted_ptr + row, rescale * (was + moved) + tl.sum(weighted, 0))
+    if SQUARES:
+        was = tl.load(squares_ptr + row)
+        tl.store(squares_ptr + row, rescale * rescale * was + tl.sum(squares, 0))
+    tl.store(total_ptr + row, rescale * total + tl.sum(sums, 0))
+    tl.store(peak_ptr + row, peak)
+    tl.store(base_ptr + row, base)
+    tl.store(steps_ptr + row, steps)
+    if REST:
+        # most rows' shifts stay: their sums are not touched
+        if rescale != 1.0:
+            rest_ptr += row * rest_stride
+            for begin in range(0, hidden, BLOCK):
+                columns = begin + lanes
+                inside = columns < hidden
+                part = tl.load(rest_ptr + columns, mask=inside, other=0.0)
+                tl.store(rest_ptr + columns, part * rescale, mask=inside)
+
+
+def fold(
+    x: Tensor,
+    head: LogitMap,
+    target: Tensor,
+    start: int,
+    stats: RowStats,
+    *,
+    out: Tensor | None = None,
+    gain: float = 1.0,
+    rest: Tensor | None = None,
+) -> None:
+    """Fold one tile into ``stats``, in place: logit_tile.fold for fp32 or half-precision products.
+
+    x is overwritten only if it is ``out``.
+    """
+    n, width = x.shape
+    if n == 0:
+        return
+    tile = row_tile(width)
+    with on_device_of(x):
+        fold_kernel[(n,)](
+            x,
+            x if out is None else out,
+            x if rest is None else rest,
+            x if head.bias is None else head.bias,
+            head.scale if isinstance(head.scale, Tensor) else x,
+            target,
+            stats.peak,
+            stats.base,
+            stats.steps,
+            stats.total,
+            stats.target,
+            stats.peak if stats.weighted is None else stats.weighted,
+            stats.peak if stats.squares is None else stats.squares,
+            stats.peak if stats.plain is None else stats.plain,
+            x.stride(0),
+            x.stride(0) if out is None else out.stride(0),
+            0 if rest is None else rest.stride(0),
+            start,
+            width,
+            0 if rest is None else rest.shape[1],
+            float(head.softcap or 1.0),
+            1.0 if isinstance(head.scale, Tensor) else float(head.scale),
+            gain,
+            BIAS=head.bias is not None,
+            SOFTCAP=head.softcap is not None,
+            ROW_SCALE=isinstance(head.scale, Tensor),
+            WEIGHTED=stats.weighted is not None,
+            SQUARES=stats.squares is not None,
+            PLAIN=stats.plain is not None,
+            OUT=out is not None,
+            REST=rest is not None,
+            WHOLE=width <= tile.block,
+            BLOCK=tile.block,
+            num_warps=tile.warps,
+        )
+
+
+@triton.jit
+def settle_kernel(
+    block_ptr,
+    target_ptr,
+    own_ptr,
+    factors_ptr,
+    stride,
+    rows,
+    columns,
+    vocab,
+    BLOCK: tl.constexpr,
+):
+    """One program a row and tile: its powers of two, and the entry at the target if it is here."""
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1).to(tl.int64)
+    block_ptr += row * stride
+    factor = tl.load(factors_ptr + tile * rows + row)
+    y = tl.load(target_ptr + row)
+    own = tl.load(own_ptr + row)
+    begin = tile * columns
+    end = tl.minimum(begin + columns, vocab)
+    if factor != 1.0:
+        for first in range(begin, end, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            inside = at < end
+            e = tl.load(block_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            e = tl.where(at == y, own, e * factor)
+            tl.store(block_ptr + at, e.to(block_ptr.dtype.element_ty), mask=inside)
+    else:
+        if (y >= begin) & (y < end):
+            tl.store(block_ptr + y, own.to(block_ptr.dtype.element_ty))
+
+
+def settle(
+    block: Tensor,
+    target: Tensor,
+    own: Tensor,
+    factors: Sequence[Tensor],
+    columns: int,
+) -> None:
+    """Finish rows of J whose exponentials are relative to earlier shifts: logit_tile.settle."""
+    n, vocab = block.shape
+    if n == 0:
+        return
+    tile = row_tile(columns)
+    with on_device_of(block):
+        settle_kernel[(n, len(factors))](
+            block,
+            target,
+            own,
+            torch.stack(list(factors)),
+            block.stride(0),
+            n,
+            columns,
+            vocab,
+            BLOCK=tile.block,
+            num_warps=tile.warps,
+        )
+
+
+@triton.jit
+def jacobian_kernel(
+    x_ptr,
+    out_ptr,
+    bias_ptr,
+    scale_ptr,
+    target_ptr,
+    shift_ptr,
+    own_ptr,
+    factor_ptr,
+    tilt_ptr,
+    x_stride,
+    out_stride,
+    start,
+    width,
+    softcap,
+    scale,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ROW_SCALE: tl.constexpr,
+    FACTOR: tl.constexpr,
+    TILT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a row and BLOCK columns."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    x_ptr += row * x_stride
+    out_ptr += row * out_stride
+    y = tl.load(target_ptr + row) - start
+    if ROW_SCALE:
+        scale = tl.load(scale_ptr + row)
+    x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    z = _logits(x, bias_ptr, columns, inside, softcap, scale, BIAS, SOFTCAP)
+    d = z - tl.load(shift_ptr + row)
+    j = tl.exp(d)
+    if FACTOR:
+        factor = tl.load(factor_ptr + row)
+        if TILT:
+            factor = factor + tl.load(tilt_ptr + row) * tl.maximum(d, -1e30)
+        j *= factor
+    j = tl.where(columns == y, tl.load(own_ptr + row), j)
+    if SOFTCAP:
+        j *= _slope(z, softcap * scale)
+    tl.store(out_ptr + columns, j.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def jacobian(
+    x: Tensor,
+    head: LogitMap,
+    target: Tensor,
+    start: int,
+    shift: Tensor,
+    own: Tensor,
+    *,
+    factor: Tensor | None = None,
+    tilt: Tensor | None = None,
+    out: Tensor,
+) -> None:
+    """Turn a tile of products into a tile of J: logit_tile.jacobian.
+
+    x is overwritten only if it is ``out``.
+    """
+    n, width = x.shape
+    if n == 0:
+        return
+    tile = jacobian_tile(width)
+    with on_device_of(x):
+        jacobian_kernel[(n, triton.cdiv(width, tile.block))](
+            x,
+            out,
+            x if head.bias is None else head.bias,
+            head.scale if isinstance(head.scale, Tensor) else x,
+            target,
+            shift,
+            own,
+            own if factor is None else factor,
+            own if tilt is None else tilt,
+            x.stride(0),
+            out.stride(0),
+            start,
+            width,
+            float(head.softcap or 1.0),
+            1.0 if isinstance(head.scale, Tensor) else float(head.scale),
+            BIAS=head.bias is not None,
+            SOFTCAP=head.softcap is not None,
+            ROW_SCALE=isinstance(head.scale, Tensor),
+            FACTOR=factor is not None,
+            TILT=tilt is not None,
+            BLOCK=tile.block,
+            num_warps=tile.warps,
+        )

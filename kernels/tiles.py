@@ -1,0 +1,46 @@
+"""Tiles: how much of a problem one program of a kernel takes. Pure functions of shapes.
+
+No kernel tunes itself: these functions choose, tests hold every choice to its machine code, and
+``python -m fusedpo.kernels.tune`` measures the alternatives on a GPU for whoever wants to change
+them.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StreamTile:
+    """Tile of a kernel that streams rows: columns of a program at a time, and its warps."""
+
+    block: int
+    warps: int
+
+
+def row_tile(columns: int) -> StreamTile:
+    """For a kernel with one program a row that needs the whole row.
+
+    Up to 16384 columns the row is held in registers, 32 numbers a thread, and read only once.
+    """
+    return _stream(columns, largest=16384)
+
+
+def jacobian_tile(columns: int) -> StreamTile:
+    """For an elementwise kernel: enough of a row to hide latency, few enough to fill the chip."""
+    return _stream(columns, largest=4096)
+
+
+def _stream(columns: int, largest: int) -> StreamTile:
+    block = min(max(128, 1 << (columns - 1).bit_length()), largest)
+    return StreamTile(block, warps=min(16, max(1, block // 1024)))
+
+
+def on_device_of(t: Tensor) -> AbstractContextManager[Any]:
+    """Launches go to the current device: make it the tensor's."""
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
