@@ -15,6 +15,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import engine
+
 import fusedpo.logprobs
 import fusedpo.sweeps
 
@@ -23,6 +25,41 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("default")
 torch.set_num_threads(1)
+
+
+def _patch_the_language_once_a_launch() -> None:
+    """The interpreter patches triton.language again at each call of a device function.
+
+    Nothing comes of it within a launch but two thirds of the time it takes.
+    """
+    from triton.runtime import interpreter
+
+    patch_lang = interpreter._patch_lang
+    scopes = {}  # by the module of the function, for as long as a launch takes
+
+    def patch(fn):
+        module = fn.__module__
+        if module in scopes:
+            return scopes[module]
+        first = not scopes
+        scope = scopes[module] = patch_lang(fn)
+        if first:  # the launch itself, which restores at its end
+            own = scope.restore
+
+            def restore() -> None:
+                for inner in reversed(list(scopes.values())[1:]):
+                    inner.restore()
+                scopes.clear()
+                own()
+
+            scope.restore = restore
+        return scope
+
+    interpreter._patch_lang = patch
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _patch_the_language_once_a_launch()
 
 
 class _Poisoned:
@@ -49,3 +86,22 @@ def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         return  # torch.compile looks for torch itself in a module that it traces
     for module in (fusedpo.sweeps, fusedpo.logprobs):
         monkeypatch.setattr(module, "torch", _Poisoned())
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A test that asks for it runs on both backends, and engine.run with it."""
+    monkeypatch.setattr(engine, "BACKEND", request.param)
+    return request.param
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The kernels take no float64 (that they say so is tested), so such cases do not exist."""
+
+    def exists(item: pytest.Item) -> bool:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        return given.get("backend") != "triton" or torch.float64 not in given.values()
+
+    gone = [item for item in items if not exists(item)]
+    config.hook.pytest_deselected(items=gone)
+    items[:] = [item for item in items if exists(item)]

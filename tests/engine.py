@@ -17,6 +17,8 @@ from fusedpo.plan import Plan
 from fusedpo.sweeps import Rows
 
 ROUTES = ("forward", "frozen", "retain", "recompute", "one_pass")
+# what plan_of and run use, unless told; the fixture of this name in conftest.py sets it
+BACKEND = "torch"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,7 +44,7 @@ def plan_of(
     route: str,
     rows: int | None = None,
     cols: int | None = None,
-    backend: str = "torch",
+    backend: str | None = None,
 ) -> Plan:
     """A plan for the case, with its tile forced to rows x cols if they are given."""
     chosen = plan(
@@ -55,7 +57,7 @@ def plan_of(
         entropy=case.upstream_entropy is not None,
         softcap=case.softcap is not None,
         budget="8GiB",
-        backend=backend,
+        backend=backend or BACKEND,
         route=route,
     )
     tile = {"rows": rows or chosen.rows, "cols": cols or chosen.cols}
@@ -68,7 +70,7 @@ def run(
     *,
     starts: Sequence[int] | None = None,
     backwards: int = 1,
-    backend: str = "torch",
+    backend: str | None = None,
 ) -> Result:
     """A case through the public function or, for one_pass, which needs a loss, through score()."""
     leaves = {name: t.detach().requires_grad_() for name, t in case.leaves().items()}
@@ -91,7 +93,7 @@ def run(
                     temperature=case.temperature,
                     memory_budget=memory_budget,
                     groups=KnownGradient(g, starts),
-                    backend=backend,
+                    backend=backend or BACKEND,
                 ).logprob
             )
         else:
@@ -101,7 +103,7 @@ def run(
                 case.labels,
                 stats=("logprob",) if case.upstream_entropy is None else ("logprob", "entropy"),
                 memory_budget=memory_budget,
-                backend=backend,
+                backend=backend or BACKEND,
                 **options,
             )
             logprob, entropy = stats.logprob, stats.entropy
@@ -122,6 +124,8 @@ def generate(seed: int, *, dtype: torch.dtype | None = None) -> Case:
     draw = random.Random(seed)
     g = torch.Generator().manual_seed(seed)
     dtype = dtype or draw.choice(DTYPES)
+    if BACKEND == "triton" and dtype == torch.float64:
+        dtype = torch.float32  # the kernels take no float64
     positions = draw.choice([1, 2, 15, 17, 33, 64, 100])
     width = draw.choice([1, 8, 31, 64, 65])
     vocab = draw.choice([1, 2, 3, 127, 128, 129, 300, 517])
