@@ -1,9 +1,9 @@
 """Gates and sequence maps, by mathematical name; autograd gives their derivatives.
 
 A gate turns the log-ratio delta of a token into the number that is summed over its sequence; tau is
-its temperature, above 0 unless said otherwise. All are increasing where they are not flat, and all but
-``sigmoid_ratio`` are 0 with slope 1 at delta = 0 (``clip_log`` with a bound other than 0). Values and
-gradients are finite for every finite delta, and NaN stays NaN.
+its temperature, above 0 except for ``clip_log``. All but ``sigmoid_ratio`` have value 0 and slope 1
+at delta = 0, so that nothing changes while the policy is the one that sampled. Values and gradients
+are finite for every finite delta, and NaN stays NaN.
 
 The kernels of ``fusedpo.kernels.tail`` are held to what is defined here.
 """
@@ -39,8 +39,8 @@ def sigmoid_ratio(delta: Tensor, tau: Tensor | float) -> Tensor:
 
     Above delta = 20 it is constant and has no gradient.
     """
-    # not expm1: autograd forms its derivative as expm1 + 1, which for a small ratio is rounding noise,
-    # and beside log(4 / tau) its digits are lost anyway
+    # not expm1: autograd forms its derivative as expm1 + 1, rounding noise for a small ratio, and
+    # beside log(4 / tau) its digits are lost anyway
     ratio = delta.clamp(max=RATIO_LIMIT).exp()
     return torch.log(4.0 / _tensor(tau, delta)) + torch.nn.functional.logsigmoid(
         tau * (ratio - 1.0)
@@ -65,9 +65,9 @@ def tanh_log(delta: Tensor, tau: Tensor | float) -> Tensor:
 def clip_log(delta: Tensor, tau: Tensor | float) -> Tensor:
     """One-sided clip: min(delta, tau) for a bound tau > 0, max(delta, tau) for tau < 0.
 
-    tau = c sign(A), for an advantage A, is the pessimistic clip to [-c, c]: sign(A) times the smaller
-    of sign(A) delta and sign(A) clip(delta, -c, c). For A = 0 that is 0, and so it is here. The
-    gradient passes at the bound itself.
+    tau = c sign(A), for an advantage A, is the pessimistic clip to [-c, c]: sign(A) times the
+    smaller of sign(A) delta and sign(A) clip(delta, -c, c). For A = 0 that is 0 without gradient,
+    and so is this for tau = 0. The gradient passes at the bound itself.
     """
     bound = _tensor(tau, delta)
     clipped = ((bound > 0) & (delta > bound)) | ((bound < 0) & (delta < bound)) | (bound == 0)
@@ -96,7 +96,10 @@ GATES: Mapping[str, Callable[[Tensor, Tensor | float], Tensor]] = MappingProxyTy
 
 
 def exponential(score: Tensor) -> Tensor:
-    """exp(S): a geometric mean, if S is a mean of logarithms. Above S = 80 constant, no gradient."""
+    """exp(S), the geometric mean of the gates where S is the mean of their logarithms.
+
+    Above S = 80 it is constant and has no gradient.
+    """
     return score.clamp(max=MAP_LIMIT).exp()
 
 
