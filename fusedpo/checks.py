@@ -143,12 +143,11 @@ def _same_dtype(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
 def label_tensor(
     labels: object,
     hidden: Tensor,
-    vocab: int,
     ignore_index: int,
     *,
     unshifted: str = "pass hidden[:, :-1] with labels[:, 1:]",
 ) -> Tensor:
-    """labels [...], shaped like hidden without its last axis, in [0, vocab) or ignore_index."""
+    """labels [...], shaped like hidden without its last axis; their values are not looked at."""
     labels = is_tensor("labels", labels)
     if labels.dtype not in LABELS:
         raise bad_type(
@@ -171,16 +170,22 @@ def label_tensor(
     same_device(hidden=hidden, labels=labels)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise bad_type("ignore_index", "an int", type(ignore_index).__name__)
-    outside = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
-    if bool(outside.any()):
-        where = outside.nonzero()[0].tolist()
-        raise bad_value(
-            "labels",
-            f"class numbers in [0, {vocab}) or ignore_index = {ignore_index}",
-            f"{int(labels[tuple(where)])} at position {where}",
-            "the tokenizer and the head may disagree about the vocabulary",
-        )
     return labels
+
+
+def outside_vocabulary(labels: Tensor, vocab: int, ignore_index: int) -> Tensor:
+    """Shaped like labels: neither a class in [0, vocab) nor ignore_index."""
+    return (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+
+
+def bad_labels(labels: Tensor, vocab: int, ignore_index: int) -> ValueError:
+    where = outside_vocabulary(labels, vocab, ignore_index).nonzero()[0].tolist()
+    return bad_value(
+        "labels",
+        f"class numbers in [0, {vocab}) or ignore_index = {ignore_index}",
+        f"{int(labels[tuple(where)])} at position {where}",
+        "the tokenizer and the head may disagree about the vocabulary",
+    )
 
 
 def _dtypes(dtypes: Iterable[torch.dtype]) -> str:

@@ -37,6 +37,7 @@ from fusedpo import checks
 from fusedpo.backend import resolve
 from fusedpo.head import Head
 from fusedpo.plan import Backend, Needs, Plan, Scope, plan
+from fusedpo.scored import count_scored, label_fault, temperature_faults
 from fusedpo.sweeps import (
     KEPT,
     Call,
@@ -89,6 +90,7 @@ def linear_logprobs(
     ignore_index: int = -100,
     memory_budget: int | float | str | Plan | None = None,
     backend: str = "auto",
+    num_scored: int | None = None,
 ) -> Tensor:
     """Log-probability of each label under a language-model head, without holding the logits.
 
@@ -117,6 +119,8 @@ def linear_logprobs(
             256 MiB by default.
         backend: ``"torch"``, ``"triton"`` (a CUDA or ROCm device, not float64), or ``"auto"``: the
             Triton kernels where they can run.
+        num_scored: how many labels are not ignored, if the caller knows it. On a GPU that is the
+            one number that a call waits for; with it, wrong labels are asserted on the device.
 
     Returns:
         Shaped like labels, fp32 (fp64 for fp64 inputs); exactly 0 where ignored.
@@ -126,7 +130,7 @@ def linear_logprobs(
     """
     head = Head(weight, bias, softcap, logit_scale)
     rows, options = _prepare(
-        hidden, head, labels, temperature, ignore_index, memory_budget, backend
+        hidden, head, labels, temperature, ignore_index, memory_budget, backend, num_scored
     )
     logprob = score(hidden, head, rows, stats=("logprob",), **options).logprob
     assert logprob is not None, "score() returns the statistics asked for"
@@ -146,6 +150,7 @@ def linear_token_stats(
     ignore_index: int = -100,
     memory_budget: int | float | str | Plan | None = None,
     backend: str = "auto",
+    num_scored: int | None = None,
 ) -> TokenStats:
     """Per-token statistics of a language-model head, without holding the logits.
 
@@ -171,7 +176,7 @@ def linear_token_stats(
             raise checks.bad_choice("stats", name, STATS)
     head = Head(weight, bias, softcap, logit_scale)
     rows, options = _prepare(
-        hidden, head, labels, temperature, ignore_index, memory_budget, backend
+        hidden, head, labels, temperature, ignore_index, memory_budget, backend, num_scored
     )
     values = score(hidden, head, rows, stats=tuple(s for s in STATS if s in stats), **options)
     found = {f.name: getattr(values, f.name) for f in fields(values)}
@@ -186,35 +191,22 @@ def _prepare(
     ignore_index: int,
     memory_budget: int | float | str | Plan | None,
     backend: str,
+    num_scored: int | None,
 ) -> tuple[Rows, dict[str, Any]]:
     """Check the arguments that the public functions share, and find the scored tokens."""
     head.check(hidden)
-    labels = checks.label_tensor(labels, hidden, head.weight.shape[0], ignore_index)
-    check_temperature(temperature, labels, ignore_index)
+    labels = checks.label_tensor(labels, hidden, ignore_index)
+    faults = [
+        label_fault(labels, head.weight.shape[0], ignore_index),
+        *temperature_faults(temperature, labels, ignore_index),
+    ]
     options = {
         "temperature": temperature,
         "memory_budget": memory_budget,
         "backend": resolve(backend, hidden),
     }
-    return Rows.of(labels, ignore_index), options
-
-
-def check_temperature(temperature: float | Tensor, labels: Tensor, ignore_index: int) -> None:
-    if not isinstance(temperature, Tensor):
-        checks.positive("temperature", temperature)
-        return
-    checks.floating("temperature", temperature)
-    checks.shaped(
-        "temperature", temperature, labels.shape, "a number or a tensor shaped like labels"
-    )
-    checks.same_device(labels=labels, temperature=temperature)
-    if temperature.requires_grad:
-        raise checks.bad_value(
-            "temperature", "a constant", "a tensor that requires grad", "detach it"
-        )
-    wrong = temperature[~((temperature > 0) & temperature.isfinite()) & (labels != ignore_index)]
-    if wrong.numel():
-        raise checks.bad_value("temperature", "finite numbers above 0", f"{float(wrong[0]):g}")
+    (count,) = count_scored(labels, ignore_index, faults, num_scored=num_scored)
+    return Rows.of(labels, ignore_index, count), options
 
 
 def needs_of(hidden: Tensor, head: Head) -> list[Needs]:

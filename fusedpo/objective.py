@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,9 +17,18 @@ from torch import Tensor
 from fusedpo import checks
 from fusedpo.backend import resolve
 from fusedpo.head import Head
-from fusedpo.logprobs import check_temperature, plan_for, score
+from fusedpo.logprobs import plan_for, score
 from fusedpo.losses import Loss, PairLoss
+from fusedpo.losses._links import Tail
 from fusedpo.plan import Backend, Plan
+from fusedpo.scored import (
+    Fault,
+    border_fault,
+    count_scored,
+    label_fault,
+    temperature_faults,
+    to_device,
+)
 from fusedpo.scores import Scores, Sequences
 from fusedpo.sweeps import Rows
 
@@ -64,6 +74,7 @@ def preference_loss(
     ignore_index: int = -100,
     memory_budget: int | float | str | Plan | None = None,
     backend: str = "auto",
+    num_scored: Sequence[int] | None = None,
     **inputs: Tensor,
 ) -> LossOutput:
     """A preference loss and its gradients, from hidden states, without the logits.
@@ -96,6 +107,8 @@ def preference_loss(
             step.
         bias, softcap, logit_scale, temperature, ignore_index, memory_budget, backend: as in
             linear_logprobs.
+        num_scored: the scored tokens of each sequence, B numbers, if the caller knows them. On a
+            GPU they are what a call waits for; with them, wrong labels are asserted on the device.
         inputs: further tensors [P], as the loss declares them. Detached here.
 
     Returns:
@@ -109,20 +122,21 @@ def preference_loss(
     head = Head(weight, bias, softcap, logit_scale)
     head.check(hidden)
     used = resolve(backend, hidden)
-    vocab = weight.shape[0]
     labels = checks.label_tensor(
-        labels, hidden, vocab, ignore_index, unshifted="pass shift=True with both at full length"
+        labels, hidden, ignore_index, unshifted="pass shift=True with both at full length"
     )
-    borders = _borders(labels, cu_seqlens)
+    borders, faults = _borders(labels, cu_seqlens)
+    faults.append(label_fault(labels, weight.shape[0], ignore_index))
     if shift:
         labels = _shifted(labels, borders, ignore_index)
-    check_temperature(temperature, labels, ignore_index)
-    rows = Rows.of(labels, ignore_index)
-    sequences = _sequences(labels, rows, borders)
-    pairs = _pairs(sequences)
+    faults += temperature_faults(temperature, labels, ignore_index)
+    counts = count_scored(labels, ignore_index, faults, borders=borders, num_scored=num_scored)
+    pairs = _pairs(counts)
+    rows = Rows.of(labels, ignore_index, sum(counts))
+    sequences = _sequences(rows, borders, counts)
     per_pair = _check_inputs(loss, inputs, pairs, hidden)
     denominator = _denominator("num_items", num_items, pairs)
-    nll_denominator = _nll_denominator(loss, num_items, num_tokens, sequences, pairs)
+    nll_denominator = _nll_denominator(loss, num_items, num_tokens, sum(counts[:pairs]))
     reference = _check_reference(
         loss, hidden, head, labels, sequences, ref_logprobs, ref_hidden, ref_weight, ref_bias
     )
@@ -133,13 +147,16 @@ def preference_loss(
     if chosen_plan.route == "one_pass" and pairs > 1:
         # a pair's rows side by side, so that its gradient is known as early as can be
         order = torch.argsort(sequences.index % pairs * 2 + sequences.index // pairs, stable=True)
-        rows, sequences = rows.reorder(order), sequences.reorder(order)
+        rows = rows.reorder(order)
+        sequences = _laid_out(sequences.index[order], counts, sequences.lengths, side_by_side=True)
 
     ref_logp = _reference_scores(
         reference, rows, sequences, temperature, memory_budget, chosen_plan, used
     )
-    problem = _PairProblem(loss, sequences, pairs, per_pair, ref_logp, denominator, nll_denominator)
-    groups = _PairGroups(problem) if chosen_plan.route == "one_pass" else None
+    problem = _PairProblem(
+        loss, sequences, pairs, per_pair, ref_logp, denominator, nll_denominator, used
+    )
+    groups = _PairGroups(problem, counts) if chosen_plan.route == "one_pass" else None
     logprob = score(
         hidden,
         head,
@@ -192,6 +209,38 @@ class FusedLoss(torch.nn.Module):
         return ", ".join([repr(self.loss), *(f"{k}={v!r}" for k, v in self.options.items())])
 
 
+class _Tail(torch.autograd.Function):
+    """The losses [P] and scores [B] of the tail kernel, with the gradient that came with them.
+
+    The losses are differentiable as their sum is: by one number for all, since the kernel has added
+    up the gradient of the sum. The scores are not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logprob: Tensor, tail: Tail, problem: _PairProblem) -> tuple[Tensor, ...]:
+        # Triton is not there on every platform
+        import fusedpo.kernels.tail as kernel
+
+        sequences = problem.sequences
+        losses, scores, gradient = kernel.tail(
+            logprob,
+            sequences.starts,
+            sequences.lengths,
+            reference=problem.ref_logp,
+            **asdict(tail),
+        )
+        ctx.save_for_backward(gradient)
+        total = losses.sum()
+        ctx.mark_non_differentiable(losses, scores)
+        return total, losses, scores
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None, None
+
+
 @dataclass(frozen=True)
 class _PairProblem:
     """A loss on the scored tokens of some pairs, as a function of their log-probabilities."""
@@ -203,6 +252,7 @@ class _PairProblem:
     ref_logp: Tensor | None  # [B]
     denominator: float | Tensor
     nll_denominator: float | Tensor
+    backend: Backend
 
     def scores(self, logprob: Tensor) -> Scores:
         """[B], from log-probabilities [N]."""
@@ -210,13 +260,31 @@ class _PairProblem:
 
     def evaluate(self, logprob: Tensor) -> tuple[Tensor, Tensor, Scores]:
         """The loss (scalar), the loss of each pair [P] and the scores [B]."""
-        scores = self.scores(logprob)
-        chosen, rejected = scores[: self.pairs], scores[self.pairs :]
-        per_example = self.loss.per_example(chosen, rejected, **self.inputs)
-        total = per_example.sum() / self.denominator
+        tail = self.loss.tail if self.backend == "triton" and not self.inputs else None
+        if tail is None:
+            scores = self.scores(logprob)
+            per_example = self.loss.per_example(
+                scores[: self.pairs], scores[self.pairs :], **self.inputs
+            )
+            total = per_example.sum()
+        else:
+            total, per_example, score = _Tail.apply(  # type: ignore[no-untyped-call]
+                logprob, tail, self
+            )
+            scores = self.scores_of(score, tail)
+        total = total / self.denominator
         if self.loss.nll_weight:
-            total = total - self.loss.nll_weight * chosen.logp.sum() / self.nll_denominator
+            chosen_logp = self.sequences.sum(logprob)[: self.pairs]
+            total = total - self.loss.nll_weight * chosen_logp.sum() / self.nll_denominator
         return total.to(logprob.dtype), per_example.detach().to(logprob.dtype), scores
+
+    def scores_of(self, score: Tensor, tail: Tail) -> Scores:
+        """[B], from what the tail kernel has summed."""
+        length = self.sequences.lengths.double()
+        logp = score * length if tail.aggregate == "mean" else score
+        return Scores(
+            logp if self.ref_logp is None else logp + self.ref_logp, length, self.ref_logp
+        )
 
     def metrics(self, logprob: Tensor, scores: Scores) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -238,11 +306,11 @@ class _PairProblem:
 class _PairGroups:
     """Pairs as the groups of ``one_pass``: each a run of rows, chosen then rejected."""
 
-    def __init__(self, problem: _PairProblem) -> None:
+    def __init__(self, problem: _PairProblem, counts: list[int]) -> None:
         self.problem = problem
         sequences, pairs = problem.sequences, problem.pairs
-        rows_of_pair = sequences.lengths[:pairs] + sequences.lengths[pairs:]
-        self.starts: Sequence[int] = [0, *rows_of_pair.cumsum(0).tolist()]
+        rows_of_pair = [a + b for a, b in zip(counts[:pairs], counts[pairs:], strict=True)]
+        self.starts: Sequence[int] = [0, *accumulate(rows_of_pair)]
         sign = torch.where(sequences.index < pairs, 1.0, -1.0)
         self.unit = sign / sequences.lengths[sequences.index] if problem.loss.averages else sign
 
@@ -260,7 +328,11 @@ class _PairGroups:
         which = torch.cat((which, which + problem.pairs))
         part = replace(
             problem,
-            sequences=Sequences(local, problem.sequences.lengths[which]),
+            sequences=Sequences(
+                local,
+                problem.sequences.lengths[which],
+                problem.sequences.starts[which] - rows.start,
+            ),
             pairs=some,
             inputs={name: value[first:last] for name, value in problem.inputs.items()},
             ref_logp=None if problem.ref_logp is None else problem.ref_logp[which],
@@ -289,8 +361,9 @@ def _check_inputs(
     return {name: value.detach() for name, value in inputs.items()}
 
 
-def _borders(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """[B + 1] int64, where each sequence starts among the flattened positions."""
+def _borders(labels: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, list[Fault]]:
+    """[B + 1] int64, where each sequence starts among the flattened positions; and what of it is
+    still to be looked at."""
     if cu_seqlens is None:
         if labels.dim() != 2:
             raise checks.bad_value(
@@ -299,7 +372,7 @@ def _borders(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
                 str(list(labels.shape)),
                 "pass cu_seqlens [B + 1]",
             )
-        return torch.arange(labels.shape[0] + 1, device=labels.device) * labels.shape[1]
+        return torch.arange(labels.shape[0] + 1, device=labels.device) * labels.shape[1], []
     cu_seqlens = checks.is_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in checks.LABELS:
         raise checks.bad_type("cu_seqlens", "int32 or int64 [B + 1]", str(cu_seqlens.dtype))
@@ -307,20 +380,8 @@ def _borders(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         raise checks.bad_value("cu_seqlens", "[B + 1]", str(list(cu_seqlens.shape)))
     if labels.dim() != 1 and not (labels.dim() == 2 and labels.shape[0] == 1):
         raise checks.bad_value("labels", "[N] or [1, N] with cu_seqlens", str(list(labels.shape)))
-    borders = cu_seqlens.to(labels.device).long()
-    if (
-        int(borders[0]) != 0
-        or int(borders[-1]) != labels.numel()
-        or not bool((borders.diff() > 0).all())
-    ):
-        raise checks.bad_value(
-            "cu_seqlens",
-            f"numbers that increase from 0 to {labels.numel()}, the number of packed positions",
-            str(cu_seqlens.tolist())
-            if cu_seqlens.numel() <= 16
-            else f"{cu_seqlens.tolist()[:16]} ...",
-        )
-    return borders
+    borders = to_device(cu_seqlens.long(), labels.device)
+    return borders, [border_fault(borders, labels.numel())]
 
 
 def _shifted(labels: Tensor, borders: Tensor, ignore_index: int) -> Tensor:
@@ -329,28 +390,42 @@ def _shifted(labels: Tensor, borders: Tensor, ignore_index: int) -> Tensor:
     shifted = torch.full_like(flat, ignore_index)
     shifted[:-1] = flat[1:]
     if flat.numel():
-        shifted[borders[1:][borders.diff() > 0] - 1] = ignore_index
+        # without a fault the borders rise; with one, an error follows
+        shifted[(borders[1:] - 1).clamp(0, flat.shape[0] - 1)] = ignore_index
     return shifted.view(labels.shape)
 
 
-def _sequences(labels: Tensor, rows: Rows, borders: Tensor) -> Sequences:
+def _sequences(rows: Rows, borders: Tensor, counts: list[int]) -> Sequences:
     positions = rows.positions
     if positions is None:
-        positions = torch.arange(labels.numel(), device=labels.device)
+        positions = torch.arange(rows.count, device=borders.device)
     index = torch.searchsorted(borders[1:].contiguous(), positions, right=True)
-    count = borders.shape[0] - 1
-    return Sequences(index, torch.bincount(index, minlength=count))
+    return _laid_out(index, counts, to_device(torch.tensor(counts), borders.device))
 
 
-def _pairs(sequences: Sequences) -> int:
-    count = sequences.count
+def _laid_out(
+    index: Tensor, counts: list[int], lengths: Tensor, *, side_by_side: bool = False
+) -> Sequences:
+    """Sequences one after the other; or each chosen one followed by its rejected one."""
+    order = list(range(len(counts)))
+    if side_by_side:
+        pairs = len(counts) // 2
+        order = [i for p in range(pairs) for i in (p, p + pairs)]
+    starts = [0] * len(counts)
+    for before, i in zip(accumulate((counts[i] for i in order), initial=0), order, strict=False):
+        starts[i] = before
+    return Sequences(index, lengths, to_device(torch.tensor(starts), index.device))
+
+
+def _pairs(counts: list[int]) -> int:
+    count = len(counts)
     if count == 0 or count % 2:
         raise checks.bad_value(
             "labels",
             "an even number of sequences above 0, the chosen half first, then the rejected half",
             f"{count} sequence{'s' * (count != 1)}",
         )
-    empty = (sequences.lengths == 0).nonzero()[:, 0].tolist()
+    empty = [i for i, n in enumerate(counts) if n == 0]
     if empty:
         raise checks.bad_value(
             "labels",
@@ -376,8 +451,7 @@ def _nll_denominator(
     loss: Loss,
     num_items: int | float | Tensor | None,
     num_tokens: int | float | Tensor | None,
-    sequences: Sequences,
-    pairs: int,
+    chosen_tokens: int,
 ) -> float | Tensor:
     if num_tokens is not None and not loss.nll_weight:
         raise checks.bad_value(
@@ -390,9 +464,7 @@ def _nll_denominator(
             "None",
             "the cross-entropy is a mean over tokens, not over pairs",
         )
-    return _denominator(
-        "num_tokens", num_tokens, int(sequences.lengths[:pairs].sum()) if loss.nll_weight else 1
-    )
+    return _denominator("num_tokens", num_tokens, chosen_tokens if loss.nll_weight else 1)
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,12 @@ class Sequences:
     Attributes:
         index: [N] int64, the sequence of each scored token.
         lengths: [B] int64, scored tokens of each sequence.
+        starts: [B] int64, the first of its tokens; they follow each other.
     """
 
     index: Tensor
     lengths: Tensor
+    starts: Tensor
 
     @property
     def count(self) -> int:
@@ -35,9 +37,6 @@ class Sequences:
         """
         total = torch.zeros(self.count, dtype=torch.float64, device=values.device)
         return total.index_add(0, self.index, values.double())
-
-    def reorder(self, order: Tensor) -> Sequences:
-        return Sequences(self.index[order], self.lengths)
 
 
 @dataclass(frozen=True)

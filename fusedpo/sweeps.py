@@ -69,13 +69,20 @@ class Rows:
     shape: torch.Size
 
     @classmethod
-    def of(cls, labels: Tensor, ignore_index: int) -> Rows:
+    def of(cls, labels: Tensor, ignore_index: int, count: int | None = None) -> Rows:
+        """count: how many labels are scored, if that is known; else it is read from the device."""
         flat = labels.reshape(-1)
         scored = flat != ignore_index
-        if bool(scored.all()):
+        if count is None:
+            count = int(scored.sum())
+        if count == flat.shape[0]:
             # a copy: the caller may change the labels before the backward
             return cls(flat.to(torch.int64, copy=True), None, labels.shape)
-        positions = scored.nonzero()[:, 0]
+        # nonzero() would wait for the device to learn the count; the ignored share one entry more
+        rank = torch.where(scored, scored.cumsum(0) - 1, count)
+        everywhere = torch.arange(flat.shape[0], device=flat.device)
+        room = torch.empty(count + 1, dtype=torch.int64, device=flat.device)
+        positions = room.scatter_(0, rank, everywhere)[:count]
         return cls(flat[positions].long(), positions, labels.shape)
 
     @property

@@ -132,7 +132,9 @@ def ignore_the_mask(m: Patch) -> None:
     m.setattr(
         Rows,
         "of",
-        classmethod(lambda cls, labels, _: cls(labels.clamp(min=0).long(), None, labels.shape)),
+        classmethod(
+            lambda cls, labels, *_: cls(labels.clamp(min=0).long().view(-1), None, labels.shape)
+        ),
     )
 
 
@@ -179,8 +181,8 @@ def lose_temperature_in_backward(m: Patch) -> None:
 def shift_labels_by_one(m: Patch) -> None:
     original = Rows.of.__func__
 
-    def of(cls, labels, ignore_index):
-        rows = original(cls, labels, ignore_index)
+    def of(cls, labels, *rest):
+        rows = original(cls, labels, *rest)
         return dataclasses.replace(rows, targets=(rows.targets + 1) % 131)
 
     m.setattr(Rows, "of", classmethod(of))

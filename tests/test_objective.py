@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -11,12 +12,22 @@ from hypothesis import strategies as st
 from losses.shared import pair_losses
 from oracles import gradient_faults, relative
 
+import fusedpo
 from fusedpo import FusedLoss, linear_logprobs, losses, plan, preference_loss
 from fusedpo.losses import DPO, IPO, Loss, SimPO
 from fusedpo.scores import Scores
 
 every_loss = pytest.mark.parametrize("loss", pair_losses(), ids=lambda loss: type(loss).__name__)
 VOCAB, WIDTH = 61, 12
+
+
+@pytest.fixture(autouse=True)
+def on_every_backend(
+    request: pytest.FixtureRequest, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for function in (fusedpo.preference_loss, fusedpo.linear_logprobs):
+        there = functools.partial(function, backend=backend)
+        monkeypatch.setattr(request.module, function.__name__, there)
 
 
 def batch(
@@ -430,7 +441,7 @@ def test_a_new_loss_needs_nothing_but_its_formula() -> None:
     class Exponential(losses.PairLoss):
         """exp(-margin), per token, each pair with a weight of its own."""
 
-        aggregate = "mean"
+        averages = True
         inputs = ("pair_weight",)
 
         def of_margin(self, margin: torch.Tensor, *, pair_weight: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,9 @@ from fusedpo.scores import Sequences
 def test_sums_are_kept_in_double_precision() -> None:
     """30,000 tokens of -6 nats: fp32 sums are apart by 0.016, the log-ratio is 0.3."""
     tokens = 30_000
-    sequences = Sequences(torch.zeros(tokens, dtype=torch.long), torch.tensor([tokens]))
+    sequences = Sequences(
+        torch.zeros(tokens, dtype=torch.long), torch.tensor([tokens]), torch.tensor([0])
+    )
     logprob = torch.full((tokens,), -6.0)
     reference = logprob - 1e-5
     exact = (logprob.double() - reference.double()).sum()

@@ -20,7 +20,7 @@ from fusedpo import losses
 LAYERS = (
     ("kernels",),
     ("checks",),
-    ("plan", "scores"),
+    ("plan", "scored", "scores"),
     ("backend", "head", "losses", "sweeps"),
     ("logprobs",),
     ("objective",),

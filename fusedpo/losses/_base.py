@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from fusedpo.checks import bad_choice, bad_type, in_range
+from fusedpo.losses._links import Tail
 from fusedpo.plan import Scope
 from fusedpo.scores import Scores
 
@@ -83,8 +84,6 @@ class PairLoss(Loss):
     -1 (rejected), over the response's length if the score is a mean: known up to one factor a pair.
     """
 
-    aggregate: ClassVar[Literal["sum", "mean"]] = "sum"
-
     @property
     def scope(self) -> Scope:
         return "pair" if self.nll_weight == 0.0 else "batch"
@@ -92,7 +91,7 @@ class PairLoss(Loss):
     @property
     def averages(self) -> bool:
         """Whether the score is per token, rather than a sum over the response."""
-        return self.aggregate == "mean"
+        return self.tail is not None and self.tail.aggregate == "mean"
 
     def score(self, s: Scores) -> Tensor:
         """[P], what the margin compares; linear in the response's log-probability."""
@@ -100,9 +99,19 @@ class PairLoss(Loss):
             return s.mean_ratio if self.averages else s.ratio
         return s.mean if self.averages else s.logp
 
+    @property
+    def tail(self) -> Tail | None:
+        """The loss in the terms of the algebra, which a kernel can run; None if it is not in it.
+
+        A loss defines either this or ``of_margin``.
+        """
+        return None
+
     def of_margin(self, margin: Tensor, **inputs: Tensor) -> Tensor:
         """[P], the loss of each pair from score(chosen) - score(rejected) and the loss's inputs."""
-        raise NotImplementedError
+        if self.tail is None:
+            raise NotImplementedError(f"{type(self).__name__} defines neither tail nor of_margin")
+        return self.tail.of_margin(margin)
 
     def per_example(self, chosen: Scores, rejected: Scores, **inputs: Tensor) -> Tensor:
         """[P], the loss of each pair."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fusedpo.checks import positive
 from fusedpo.losses._base import PairLoss, hyperparameter, label_smoothing
-from fusedpo.losses._links import log_sigmoid
+from fusedpo.losses._links import Tail
 from fusedpo.scores import Scores
 
 
@@ -30,8 +30,9 @@ class DPO(PairLoss):
     beta: float = hyperparameter(0.1, "strength of the pull towards the reference", positive)
     label_smoothing: float = label_smoothing()
 
-    def of_margin(self, margin: Tensor, **inputs: Tensor) -> Tensor:
-        return log_sigmoid(self.beta * margin, self.label_smoothing)
+    @property
+    def tail(self) -> Tail:
+        return Tail(link="log_sigmoid", scale=self.beta, label_smoothing=self.label_smoothing)
 
     def reward(self, s: Scores) -> Tensor:
         return self.beta * s.ratio

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusedpo.checks import positive
 from fusedpo.losses._base import PairLoss, flag, hyperparameter
-from fusedpo.losses._links import squared
+from fusedpo.losses._links import Tail
 from fusedpo.scores import Scores
 
 
@@ -30,11 +30,12 @@ class IPO(PairLoss):
     average: bool = hyperparameter(True, "log-ratios per token rather than summed", flag)
 
     @property
-    def averages(self) -> bool:
-        return self.average
-
-    def of_margin(self, margin: Tensor, **inputs: Tensor) -> Tensor:
-        return squared(margin, 1 / (2 * self.beta))
+    def tail(self) -> Tail:
+        return Tail(
+            aggregate="mean" if self.average else "sum",
+            link="squared",
+            shift=-1 / (2 * self.beta),
+        )
 
     def reward(self, s: Scores) -> Tensor:
         # summed also when the loss averages: what TRL logs

@@ -12,21 +12,19 @@ gamma is absolute, as in TRL's ``simpo_gamma``; the authors' code takes gamma / 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from fusedpo.checks import bad_value, non_negative, number, positive
 from fusedpo.losses._base import PairLoss, hyperparameter, label_smoothing, one_of
-from fusedpo.losses._links import hinge, log_sigmoid
+from fusedpo.losses._links import Tail
 from fusedpo.scores import Scores
 
 
 @dataclass(frozen=True)
 class SimPO(PairLoss):
     """Simple Preference Optimization: reference-free, length-normalised, with a target margin."""
-
-    aggregate: ClassVar[Literal["sum", "mean"]] = "mean"
 
     beta: float = hyperparameter(2.0, "scale of the per-token log-probabilities", positive)
     gamma: float = hyperparameter(0.5, "target margin, absolute", number)
@@ -51,9 +49,15 @@ class SimPO(PairLoss):
     def nll_weight(self) -> float:
         return self.sft_weight
 
-    def of_margin(self, margin: Tensor, **inputs: Tensor) -> Tensor:
-        z = self.beta * margin - self.gamma
-        return hinge(z) if self.link == "hinge" else log_sigmoid(z, self.label_smoothing)
+    @property
+    def tail(self) -> Tail:
+        return Tail(
+            aggregate="mean",
+            link="hinge" if self.link == "hinge" else "log_sigmoid",
+            scale=self.beta,
+            shift=-self.gamma,
+            label_smoothing=self.label_smoothing,
+        )
 
     def reward(self, s: Scores) -> Tensor:
         return self.beta * s.mean

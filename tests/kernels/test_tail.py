@@ -135,8 +135,7 @@ def definition(problem: Problem) -> Outcome:
     if o["link"] == "log_sigmoid":
         loss = _links.log_sigmoid(x, o["label_smoothing"])
     else:
-        links = {"hinge": _links.hinge, "linear": lambda x: x}
-        loss = links.get(o["link"], lambda x: _links.squared(x, 0.0))(x)
+        loss = _links.LINKS[o["link"]](x)
     if o["weight"] is not None:
         loss = loss * o["weight"].double()
     (gradient,) = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)
