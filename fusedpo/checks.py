@@ -37,7 +37,7 @@ def number(argument: str, value: object) -> float:
     """A finite Python number; NaN and infinity are refused."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise bad_type(argument, "a number", type(value).__name__)
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise bad_value(argument, "a finite number", str(value))
     return float(value)
 

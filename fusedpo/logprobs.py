@@ -36,9 +36,11 @@ from torch import Tensor
 from fusedpo import checks
 from fusedpo.backend import resolve
 from fusedpo.head import Head
-from fusedpo.plan import Backend, Needs, Plan, Scope, plan
-from fusedpo.scored import count_scored, label_fault, temperature_faults
+from fusedpo.operators import token_stats
+from fusedpo.plan import Needs, Plan, Scope, parse_budget, plan
+from fusedpo.scored import count_scored, label_fault, temperature_faults, tracing
 from fusedpo.sweeps import (
+    DIFFERENTIABLE,
     KEPT,
     Call,
     Groups,
@@ -51,7 +53,6 @@ from fusedpo.sweeps import (
 )
 
 STATS = ("logprob", "entropy", "logsumexp", "mean_logit", "log_sum_sq_probs", "top1")
-_DIFFERENTIABLE = ("logprob", "entropy")
 
 
 @dataclass(frozen=True)
@@ -200,11 +201,10 @@ def _prepare(
         label_fault(labels, head.weight.shape[0], ignore_index),
         *temperature_faults(temperature, labels, ignore_index),
     ]
-    options = {
-        "temperature": temperature,
-        "memory_budget": memory_budget,
-        "backend": resolve(backend, hidden),
-    }
+    options = {"temperature": temperature, "memory_budget": memory_budget, "backend": backend}
+    if tracing():
+        return Rows.all_of(labels, ignore_index), options
+    options["backend"] = resolve(backend, hidden)
     (count,) = count_scored(labels, ignore_index, faults, num_scored=num_scored)
     return Rows.of(labels, ignore_index, count), options
 
@@ -230,7 +230,7 @@ def plan_for(
     stats: Sequence[str] = ("logprob",),
     scope: Scope | None = None,
     groups: int = 1,
-    backend: Backend = "torch",
+    backend: str = "torch",
 ) -> Plan:
     """The plan of a call: the user's own, if one was given and is for this problem."""
     vocab, width = head.weight.shape
@@ -268,7 +268,7 @@ def plan_for(
         softcap=head.softcap is not None,
         gathered=rows.positions is not None,
         device=hidden.device,
-        backend=backend,
+        backend=resolve(backend, hidden),
     )
 
 
@@ -281,12 +281,15 @@ def score(
     temperature: float | Tensor = 1.0,
     memory_budget: int | float | str | Plan | None = None,
     groups: Groups | None = None,
-    backend: Backend = "torch",
+    backend: str = "torch",
 ) -> TokenStats:
     """linear_token_stats on checked arguments and already selected rows; statistics are [N]."""
+    if rows.scored is not None:
+        return _traced(hidden, head, rows, tuple(stats), temperature, memory_budget, backend)
     # whoever has groups has looked into the loss for them
     scope: Scope | None = None if groups is None else "pair"
-    chosen = plan_for(hidden, head, rows, memory_budget, stats=stats, scope=scope, backend=backend)
+    resolved = resolve(backend, hidden)
+    chosen = plan_for(hidden, head, rows, memory_budget, stats=stats, scope=scope, backend=resolved)
     if isinstance(temperature, Tensor):
         scale: float | Tensor = head.logit_scale / rows.gather(temperature).to(
             accumulated_dtype(hidden.dtype)
@@ -303,12 +306,47 @@ def score(
         stats=tuple(stats),
         groups=groups,
         operand=operand_dtype(hidden),
-        backend=backend,
+        backend=resolved,
     )
     values = _Engine.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, call
     )
     return TokenStats(**dict(zip(stats, values, strict=True)))
+
+
+def _traced(
+    hidden: Tensor,
+    head: Head,
+    rows: Rows,
+    stats: tuple[str, ...],
+    temperature: float | Tensor,
+    memory_budget: int | float | str | Plan | None,
+    backend: str,
+) -> TokenStats:
+    """score() in a graph that is being traced: one operator forward, and one backward."""
+    if isinstance(memory_budget, Plan):
+        raise checks.bad_type("memory_budget", "a number or a text inside torch.compile", "a Plan")
+    assert rows.scored is not None, "a traced call has every position for a row"
+    per_row = isinstance(temperature, Tensor)
+    scale = None
+    if isinstance(temperature, Tensor):
+        safe = temperature.reshape(-1).masked_fill(~rows.scored, 1.0)
+        scale = head.logit_scale / safe.to(accumulated_dtype(hidden.dtype))
+    values = token_stats(
+        hidden,
+        head.weight,
+        head.bias,
+        rows.targets,
+        rows.scored,
+        scale,
+        1.0 if per_row else head.logit_scale / temperature,
+        head.softcap,
+        parse_budget(memory_budget),
+        backend,
+        operand_dtype(hidden),
+        ",".join(stats),
+    )
+    return TokenStats(**dict(zip(stats, values, strict=False)))
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -356,7 +394,7 @@ class _Engine(torch.autograd.Function):
                 stats = tiles.sweep_forward(unit)
         outputs = tuple(stats[name] for name in call.stats)
         fixed = [
-            v for name, v in zip(call.stats, outputs, strict=True) if name not in _DIFFERENTIABLE
+            v for name, v in zip(call.stats, outputs, strict=True) if name not in DIFFERENTIABLE
         ]
         ctx.mark_non_differentiable(*fixed)
         ctx.set_materialize_grads(False)
@@ -394,9 +432,7 @@ class _Engine(torch.autograd.Function):
                 stats["entropy"] = entropy
                 if not _graph_is_kept():
                     ctx.unit = None  # of no use to a gradient through the entropy
-                hidden_gradient = tiles.entropy_gradients(
-                    stats, g, e.to(tiles.acc), head, need_hidden
-                )
+                hidden_gradient = tiles.both_gradients(stats, g, e.to(tiles.acc), head, need_hidden)
             elif kept is not None:
                 hidden_gradient = tiles.new_hidden_gradient() if need_hidden else None
                 tiles.sweep_kept(kept, stats, g, head, hidden_gradient)

@@ -20,7 +20,7 @@ from fusedpo.head import Head
 from fusedpo.logprobs import plan_for, score
 from fusedpo.losses import Loss, PairLoss
 from fusedpo.losses._links import Tail
-from fusedpo.plan import Backend, Plan
+from fusedpo.plan import Plan
 from fusedpo.scored import (
     Fault,
     border_fault,
@@ -28,6 +28,7 @@ from fusedpo.scored import (
     label_fault,
     temperature_faults,
     to_device,
+    tracing,
 )
 from fusedpo.scores import Scores, Sequences
 from fusedpo.sweeps import Rows
@@ -121,7 +122,6 @@ def preference_loss(
         raise checks.bad_type("loss", "a pair loss, such as fusedpo.losses.DPO()", repr(loss))
     head = Head(weight, bias, softcap, logit_scale)
     head.check(hidden)
-    used = resolve(backend, hidden)
     labels = checks.label_tensor(
         labels, hidden, ignore_index, unshifted="pass shift=True with both at full length"
     )
@@ -130,41 +130,66 @@ def preference_loss(
     if shift:
         labels = _shifted(labels, borders, ignore_index)
     faults += temperature_faults(temperature, labels, ignore_index)
-    counts = count_scored(labels, ignore_index, faults, borders=borders, num_scored=num_scored)
-    pairs = _pairs(counts)
-    rows = Rows.of(labels, ignore_index, sum(counts))
-    sequences = _sequences(rows, borders, counts)
+    counts: list[int] | None = None
+    if tracing():
+        rows = Rows.all_of(labels, ignore_index)
+        sequences = _traced_sequences(rows, borders)
+        pairs = _pairs([1] * sequences.count)
+    else:
+        backend = resolve(backend, hidden)
+        counts = count_scored(labels, ignore_index, faults, borders=borders, num_scored=num_scored)
+        pairs = _pairs(counts)
+        rows = Rows.of(labels, ignore_index, sum(counts))
+        sequences = _sequences(rows, borders, counts)
     per_pair = _check_inputs(loss, inputs, pairs, hidden)
     denominator = _denominator("num_items", num_items, pairs)
-    nll_denominator = _nll_denominator(loss, num_items, num_tokens, sum(counts[:pairs]))
+    nll_denominator = _nll_denominator(
+        loss,
+        num_items,
+        num_tokens,
+        sequences.lengths[:pairs].sum() if counts is None else sum(counts[:pairs]),
+    )
     reference = _check_reference(
         loss, hidden, head, labels, sequences, ref_logprobs, ref_hidden, ref_weight, ref_bias
     )
 
-    chosen_plan = plan_for(
-        hidden, head, rows, memory_budget, scope=loss.scope, groups=pairs, backend=used
-    )
-    if chosen_plan.route == "one_pass" and pairs > 1:
-        # a pair's rows side by side, so that its gradient is known as early as can be
-        order = torch.argsort(sequences.index % pairs * 2 + sequences.index // pairs, stable=True)
-        rows = rows.reorder(order)
-        sequences = _laid_out(sequences.index[order], counts, sequences.lengths, side_by_side=True)
+    planned: Plan | None = None
+    if counts is not None:
+        planned = plan_for(
+            hidden, head, rows, memory_budget, scope=loss.scope, groups=pairs, backend=backend
+        )
+        if planned.route == "one_pass" and pairs > 1:
+            # a pair's rows side by side, so that its gradient is known as early as can be
+            by_pair = sequences.index % pairs * 2 + sequences.index // pairs
+            order = torch.argsort(by_pair, stable=True)
+            rows, index = rows.reorder(order), sequences.index[order]
+            sequences = _laid_out(index, counts, sequences.lengths, side_by_side=True)
 
     ref_logp = _reference_scores(
-        reference, rows, sequences, temperature, memory_budget, chosen_plan, used
+        reference, rows, sequences, temperature, memory_budget, planned, backend
     )
     problem = _PairProblem(
-        loss, sequences, pairs, per_pair, ref_logp, denominator, nll_denominator, used
+        loss=loss,
+        sequences=sequences,
+        pairs=pairs,
+        inputs=per_pair,
+        ref_logp=ref_logp,
+        denominator=denominator,
+        nll_denominator=nll_denominator,
+        # a graph that is traced has the formula itself, for the compiler to fuse
+        tail=loss.tail if backend == "triton" and counts is not None and not per_pair else None,
     )
-    groups = _PairGroups(problem, counts) if chosen_plan.route == "one_pass" else None
+    groups = None
+    if planned is not None and counts is not None and planned.route == "one_pass":
+        groups = _PairGroups(problem, counts)
     logprob = score(
         hidden,
         head,
         rows,
         temperature=temperature,
-        memory_budget=chosen_plan,
+        memory_budget=memory_budget if planned is None else planned,
         groups=groups,
-        backend=used,
+        backend=backend,
     ).logprob
     assert logprob is not None, "score() returns the log-probability by default"
     total, per_example, scores = problem.evaluate(logprob)
@@ -252,7 +277,7 @@ class _PairProblem:
     ref_logp: Tensor | None  # [B]
     denominator: float | Tensor
     nll_denominator: float | Tensor
-    backend: Backend
+    tail: Tail | None  # for the kernel; None: the formula in PyTorch
 
     def scores(self, logprob: Tensor) -> Scores:
         """[B], from log-probabilities [N]."""
@@ -260,8 +285,7 @@ class _PairProblem:
 
     def evaluate(self, logprob: Tensor) -> tuple[Tensor, Tensor, Scores]:
         """The loss (scalar), the loss of each pair [P] and the scores [B]."""
-        tail = self.loss.tail if self.backend == "triton" and not self.inputs else None
-        if tail is None:
+        if self.tail is None:
             scores = self.scores(logprob)
             per_example = self.loss.per_example(
                 scores[: self.pairs], scores[self.pairs :], **self.inputs
@@ -269,9 +293,9 @@ class _PairProblem:
             total = per_example.sum()
         else:
             total, per_example, score = _Tail.apply(  # type: ignore[no-untyped-call]
-                logprob, tail, self
+                logprob, self.tail, self
             )
-            scores = self.scores_of(score, tail)
+            scores = self.scores_of(score, self.tail)
         total = total / self.denominator
         if self.loss.nll_weight:
             chosen_logp = self.sequences.sum(logprob)[: self.pairs]
@@ -403,6 +427,19 @@ def _sequences(rows: Rows, borders: Tensor, counts: list[int]) -> Sequences:
     return _laid_out(index, counts, to_device(torch.tensor(counts), borders.device))
 
 
+def _traced_sequences(rows: Rows, borders: Tensor) -> Sequences:
+    """Sequences of all positions, scored or not; what is not scored counts 0 in every sum."""
+    assert rows.scored is not None, "these rows are every position"
+    positions = torch.arange(rows.targets.shape[0], device=borders.device)
+    index = torch.searchsorted(borders[1:].contiguous(), positions, right=True)
+    none = torch.zeros_like(borders[:-1])
+    lengths = none.index_add(0, index, rows.scored.long())
+    torch._assert_async(
+        (lengths > 0).all(), "labels: expected at least one scored token in every sequence"
+    )
+    return Sequences(index, lengths, borders[:-1])
+
+
 def _laid_out(
     index: Tensor, counts: list[int], lengths: Tensor, *, side_by_side: bool = False
 ) -> Sequences:
@@ -436,12 +473,15 @@ def _pairs(counts: list[int]) -> int:
     return count // 2
 
 
-def _denominator(argument: str, value: int | float | Tensor | None, default: int) -> float | Tensor:
+def _denominator(
+    argument: str, value: int | float | Tensor | None, default: int | Tensor
+) -> float | Tensor:
     if value is None:
         return default
     if isinstance(value, Tensor):
         checks.shaped(argument, value, (), "a number or a tensor of shape")
-        if value.device.type == "cpu":  # elsewhere reading it would wait for the device
+        # elsewhere reading it would wait for the device
+        if value.device.type == "cpu" and not tracing():
             checks.positive(argument, value.item())
         return value.detach().double()
     return checks.positive(argument, value)
@@ -451,7 +491,7 @@ def _nll_denominator(
     loss: Loss,
     num_items: int | float | Tensor | None,
     num_tokens: int | float | Tensor | None,
-    chosen_tokens: int,
+    chosen_tokens: int | Tensor,
 ) -> float | Tensor:
     if num_tokens is not None and not loss.nll_weight:
         raise checks.bad_value(
@@ -561,8 +601,8 @@ def _reference_scores(
     sequences: Sequences,
     temperature: float | Tensor,
     memory_budget: int | float | str | Plan | None,
-    policy_plan: Plan,
-    backend: Backend,
+    policy_plan: Plan | None,
+    backend: str,
 ) -> Tensor | None:
     """[B], the reference's log-probability of each sequence; None without a reference."""
     if reference.logprobs is not None:
@@ -572,16 +612,17 @@ def _reference_scores(
         return None
     hidden, head = reference.hidden, reference.head
     with torch.no_grad():
-        if (*head.weight.shape, hidden.dtype) == (
-            policy_plan.vocab,
-            policy_plan.hidden,
-            policy_plan.dtype,
-        ):
-            # the policy's own tiles: equal models then agree to the last bit
-            own = replace(policy_plan, route="forward")
-        else:
-            budget = policy_plan.budget if isinstance(memory_budget, Plan) else memory_budget
-            own = plan_for(hidden, head, rows, budget, backend=backend)
+        own = memory_budget
+        if policy_plan is not None:
+            if (*head.weight.shape, hidden.dtype) == (
+                policy_plan.vocab,
+                policy_plan.hidden,
+                policy_plan.dtype,
+            ):
+                # the policy's own tiles: equal models then agree to the last bit
+                own = replace(policy_plan, route="forward")
+            elif isinstance(memory_budget, Plan):
+                own = policy_plan.budget
         logprob = score(
             hidden, head, rows, temperature=temperature, memory_budget=own, backend=backend
         ).logprob

@@ -9,6 +9,12 @@ from torch import Tensor
 
 from fusedpo import checks
 
+
+def tracing() -> bool:
+    """Whether a graph is being traced, so that no number can be read."""
+    return torch.compiler.is_compiling()
+
+
 Fault = tuple[Tensor, Callable[[], ValueError]]
 """A scalar bool on the device, and the error to raise if it is true."""
 

@@ -31,6 +31,7 @@ _HAS_ADDMM_OUT_DTYPE = _TORCH >= (2, 10) and torch.version.hip is None
 
 
 # what every forward leaves per token, for the backward
+DIFFERENTIABLE = ("logprob", "entropy")
 KEPT = ("logprob", "logsumexp", "shift", "total")
 
 # fp16 has few exponents: exponentials, at most 1, are stored this much larger, and Jacobians so
@@ -57,16 +58,27 @@ class Groups(Protocol):
 class Rows:
     """The scored tokens of a call.
 
+    While a graph is traced their number is not known; then all positions are rows, and ``scored``
+    tells them apart.
+
     Attributes:
         targets: [N] int64, labels of the scored tokens.
-        positions: [N] int64 into the flattened labels, or None if every position is scored, in
+        positions: [N] int64 into the flattened labels, or None if every position is a row, in
             order.
         shape: shape of the labels.
+        scored: [N] bool, or None if all rows are scored.
     """
 
     targets: Tensor
     positions: Tensor | None
     shape: torch.Size
+    scored: Tensor | None = None
+
+    @classmethod
+    def all_of(cls, labels: Tensor, ignore_index: int) -> Rows:
+        """Every position, scored or not."""
+        flat = labels.reshape(-1).long()
+        return cls(flat, None, labels.shape, flat != ignore_index)
 
     @classmethod
     def of(cls, labels: Tensor, ignore_index: int, count: int | None = None) -> Rows:
@@ -97,6 +109,8 @@ class Rows:
     def gather(self, values: Tensor) -> Tensor:
         """[N] from values shaped like the labels."""
         flat = values.reshape(-1)
+        if self.scored is not None:
+            return torch.where(self.scored, flat, 0)
         return flat if self.positions is None else flat[self.positions]
 
     def scatter(self, values: Tensor) -> Tensor:
@@ -648,8 +662,13 @@ class Tiles:
             if scratch is not None and out.weight is not None:
                 out.weight[slice(*c)] = scratch[: c[1] - c[0]]
 
-    def entropy_gradients(
-        self, stats: dict[str, Tensor], g: Tensor, e: Tensor, head: HeadGradient, need_hidden: bool
+    def both_gradients(
+        self,
+        stats: dict[str, Tensor],
+        g: Tensor,
+        e: Tensor | None,
+        head: HeadGradient,
+        need_hidden: bool,
     ) -> Tensor | None:
         """Gradients of sum(g logp + e entropy): the head's into head; returns the hidden [P, H]."""
         out = accumulated = None

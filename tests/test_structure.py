@@ -22,6 +22,7 @@ LAYERS = (
     ("checks",),
     ("plan", "scored", "scores"),
     ("backend", "head", "losses", "sweeps"),
+    ("operators",),
     ("logprobs",),
     ("objective",),
     ("fusedpo",),  # the package's face, fusedpo/__init__.py

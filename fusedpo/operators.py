@@ -1,0 +1,286 @@
+"""The engine as operators of torch.library, for graphs that torch.compile traces.
+
+An operator is opaque to the compiler: inside it the engine runs as it always does, and outside it
+there is no number to wait for and no shape that depends on data. Its outputs are per position, as
+the number of scored tokens is not known while a graph is traced.
+
+Nothing but vectors over the positions is kept between forward and backward, which has both
+gradients to form: 4 products of N x V x H for a trainable head, as in eager mode with the smallest
+budgets, and 3 instead of 2 for a frozen one. What needs the loss (one_pass) or hands memory on
+(frozen) stays with eager mode; torch.compiler.disable around the loss gives that.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedpo import checks
+from fusedpo.backend import resolve
+from fusedpo.plan import Needs, plan
+from fusedpo.sweeps import (
+    DIFFERENTIABLE,
+    KEPT,
+    Call,
+    Rows,
+    Tiles,
+    accumulated_dtype,
+)
+
+
+def _tiles(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scored: Tensor,
+    row_scale: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    budget: int,
+    backend: str,
+    operand: torch.dtype,
+    stats: tuple[str, ...],
+    needs: frozenset[Needs],
+) -> Tiles:
+    """The problem with its actual rows, checked."""
+    # a label that no vocabulary can hold stands for the ignored ones
+    vocab, width = weight.shape
+    count = int(scored.sum())
+    outside = scored & ((labels < 0) | (labels >= vocab))
+    if bool(outside.any()):
+        raise checks.bad_labels(torch.where(scored, labels, -100), vocab, -100)
+    rows = Rows.of(torch.where(scored, labels, vocab), vocab, count)
+    used = resolve(backend, hidden)
+    chosen = plan(
+        count,
+        vocab,
+        width,
+        dtype=hidden.dtype,
+        weight_dtype=weight.dtype,
+        operand_dtype=operand,
+        budget=budget,
+        needs=needs,
+        # both gradients are formed in the backward, as for a gradient through the entropy
+        entropy=bool(needs),
+        entropy_value="entropy" in stats,
+        softcap=softcap is not None,
+        gathered=rows.positions is not None,
+        device=hidden.device,
+        backend=used,
+    )
+    call = Call(
+        rows=rows,
+        softcap=softcap,
+        scale=scale if row_scale is None else rows.gather(row_scale),
+        plan=chosen,
+        needs=needs,
+        stats=stats,
+        groups=None,
+        operand=operand,
+        backend=used,
+    )
+    return Tiles(hidden, weight, bias, call)
+
+
+def _names(stats: str) -> tuple[str, ...]:
+    """What the operator returns: the statistics asked for, and what the backward takes."""
+    asked = tuple(stats.split(","))
+    return (*asked, *KEPT)
+
+
+@torch.library.custom_op("fusedpo::token_stats", mutates_args=())
+def token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scored: Tensor,
+    row_scale: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    budget: int,
+    backend: str,
+    operand: torch.dtype,
+    stats: str,
+) -> list[Tensor]:
+    """Statistics [P] of a head at all P positions, 0 where not scored; then those of KEPT.
+
+    Args:
+        hidden: [..., H]; weight: [V, H]; bias: [V] or None.
+        labels: [P] int64; scored: [P] bool.
+        row_scale: [P] or None; then ``scale``. What the logits are multiplied with after softcap.
+        budget: bytes. backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        operand: dtype of the products' operands.
+        stats: names with commas between them.
+    """
+    asked = tuple(stats.split(","))
+    with torch.autocast(hidden.device.type, enabled=False):
+        tiles = _tiles(
+            hidden,
+            weight,
+            bias,
+            labels,
+            scored,
+            row_scale,
+            scale,
+            softcap,
+            budget,
+            backend,
+            operand,
+            asked,
+            frozenset(),
+        )
+        found = tiles.sweep_forward(None)
+        # a copy each: the outputs of an operator share no memory
+        return [tiles.rows.scatter(found[name]).clone() for name in _names(stats)]
+
+
+@token_stats.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scored: Tensor,
+    row_scale: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    budget: int,
+    backend: str,
+    operand: torch.dtype,
+    stats: str,
+) -> list[Tensor]:
+    acc = accumulated_dtype(hidden.dtype)
+    return [
+        torch.empty_like(labels, dtype=torch.bool if name == "top1" else acc)
+        for name in _names(stats)
+    ]
+
+
+@torch.library.custom_op("fusedpo::token_stats_backward", mutates_args=())
+def token_stats_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scored: Tensor,
+    row_scale: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    budget: int,
+    backend: str,
+    operand: torch.dtype,
+    kept: list[Tensor],
+    entropy: Tensor | None,
+    upstream: Tensor,
+    upstream_entropy: Tensor | None,
+    needs: str,
+) -> list[Tensor]:
+    """Gradients of ``needs``, names with commas between them, for upstream gradients [P]."""
+    wanted: frozenset[Needs] = frozenset(needs.split(","))  # type: ignore[arg-type]
+    with torch.autocast(hidden.device.type, enabled=False):
+        tiles = _tiles(
+            hidden,
+            weight,
+            bias,
+            labels,
+            scored,
+            row_scale,
+            scale,
+            softcap,
+            budget,
+            backend,
+            operand,
+            (),
+            wanted,
+        )
+        rows = tiles.rows
+        found = {name: rows.gather(t) for name, t in zip(KEPT, kept, strict=True)}
+        e = None
+        if upstream_entropy is not None and entropy is not None:
+            found["entropy"] = rows.gather(entropy)
+            e = rows.gather(upstream_entropy).to(tiles.acc)
+        head = tiles.new_head_gradient(weight="weight" in wanted, bias="bias" in wanted)
+        g = rows.gather(upstream).to(tiles.acc)
+        states = tiles.both_gradients(found, g, e, head, "hidden" in wanted)
+    gradients: dict[str, Tensor | None] = {
+        "hidden": None if states is None else states.view(hidden.shape),
+        "weight": head.weight,
+        "bias": None if head.bias is None or bias is None else head.bias.to(bias.dtype),
+    }
+    return [gradients[name] for name in needs.split(",")]  # type: ignore[misc]
+
+
+@token_stats_backward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scored: Tensor,
+    row_scale: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    budget: int,
+    backend: str,
+    operand: torch.dtype,
+    kept: list[Tensor],
+    entropy: Tensor | None,
+    upstream: Tensor,
+    upstream_entropy: Tensor | None,
+    needs: str,
+) -> list[Tensor]:
+    tensors = {"hidden": hidden, "weight": weight, "bias": bias}
+    return [_plain_like(tensors[name]) for name in needs.split(",")]
+
+
+def _plain_like(t: Tensor | None) -> Tensor:
+    assert t is not None, "a gradient is wanted only of what there is"
+    return t.new_empty(t.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    hidden, weight, bias, labels, scored, row_scale, *options, stats = inputs
+    asked = stats.split(",")
+    kept = output[len(asked) :]
+    entropy = output[asked.index("entropy")] if "entropy" in asked else None
+    ctx.options, ctx.asked = options, asked
+    ctx.mark_non_differentiable(
+        *kept, *(t for name, t in zip(asked, output, strict=False) if name not in DIFFERENTIABLE)
+    )
+    ctx.save_for_backward(hidden, weight, bias, labels, scored, row_scale, entropy, *kept)
+
+
+def _backward(ctx, upstream):  # type: ignore[no-untyped-def]
+    hidden, weight, bias, labels, scored, row_scale, entropy, *kept = ctx.saved_tensors
+    given = dict(zip(ctx.asked, upstream, strict=False))
+    g, e = given.get("logprob"), given.get("entropy")
+    nothing = (None,) * 9
+    names = [
+        name
+        for name, need in zip(("hidden", "weight", "bias"), ctx.needs_input_grad[:3], strict=True)
+        if need
+    ]
+    if not names or (g is None and e is None):
+        return None, None, None, *nothing
+    g = torch.zeros_like(kept[0]) if g is None else g
+    found = token_stats_backward(
+        hidden,
+        weight,
+        bias,
+        labels,
+        scored,
+        row_scale,
+        *ctx.options,
+        kept,
+        entropy if e is not None else None,
+        g,
+        e,
+        ",".join(names),
+    )
+    gradients = dict(zip(names, found, strict=True))
+    return gradients.get("hidden"), gradients.get("weight"), gradients.get("bias"), *nothing
+
+
+token_stats.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,258 @@
+"""The engine as operators: opcheck, and whole training steps through torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from losses.shared import pair_losses
+from oracles import relative
+
+from fusedpo import linear_logprobs, linear_token_stats, losses, preference_loss
+from fusedpo.logprobs import STATS
+from fusedpo.losses import DPO, SimPO
+from fusedpo.operators import token_stats, token_stats_backward
+from fusedpo.sweeps import KEPT
+
+pytestmark = pytest.mark.compiled
+VOCAB, WIDTH = 50, 8
+
+
+@pytest.fixture(autouse=True)
+def forget_what_was_compiled() -> None:
+    torch._dynamo.reset()
+
+
+def data(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 9, WIDTH, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(VOCAB, WIDTH, generator=g).to(dtype).requires_grad_()
+    labels = torch.randint(VOCAB, (4, 9), generator=g)
+    labels[:, :2] = -100
+    labels[2, 5] = -100
+    return hidden, weight, labels
+
+
+def agree(got, expected) -> None:
+    assert all(relative(a, b) < 5e-6 for a, b in zip(got, expected, strict=True))
+
+
+def arguments(dtype: torch.dtype, backend: str, head: str, stats: str) -> tuple:
+    hidden, weight, labels = data(dtype)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    flat = labels.reshape(-1)
+    bias = row_scale = softcap = None
+    if head == "all options":
+        bias = torch.linspace(-1, 1, VOCAB, dtype=dtype).requires_grad_()
+        row_scale = torch.linspace(0.5, 2, flat.shape[0], dtype=acc)
+        softcap = 5.0
+    return (
+        hidden,
+        weight,
+        bias,
+        flat,
+        flat != -100,
+        row_scale,
+        1.0,
+        softcap,
+        2**20,
+        backend,
+        acc,
+        stats,
+    )
+
+
+@pytest.mark.parametrize("head", ["plain", "all options"])
+@pytest.mark.parametrize("stats", ["logprob", ",".join(STATS)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_opcheck_of_the_forward(
+    dtype: torch.dtype, stats: str, head: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.library.opcheck(token_stats, arguments(dtype, backend, head, stats))
+
+
+@pytest.mark.parametrize("needs", ["hidden", "weight", "hidden,weight", "hidden,weight,bias"])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_opcheck_of_the_backward(needs: str, entropy: bool, backend: str) -> None:
+    given = [
+        t.detach() if isinstance(t, torch.Tensor) else t
+        for t in arguments(torch.float32, backend, "all options", "logprob,entropy")
+    ]
+    _, lse_and_more = (found := token_stats(*given))[0], found[2:]
+    assert len(lse_and_more) == len(KEPT)
+    upstream = torch.linspace(-1, 1, given[3].shape[0])
+    torch.library.opcheck(
+        token_stats_backward,
+        (
+            *given[:-1],
+            lse_and_more,
+            found[1] if entropy else None,
+            upstream,
+            upstream.flip(0) if entropy else None,
+            needs,
+        ),
+    )
+
+
+@pytest.mark.parametrize("loss", pair_losses(), ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize("layout", ["padded", "packed", "shifted"])
+def test_a_training_step_is_one_graph(loss: losses.Loss, layout: str, backend: str) -> None:
+    hidden, weight, labels = data()
+    options: dict = {"backend": backend}
+    if loss.needs_reference:
+        options["ref_hidden"] = hidden.detach() * 0.9
+    if layout == "packed":
+        hidden, labels = hidden.reshape(-1, WIDTH).detach().requires_grad_(), labels.reshape(-1)
+        options["cu_seqlens"] = torch.tensor([0, 9, 18, 27, 36], dtype=torch.int32)
+        if loss.needs_reference:
+            options["ref_hidden"] = options["ref_hidden"].reshape(-1, WIDTH)
+    if layout == "shifted":
+        options["shift"] = True
+
+    def step(h: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = preference_loss(loss, torch.tanh(h), w, labels, **options)
+        return out.loss * 2, out.metrics["rewards/margins"]
+
+    expected = step(hidden, weight)
+    truth = torch.autograd.grad(expected[0], (hidden, weight))
+    got = torch.compile(step, backend="aot_eager", fullgraph=True)(hidden, weight)
+    agree(got, expected)
+    agree(torch.autograd.grad(got[0], (hidden, weight)), truth)
+
+
+@pytest.mark.slow
+def test_a_training_step_through_the_default_compiler(backend: str) -> None:
+    hidden, weight, labels = data()
+    ref_logprobs = torch.randn(4, 9)
+
+    def step(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return preference_loss(
+            DPO(), torch.tanh(h), w, labels, ref_logprobs=ref_logprobs, backend=backend
+        ).loss
+
+    truth = torch.autograd.grad(step(hidden, weight), (hidden, weight))
+    got = torch.compile(step, fullgraph=True)(hidden, weight)
+    agree([got], [step(hidden, weight)])
+    agree(torch.autograd.grad(got, (hidden, weight)), truth)
+
+
+@pytest.mark.parametrize("needs", [("hidden",), ("weight",), ("hidden", "weight")])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_statistics_are_one_graph(needs: tuple[str, ...], entropy: bool, backend: str) -> None:
+    hidden, weight, labels = data()
+    hidden.requires_grad_("hidden" in needs)
+    weight.requires_grad_("weight" in needs)
+    temperature = torch.rand(labels.shape) + 0.5
+    stats = ("logprob", "entropy", "top1") if entropy else ("logprob", "logsumexp")
+
+    def step(h: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = linear_token_stats(
+            h, w, labels, stats=stats, softcap=4.0, temperature=temperature, backend=backend
+        )
+        total = found.logprob.square().sum()
+        if entropy:
+            total = total + found.entropy.sum()
+        return total, getattr(found, stats[-1]).float()
+
+    leaves = [t for t in (hidden, weight) if t.requires_grad]
+    expected = step(hidden, weight)
+    got = torch.compile(step, backend="aot_eager", fullgraph=True)(hidden, weight)
+    agree(got, expected)
+    agree(torch.autograd.grad(got[0], leaves), torch.autograd.grad(expected[0], leaves))
+
+
+def test_nothing_is_compiled_again_for_other_lengths() -> None:
+    _, weight, _ = data()
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    def step(h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return linear_logprobs(h, weight, y).sum()
+
+    f = torch.compile(step, backend=count, fullgraph=True, dynamic=True)
+    for length in (5, 6, 17, 40):
+        hidden = torch.randn(2, length, WIDTH)
+        labels = torch.randint(VOCAB, (2, length))
+        assert torch.equal(f(hidden, labels), step(hidden, labels))
+    assert len(compiled) == 1
+
+
+def test_the_answer_does_not_depend_on_what_is_masked_when_traced() -> None:
+    """The number of scored tokens is no part of the graph."""
+    hidden, weight, labels = data()
+
+    def step(y: torch.Tensor) -> torch.Tensor:
+        return linear_logprobs(hidden, weight, y).sum()
+
+    f = torch.compile(step, backend="aot_eager", fullgraph=True)
+    f(labels)
+    for kept in (0, 1, 7):
+        masked = torch.full_like(labels, -100)
+        masked.view(-1)[:kept] = 3
+        agree([f(masked)], [step(masked)])
+
+
+def test_wrong_labels_are_an_error_in_a_graph_too() -> None:
+    hidden, weight, labels = data()
+    f = torch.compile(
+        lambda y: linear_logprobs(hidden, weight, y), backend="aot_eager", fullgraph=True
+    )
+    labels[1, 4] = VOCAB
+    with pytest.raises(ValueError, match=r"labels: expected class numbers in \[0, 50\)"):
+        f(labels)
+
+
+def test_a_sequence_without_a_scored_token_is_an_error_in_a_graph_too() -> None:
+    hidden, weight, labels = data()
+    f = torch.compile(
+        lambda y: preference_loss(SimPO(), hidden, weight, y).loss,
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    labels[1] = -100
+    with pytest.raises(RuntimeError, match="at least one scored token in every sequence"):
+        f(labels)
+
+
+def test_under_autocast_in_a_graph() -> None:
+    hidden, weight, labels = data()
+    low = hidden.detach().bfloat16().requires_grad_()
+
+    def step(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return linear_logprobs(h, w, labels).sum()
+
+    truth = torch.autograd.grad(step(low, weight), (low, weight))
+    got = torch.compile(step, backend="aot_eager", fullgraph=True)(low, weight)
+    gradients = torch.autograd.grad(got, (low, weight))
+    assert [t.dtype for t in gradients] == [torch.bfloat16, torch.float32]
+    assert relative(gradients[0], truth[0]) < 4e-3 and relative(gradients[1], truth[1]) < 1e-5
+
+
+def test_half_precision_is_rounded_once() -> None:
+    hidden, weight, labels = data(torch.bfloat16)
+
+    def step(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return linear_logprobs(h, w, labels).sum()
+
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    exact = torch.autograd.grad(step(*wide), wide)
+    total = torch.compile(step, backend="aot_eager", fullgraph=True)(hidden, weight)
+    for got, truth in zip(torch.autograd.grad(total, (hidden, weight)), exact, strict=True):
+        assert relative(got, truth) <= 1.05 * relative(truth.bfloat16(), truth)
+
+
+def test_a_plan_is_refused_in_a_graph() -> None:
+    import fusedpo
+
+    hidden, weight, labels = data()
+    chosen = fusedpo.plan(36, VOCAB, WIDTH)
+    f = torch.compile(
+        lambda: linear_logprobs(hidden, weight, labels, memory_budget=chosen),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    with pytest.raises(Exception, match="memory_budget"):
+        f()
