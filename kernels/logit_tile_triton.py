@@ -105,35 +105,40 @@ def fold_kernel(
         scale = tl.load(scale_ptr + row)
     lanes = tl.arange(0, BLOCK)
 
-    # the largest of the others, the target's own logit, the sum of all
-    own = tl.zeros([BLOCK], tl.float32)
-    all_of_them = tl.zeros([BLOCK], tl.float32)
+    # the target's own logit: one number more to read, rather than a search among all
+    here = (y >= 0) & (y < width)
+    x = tl.load(x_ptr + y, mask=here, other=0.0).to(tl.float32)
+    own = _logits(x, bias_ptr, y, here, softcap, scale, BIAS, SOFTCAP)
+    tl.store(own_ptr + row, own, mask=here)
+
+    # the largest of the others, and the sum of all
     if WHOLE:
         inside = lanes < width
         x = tl.load(x_ptr + lanes, mask=inside, other=0.0).to(tl.float32)
         z = _logits(x, bias_ptr, lanes, inside, softcap, scale, BIAS, SOFTCAP)
-        own += tl.where(inside & (lanes == y), z, 0.0)
         if PLAIN:
-            all_of_them += tl.where(inside, z, 0.0)
-        highest = _others(z, lanes, inside, y)
+            plain = tl.sum(tl.where(inside, z, 0.0), 0)
+        z = _others(z, lanes, inside, y)
+        highest = tl.max(z, 0)
     else:
-        highest = tl.full([BLOCK], float("-inf"), tl.float32)
+        plains = tl.zeros([BLOCK], tl.float32)
+        peaks = tl.full([BLOCK], float("-inf"), tl.float32)
         for begin in range(0, width, BLOCK):
             columns = begin + lanes
             inside = columns < width
             x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
             z = _logits(x, bias_ptr, columns, inside, softcap, scale, BIAS, SOFTCAP)
-            own += tl.where(inside & (columns == y), z, 0.0)
             if PLAIN:
-                all_of_them += tl.where(inside, z, 0.0)
-            highest = tl.maximum(highest, _others(z, columns, inside, y))
-    if (y >= 0) & (y < width):
-        tl.store(own_ptr + row, tl.sum(own, 0))
+                plains += tl.where(inside, z, 0.0)
+            peaks = tl.maximum(peaks, _others(z, columns, inside, y))
+        if PLAIN:
+            plain = tl.sum(plains, 0)
+        highest = tl.max(peaks, 0)
     if PLAIN:
-        tl.store(plain_ptr + row, tl.load(plain_ptr + row) + tl.sum(all_of_them, 0))
+        tl.store(plain_ptr + row, tl.load(plain_ptr + row) + plain)
 
     # the new shift: the first peak there was, and above that whole multiples of log 2
-    peak = tl.maximum(tl.load(peak_ptr + row), tl.max(highest, 0))
+    peak = tl.maximum(tl.load(peak_ptr + row), highest)
     base = tl.load(base_ptr + row)
     base = tl.where(base == float("-inf"), peak, base)
     finite = tl.where(base == float("-inf"), 0.0, base)
@@ -142,23 +147,24 @@ def fold_kernel(
     shift = finite + steps * 0.6931471805599453
     rescale = two_to_the(before - steps)
 
-    sums = tl.zeros([BLOCK], tl.float32)
-    weighted = tl.zeros([BLOCK], tl.float32)
-    squares = tl.zeros([BLOCK], tl.float32)
     limit = softcap * scale
     if WHOLE:
-        d = highest - shift
+        d = z - shift
         e = tl.exp(d)
-        sums += e
+        added = tl.sum(e, 0)
         if WEIGHTED:
-            weighted += e * tl.maximum(d, -1e30)
+            weighted = tl.sum(e * tl.maximum(d, -1e30), 0)
         if SQUARES:
-            squares += e * e
+            squares = tl.sum(e * e, 0)
         if OUT:
             if SOFTCAP:
-                e *= _slope(z, limit)
+                # from z again; at the target and beyond the tile, where it is -inf, e is 0
+                e *= _slope(tl.maximum(d, -1e4) + shift, limit)
             tl.store(out_ptr + lanes, (e * gain).to(out_ptr.dtype.element_ty), mask=inside)
     else:
+        sums = tl.zeros([BLOCK], tl.float32)
+        weights = tl.zeros([BLOCK], tl.float32)
+        second = tl.zeros([BLOCK], tl.float32)
         for begin in range(0, width, BLOCK):
             columns = begin + lanes
             inside = columns < width
@@ -168,24 +174,29 @@ def fold_kernel(
             e = tl.exp(d)
             sums += e
             if WEIGHTED:
-                weighted += e * tl.maximum(d, -1e30)
+                weights += e * tl.maximum(d, -1e30)
             if SQUARES:
-                squares += e * e
+                second += e * e
             if OUT:
                 if SOFTCAP:
                     e *= _slope(z, limit)
                 tl.store(out_ptr + columns, (e * gain).to(out_ptr.dtype.element_ty), mask=inside)
+        added = tl.sum(sums, 0)
+        if WEIGHTED:
+            weighted = tl.sum(weights, 0)
+        if SQUARES:
+            squares = tl.sum(second, 0)
 
     total = tl.load(total_ptr + row)
     if WEIGHTED:
         old_shift = finite + before * 0.6931471805599453
         moved = tl.where(total > 0, (old_shift - shift) * total, 0.0)
         was = tl.load(weighted_ptr + row)
-        tl.store(weighted_ptr + row, rescale * (was + moved) + tl.sum(weighted, 0))
+        tl.store(weighted_ptr + row, rescale * (was + moved) + weighted)
     if SQUARES:
         was = tl.load(squares_ptr + row)
-        tl.store(squares_ptr + row, rescale * rescale * was + tl.sum(squares, 0))
-    tl.store(total_ptr + row, rescale * total + tl.sum(sums, 0))
+        tl.store(squares_ptr + row, rescale * rescale * was + squares)
+    tl.store(total_ptr + row, rescale * total + added)
     tl.store(peak_ptr + row, peak)
     tl.store(base_ptr + row, base)
     tl.store(steps_ptr + row, steps)

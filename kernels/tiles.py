@@ -37,7 +37,8 @@ def jacobian_tile(columns: int) -> StreamTile:
 
 
 def _stream(columns: int, largest: int) -> StreamTile:
-    block = min(max(128, 1 << (columns - 1).bit_length()), largest)
+    # 16 numbers a thread, even of 64-wide warps: whole vectors of half precision too
+    block = min(max(1024, 1 << (columns - 1).bit_length()), largest)
     return StreamTile(block, warps=min(16, max(1, block // 1024)))
 
 
