@@ -37,9 +37,10 @@ def number(argument: str, value: object) -> float:
     """A finite Python number; NaN and infinity are refused."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise bad_type(argument, "a number", type(value).__name__)
-    if not -math.inf < value < math.inf:
+    found = float(value)
+    if not -math.inf < found < math.inf:  # math.isfinite cannot be traced
         raise bad_value(argument, "a finite number", str(value))
-    return float(value)
+    return found
 
 
 def positive(argument: str, value: object) -> float:

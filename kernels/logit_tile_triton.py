@@ -19,10 +19,11 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fusedpo.kernels.device_math import tanh, two_to_the
 from fusedpo.kernels.logit_tile import LogitMap, RowStats
 from fusedpo.kernels.tiles import jacobian_tile, on_device_of, row_tile
-from torch import Tensor
 
 # A factor a row costs nothing here: the tile is in registers.
 ABSORBS_FACTORS = True
@@ -107,8 +108,8 @@ def fold_kernel(
 
     # the target's own logit: one number more to read, rather than a search among all
     here = (y >= 0) & (y < width)
-    x = tl.load(x_ptr + y, mask=here, other=0.0).to(tl.float32)
-    own = _logits(x, bias_ptr, y, here, softcap, scale, BIAS, SOFTCAP)
+    own = tl.load(x_ptr + y, mask=here, other=0.0).to(tl.float32)
+    own = _logits(own, bias_ptr, y, here, softcap, scale, BIAS, SOFTCAP)
     tl.store(own_ptr + row, own, mask=here)
 
     # the largest of the others, and the sum of all

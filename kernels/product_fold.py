@@ -30,10 +30,11 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 import triton.language as tl
-from fusedpo.kernels.device_math import tanh
-from fusedpo.kernels.tiles import on_device_of
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fusedpo.kernels.device_math import tanh
+from fusedpo.kernels.tiles import on_device_of
 
 
 @dataclass(frozen=True)

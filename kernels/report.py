@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+
 from fusedpo.kernels.machine_code import (
     TARGETS,
     Specimen,

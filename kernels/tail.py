@@ -76,7 +76,7 @@ COMBINES = ("pair", "single")
 LINKS = ("log_sigmoid", "hinge", "squared", "linear")
 
 # rows a program takes at a time; a response of common length is one or two steps
-BLOCK = 1024
+BLOCK = 512
 WARPS = 4
 
 # exp(20) is beyond any ratio a gate tells from infinity; exp(80) times a weight still fits fp32
@@ -325,7 +325,7 @@ def _spread(
 
 
 @triton.jit
-def _tail_kernel(
+def tail_kernel(
     logprob,  # [N] fp32 or fp64
     starts,  # [B] int64
     lengths,  # [B] int64
@@ -468,7 +468,7 @@ def tail(
     here = torch.cuda.device(logprob.device) if logprob.is_cuda else contextlib.nullcontext()
     given = (logprob, starts, lengths, baseline, reference, tau, weight)
     with here:
-        _tail_kernel[(examples,)](
+        tail_kernel[(examples,)](
             *(None if t is None else t.detach().contiguous() for t in given),
             loss,
             score,

@@ -27,8 +27,9 @@ def row_tile(columns: int) -> StreamTile:
     """For a kernel with one program a row that needs the whole row.
 
     Up to 16384 columns the row is held in registers, 32 numbers a thread, and read only once.
+    Longer rows are read twice, in steps that leave registers for running sums.
     """
-    return _stream(columns, largest=16384)
+    return _stream(columns, largest=16384) if columns <= 16384 else StreamTile(4096, warps=8)
 
 
 def jacobian_tile(columns: int) -> StreamTile:

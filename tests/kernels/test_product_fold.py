@@ -14,9 +14,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from fusedpo.kernels.product_fold import Tile, default_tile, product_fold
-
 from fusedpo.kernels import product_fold as module
+from fusedpo.kernels.product_fold import Tile, default_tile, product_fold
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
