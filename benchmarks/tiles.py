@@ -38,7 +38,8 @@ def forced(case: Case, route: str, rows: int, cols: int) -> Plan:
         device=case.device,
         route=route,  # type: ignore[arg-type]
     )
-    return replace(chosen, rows=min(rows, case.scored), cols=min(cols, case.shape.vocab))
+    rows, cols = min(rows, case.scored), min(cols, case.shape.vocab)
+    return replace(chosen, rows=rows, cols=cols, back_rows=rows, back_cols=cols, slab=rows)
 
 
 def run_with(inputs: Inputs, chosen: Plan) -> Callable[[], None]:

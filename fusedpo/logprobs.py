@@ -440,6 +440,7 @@ class _Engine(torch.autograd.Function):
                 if need_hidden:
                     unit = _take(ctx, "unit", copy=tiles.unit_is_output)
                     hidden_gradient = tiles.finish_unit(unit, g)
+                    del unit  # before the head's gradient takes its memory
                 if assumed is None and head.wanted:
                     tiles.sweep_head(stats, g, None, head)
             if hidden_gradient is not None:

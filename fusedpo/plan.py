@@ -29,10 +29,15 @@ Backend = Literal["torch", "triton"]
 DEFAULT_BUDGET = 256 * 2**20
 
 # The largest tile that is worth having, and the smallest the engine will work with: rows, columns.
-# CPU: the fastest of those that benchmarks/tiles.py measures. Elsewhere: not measured yet; large
-# enough, by arithmetic, for the products to run at full speed.
-_LARGEST_TILE = {"cpu": (512, 4096), "other": (2048, 16384)}
+# CPU: the fastest of those that benchmarks/tiles.py measures. Elsewhere by arithmetic, which
+# benchmarks/roofline.py writes down: products run at full speed, and a row of a tile fits
+# registers.
+_LARGEST_TILE = {"cpu": (512, 4096), "other": (1024, 16384)}
 _SMALLEST_TILE = (16, 128)
+# columns of a backward tile on a GPU: as few as products at full speed take, for it to be tall
+_TALL_COLUMNS = 1024
+# rows that are finished at a time, so that what this takes does not count
+FINISHED_ROWS = 64
 
 _UNITS = {
     "": 1,
@@ -57,7 +62,10 @@ class Plan:
 
     Attributes:
         route: ``forward``, ``frozen``, ``retain``, ``one_pass`` or ``recompute``.
-        rows, cols: the tile of logits that exists at a time, [rows, cols].
+        rows, cols: the tile of logits that exists at a time in the forward, [rows, cols].
+        back_rows, back_cols: likewise in the backward. Taller on a GPU: each slice of the head's
+            gradient is summed over the row blocks in memory.
+        slab: rows of J that ``one_pass`` holds to add to the head's gradient at once.
         products: matrix products of size N x V x H, forward and backward together.
         wide: what the hidden gradient of half-precision inputs is made of waits for the backward in
             fp32, to be rounded once; if that does not fit it waits in half precision.
@@ -72,6 +80,9 @@ class Plan:
     route: Route
     rows: int
     cols: int
+    back_rows: int
+    back_cols: int
+    slab: int
     products: int
     wide: bool
     split: bool
@@ -160,7 +171,10 @@ class _Problem:
     softcap: bool
     gathered: bool
     backend: Backend
+    on_cpu: bool
     wide: bool = True
+    back: tuple[int, int] | None = None  # the backward's tile; None: the forward's
+    slab: int = 0  # rows; 0: those of the tile
 
     def tile_bytes(
         self, n: int, v: int, *, gradient: bool, full_rows: bool = False
@@ -193,8 +207,8 @@ class _Problem:
 
 
 def _unit_bytes(p: _Problem, n: int) -> int:
-    """Running product of a row block with the weight, the target rows, and their sum."""
-    return n * p.hidden * (3 * p.acc)
+    """Running product of a row block with the weight; some target rows, and their multiple."""
+    return (n + 2 * min(n, FINISHED_ROWS)) * p.hidden * p.acc
 
 
 def _waiting(p: _Problem) -> dict[str, int]:
@@ -213,10 +227,14 @@ def _frozen(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
     return 2, {**tile, "row products": _unit_bytes(p, n), **_waiting(p)}
 
 
-def _weight_sweep(p: _Problem, n: int, v: int) -> dict[str, int]:
-    """What one step over the vocabulary holds to write its slice of the head's gradient."""
+def _weight_sweep(p: _Problem, n: int, v: int, *, absorbed: bool) -> dict[str, int]:
+    """What one step over the vocabulary holds to write its slice of the head's gradient.
+
+    absorbed: the kernels multiply the rows' factors into J rather than into the hidden rows.
+    """
+    absorbed = absorbed and p.backend == "triton" and not p.fp16_products
     return {
-        "weighted rows": n * p.hidden * p.operand,
+        "weighted rows": 0 if absorbed else n * p.hidden * p.operand,
         "weight gradient slice": v * p.hidden * p.acc if p.weight_size < p.acc else 0,
     }
 
@@ -225,56 +243,63 @@ def _total(buffers: dict[str, int]) -> int:
     return sum(buffers.values())
 
 
-def _recompute(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
-    tile = p.tile_bytes(n, v, gradient=True)
+def _recompute(p: _Problem, n: int, v: int, *, split: bool = False) -> tuple[int, dict[str, int]]:
+    back = p.back or (n, v)
     head = bool(p.needs & {"weight", "bias"})
-    sweep: dict[str, int] = _weight_sweep(p, n, v) if head else {}
     products = 1 + head + ("hidden" in p.needs) + ("weight" in p.needs)
+    tile = p.tile_bytes(n, v, gradient=True)
+    sweep = p.tile_bytes(*back, gradient=True)
+    if head:
+        sweep |= _weight_sweep(p, *back, absorbed=True)
     if not p.entropy:
-        # the hidden gradient is formed in the forward, the head's in the backward
-        forward: dict[str, int] = {"row products": _unit_bytes(p, n)} if "hidden" in p.needs else {}
-        longer: dict[str, int] = max(forward, sweep, key=_total)
-        return products, {**tile, **longer, **_waiting(p)}
+        # the hidden gradient is formed in the forward, the head's in the backward, when nothing
+        # waits any more
+        forward = {**tile, **_waiting(p)}
+        if "hidden" in p.needs:
+            forward["row products"] = _unit_bytes(p, n)
+        return products, max(forward, sweep, key=_total)
     # the gradient through the entropy forms the hidden gradient anew
     products += (not head) + ("hidden" in p.needs)
-    rows = 0
     if "hidden" in p.needs:
-        rows = n if not head else p.tokens if p.hidden_size < p.acc or p.gathered else 0
-    return products, {
-        **tile,
-        **sweep,
-        **_waiting(p),
-        "hidden gradient": rows * p.hidden * p.acc,
-    }
+        whole = p.tokens if p.hidden_size < p.acc or p.gathered else 0
+        rows = n if split or not head else whole
+        sweep["hidden gradient"] = rows * p.hidden * p.acc
+    unit = {"row products": _unit_bytes(p, n)} if "hidden" in p.needs else {}
+    return products, max({**tile, **unit, **_waiting(p)}, {**sweep, **_waiting(p)}, key=_total)
 
 
 def _split(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
     """recompute with a gradient through the entropy, each gradient in its own sweep."""
-    products, buffers = _recompute(p, n, v)
-    return products + 1, {**buffers, "hidden gradient": n * p.hidden * p.acc}
+    products, buffers = _recompute(p, n, v, split=True)
+    return products + 1, buffers
 
 
 def _retain(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
     buffers = {
         **p.tile_bytes(n, v, gradient=True, full_rows=True),
-        **_weight_sweep(p, n, v),
+        **_weight_sweep(p, *(p.back or (n, v)), absorbed=False),
         "retained jacobian": p.tokens * padded(p.vocab) * p.operand,
-        "row products": n * p.hidden * (p.acc + p.operand) if "hidden" in p.needs else 0,
+        "row products": n * p.hidden * p.acc if "hidden" in p.needs else 0,
     }
+    if p.back is not None and (p.gathered or p.hidden_size != p.operand):
+        buffers["hidden rows"] = p.back[0] * p.hidden * p.operand
     return 1 + ("hidden" in p.needs) + ("weight" in p.needs), buffers
 
 
 def _one_pass(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
     accumulators = int(p.weight_size < p.acc) + int(p.groups > 1 and p.scope != "token")
+    slab = max(n, p.slab)
     buffers = {
         **p.tile_bytes(n, v, gradient=True, full_rows=True),
-        **_weight_sweep(p, n, v),
-        "row block": n * padded(p.vocab) * p.operand,
+        **_weight_sweep(p, slab, v, absorbed=False),
+        "row block": slab * padded(p.vocab) * p.operand,
         "row products": n * p.hidden * (2 * p.acc) if "hidden" in p.needs else 0,
         "weight gradient accumulators": accumulators * p.vocab * p.hidden * p.acc,
         **_waiting(p),
     }
     buffers["weight gradient slice"] = 0
+    if p.gathered or p.hidden_size != p.operand:
+        buffers["hidden rows"] = slab * p.hidden * p.operand
     return 1 + ("hidden" in p.needs) + ("weight" in p.needs), buffers
 
 
@@ -299,6 +324,28 @@ def _eligible(p: _Problem) -> dict[Route, list[_Way]]:
     return routes
 
 
+def _shapes(p: _Problem, route: Route, n: int, v: int) -> list[_Problem]:
+    """The problem with each shape of backward that is worth trying, best first.
+
+    On the CPU, and as the last resort, tiles stay as they are in the forward.
+    """
+    found = []
+    if not p.on_cpu and route == "one_pass":
+        slab = -(-p.tokens // n) * n
+        while slab > n:
+            found.append(replace(p, slab=slab))
+            slab = -(-slab // (2 * n)) * n
+    if not p.on_cpu and route in ("recompute", "retain"):
+        area = n * v
+        while area >= n * _TALL_COLUMNS:
+            rows = max(1, min(p.tokens, area // min(p.vocab, _TALL_COLUMNS)))
+            cols = min(p.vocab, max(_TALL_COLUMNS, area // rows // 128 * 128))
+            if rows > n:
+                found.append(replace(p, back=(rows, cols)))
+            area //= 2
+    return [*found, p]
+
+
 def _shrink(rows: int, cols: int) -> tuple[int, int]:
     """The next smaller tile; rows are kept longest, because each row block reads the whole head."""
     if cols > 4 * rows and cols > _SMALLEST_TILE[1]:
@@ -314,9 +361,9 @@ def _least(p: _Problem, n: int, v: int) -> int:
     Those of recompute, which holds at least what frozen and forward do; retain or one_pass may hold
     less on a small vocabulary, but do not serve every need.
     """
-    p = replace(p, wide=False)
     ways = [_recompute, _split] if p.entropy else [_recompute]
-    return min(_total(way(p, n, v)[1]) for way in ways) + p.row_bytes()
+    shapes = _shapes(replace(p, wide=False), "recompute", n, v)
+    return min(_total(way(q, n, v)[1]) for way in ways for q in shapes) + p.row_bytes()
 
 
 def _choose_tile(p: _Problem, budget: int, largest: tuple[int, int]) -> tuple[int, int]:
@@ -427,6 +474,7 @@ def plan(
         softcap=softcap,
         gathered=gathered,
         backend=backend,
+        on_cpu=on_cpu,
     )
     rows, cols = _choose_tile(p, allowed, _LARGEST_TILE["cpu" if on_cpu else "other"])
     eligible = _eligible(p)
@@ -434,31 +482,35 @@ def plan(
         raise bad_choice("route (for these needs)", route, eligible)
     candidates = []
     for name, ways in eligible.items():
-        for way, wide in product(ways, {True, p.hidden_size == p.acc}):
+        shapes = list(enumerate(_shapes(p, name, rows, cols)))
+        for way, wide, (rank, q) in product(ways, {True, p.hidden_size == p.acc}, shapes):
             if route not in (None, name):
                 continue
-            products, buffers = way(replace(p, wide=wide), rows, cols)
-            candidates.append(
-                Plan(
-                    route=name,
-                    rows=rows,
-                    cols=cols,
-                    products=products,
-                    wide=wide,
-                    split=way is _split,
-                    buffers={**buffers, "row statistics": p.row_bytes()},
-                    budget=allowed,
-                    tokens=tokens,
-                    vocab=vocab,
-                    hidden=hidden,
-                    dtype=dtype,
-                    needs=wanted,
-                    entropy=p.entropy_value,
-                )
+            products, buffers = way(replace(q, wide=wide), rows, cols)
+            back_rows, back_cols = q.back or (rows, cols)
+            chosen = Plan(
+                route=name,
+                rows=rows,
+                cols=cols,
+                back_rows=back_rows,
+                back_cols=back_cols,
+                slab=max(rows, q.slab),
+                products=products,
+                wide=wide,
+                split=way is _split,
+                buffers={**buffers, "row statistics": p.row_bytes()},
+                budget=allowed,
+                tokens=tokens,
+                vocab=vocab,
+                hidden=hidden,
+                dtype=dtype,
+                needs=wanted,
+                entropy=p.entropy_value,
             )
-    fitting = [c for c in candidates if c.bytes <= allowed]
+            candidates.append(((products, not wide, rank, chosen.bytes), chosen))
+    fitting = [c for c in candidates if c[1].bytes <= allowed]
     if not fitting:
-        fewest = min(c.bytes for c in candidates)
+        fewest = min(c.bytes for _, c in candidates)
         raise bad_value(
             "memory_budget",
             f"at least {format_bytes(fewest)} ({fewest} bytes) for {tokens} tokens, "
@@ -466,4 +518,4 @@ def plan(
             format_bytes(allowed),
             "raise it, or score fewer tokens in a call",
         )
-    return min(fitting, key=lambda c: (c.products, not c.wide, c.bytes))
+    return min(fitting, key=lambda c: c[0])[1]

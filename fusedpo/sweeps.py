@@ -12,7 +12,7 @@ What a sweep allocates is what fusedpo.plan counts; a buffer added here is to be
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fusedpo.kernels import logit_tile
 from fusedpo.kernels.logit_tile import LogitMap, RowStats, power_of_two
-from fusedpo.plan import Backend, Needs, Plan, padded
+from fusedpo.plan import FINISHED_ROWS, Backend, Needs, Plan, padded
 
 _TORCH = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2])
 # fp32 results of half-precision operands, on CUDA: torch.mm since 2.8; torch.addmm exists as long,
@@ -208,17 +208,21 @@ class Tiles:
     def col_blocks(self) -> Iterator[tuple[int, int]]:
         return _blocks(0, self.vocab, self.plan.cols)
 
-    def tile(self, dtype: torch.dtype | None = None) -> Tensor:
+    def tile(self, *, backward: bool = False, dtype: torch.dtype | None = None) -> Tensor:
         """Memory for one tile [rows, cols], in the accumulated dtype; sliced by its users.
 
         Rows start at multiples of 16 numbers, for loads of whole vectors.
         """
-        shape = (min(self.plan.rows, self.count), padded(self.plan.cols))
+        p = self.plan
+        rows, cols = (p.back_rows, p.back_cols) if backward else (p.rows, p.cols)
+        shape = (min(rows, self.count), padded(cols))
         return torch.empty(shape, dtype=dtype or self.acc, device=self.hidden.device)
 
-    def narrow_tile(self) -> Tensor | None:
+    def narrow_tile(self, *, backward: bool = False) -> Tensor | None:
         """Memory for a tile as products take it, if that is another dtype."""
-        return None if self.operand == self.acc else self.tile(self.operand)
+        if self.operand == self.acc:
+            return None
+        return self.tile(backward=backward, dtype=self.operand)
 
     def full_rows(self, rows: int) -> Tensor:
         """Memory for rows of J [rows, V], as products take it."""
@@ -376,7 +380,8 @@ class Tiles:
                 self.fold_tile(x, hidden, r, c, stats, e, rest)
             block = self.store(everything, r, stats)
             if unit is not None and rest is not None:
-                self.write_unit(unit, r, self.unit_rows(rest, stats, block, r))
+                self.finish(unit, rest, stats, block, r)
+            del hidden, rest  # before the next block's are made
         return everything
 
     def fold_tile(
@@ -401,15 +406,33 @@ class Tiles:
         if rest is not None and e is not None:
             _product(rest, e, weight, add=True)
 
-    def unit_rows(
-        self, rest: Tensor, stats: RowStats, block: dict[str, Tensor], r: tuple[int, int]
-    ) -> Tensor:
-        """dlogp/dhidden [n, H] of a finished row block, from its sum over non-target entries."""
+    def finish(
+        self,
+        unit: Tensor,
+        rest: Tensor,
+        stats: RowStats,
+        block: dict[str, Tensor],
+        r: tuple[int, int],
+    ) -> None:
+        """dlogp/dhidden of a finished row block into unit, from its sum over non-target entries."""
         factor = row_factor(block)
-        target_rows = self.weight[self.rows.targets[slice(*r)]].to(self.acc)
-        rest.mul_(self.scaled(-factor / self.gain, *r)[:, None])
-        own = self.scaled(factor * self.own_entry(stats, r), *r)
-        return rest.addcmul_(target_rows, own[:, None])
+        positions = self.rows.positions
+        if not self.unit_is_output:
+            unit, positions = unit[slice(*r)], None
+        elif positions is None:
+            unit = unit[slice(*r)]
+        else:
+            positions = positions[slice(*r)]
+        self.kernels.finish(
+            rest,
+            self.scaled(-factor / self.gain, *r),
+            self.weight,
+            self.rows.targets[slice(*r)],
+            self.scaled(factor * self.own_entry(stats, r), *r),
+            unit,
+            positions,
+            block=FINISHED_ROWS,
+        )
 
     def own_entry(self, stats: RowStats, r: tuple[int, int]) -> Tensor:
         """What J holds at the targets, negated, [n]: the total times softcap's slope."""
@@ -466,22 +489,25 @@ class Tiles:
         """
         everything = self.new_stats()
         upstream = self.zeros(self.count)
-        block_buffer = self.full_rows(min(self.plan.rows, self.count))
+        slab_buffer = self.full_rows(min(self.plan.slab, self.count))
         tile = None if self.operand == self.acc else self.tile()
         several = len(groups.starts) > 2
         partial = out
-        for r in self.row_blocks():
-            stats = self.start_stats(r[1] - r[0])
-            z, hidden = block_buffer[: r[1] - r[0]], self.hidden_rows(*r)
-            self.full_row_jacobian(z, tile, hidden, r, stats)
-            factor = self.factor(self.store(everything, r, stats))
-            if unit is not None:
-                products = self.row_products(z).mul_(self.scaled(-factor, *r)[:, None])
-                self.write_unit(unit, r, products)
-            for first, last, start, stop, ends in _pieces(groups.starts, *r):
-                within = slice(start - r[0], stop - r[0])
-                if ends and groups.starts[first] >= r[0]:
-                    # groups that lie within the block: their gradient is known
+        for b in _blocks(0, self.count, self.plan.slab):
+            z, hidden = slab_buffer[: b[1] - b[0]], self.hidden_rows(*b)
+            for r in self.row_blocks(*b):
+                stats, own = self.start_stats(r[1] - r[0]), slice(r[0] - b[0], r[1] - b[0])
+                self.full_row_jacobian(z[own], tile, hidden[own], r, stats)
+                found = self.store(everything, r, stats)
+                if unit is not None:
+                    products = self.row_products(z[own])
+                    products.mul_(self.scaled(-self.factor(found), *r)[:, None])
+                    self.write_unit(unit, r, products)
+            factor = self.factor({name: value[slice(*b)] for name, value in everything.items()})
+            for first, last, start, stop, ends in _pieces(groups.starts, *b):
+                within = slice(start - b[0], stop - b[0])
+                if ends and groups.starts[first] >= b[0]:
+                    # groups that lie within the slab: their gradient is known
                     g = groups.gradient(first, last, everything["logprob"][start:stop])
                     upstream[start:stop] = g
                     coefficient = -self.scaled(g * factor[within], start, stop)
@@ -510,27 +536,33 @@ class Tiles:
         self, out: HeadGradient, jacobian: Tensor, hidden: Tensor, coefficient: Tensor
     ) -> None:
         """out += J^T (c h) for J [n, V], h [n, H], c [n]."""
+        rows = self.weighted(hidden, coefficient if out.weight is not None else None)
         for c in self.col_blocks():
             weight, bias = out.slices(c)
-            self.add_slice(weight, bias, jacobian[:, slice(*c)], hidden, coefficient, True)
+            self.add_slice(weight, bias, jacobian[:, slice(*c)], rows, coefficient, True)
+
+    def weighted(self, hidden: Tensor, coefficient: Tensor | None) -> Tensor:
+        """c h [n, H] in the operands' dtype, computed in full precision; None: h as it is."""
+        if coefficient is None:
+            return hidden
+        out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        return torch.mul(hidden, coefficient[:, None], out=out)
 
     def add_slice(
         self,
         weight: Tensor | None,
         bias: Tensor | None,
         jacobian: Tensor,
-        hidden: Tensor,
+        rows: Tensor,
         coefficient: Tensor | None,
         add: bool,
     ) -> None:
         """A slice of the head's gradient: weight (+)= J^T (c h), bias (+)= J^T c, for J [n, v].
 
-        coefficient None: c is in J.
+        rows: c h [n, H]. coefficient None: c is in J, and rows are h.
         """
         if weight is not None:
-            if coefficient is not None:
-                hidden = (hidden.to(self.acc) * coefficient[:, None]).to(self.operand)
-            _product(weight, jacobian.T, hidden, add=add)
+            _product(weight, jacobian.T, rows, add=add)
         if bias is None:
             return
         if coefficient is None:
@@ -562,19 +594,18 @@ class Tiles:
         """
         if not self.count:
             return
-        buffer, narrow = self.tile(), self.narrow_tile()
-        scratch = None
-        if out.weight is not None and out.weight.dtype != self.acc:
-            scratch = self.empty(self.plan.cols, self.width)
+        buffer, narrow = self.tile(backward=True), self.narrow_tile(backward=True)
+        scratch = self.slice_scratch(out)
         first, last = rows or (0, self.count)
         j, gain = self.row_coefficients(stats, upstream, upstream_entropy)
-        for c in self.col_blocks():
+        blocks = self.row_operands(first, last, j.left if out.weight is not None else None)
+        for c in _blocks(0, self.vocab, self.plan.back_cols):
             part, bias_part = out.slices(c, scratch)
             weight = self.weight_rows(*c)
-            for r in self.row_blocks(first, last):
+            for r, hidden, weighted in blocks():
                 x = buffer[: r[1] - r[0], : c[1] - c[0]]
                 z = x if narrow is None else narrow[: r[1] - r[0], : c[1] - c[0]]
-                hidden, own = self.hidden_rows(*r), j.of(slice(*r))
+                own = j.of(slice(*r))
                 _product(x, hidden, weight.T, add=False)
                 self.kernels.jacobian(
                     x,
@@ -587,19 +618,56 @@ class Tiles:
                     tilt=own.tilt,
                     out=z,
                 )
-                self.add_slice(part, bias_part, z, hidden, own.left, r[0] > first)
-                del hidden
+                self.add_slice(part, bias_part, z, weighted, own.left, r[0] > first)
                 if hidden_gradient is not None:
                     piece = hidden_gradient[r[0] - first : r[1] - first]
                     _product(piece, z, weight, add=c[0] > 0)
+                del hidden, weighted
             del weight
-            _divide(gain, part, bias_part)
-            if scratch is not None and out.weight is not None:
-                out.weight[slice(*c)] = scratch[: c[1] - c[0]]
+            self.write_slice(out, c, part, bias_part, gain)
         if hidden_gradient is not None:
             if j.left is not None:
                 hidden_gradient.mul_(j.left[first:last, None])
             _divide(gain, hidden_gradient)
+
+    def row_operands(
+        self, first: int, last: int, coefficient: Tensor | None
+    ) -> Callable[[], Iterator[tuple[tuple[int, int], Tensor, Tensor]]]:
+        """The backward's row blocks: (range, h [n, H], c h [n, H]), as often as they are asked for.
+
+        A single block is gathered and weighted once for all slices of the vocabulary.
+        """
+
+        def blocks() -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
+            for r in _blocks(first, last, self.plan.back_rows):
+                hidden = self.hidden_rows(*r)
+                own = None if coefficient is None else coefficient[slice(*r)]
+                yield r, hidden, self.weighted(hidden, own)
+                del hidden
+
+        if last - first > self.plan.back_rows:
+            return blocks
+        only = list(blocks())
+        return lambda: iter(only)
+
+    def slice_scratch(self, out: HeadGradient) -> Tensor | None:
+        """Memory for a slice of the head's gradient in full precision, if the head is not."""
+        if out.weight is None or out.weight.dtype == self.acc:
+            return None
+        return self.empty(min(self.plan.back_cols, self.vocab), self.width)
+
+    def write_slice(
+        self,
+        out: HeadGradient,
+        c: tuple[int, int],
+        part: Tensor | None,
+        bias_part: Tensor | None,
+        gain: Tensor | None,
+    ) -> None:
+        """A finished slice, divided by the gain, into the head's gradient."""
+        _divide(gain, part, bias_part)
+        if out.weight is not None and part is not None and part.dtype != out.weight.dtype:
+            out.weight[slice(*c)] = part[: c[1] - c[0]]
 
     def row_coefficients(
         self, stats: dict[str, Tensor], g: Tensor, e: Tensor | None
@@ -649,18 +717,15 @@ class Tiles:
         if self.operand == torch.float16:
             gain = _power_of_two(_largest(coefficient))
             coefficient = coefficient * gain
-        scratch = None
-        if out.weight is not None and out.weight.dtype != self.acc:
-            scratch = self.empty(self.plan.cols, self.width)
-        for c in self.col_blocks():
+        scratch = self.slice_scratch(out)
+        blocks = self.row_operands(0, self.count, coefficient if out.weight is not None else None)
+        for c in _blocks(0, self.vocab, self.plan.back_cols):
             part, bias_part = out.slices(c, scratch)
-            for r in self.row_blocks():
-                tile = kept[slice(*r), slice(*c)]
-                own = coefficient[slice(*r)]
-                self.add_slice(part, bias_part, tile, self.hidden_rows(*r), own, r[0] > 0)
-            _divide(gain, part, bias_part)
-            if scratch is not None and out.weight is not None:
-                out.weight[slice(*c)] = scratch[: c[1] - c[0]]
+            for r, _, weighted in blocks():
+                tile, own = kept[slice(*r), slice(*c)], coefficient[slice(*r)]
+                self.add_slice(part, bias_part, tile, weighted, own, r[0] > 0)
+                del weighted
+            self.write_slice(out, c, part, bias_part, gain)
 
     def both_gradients(
         self,

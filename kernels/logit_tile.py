@@ -333,3 +333,35 @@ def jacobian(
         z.mul_(slope)
     if out is not z:
         out.copy_(z)
+
+
+def finish(
+    rest: Tensor,
+    rest_factor: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    target_factor: Tensor,
+    out: Tensor,
+    positions: Tensor | None,
+    *,
+    block: int,
+) -> None:
+    """out_i = rest_factor_i rest_i + target_factor_i W_{y_i}: dlogp/dhidden of finished rows.
+
+    Args:
+        rest: [n, H]; overwritten.
+        rest_factor, target_factor: [n].
+        weight: [V, H] of any floating dtype.
+        target: [n] int64.
+        out: [n, H], or [P, H] with ``positions``; of any floating dtype.
+        positions: [n] int64, the rows of out, or None.
+        block: rows that are finished at a time.
+    """
+    for start in range(0, rest.shape[0], block):
+        rows = slice(start, start + block)
+        done = rest[rows].mul_(rest_factor[rows, None])
+        done.addcmul_(weight[target[rows]].to(rest.dtype), target_factor[rows, None])
+        if positions is None:
+            out[rows] = done
+        else:
+            out[positions[rows]] = done.to(out.dtype)

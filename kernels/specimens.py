@@ -37,7 +37,15 @@ _FOLD_POINTERS = (
 
 def specimens(target: str) -> list[Specimen]:
     """All specimens for a target of machine_code.TARGETS."""
-    return [*_fold(), *_settle(), *_jacobian(), *_product_fold(target), *_merge(), *_tail()]
+    return [
+        *_fold(),
+        *_settle(),
+        *_jacobian(),
+        *_finish(),
+        *_product_fold(target),
+        *_merge(),
+        *_tail(),
+    ]
 
 
 def _bytes_of(dtype: str) -> int:
@@ -183,6 +191,47 @@ def _jacobian() -> list[Specimen]:
                 )
             )
     return found
+
+
+def _finish() -> list[Specimen]:
+    pointers = (
+        "rest_ptr",
+        "rest_factor_ptr",
+        "weight_ptr",
+        "target_ptr",
+        "target_factor_ptr",
+        "out_ptr",
+        "positions_ptr",
+    )
+    tile = tiles.jacobian_tile(_HIDDEN)
+    return [
+        Specimen(
+            name="finish",
+            variant=f"to {dtype}{', scattered' if gathered else ''}",
+            kernel=logit_tile_triton.finish_kernel,
+            signature={
+                **dict.fromkeys(pointers, "*fp32"),
+                "weight_ptr": "*bf16",
+                "out_ptr": f"*{dtype}",
+                "target_ptr": "*i64",
+                "positions_ptr": "*i64",
+                **dict.fromkeys(("rest_stride", "weight_stride", "out_stride", "width"), "i32"),
+            },
+            constexprs={
+                "weight_column_stride": 1,
+                "GATHERED": gathered,
+                "BLOCK": tile.block,
+            },
+            divisible=(*pointers, "rest_stride", "weight_stride", "out_stride", "width"),
+            num_warps=tile.warps,
+            streaming=True,
+            wide_stores=True,
+            element="number of a hidden row",
+            bytes=6.0 + _bytes_of(dtype),
+            flop=3.0,
+        )
+        for dtype, gathered in (("bf16", True), ("fp32", False))
+    ]
 
 
 def _product_fold(target: str) -> list[Specimen]:

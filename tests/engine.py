@@ -60,8 +60,14 @@ def plan_of(
         backend=backend or BACKEND,
         route=route,
     )
-    tile = {"rows": rows or chosen.rows, "cols": cols or chosen.cols}
-    return dataclasses.replace(chosen, **tile)
+    rows, cols = rows or chosen.rows, cols or chosen.cols
+    return with_tile(chosen, rows, cols)
+
+
+def with_tile(chosen: Plan, rows: int, cols: int) -> Plan:
+    """The plan with another tile, and a backward that is cut otherwise than the forward."""
+    back = {"back_rows": 2 * rows, "back_cols": -(-cols // 2), "slab": 2 * rows}
+    return dataclasses.replace(chosen, rows=rows, cols=cols, **back)
 
 
 def run(

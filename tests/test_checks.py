@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine import with_tile
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -883,7 +884,7 @@ def gradients(hidden: Tensor, weight: Tensor, route: str) -> tuple[Tensor, Tenso
     hidden = hidden.detach().requires_grad_()
     weight = weight.detach().requires_grad_("weight" in needs)
     chosen = plan(N, V, H, needs=needs, route=route)
-    chosen = dataclasses.replace(chosen, rows=3, cols=17)
+    chosen = with_tile(chosen, 3, 17)
     logp = fusedpo.linear_logprobs(hidden, weight, LABELS, memory_budget=chosen)
     (found,) = torch.autograd.grad(logp.sum(), hidden)
     return logp.detach(), found
@@ -922,7 +923,7 @@ def test_nan_in_a_sequence_stays_in_its_pair(route):
     chosen = None
     if route is not None:
         chosen = plan(N, V, H, scope="pair", groups=B // 2, route=route)
-        chosen = dataclasses.replace(chosen, rows=3, cols=17)
+        chosen = with_tile(chosen, 3, 17)
     spoilt = HIDDEN.detach().clone()
     spoilt[3, 2] = NAN  # the rejected response of pair 1
 

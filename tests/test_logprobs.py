@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from engine import DTYPES, ROUTES, generate, plan_of, run
+from engine import DTYPES, ROUTES, generate, plan_of, run, with_tile
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import Case, faults, naive
@@ -146,7 +146,7 @@ def test_statistics_equal_their_definitions(dtype: torch.dtype, which: int, back
     labels[::7] = -100
     labels[1] = int((hidden.double() @ weight.double().T)[1].argmax())
     chosen = fusedpo.plan(int((labels >= 0).sum()), 301, 16, dtype=dtype, needs=(), entropy=True)
-    chosen = dataclasses.replace(chosen, rows=tile[0], cols=tile[1])
+    chosen = with_tile(chosen, *tile)
     stats = linear_token_stats(
         hidden,
         weight,

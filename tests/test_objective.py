@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from engine import with_tile
 from hypothesis import given
 from hypothesis import strategies as st
 from losses.shared import pair_losses
@@ -111,7 +112,7 @@ def test_equals_the_naive_program(loss: Loss, pairs: int, dtype: torch.dtype, ro
         count = int((data["labels"] >= 0).sum())
         for tile in ((5, 16), (16, 128)):
             chosen = plan(count, VOCAB, WIDTH, dtype=dtype, scope="pair", groups=pairs, route=route)
-            chosen = dataclasses.replace(chosen, rows=tile[0], cols=tile[1])
+            chosen = with_tile(chosen, *tile)
             check(loss, data, factor=0.37, memory_budget=chosen)
 
 
@@ -461,7 +462,7 @@ def test_a_new_loss_needs_nothing_but_its_formula() -> None:
     for route in ("recompute", "retain", "one_pass"):
         count = int((args[2] >= 0).sum())
         chosen = plan(count, VOCAB, WIDTH, scope="pair", groups=3, route=route)
-        chosen = dataclasses.replace(chosen, rows=7, cols=16)
+        chosen = with_tile(chosen, 7, 16)
         out = preference_loss(Exponential(), *args, pair_weight=pair_weight, memory_budget=chosen)
         assert out.loss.item() == pytest.approx(truth.item(), rel=1e-5)
         for mine, true in zip(torch.autograd.grad(out.loss, args[:2]), exact, strict=True):
