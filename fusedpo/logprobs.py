@@ -245,6 +245,10 @@ def plan_for(
         if missing or ("entropy" in stats and not given.entropy):
             wanted = ", ".join(sorted(missing) or ["entropy"])
             raise checks.bad_value("memory_budget", f"a plan with needs for {wanted}", str(given))
+        if given.fused and resolve(backend, hidden) != "triton":
+            raise checks.bad_value(
+                "memory_budget", 'a fused plan only with backend="triton"', str(given)
+            )
         if given.route == "one_pass" and scope not in ("token", "sequence", "pair"):
             raise checks.bad_value(
                 "memory_budget",

@@ -75,6 +75,8 @@ class Plan:
         buffers: name -> bytes of everything held beyond the outputs at the worst moment.
         budget: bytes that were allowed.
         tokens, vocab, hidden, dtype, needs, entropy: the problem this plan is for.
+        fused: the one product of ``forward`` and the fold of its tiles are one kernel, and the
+            logits are nowhere in memory.
     """
 
     route: Route
@@ -94,6 +96,7 @@ class Plan:
     dtype: torch.dtype
     needs: frozenset[Needs]
     entropy: bool
+    fused: bool = False
 
     @property
     def bytes(self) -> int:
@@ -114,7 +117,8 @@ class Plan:
         )
         return (
             f"{self.route}: {self.products} product{'s' * (self.products != 1)} of "
-            f"{self.tokens} x {self.vocab} x {self.hidden}, tile {self.rows} x {self.cols}, "
+            f"{self.tokens} x {self.vocab} x {self.hidden}, "
+            f"{'fused' if self.fused else f'tile {self.rows} x {self.cols}'}, "
             f"{format_bytes(self.bytes)} of {format_bytes(self.budget)} ({parts})"
         )
 
@@ -222,6 +226,11 @@ def _forward(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
     return 1, p.tile_bytes(n, v, gradient=False)
 
 
+def _fused_forward(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
+    # statistics of each part of the vocabulary: six at most, of parts that fill a chip together
+    return 1, {"parts of statistics": max(4 * 2**20, p.tokens * 16 * 6 * p.acc)}
+
+
 def _frozen(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
     tile = p.tile_bytes(n, v, gradient=True)
     return 2, {**tile, "row products": _unit_bytes(p, n), **_waiting(p)}
@@ -310,7 +319,8 @@ _Way = Callable[[_Problem, int, int], tuple[int, dict[str, int]]]
 def _eligible(p: _Problem) -> dict[Route, list[_Way]]:
     """Routes that can serve the needs, each with the ways to run it."""
     if not p.needs:
-        return {"forward": [_forward]}
+        can_fuse = p.backend == "triton" and p.hidden_size == p.weight_size < 8
+        return {"forward": [_forward, _fused_forward] if can_fuse else [_forward]}
     if p.entropy:
         both = "hidden" in p.needs and len(p.needs) > 1
         return {"recompute": [_recompute, _split] if both else [_recompute]}
@@ -340,7 +350,7 @@ def _shapes(p: _Problem, route: Route, n: int, v: int) -> list[_Problem]:
         while area >= n * _TALL_COLUMNS:
             rows = max(1, min(p.tokens, area // min(p.vocab, _TALL_COLUMNS)))
             cols = min(p.vocab, max(_TALL_COLUMNS, area // rows // 128 * 128))
-            if rows > n:
+            if (rows, cols) != (n, v) and (not found or found[-1].back != (rows, cols)):
                 found.append(replace(p, back=(rows, cols)))
             area //= 2
     return [*found, p]
@@ -401,6 +411,7 @@ def plan(
     device: str | torch.device = "cpu",
     backend: Backend = "torch",
     route: Route | None = None,
+    fused: bool | None = None,
 ) -> Plan:
     """Choose the cheapest route that fits a memory budget.
 
@@ -425,6 +436,9 @@ def plan(
         device: where it will run; ``"cpu"`` or any other.
         backend: ``"torch"`` or ``"triton"``; kernels need fewer temporaries.
         route: take this route rather than the cheapest one.
+        fused: whether ``forward`` is to be one kernel without logits in memory, which only the
+            Triton backend has. None: only if no tile fits the budget, since its log-probabilities
+            are summed in another order than those of the other routes.
 
     Returns:
         The plan. ``str(plan)`` is one readable line. It can be passed on as ``memory_budget``.
@@ -484,8 +498,10 @@ def plan(
     for name, ways in eligible.items():
         shapes = list(enumerate(_shapes(p, name, rows, cols)))
         for way, wide, (rank, q) in product(ways, {True, p.hidden_size == p.acc}, shapes):
-            if route not in (None, name):
+            if route not in (None, name) or fused not in (None, way is _fused_forward):
                 continue
+            # the last choice, as a policy scored otherwise would not agree to the last bit
+            rank += 100 * (way is _fused_forward)
             products, buffers = way(replace(q, wide=wide), rows, cols)
             back_rows, back_cols = q.back or (rows, cols)
             chosen = Plan(
@@ -506,8 +522,11 @@ def plan(
                 dtype=dtype,
                 needs=wanted,
                 entropy=p.entropy_value,
+                fused=way is _fused_forward,
             )
             candidates.append(((products, not wide, rank, chosen.bytes), chosen))
+    if not candidates:
+        raise bad_value("fused", 'False, or backend="triton" and no gradient wanted', str(fused))
     fitting = [c for c in candidates if c[1].bytes <= allowed]
     if not fitting:
         fewest = min(c.bytes for _, c in candidates)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -122,10 +123,17 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 def _whole_numbers(num_scored: int | Sequence[int], sequences: int) -> list[int]:
-    given = [num_scored] if isinstance(num_scored, int) else list(num_scored)
-    if not all(type(n) is int and n >= 0 for n in given) or len(given) != sequences:
-        expected = "a whole number" if sequences == 1 else f"{sequences} whole numbers"
-        raise checks.bad_value(
-            "num_scored", f"{expected}, the scored labels of each sequence", str(num_scored)
-        )
-    return given
+    expected = "a whole number" if sequences == 1 else f"{sequences} whole numbers"
+    wrong = checks.bad_value(
+        "num_scored", f"{expected}, the scored labels of each sequence", str(num_scored)
+    )
+    if isinstance(num_scored, (Tensor, str, bool)):
+        raise wrong
+    try:
+        given = num_scored if isinstance(num_scored, Iterable) else [num_scored]
+        found = [operator.index(n) for n in given]
+    except TypeError:
+        raise wrong from None
+    if len(found) != sequences or min(found, default=0) < 0:
+        raise wrong
+    return found

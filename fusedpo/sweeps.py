@@ -367,6 +367,8 @@ class Tiles:
 
     def sweep_forward(self, unit: Tensor | None) -> dict[str, Tensor]:
         """Statistics of all rows; with ``unit`` [P, H], also dlogp/dhidden into it."""
+        if self.plan.fused:
+            return self.fused_forward()
         everything = self.new_stats()
         buffer, narrow = self.tile(), None if unit is None else self.narrow_tile()
         for r in self.row_blocks():
@@ -382,6 +384,39 @@ class Tiles:
             if unit is not None and rest is not None:
                 self.finish(unit, rest, stats, block, r)
             del hidden, rest  # before the next block's are made
+        return everything
+
+    def fused_forward(self) -> dict[str, Tensor]:
+        """Statistics of all rows by one kernel, which holds no logits."""
+        from fusedpo.kernels.product_fold import product_fold
+
+        everything, asked = self.new_stats(), self.call.stats
+        flat, positions = self.flat, self.rows.positions
+        if flat is None:
+            flat = self.hidden.reshape(-1, self.width)
+        found = product_fold(
+            flat,
+            self.weight,
+            self.rows.targets,
+            positions=positions,
+            bias=self.bias,
+            softcap=self.call.softcap,
+            scale=self.call.scale,
+            entropy="entropy" in asked,
+            squares="log_sum_sq_probs" in asked,
+            mean="mean_logit" in asked,
+        )
+        stats = RowStats(
+            peak=found["peak"],
+            base=found["peak"],
+            steps=torch.zeros_like(found["peak"]),
+            total=found["total"],
+            target=found["target"],
+            weighted=found.get("weighted"),
+            squares=found.get("squares"),
+            plain=found.get("plain"),
+        )
+        self.store(everything, (0, self.count), stats)
         return everything
 
     def fold_tile(

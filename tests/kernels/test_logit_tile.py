@@ -1,0 +1,314 @@
+"""The Triton kernels of a tile against their definitions in PyTorch, and what they do not touch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import relative
+
+from fusedpo.kernels import logit_tile
+from fusedpo.kernels.logit_tile import LogitMap, RowStats, power_of_two
+
+pytest.importorskip("triton")
+
+from fusedpo.kernels import device_math, logit_tile_triton
+from fusedpo.kernels.tiles import StreamTile, jacobian_tile, row_tile
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SENTINEL = 12345.0
+
+
+@pytest.fixture(params=["one block", "several blocks"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Rows that fit a block, and rows that take several, the last of them ragged."""
+    if request.param == "several blocks":
+        for name in ("row_tile", "jacobian_tile"):
+            monkeypatch.setattr(logit_tile_triton, name, lambda columns: StreamTile(16, 1))
+    return request.param
+
+
+def bordered(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor [rows, columns] within a larger one full of a number that must stay."""
+    whole = torch.full((rows + 2, columns + 13), SENTINEL, dtype=dtype, device=DEVICE)
+    inner = whole[1:-1, 5 : 5 + columns]
+    inner.fill_(float("nan"))
+    inner.whole = whole
+    return inner
+
+
+def border_is_untouched(t: torch.Tensor) -> bool:
+    outside = t.whole.clone()
+    outside[1:-1, 5 : 5 + t.shape[1]] = SENTINEL
+    return bool((outside == torch.tensor(SENTINEL, dtype=t.dtype)).all())
+
+
+@dataclasses.dataclass
+class Problem:
+    """Rows of logits that are folded tile by tile."""
+
+    x: torch.Tensor  # [n, V]
+    target: torch.Tensor
+    head: LogitMap
+    columns: int
+    hidden: int = 21
+
+    def tiles(self):
+        for start in range(0, self.x.shape[1], self.columns):
+            bias = self.head.bias
+            part = None if bias is None else bias[start : start + self.columns]
+            yield start, dataclasses.replace(self.head, bias=part)
+
+
+def problem(seed: int, kind: str, rows: int = 5, vocab: int = 83, columns: int = 33) -> Problem:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, vocab, generator=g) * 4
+    head = LogitMap()
+    if kind == "all options":
+        bias = torch.randn(vocab, generator=g).bfloat16()
+        head = LogitMap(bias, 5.0, torch.rand(rows, generator=g) + 0.5)
+    if kind == "banned":
+        bias = torch.zeros(vocab)
+        bias[:columns] = -torch.inf
+        head = LogitMap(bias)
+    if kind == "rising":
+        x += torch.arange(vocab) // columns * 150.0
+    if kind == "falling":
+        x -= torch.arange(vocab) // columns * 150.0
+    if kind == "scaled":
+        head = LogitMap(None, None, 0.3)
+    target = torch.randint(vocab, (rows,), generator=g)
+    target[0], target[-1] = 0, vocab - 1
+    move = {k: v.to(DEVICE) for k, v in vars(head).items() if isinstance(v, torch.Tensor)}
+    return Problem(x.to(DEVICE), target.to(DEVICE), dataclasses.replace(head, **move), columns)
+
+
+def fold_all(kernels, p: Problem, dtype: torch.dtype | None, *, product: torch.dtype, gain: float):
+    """(statistics, stored exponentials or None, running sum) after the last tile."""
+    n, vocab = p.x.shape
+    stats = RowStats.start(n, p.x, entropy=True, squares=True, mean=True)
+    out = None if dtype is None else bordered(n, vocab, dtype)
+    rest, steps = bordered(n, p.hidden, torch.float32), []
+    rest.copy_(torch.linspace(-1, 1, n * p.hidden, device=DEVICE).view(n, p.hidden))
+    for start, head in p.tiles():
+        x = p.x[:, start : start + p.columns].to(product, copy=True)
+        e = None if out is None else out[:, start : start + p.columns]
+        kernels.fold(
+            x, head, p.target, start, stats, out=e, gain=gain, rest=rest if start else None
+        )
+        steps.append(stats.steps.clone())
+    if out is not None:
+        factors = [power_of_two(s - stats.steps) for s in steps]
+        kernels.settle(out, p.target, -stats.total * gain, factors, p.columns)
+    return stats, out, rest
+
+
+KINDS = ("plain", "all options", "banned", "rising", "falling", "scaled")
+NAMES = ("peak", "base", "steps", "total", "target", "weighted", "squares", "plain")
+
+
+def same(got: torch.Tensor, truth: torch.Tensor, error: float) -> bool:
+    """Infinities alike, and the rest within a relative error of the whole."""
+    finite = truth.isfinite()
+    if not torch.equal(got[~finite], truth[~finite]):
+        return False
+    return relative(got[finite], truth[finite]) <= error
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
+def test_folding_equals_its_definition(kind: str, dtype: torch.dtype | None, blocks: str) -> None:
+    p = problem(1, kind)
+    gain = 2.0**14 if dtype == torch.float16 else 1.0
+    options = {"product": torch.float32, "gain": gain}
+    mine, mine_out, mine_rest = fold_all(logit_tile_triton, p, dtype, **options)
+    true, true_out, true_rest = fold_all(logit_tile, p, dtype, **options)
+    for name in NAMES:
+        assert same(getattr(mine, name), getattr(true, name), 2e-6), name
+    assert torch.equal(mine.top1, true.top1)
+    assert relative(mine_rest, true_rest) == 0 and border_is_untouched(mine_rest)
+    if dtype is not None:
+        eps = torch.finfo(dtype).eps
+        assert same(mine_out.float(), true_out.float(), 2e-6 if eps < 1e-6 else eps)
+        assert border_is_untouched(mine_out)
+
+
+@pytest.mark.parametrize("kind", ["plain", "all options"])
+def test_products_may_come_in_bfloat16(kind: str, blocks: str) -> None:
+    p = problem(2, kind)
+    p.x = p.x.bfloat16().float()
+    options = {"gain": 1.0}
+    mine, _, _ = fold_all(logit_tile_triton, p, None, product=torch.bfloat16, **options)
+    true, _, _ = fold_all(logit_tile, p, None, product=torch.float32, **options)
+    assert all(same(getattr(mine, name), getattr(true, name), 2e-6) for name in NAMES)
+
+
+@pytest.mark.parametrize("kind", ["plain", "all options", "banned", "scaled"])
+@pytest.mark.parametrize("form", ["bare", "factor", "tilt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_jacobian_equals_its_definition(
+    kind: str, form: str, dtype: torch.dtype, blocks: str
+) -> None:
+    p = problem(3, kind)
+    stats, _, _ = fold_all(logit_tile, p, None, product=torch.float32, gain=1.0)
+    factor = torch.linspace(-1, 2, p.x.shape[0], device=DEVICE)
+    options = {
+        "factor": None if form == "bare" else factor,
+        "tilt": factor.flip(0) if form == "tilt" else None,
+    }
+    for start, head in p.tiles():
+        x = p.x[:, start : start + p.columns]
+        out, truth = bordered(*x.shape, dtype), torch.empty_like(x)
+        given = (head, p.target, start, stats.shift, -stats.total)
+        logit_tile_triton.jacobian(x.clone(), *given, **options, out=out)
+        logit_tile.jacobian(x.clone(), *given, **options, out=truth)
+        assert relative(out, truth) <= max(2e-6, torch.finfo(dtype).eps)
+        assert border_is_untouched(out)
+
+
+@pytest.mark.parametrize("where", ["one tile", "in place"])
+def test_in_place(where: str, blocks: str) -> None:
+    p = problem(4, "all options", columns=83)
+    stats, _, _ = fold_all(logit_tile, p, None, product=torch.float32, gain=1.0)
+    x, apart = p.x.clone(), torch.empty_like(p.x)
+    given = (p.head, p.target, 0, stats.shift, -stats.total)
+    logit_tile_triton.jacobian(x, *given, out=apart)
+    assert torch.equal(x, p.x)
+    logit_tile_triton.jacobian(x, *given, out=x)
+    assert torch.equal(x, apart)
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strided", [False, True])
+def test_finished_rows_go_to_their_places(
+    scattered: bool, dtype: torch.dtype, strided: bool, blocks: str
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    rest = torch.randn(6, 37, generator=g).to(DEVICE)
+    weight = torch.randn(37, 11, generator=g).to(DEVICE, torch.bfloat16).T
+    weight = weight if strided else weight.contiguous()
+    target = torch.tensor([0, 10, 3, 3, 7, 1], device=DEVICE)
+    a, b = torch.rand(2, 6, generator=g).to(DEVICE)
+    positions = torch.tensor([8, 1, 0, 5, 4, 2], device=DEVICE) if scattered else None
+    results = []
+    for kernels in (logit_tile_triton, logit_tile):
+        out = bordered(9 if scattered else 6, 37, dtype)
+        kernels.finish(rest.clone(), a, weight, target, b, out, positions, block=4)
+        assert border_is_untouched(out)
+        results.append(out)
+    mine, truth = (t.nan_to_num(7.0) for t in results)  # rows that nothing goes to stay NaN
+    assert relative(mine, truth) <= max(1e-6, torch.finfo(dtype).eps)
+    assert torch.equal(results[0].isnan(), results[1].isnan())
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 10_000),
+    rows=st.integers(1, 6),
+    vocab=st.integers(1, 70),
+    columns=st.integers(1, 80),
+    kind=st.sampled_from(KINDS),
+)
+def test_log_probabilities_of_any_shape(
+    seed: int, rows: int, vocab: int, columns: int, kind: str
+) -> None:
+    p = problem(seed, kind, rows, vocab, columns)
+    stats, _, _ = fold_all(logit_tile_triton, p, None, product=torch.float32, gain=1.0)
+    double = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in vars(p.head).items()}
+    z = LogitMap(**double).apply(p.x.double())
+    truth = z.log_softmax(-1).gather(-1, p.target[:, None])[:, 0]
+    # all of the vocabulary may be banned, and then there is no distribution
+    possible = truth.isfinite()
+    largest = float(z[z.isfinite()].abs().max()) if z.isfinite().any() else 0.0
+    gap = (stats.logprob.double() - truth)[possible].abs()
+    assert not gap.numel() or float(gap.max()) <= 2e-6 * max(10.0, largest)
+
+
+def test_a_nan_is_not_lost(blocks: str) -> None:
+    p = problem(5, "plain")
+    p.x[2, 40] = float("nan")
+    stats, out, _ = fold_all(logit_tile_triton, p, torch.float32, product=torch.float32, gain=1.0)
+    assert stats.logprob.isnan().tolist() == [False, False, True, False, False]
+    assert out[2].isnan().any() and not out[[0, 1, 3, 4]].isnan().any()
+
+
+def test_repeats_bit_for_bit(blocks: str) -> None:
+    p = problem(6, "all options")
+    first, *others = (
+        fold_all(logit_tile_triton, p, torch.bfloat16, product=torch.float32, gain=1.0)
+        for _ in range(4)
+    )
+    for other in others:
+        assert all(torch.equal(getattr(first[0], n), getattr(other[0], n)) for n in NAMES)
+        assert torch.equal(first[1], other[1]) and torch.equal(first[2], other[2])
+
+
+def test_without_rows_nothing_is_launched() -> None:
+    empty = torch.empty(0, 8, device=DEVICE)
+    none = torch.empty(0, dtype=torch.long, device=DEVICE)
+    stats = RowStats.start(0, empty)
+    logit_tile_triton.fold(empty, LogitMap(), none, 0, stats, out=empty)
+    logit_tile_triton.settle(empty, none, stats.total, [stats.total], 8)
+    logit_tile_triton.jacobian(empty, LogitMap(), none, 0, stats.total, stats.total, out=empty)
+    logit_tile_triton.finish(empty, stats.total, empty, none, stats.total, empty, None, block=4)
+
+
+def test_rows_may_lie_more_than_two_to_the_31_apart() -> None:
+    """Offsets are 64 bits wide: in memory that is never touched but at its ends."""
+    stride = 2**30 + 64
+    try:
+        far = torch.empty_strided((3, 40), (stride, 1), dtype=torch.bfloat16, device=DEVICE)
+    except RuntimeError as error:  # no address space for it
+        pytest.skip(str(error))
+    p = problem(7, "plain", rows=3, vocab=40, columns=40)
+    far.copy_(p.x)
+    p.x = far.float()
+    stats = RowStats.start(3, p.x)
+    logit_tile_triton.fold(far, p.head, p.target, 0, stats, out=far)
+    near = RowStats.start(3, p.x)
+    logit_tile.fold(p.x, p.head, p.target, 0, near, out=p.x)
+    assert relative(stats.total, near.total) <= 2e-6
+    assert relative(far, p.x) <= 2**-8
+    logit_tile_triton.settle(far, p.target, -near.total, [torch.ones_like(near.total) / 2], 40)
+    assert relative(far.gather(1, p.target[:, None])[:, 0], -near.total) <= 2**-8
+
+
+# arithmetic
+
+
+@pytest.mark.parametrize("columns", [1, 127, 128, 1024, 1025, 4096, 16384, 16385, 262144])
+def test_a_tile_is_a_power_of_two_that_suits_its_row(columns: int) -> None:
+    for tile, largest in ((row_tile(columns), 16384), (jacobian_tile(columns), 4096)):
+        assert tile.block & (tile.block - 1) == 0 and 1024 <= tile.block <= largest
+        assert tile.block >= min(columns, 4096)
+        # between 16 numbers a thread, whole vectors of half precision, and 32
+        assert 16 <= tile.block / (32 * tile.warps) <= 32
+    assert columns > 16384 or row_tile(columns).block >= columns
+
+
+def test_powers_of_two_are_exact() -> None:
+    exponents = torch.arange(-126, 128)
+    assert torch.equal(power_of_two(exponents.float()).double(), 2.0 ** exponents.double())
+    exponents = torch.arange(-1022, 1024)
+    assert torch.equal(power_of_two(exponents.double()), 2.0 ** exponents.double())
+    assert power_of_two(torch.tensor(-1e9)) == 2.0**-126
+
+
+def test_tanh_to_the_last_digits() -> None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def apply(x_ptr, out_ptr, BLOCK: tl.constexpr):
+        at = tl.arange(0, BLOCK)
+        tl.store(out_ptr + at, device_math.tanh(tl.load(x_ptr + at)))
+
+    x = torch.cat((torch.logspace(-30, 2, 4096), -torch.logspace(-30, 2, 4096))).to(DEVICE)
+    out = torch.empty_like(x)
+    apply[(1,)](x, out, BLOCK=8192)
+    truth = x.double().tanh()
+    assert float(((out.double() - truth) / truth).abs().max()) <= 2.5e-7
