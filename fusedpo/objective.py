@@ -165,8 +165,18 @@ def preference_loss(
             rows, index = rows.reorder(order), sequences.index[order]
             sequences = _laid_out(index, counts, sequences.lengths, side_by_side=True)
 
+    # a graph that is traced has the formula itself, for the compiler to fuse
+    by_kernel = backend == "triton" and counts is not None and not per_pair
+    tail = loss.tail if by_kernel else None
     ref_logp = _reference_scores(
-        reference, rows, sequences, temperature, memory_budget, planned, backend
+        reference,
+        rows,
+        sequences,
+        temperature,
+        memory_budget,
+        planned,
+        backend,
+        by_kernel=tail is not None,
     )
     problem = _PairProblem(
         loss=loss,
@@ -176,8 +186,7 @@ def preference_loss(
         ref_logp=ref_logp,
         denominator=denominator,
         nll_denominator=nll_denominator,
-        # a graph that is traced has the formula itself, for the compiler to fuse
-        tail=loss.tail if backend == "triton" and counts is not None and not per_pair else None,
+        tail=tail,
     )
     groups = None
     if planned is not None and counts is not None and planned.route == "one_pass":
@@ -603,11 +612,16 @@ def _reference_scores(
     memory_budget: int | float | str | Plan | None,
     policy_plan: Plan | None,
     backend: str,
+    by_kernel: bool,
 ) -> Tensor | None:
-    """[B], the reference's log-probability of each sequence; None without a reference."""
+    """[B], the reference's log-probability of each sequence; None without a reference.
+
+    by_kernel: summed as the tail kernel does.
+    """
+    total = sequences.sum_by_kernel if by_kernel else sequences.sum
     if reference.logprobs is not None:
         wide = reference.logprobs.double()
-        return wide if wide.shape == (sequences.count,) else sequences.sum(rows.gather(wide))
+        return wide if wide.shape == (sequences.count,) else total(rows.gather(wide))
     if reference.hidden is None or reference.head is None:
         return None
     hidden, head = reference.hidden, reference.head
@@ -627,4 +641,4 @@ def _reference_scores(
             hidden, head, rows, temperature=temperature, memory_budget=own, backend=backend
         ).logprob
         assert logprob is not None, "score() returns the log-probability by default"
-        return sequences.sum(logprob)
+        return total(logprob)

@@ -35,8 +35,30 @@ class Sequences:
         Not rounded to fp32: a reference is yet to be subtracted, which over tens of thousands of
         tokens is a small difference of large sums.
         """
+        values = values.double()
+        if values.is_cuda and not torch.compiler.is_compiling():
+            return self._sum_in_order(values)
         total = torch.zeros(self.count, dtype=torch.float64, device=values.device)
-        return total.index_add(0, self.index, values.double())
+        return total.index_add(0, self.index, values)
+
+    def _sum_in_order(self, values: Tensor) -> Tensor:
+        """Likewise where index_add would add in any order, so that results repeat."""
+        order = self.starts.argsort()
+        # unsafe: without a look at the lengths, for which it would wait
+        sums = torch.segment_reduce(values, "sum", lengths=self.lengths[order], unsafe=True)
+        return torch.zeros_like(sums).index_copy(0, order, sums)
+
+    def sum_by_kernel(self, values: Tensor) -> Tensor:
+        """As ``sum``, without a gradient, to the last bit as the tail kernel sums.
+
+        What is subtracted from the kernel's sums has to come from it, or equal policies would
+        differ by rounding.
+        """
+        # Triton is not there on every platform
+        from fusedpo.kernels.tail import tail
+
+        options = {"combine": "single", "link": "linear"}
+        return tail(values, self.starts, self.lengths, **options)[1]
 
 
 @dataclass(frozen=True)

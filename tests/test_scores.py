@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracles import relative
 
-from fusedpo import preference_loss
+from fusedpo import linear_logprobs, preference_loss
 from fusedpo.losses import DPO
 from fusedpo.scores import Sequences
 
@@ -47,3 +48,35 @@ def test_a_reference_in_double_precision_changes_no_dtype() -> None:
     out = preference_loss(DPO(), hidden, weight, labels, ref_logprobs=ref)
     tensors = (out.loss, out.per_example, out.logprobs, *out.metrics.values())
     assert {t.dtype for t in tensors} == {torch.float32}
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]])
+def test_all_ways_to_sum_agree(order: list[int]) -> None:
+    """By index, in order as on a GPU, and by the tail kernel; sequences in any order."""
+    lengths = torch.tensor([3, 1, 700, 5])
+    starts = torch.empty(4, dtype=torch.long)
+    index, at = [], 0
+    for b in order:
+        starts[b] = at
+        at += int(lengths[b])
+        index += [b] * int(lengths[b])
+    sequences = Sequences(torch.tensor(index), lengths, starts)
+    values = torch.randn(at, generator=torch.Generator().manual_seed(0)) * 10
+    truth = sequences.sum(values)
+    assert relative(sequences._sum_in_order(values.double()), truth) < 1e-15
+    assert relative(sequences.sum_by_kernel(values), truth) < 1e-15
+    leaf = values.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(sequences._sum_in_order(leaf)[2], leaf)
+    assert torch.equal(gradient, (sequences.index == 2).double())
+
+
+def test_a_long_reference_that_equals_its_policy_leaves_nothing(backend: str) -> None:
+    """Sums over thousands of tokens, where the order of summation would show."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(2, 3000, 4, generator=g), torch.randn(11, 4, generator=g)
+    labels = torch.randint(11, (2, 3000), generator=g)
+    tokens = linear_logprobs(hidden, weight, labels, backend=backend)
+    for reference in ({"ref_hidden": hidden}, {"ref_logprobs": tokens}):
+        out = preference_loss(DPO(), hidden, weight, labels, backend=backend, **reference)
+        assert out.metrics["rewards/chosen"] == 0 == out.metrics["rewards/rejected"]
+        assert out.loss == torch.tensor(2.0).log()
