@@ -206,8 +206,8 @@ class _Problem:
         }
 
     def row_bytes(self) -> int:
-        """Vectors over the scored tokens: targets, positions, and about six statistics."""
-        return self.tokens * (16 + 6 * self.acc)
+        """Vectors over the scored tokens: targets, positions, and about nine statistics."""
+        return self.tokens * (16 + 9 * self.acc)
 
 
 def _unit_bytes(p: _Problem, n: int) -> int:

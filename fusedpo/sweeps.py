@@ -260,39 +260,26 @@ class Tiles:
         bias = None if self.bias is None else self.bias[slice(*c)]
         return LogitMap(bias, self.call.softcap, self.scale_rows(*r))
 
-    def start_stats(self, n: int) -> RowStats:
+    def start_stats(self) -> RowStats:
         asked = self.call.stats
         return RowStats.start(
-            n,
+            self.count,
             self.empty(0),
             entropy="entropy" in asked,
             squares="log_sum_sq_probs" in asked,
             mean="mean_logit" in asked,
         )
 
-    def new_stats(self) -> dict[str, Tensor]:
-        """[N] of every statistic that is kept or asked for."""
-        names = dict.fromkeys((*KEPT, *self.call.stats))
-        device = self.hidden.device
-        return {
-            name: torch.empty(
-                self.count, dtype=torch.bool if name == "top1" else self.acc, device=device
-            )
-            for name in names
-        }
-
-    def store(
-        self, everything: dict[str, Tensor], r: tuple[int, int], stats: RowStats
-    ) -> dict[str, Tensor]:
-        """A finished row block's statistics into the [N] tensors; returns its part of them."""
-        block = {name: value[slice(*r)] for name, value in everything.items()}
-        for name, value in block.items():
+    def results(self, stats: RowStats) -> dict[str, Tensor]:
+        """[N] of every statistic that is kept or asked for, after all tiles."""
+        found = {}
+        for name in dict.fromkeys((*KEPT, *self.call.stats)):
             if name == "mean_logit":
                 assert stats.plain is not None, "start_stats() asks for it"
-                value.copy_(stats.plain / self.vocab)
+                found[name] = stats.plain / self.vocab
             else:
-                value.copy_(getattr(stats, name))
-        return block
+                found[name] = getattr(stats, name)
+        return found
 
     def new_hidden_gradient(self) -> Tensor:
         """[P, H] in hidden's dtype; 0 at positions that are not scored."""
@@ -369,28 +356,27 @@ class Tiles:
         """Statistics of all rows; with ``unit`` [P, H], also dlogp/dhidden into it."""
         if self.plan.fused:
             return self.fused_forward()
-        everything = self.new_stats()
+        everything = self.start_stats()
         buffer, narrow = self.tile(), None if unit is None else self.narrow_tile()
         for r in self.row_blocks():
             hidden, n = self.hidden_rows(*r), r[1] - r[0]
-            stats = self.start_stats(n)
+            stats = everything.of(slice(*r))
             # sum over non-target entries of exp(z - shift) slope W, relative to the shift so far
             rest = None if unit is None else self.zeros(n, self.width)
             for c in self.col_blocks():
                 x = buffer[:n, : c[1] - c[0]]
                 e = None if unit is None else x if narrow is None else narrow[:n, : c[1] - c[0]]
                 self.fold_tile(x, hidden, r, c, stats, e, rest)
-            block = self.store(everything, r, stats)
             if unit is not None and rest is not None:
-                self.finish(unit, rest, stats, block, r)
+                self.finish(unit, rest, stats, r)
             del hidden, rest  # before the next block's are made
-        return everything
+        return self.results(everything)
 
     def fused_forward(self) -> dict[str, Tensor]:
         """Statistics of all rows by one kernel, which holds no logits."""
         from fusedpo.kernels.product_fold import product_fold
 
-        everything, asked = self.new_stats(), self.call.stats
+        asked = self.call.stats
         flat, positions = self.flat, self.rows.positions
         if flat is None:
             flat = self.hidden.reshape(-1, self.width)
@@ -416,8 +402,7 @@ class Tiles:
             squares=found.get("squares"),
             plain=found.get("plain"),
         )
-        self.store(everything, (0, self.count), stats)
-        return everything
+        return self.results(stats)
 
     def fold_tile(
         self,
@@ -446,11 +431,10 @@ class Tiles:
         unit: Tensor,
         rest: Tensor,
         stats: RowStats,
-        block: dict[str, Tensor],
         r: tuple[int, int],
     ) -> None:
         """dlogp/dhidden of a finished row block into unit, from its sum over non-target entries."""
-        factor = row_factor(block)
+        factor = row_factor(stats.logprob, stats.total)
         positions = self.rows.positions
         if not self.unit_is_output:
             unit, positions = unit[slice(*r)], None
@@ -485,8 +469,8 @@ class Tiles:
             self.fold_tile(x, hidden, r, c, stats, e)
             steps.append(stats.steps.clone())
         narrow = self.row_gain(stats.total)
-        # a power of two each
-        factors = [power_of_two(was - stats.steps) * (narrow / self.gain) for was in steps]
+        # powers of two
+        factors = power_of_two(torch.stack(steps) - stats.steps) * (narrow / self.gain)
         own = -self.own_entry(stats, r) * narrow
         self.kernels.settle(out, self.rows.targets[slice(*r)], own, factors, self.plan.cols)
 
@@ -494,9 +478,9 @@ class Tiles:
         """Powers of two [n] that keep J within the range of the products' dtype; |J| <= total."""
         return 2 * _FP16_GAIN * _power_of_two(total) if self.operand == torch.float16 else 1.0
 
-    def factor(self, stats: dict[str, Tensor]) -> Tensor:
+    def factor(self, logprob: Tensor, total: Tensor) -> Tensor:
         """[n], what J lacks to be softmax - onehot."""
-        return row_factor(stats) / self.row_gain(stats["total"])
+        return row_factor(logprob, total) / self.row_gain(total)
 
     def row_products(self, jacobian: Tensor) -> Tensor:
         """J W [n, H] from J [n, V]."""
@@ -507,13 +491,12 @@ class Tiles:
 
     def sweep_retain(self, kept: Tensor) -> dict[str, Tensor]:
         """Statistics of all rows, and J into kept [N, V]."""
-        everything = self.new_stats()
+        everything = self.start_stats()
         tile = None if self.operand == self.acc else self.tile()
         for r in self.row_blocks():
-            stats = self.start_stats(r[1] - r[0])
+            stats = everything.of(slice(*r))
             self.full_row_jacobian(kept[slice(*r)], tile, self.hidden_rows(*r), r, stats)
-            self.store(everything, r, stats)
-        return everything
+        return self.results(everything)
 
     def sweep_one_pass(
         self, unit: Tensor | None, out: HeadGradient, groups: Groups
@@ -522,7 +505,7 @@ class Tiles:
 
         Returns also the gradient [N] that the head's was formed with.
         """
-        everything = self.new_stats()
+        everything = self.start_stats()
         upstream = self.zeros(self.count)
         slab_buffer = self.full_rows(min(self.plan.slab, self.count))
         tile = None if self.operand == self.acc else self.tile()
@@ -531,19 +514,23 @@ class Tiles:
         for b in _blocks(0, self.count, self.plan.slab):
             z, hidden = slab_buffer[: b[1] - b[0]], self.hidden_rows(*b)
             for r in self.row_blocks(*b):
-                stats, own = self.start_stats(r[1] - r[0]), slice(r[0] - b[0], r[1] - b[0])
-                self.full_row_jacobian(z[own], tile, hidden[own], r, stats)
-                found = self.store(everything, r, stats)
-                if unit is not None:
+                own = slice(r[0] - b[0], r[1] - b[0])
+                self.full_row_jacobian(z[own], tile, hidden[own], r, everything.of(slice(*r)))
+            stats = everything.of(slice(*b))
+            logprob = stats.logprob
+            factor = self.factor(logprob, stats.total)
+            if unit is not None:
+                for r in self.row_blocks(*b):
+                    own = slice(r[0] - b[0], r[1] - b[0])
                     products = self.row_products(z[own])
-                    products.mul_(self.scaled(-self.factor(found), *r)[:, None])
+                    products.mul_(self.scaled(-factor[own], *r)[:, None])
                     self.write_unit(unit, r, products)
-            factor = self.factor({name: value[slice(*b)] for name, value in everything.items()})
+                    del products
             for first, last, start, stop, ends in _pieces(groups.starts, *b):
                 within = slice(start - b[0], stop - b[0])
                 if ends and groups.starts[first] >= b[0]:
                     # groups that lie within the slab: their gradient is known
-                    g = groups.gradient(first, last, everything["logprob"][start:stop])
+                    g = groups.gradient(first, last, logprob[within])
                     upstream[start:stop] = g
                     coefficient = -self.scaled(g * factor[within], start, stop)
                     self.add_head_gradient(out, z[within], hidden[within], coefficient)
@@ -555,7 +542,7 @@ class Tiles:
                 self.add_head_gradient(partial, z[within], hidden[within], coefficient)
                 if ends:
                     whole = slice(groups.starts[first], stop)
-                    g = groups.gradient(first, last, everything["logprob"][whole])
+                    g = groups.gradient(first, last, everything.of(whole).logprob)
                     upstream[whole] = g
                     slope = ratio(g, groups.units(whole.start, stop).to(self.acc))
                     if partial is out:
@@ -563,7 +550,7 @@ class Tiles:
                     else:
                         out.add(partial, slope)
                         partial.zero()
-        return everything, upstream
+        return self.results(everything), upstream
 
     # the backward sweeps
 
@@ -715,7 +702,7 @@ class Tiles:
         if e is None:
             narrow = self.row_gain(stats["total"])
             factor = narrow if isinstance(narrow, Tensor) else None
-            left = -self.scaled(g * self.factor(stats), 0, self.count)
+            left = -self.scaled(g * self.factor(stats["logprob"], stats["total"]), 0, self.count)
             if fp16:
                 gain = _power_of_two(_largest(left))
                 left = left * gain
@@ -741,7 +728,8 @@ class Tiles:
         hidden_gradient: Tensor | None,
     ) -> None:
         """All gradients from the retained J [N, V], left as it is; hidden_gradient is [P, H]."""
-        coefficient = -self.scaled(upstream * self.factor(stats), 0, self.count)
+        factor = self.factor(stats["logprob"], stats["total"])
+        coefficient = -self.scaled(upstream * factor, 0, self.count)
         if hidden_gradient is not None:
             for r in self.row_blocks():
                 rows = self.row_products(kept[slice(*r)])
@@ -829,10 +817,9 @@ def entropy_coefficients(
     return weight * (g + e * (below + entropy)), weight * e, own
 
 
-def row_factor(stats: dict[str, Tensor]) -> Tensor:
+def row_factor(logprob: Tensor, total: Tensor) -> Tensor:
     """(1 - p) / total [n], what J lacks to be softmax - onehot; 0 for a vocabulary of one."""
-    own, total = -torch.expm1(stats["logprob"]), stats["total"]
-    return torch.where(total == 0, 0.0, own / total)
+    return torch.where(total == 0, 0.0, -torch.expm1(logprob) / total)
 
 
 def _power_of_two(values: Tensor) -> Tensor:

@@ -40,8 +40,7 @@ and arguments, which are held to them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -134,6 +133,11 @@ class RowStats:
             squares=full(0.0) if squares else None,
             plain=full(0.0) if mean else None,
         )
+
+    def of(self, rows: slice) -> RowStats:
+        """Those of some rows, in the same memory."""
+        found = (getattr(self, field.name) for field in fields(self))
+        return RowStats(*(None if t is None else t[rows] for t in found))  # type: ignore[arg-type]
 
     @property
     def shift(self) -> Tensor:
@@ -236,28 +240,28 @@ def fold(
     at_target = z.gather(1, local)
     if stats.plain is not None:
         stats.plain += z.sum(1)
-    stats.target = torch.where(inside[:, 0], at_target[:, 0], stats.target)
+    torch.where(inside[:, 0], at_target[:, 0], stats.target, out=stats.target)
     z.scatter_(1, local, at_target.masked_fill(inside, -torch.inf))
 
     before = stats.shift
-    stats.peak = torch.maximum(stats.peak, z.amax(1))
-    stats.base = torch.where(stats.base == -torch.inf, stats.peak, stats.base)
+    torch.maximum(stats.peak, z.amax(1), out=stats.peak)
+    torch.where(stats.base == -torch.inf, stats.peak, stats.base, out=stats.base)
     above = (stats.peak - stats.base.masked_fill(stats.base == -torch.inf, 0.0)) / _LOG_2
     steps = torch.maximum(stats.steps, above.ceil())
     rescale = power_of_two(stats.steps - steps)
-    stats.steps = steps
+    stats.steps.copy_(steps)
 
     e = z.sub_(stats.shift[:, None])
     if stats.weighted is not None:
         moved = torch.where(stats.total > 0, (before - stats.shift) * stats.total, 0.0)
         exponent = e.clamp(min=LOWEST)
         e.exp_()
-        stats.weighted = rescale * (stats.weighted + moved) + exponent.mul_(e).sum(1)
+        stats.weighted.add_(moved).mul_(rescale).add_(exponent.mul_(e).sum(1))
     else:
         e.exp_()
-    stats.total = rescale * stats.total + e.sum(1)
+    stats.total.mul_(rescale).add_(e.sum(1))
     if stats.squares is not None:
-        stats.squares = rescale.square() * stats.squares + torch.einsum("nv,nv->n", e, e)
+        stats.squares.mul_(rescale.square()).add_(torch.einsum("nv,nv->n", e, e))
     if rest is not None:
         rest.mul_(rescale[:, None])
     if out is None:
@@ -274,7 +278,7 @@ def settle(
     block: Tensor,
     target: Tensor,
     own: Tensor,
-    factors: Sequence[Tensor],
+    factors: Tensor,
     columns: int,
 ) -> None:
     """Finish rows of J whose exponentials were taken relative to the shifts so far, in place.
@@ -283,7 +287,7 @@ def settle(
         block: [n, V], what ``fold`` left in ``out``, tile beside tile.
         target: [n] int64.
         own: [n], the entry at the target.
-        factors: [n] for each tile, a power of two.
+        factors: [tiles, n], powers of two.
         columns: columns of each tile but the last.
     """
     for i, factor in enumerate(factors):

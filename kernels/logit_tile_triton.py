@@ -16,9 +16,6 @@ repeat bit for bit. Offsets are 64 bits wide.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -309,7 +306,7 @@ def settle(
     block: Tensor,
     target: Tensor,
     own: Tensor,
-    factors: Sequence[Tensor],
+    factors: Tensor,
     columns: int,
 ) -> None:
     """Finish rows of J whose exponentials are relative to earlier shifts: logit_tile.settle."""
@@ -318,11 +315,11 @@ def settle(
         return
     tile = row_tile(columns)
     with on_device_of(block):
-        settle_kernel[(n, len(factors))](
+        settle_kernel[(n, factors.shape[0])](
             block,
             target,
             own,
-            torch.stack(list(factors)),
+            factors.contiguous(),
             block.stride(0),
             n,
             columns,

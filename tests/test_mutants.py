@@ -119,9 +119,8 @@ def round_target_entry(m: Patch) -> None:
     """softmax - 1 at the target, formed from a probability rounded to bfloat16."""
     original = sweeps.row_factor
 
-    def row_factor(stats):
-        rounded = stats["logprob"].exp().bfloat16().to(stats["logprob"].dtype).log()
-        return original({**stats, "logprob": rounded})
+    def row_factor(logprob, total):
+        return original(logprob.exp().bfloat16().to(logprob.dtype).log(), total)
 
     m.setattr(sweeps, "row_factor", row_factor)
 
@@ -164,7 +163,7 @@ def no_settling(m: Patch) -> None:
     original = logit_tile.settle
 
     def settle(block, target, own, factors, columns):
-        original(block, target, own, [torch.ones_like(f) for f in factors], columns)
+        original(block, target, own, torch.ones_like(factors), columns)
 
     m.setattr(logit_tile, "settle", settle)
 

@@ -101,7 +101,7 @@ def fold_all(kernels, p: Problem, dtype: torch.dtype | None, *, product: torch.d
         )
         steps.append(stats.steps.clone())
     if out is not None:
-        factors = [power_of_two(s - stats.steps) for s in steps]
+        factors = power_of_two(torch.stack(steps) - stats.steps)
         kernels.settle(out, p.target, -stats.total * gain, factors, p.columns)
     return stats, out, rest
 
@@ -252,7 +252,7 @@ def test_without_rows_nothing_is_launched() -> None:
     none = torch.empty(0, dtype=torch.long, device=DEVICE)
     stats = RowStats.start(0, empty)
     logit_tile_triton.fold(empty, LogitMap(), none, 0, stats, out=empty)
-    logit_tile_triton.settle(empty, none, stats.total, [stats.total], 8)
+    logit_tile_triton.settle(empty, none, stats.total, stats.total[None], 8)
     logit_tile_triton.jacobian(empty, LogitMap(), none, 0, stats.total, stats.total, out=empty)
     logit_tile_triton.finish(empty, stats.total, empty, none, stats.total, empty, None, block=4)
 
@@ -273,7 +273,7 @@ def test_rows_may_lie_more_than_two_to_the_31_apart() -> None:
     logit_tile.fold(p.x, p.head, p.target, 0, near, out=p.x)
     assert relative(stats.total, near.total) <= 2e-6
     assert relative(far, p.x) <= 2**-8
-    logit_tile_triton.settle(far, p.target, -near.total, [torch.ones_like(near.total) / 2], 40)
+    logit_tile_triton.settle(far, p.target, -near.total, near.total[None] * 0 + 0.5, 40)
     assert relative(far.gather(1, p.target[:, None])[:, 0], -near.total) <= 2**-8
 
 
