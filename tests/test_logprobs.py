@@ -15,7 +15,7 @@ import fusedpo
 from fusedpo import linear_logprobs, linear_token_stats
 from fusedpo.plan import parse_budget
 
-TILES = ((1, 1), (3, 7), (16, 64), (17, 128), (64, 4096))
+TILES = ((2, 9), (3, 7), (16, 64), (17, 128), (64, 4096))
 # an interpreted program costs a millisecond, and there is one a row and tile
 TRITON_TILES = ((50, 150), (7, 200), (16, 64), (17, 128), (64, 4096))
 
@@ -239,23 +239,24 @@ def test_the_error_does_not_grow_with_the_number_of_tiles(
     dtype: torch.dtype, route: str, backend: str
 ) -> None:
     g = torch.Generator().manual_seed(5)
+    tokens, vocab = (512, 1024) if backend == "torch" else (128, 512)
     case = Case(
         "growth",
-        torch.randn(512, 32, generator=g).to(dtype),
-        (torch.randn(1024, 32, generator=g) / 6).to(dtype),
-        torch.randint(1024, (512,), generator=g),
-        torch.randn(512, generator=g) / 512,
+        torch.randn(tokens, 32, generator=g).to(dtype),
+        (torch.randn(vocab, 32, generator=g) / 6).to(dtype),
+        torch.randint(vocab, (tokens,), generator=g),
+        torch.randn(tokens, generator=g) / tokens,
         needs=("hidden",) if route == "frozen" else ("hidden", "weight"),
     )
     exact = naive(case, torch.float64)
     errors = {}
-    for tiles, plan_ in ((1, plan_of(case, route, 512, 1024)), (64, plan_of(case, route, 64, 128))):
-        result = run(case, plan_)
-        errors[tiles] = {
+    for cuts in (1, 8):
+        result = run(case, plan_of(case, route, tokens // cuts, vocab // cuts))
+        errors[cuts] = {
             name: float((got.double() - exact.gradients[name]).norm())
             for name, got in result.gradients.items()
         }
-    for name, error in errors[64].items():
+    for name, error in errors[8].items():
         floor = 3e-7 * float(exact.gradients[name].norm())
         assert error <= max(1.1 * errors[1][name], floor), (name, errors)
 
@@ -351,7 +352,7 @@ def test_rows_of_the_jacobian_cancel_under_a_large_shift(seed: int, backend: str
     """Found by fuzzing: softmax from a rounded logsumexp of about 200 was 15 x the naive error."""
     case = generate(seed)
     for route in routes_for(case)[1:]:
-        for rows, cols in TILES:
+        for rows, cols in TILES if backend == "torch" else TRITON_TILES[-2:]:
             found = faults(run(case, plan_of(case, route, rows, cols)), case)
             assert not found, (case.name, route, found)
 
