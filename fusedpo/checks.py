@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -169,7 +169,7 @@ def label_tensor(
             remedy,
         )
     same_device(hidden=hidden, labels=labels)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
         raise bad_type("ignore_index", "an int", type(ignore_index).__name__)
     return labels
 

@@ -38,7 +38,7 @@ from fusedpo.backend import resolve
 from fusedpo.head import Head
 from fusedpo.operators import token_stats
 from fusedpo.plan import Needs, Plan, Scope, parse_budget, plan
-from fusedpo.scored import count_scored, label_fault, temperature_faults, tracing
+from fusedpo.scored import assert_on_device, count_scored, label_fault, temperature_faults, tracing
 from fusedpo.sweeps import (
     DIFFERENTIABLE,
     KEPT,
@@ -48,6 +48,7 @@ from fusedpo.sweeps import (
     Rows,
     Tiles,
     accumulated_dtype,
+    gathers,
     operand_dtype,
     ratio,
 )
@@ -203,6 +204,7 @@ def _prepare(
     ]
     options = {"temperature": temperature, "memory_budget": memory_budget, "backend": backend}
     if tracing():
+        assert_on_device(faults)
         return Rows.all_of(labels, ignore_index), options
     options["backend"] = resolve(backend, hidden)
     (count,) = count_scored(labels, ignore_index, faults, num_scored=num_scored)
@@ -231,8 +233,12 @@ def plan_for(
     scope: Scope | None = None,
     groups: int = 1,
     backend: str = "torch",
+    reordered: bool = False,
 ) -> Plan:
-    """The plan of a call: the user's own, if one was given and is for this problem."""
+    """The plan of a call: the user's own, if one was given and is for this problem.
+
+    reordered: the rows may yet be put into another order.
+    """
     vocab, width = head.weight.shape
     if isinstance(memory_budget, Plan):
         given = memory_budget
@@ -245,6 +251,12 @@ def plan_for(
         if missing or ("entropy" in stats and not given.entropy):
             wanted = ", ".join(sorted(missing) or ["entropy"])
             raise checks.bad_value("memory_budget", f"a plan with needs for {wanted}", str(given))
+        if given.route == "one_pass" and operand_dtype(hidden) == torch.float16:
+            raise checks.bad_value(
+                "memory_budget",
+                "another route than one_pass for products in float16, which would underflow",
+                str(given),
+            )
         if given.fused and resolve(backend, hidden) != "triton":
             raise checks.bad_value(
                 "memory_budget", 'a fused plan only with backend="triton"', str(given)
@@ -270,7 +282,7 @@ def plan_for(
         groups=groups,
         entropy="entropy" in stats,
         softcap=head.softcap is not None,
-        gathered=rows.positions is not None,
+        gathered=reordered or gathers(hidden, rows),
         device=hidden.device,
         backend=resolve(backend, hidden),
     )
@@ -348,6 +360,7 @@ def _traced(
         parse_budget(memory_budget),
         backend,
         operand_dtype(hidden),
+        ",".join(needs_of(hidden, head)),
         ",".join(stats),
     )
     return TokenStats(**dict(zip(stats, values, strict=False)))
@@ -396,7 +409,8 @@ class _Engine(torch.autograd.Function):
                 stats, assumed = tiles.sweep_one_pass(unit, head, call.groups)
             else:
                 stats = tiles.sweep_forward(unit)
-        outputs = tuple(stats[name] for name in call.stats)
+        # copies: a caller may change them in place, and some of them are kept for the backward
+        outputs = tuple(stats[name].clone() for name in call.stats)
         fixed = [
             v for name, v in zip(call.stats, outputs, strict=True) if name not in DIFFERENTIABLE
         ]

@@ -23,6 +23,7 @@ from fusedpo.losses._links import Tail
 from fusedpo.plan import Plan
 from fusedpo.scored import (
     Fault,
+    assert_on_device,
     border_fault,
     count_scored,
     label_fault,
@@ -132,6 +133,7 @@ def preference_loss(
     faults += temperature_faults(temperature, labels, ignore_index)
     counts: list[int] | None = None
     if tracing():
+        assert_on_device(faults)
         rows = Rows.all_of(labels, ignore_index)
         sequences = _traced_sequences(rows, borders)
         pairs = _pairs([1] * sequences.count)
@@ -156,7 +158,14 @@ def preference_loss(
     planned: Plan | None = None
     if counts is not None:
         planned = plan_for(
-            hidden, head, rows, memory_budget, scope=loss.scope, groups=pairs, backend=backend
+            hidden,
+            head,
+            rows,
+            memory_budget,
+            scope=loss.scope,
+            groups=pairs,
+            backend=backend,
+            reordered=pairs > 1 and loss.scope == "pair",
         )
         if planned.route == "one_pass" and pairs > 1:
             # a pair's rows side by side, so that its gradient is known as early as can be
@@ -441,6 +450,8 @@ def _traced_sequences(rows: Rows, borders: Tensor) -> Sequences:
     assert rows.scored is not None, "these rows are every position"
     positions = torch.arange(rows.targets.shape[0], device=borders.device)
     index = torch.searchsorted(borders[1:].contiguous(), positions, right=True)
+    # borders that end too early are a fault, but are not to be an index out of range
+    index = index.clamp(max=borders.shape[0] - 2)
     none = torch.zeros_like(borders[:-1])
     lengths = none.index_add(0, index, rows.scored.long())
     torch._assert_async(

@@ -25,6 +25,7 @@ from fusedpo.sweeps import (
     Rows,
     Tiles,
     accumulated_dtype,
+    gathers,
 )
 
 
@@ -44,12 +45,12 @@ def _tiles(
     needs: frozenset[Needs],
 ) -> Tiles:
     """The problem with its actual rows, checked."""
-    # a label that no vocabulary can hold stands for the ignored ones
     vocab, width = weight.shape
-    count = int(scored.sum())
     outside = scored & ((labels < 0) | (labels >= vocab))
-    if bool(outside.any()):
+    count, wrong = torch.stack((scored.sum(), outside.sum())).tolist()
+    if wrong:
         raise checks.bad_labels(torch.where(scored, labels, -100), vocab, -100)
+    # a label that no vocabulary can hold stands for the ignored ones
     rows = Rows.of(torch.where(scored, labels, vocab), vocab, count)
     used = resolve(backend, hidden)
     chosen = plan(
@@ -65,7 +66,7 @@ def _tiles(
         entropy=bool(needs),
         entropy_value="entropy" in stats,
         softcap=softcap is not None,
-        gathered=rows.positions is not None,
+        gathered=gathers(hidden, rows),
         device=hidden.device,
         backend=used,
     )
@@ -83,13 +84,22 @@ def _tiles(
     return Tiles(hidden, weight, bias, call)
 
 
+def _wanted(needs: str) -> frozenset[Needs]:
+    return frozenset(name for name in needs.split(",") if name)  # type: ignore[misc]
+
+
 def _names(stats: str) -> tuple[str, ...]:
     """What the operator returns: the statistics asked for, and what the backward takes."""
     asked = tuple(stats.split(","))
     return (*asked, *KEPT)
 
 
-@torch.library.custom_op("fusedpo::token_stats", mutates_args=())
+# they wait for the device to learn how many tokens are scored, which a recorded graph cannot do
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
+_TAGS = () if _UNSAFE is None else (_UNSAFE,)
+
+
+@torch.library.custom_op("fusedpo::token_stats", mutates_args=(), tags=_TAGS)
 def token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -102,6 +112,7 @@ def token_stats(
     budget: int,
     backend: str,
     operand: torch.dtype,
+    needs: str,
     stats: str,
 ) -> list[Tensor]:
     """Statistics [P] of a head at all P positions, 0 where not scored; then those of KEPT.
@@ -112,6 +123,7 @@ def token_stats(
         row_scale: [P] or None; then ``scale``. What the logits are multiplied with after softcap.
         budget: bytes. backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         operand: dtype of the products' operands.
+        needs: which gradients the backward will be asked for.
         stats: names with commas between them.
     """
     asked = tuple(stats.split(","))
@@ -129,7 +141,8 @@ def token_stats(
             backend,
             operand,
             asked,
-            frozenset(),
+            # planned as the backward will be, so that a budget is refused here
+            _wanted(needs),
         )
         found = tiles.sweep_forward(None)
         # a copy each: the outputs of an operator share no memory
@@ -149,6 +162,7 @@ def _(
     budget: int,
     backend: str,
     operand: torch.dtype,
+    needs: str,
     stats: str,
 ) -> list[Tensor]:
     acc = accumulated_dtype(hidden.dtype)
@@ -158,7 +172,7 @@ def _(
     ]
 
 
-@torch.library.custom_op("fusedpo::token_stats_backward", mutates_args=())
+@torch.library.custom_op("fusedpo::token_stats_backward", mutates_args=(), tags=_TAGS)
 def token_stats_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -178,7 +192,7 @@ def token_stats_backward(
     needs: str,
 ) -> list[Tensor]:
     """Gradients of ``needs``, names with commas between them, for upstream gradients [P]."""
-    wanted: frozenset[Needs] = frozenset(needs.split(","))  # type: ignore[arg-type]
+    wanted = _wanted(needs)
     with torch.autocast(hidden.device.type, enabled=False):
         tiles = _tiles(
             hidden,
@@ -241,7 +255,7 @@ def _plain_like(t: Tensor | None) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    hidden, weight, bias, labels, scored, row_scale, *options, stats = inputs
+    hidden, weight, bias, labels, scored, row_scale, *options, _, stats = inputs
     asked = stats.split(",")
     kept = output[len(asked) :]
     entropy = output[asked.index("entropy")] if "entropy" in asked else None
@@ -256,7 +270,7 @@ def _backward(ctx, upstream):  # type: ignore[no-untyped-def]
     hidden, weight, bias, labels, scored, row_scale, entropy, *kept = ctx.saved_tensors
     given = dict(zip(ctx.asked, upstream, strict=False))
     g, e = given.get("logprob"), given.get("entropy")
-    nothing = (None,) * 9
+    nothing = (None,) * 10
     names = [
         name
         for name, need in zip(("hidden", "weight", "bias"), ctx.needs_input_grad[:3], strict=True)

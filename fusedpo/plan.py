@@ -348,7 +348,8 @@ def _shapes(p: _Problem, route: Route, n: int, v: int) -> list[_Problem]:
     if not p.on_cpu and route in ("recompute", "retain"):
         area = n * v
         while area >= n * _TALL_COLUMNS:
-            rows = max(1, min(p.tokens, area // min(p.vocab, _TALL_COLUMNS)))
+            # whole vectors of rows, but for the last
+            rows = max(1, min(p.tokens, area // min(p.vocab, _TALL_COLUMNS) // 16 * 16))
             cols = min(p.vocab, max(_TALL_COLUMNS, area // rows // 128 * 128))
             if (rows, cols) != (n, v) and (not found or found[-1].back != (rows, cols)):
                 found.append(replace(p, back=(rows, cols)))

@@ -49,11 +49,7 @@ def count_scored(
     found = torch.stack([fault for fault, _ in faults])
     if promised is not None and labels.is_cuda:
         told = to_device(torch.tensor(promised), labels.device)
-        torch._assert_async(
-            ~found.any() & (counts == told).all(),
-            "labels, temperature, cu_seqlens or num_scored hold a wrong value; leave num_scored out"
-            " to learn which",
-        )
+        torch._assert_async(~found.any() & (counts == told).all(), _WRONG_VALUE)
         return promised
     values = torch.cat((found.long(), counts)).tolist()
     for is_fault, (_, error) in zip(values, faults, strict=False):
@@ -65,6 +61,17 @@ def count_scored(
             "num_scored", f"the number of labels that are not {ignore_index}, {read}", str(promised)
         )
     return read
+
+
+_WRONG_VALUE = (
+    "labels, temperature, cu_seqlens or num_scored: a wrong value; to learn which, call without"
+    " num_scored and outside torch.compile"
+)
+
+
+def assert_on_device(faults: Sequence[Fault]) -> None:
+    """Raise where the device comes to it, without waiting for it: for graphs."""
+    torch._assert_async(~torch.stack([fault for fault, _ in faults]).any(), _WRONG_VALUE)
 
 
 def label_fault(labels: Tensor, vocab: int, ignore_index: int) -> Fault:

@@ -32,7 +32,7 @@ _HAS_ADDMM_OUT_DTYPE = _TORCH >= (2, 10) and torch.version.hip is None
 
 # what every forward leaves per token, for the backward
 DIFFERENTIABLE = ("logprob", "entropy")
-KEPT = ("logprob", "logsumexp", "shift", "total")
+KEPT = ("logprob", "shift", "total")
 
 # fp16 has few exponents: exponentials, at most 1, are stored this much larger, and Jacobians so
 # that their largest entry, the total, is at most twice this
@@ -179,11 +179,25 @@ def _product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
         _product(out, a.to(out.dtype), b.to(out.dtype), add=add)
 
 
+def gathers(hidden: Tensor, rows: Rows) -> bool:
+    """Whether rows of hidden have to be copied: some are left out, or they are no rectangle."""
+    return rows.positions is not None or _flat(hidden) is None
+
+
+def _flat(hidden: Tensor) -> Tensor | None:
+    """[P, H], or None for a slice that cannot be flattened without a copy of all of it."""
+    try:
+        return hidden.view(-1, hidden.shape[-1])
+    except RuntimeError:
+        return None
+
+
 class Tiles:
     """The problem cut into tiles: reads operands, makes logits, and runs the sweeps over them."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> None:
-        self.hidden, self.weight, self.bias, self.call = hidden, weight, bias, call
+        self.hidden, self.weight, self.call = hidden, weight, call
+        self.bias = None if bias is None else bias.contiguous()
         self.rows, self.plan = call.rows, call.plan
         self.acc = accumulated_dtype(hidden.dtype)
         self.operand = call.operand
@@ -191,10 +205,7 @@ class Tiles:
         self.gain = _FP16_GAIN if call.operand == torch.float16 else 1.0
         self.vocab, self.width = weight.shape
         self.count = call.rows.count
-        try:
-            self.flat: Tensor | None = hidden.view(-1, self.width)
-        except RuntimeError:  # a slice that cannot be flattened without a copy of all of it
-            self.flat = None
+        self.flat = _flat(hidden)
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.acc, device=self.hidden.device)
@@ -394,7 +405,7 @@ class Tiles:
         )
         stats = RowStats(
             peak=found["peak"],
-            base=found["peak"],
+            shift=found["peak"].masked_fill(found["peak"] == -torch.inf, 0.0),
             steps=torch.zeros_like(found["peak"]),
             total=found["total"],
             target=found["target"],
@@ -698,26 +709,23 @@ class Tiles:
         power of two that the gradients are then too large by, or None.
         """
         fp16 = self.operand == torch.float16
-        gain = None
-        if e is None:
-            narrow = self.row_gain(stats["total"])
-            factor = narrow if isinstance(narrow, Tensor) else None
-            left = -self.scaled(g * self.factor(stats["logprob"], stats["total"]), 0, self.count)
-            if fp16:
-                gain = _power_of_two(_largest(left))
-                left = left * gain
-            own, tilt = -stats["total"] * narrow, None
-        else:
+        if e is not None:
+            g, e = self.scaled(g, 0, self.count), self.scaled(e, 0, self.count)
+            gain = None
             if fp16:
                 gain = 2.0**10 * _power_of_two(_largest(torch.cat((g, e))))
                 g, e = g * gain, e * gain
-            factor, tilt, own = entropy_coefficients(stats, g, e)
-            left = -self.scaled(torch.ones_like(g), 0, self.count)
-        if fp16 or not self.kernels.ABSORBS_FACTORS:
-            return RowCoefficients(own, factor, tilt, left), gain
-        factor = left if factor is None else factor * left
-        tilt = None if tilt is None else tilt * left
-        return RowCoefficients(own * left, factor, tilt, None), gain
+            factor, tilt, own = entropy_coefficients(stats, -g, -e)
+            return RowCoefficients(own, factor, tilt, None), gain
+        narrow = self.row_gain(stats["total"])
+        left = -self.scaled(g * self.factor(stats["logprob"], stats["total"]), 0, self.count)
+        own = -stats["total"] * narrow
+        if self.kernels.ABSORBS_FACTORS and not fp16:
+            return RowCoefficients(own * left, left, None, None), None
+        if not fp16:
+            return RowCoefficients(own, None, None, left), None
+        gain = _power_of_two(_largest(left))
+        return RowCoefficients(own, narrow, None, left * gain), gain  # type: ignore[arg-type]
 
     def sweep_kept(
         self,
@@ -810,8 +818,8 @@ def entropy_coefficients(
     g (P - onehot) + e P (log P + entropy), P being exp(z - shift) exp(shift - logsumexp).
     """
     logprob, entropy = stats["logprob"], stats["entropy"]
-    below = (stats["shift"] - stats["logsumexp"]).clamp(min=logit_tile.LOWEST)
-    weight = below.exp()
+    below = logit_tile.below_logsumexp(logprob, stats["total"])
+    weight, below = below.exp(), below.clamp(min=logit_tile.LOWEST)
     finite = logprob.clamp(min=logit_tile.LOWEST)
     own = g * torch.expm1(logprob) + e * finite.exp() * (finite + entropy)
     return weight * (g + e * (below + entropy)), weight * e, own

@@ -20,7 +20,8 @@ their difference would be rounding noise, while the log-sigmoid of a large numbe
 The shift of a row is the peak of the first tile that had one, and rises from there by whole
 multiples of log 2. So what has been summed or stored relative to an earlier shift is brought to a
 later one by a power of two, which is exact in every dtype: exponentials can be kept in half
-precision before the last tile is known, with one rounding.
+precision before the last tile is known, with one rounding. A rise by more than 2^126 leaves nothing
+of the past, and the row starts anew from its peak.
 
 *Jacobian.* With the statistics known, the tile becomes J, the negated derivative of logp with
 respect to z, but for one factor a row:
@@ -45,8 +46,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-# exp(LOWEST) is 0 and 0 * LOWEST is 0, where exp(-inf) * -inf would be NaN
-LOWEST = -1e30
+# exp(LOWEST) is 0 in every dtype and 0 * LOWEST is 0, where exp(-inf) * -inf would be NaN
+LOWEST = -1e4
+
+# a rise by more steps than this leaves nothing of what was summed before, in any dtype
+_MOST_STEPS = 126
 
 _LOG_2 = math.log(2.0)
 
@@ -102,7 +106,7 @@ class RowStats:
     """
 
     peak: Tensor  # largest non-target logit so far
-    base: Tensor  # the first peak that was not -inf
+    shift: Tensor  # what exponentials are taken relative to; 0 until a peak is finite
     steps: Tensor  # how often log 2 was added to it, a whole number
     total: Tensor  # sum of exp(z - shift) over the non-target logits so far
     target: Tensor  # the target's logit, once its tile has been seen
@@ -125,7 +129,7 @@ class RowStats:
 
         return cls(
             peak=full(-torch.inf),
-            base=full(-torch.inf),
+            shift=full(0.0),
             steps=full(0.0),
             total=full(0.0),
             target=full(-torch.inf),
@@ -138,11 +142,6 @@ class RowStats:
         """Those of some rows, in the same memory."""
         found = (getattr(self, field.name) for field in fields(self))
         return RowStats(*(None if t is None else t[rows] for t in found))  # type: ignore[arg-type]
-
-    @property
-    def shift(self) -> Tensor:
-        """What exponentials are taken relative to; 0 for a row without a finite entry."""
-        return shift_of(self.base, self.steps)
 
     @property
     def rest(self) -> Tensor:
@@ -163,26 +162,36 @@ class RowStats:
     def entropy(self) -> Tensor:
         """-sum p log p, [n]: a sum of non-negative terms, so a confident row keeps its digits."""
         assert self.weighted is not None, "entropy was not asked for when the rows were started"
-        logprob, lse = self.logprob, self.logsumexp
-        above = torch.where(self.total > 0, (lse - self.shift) * self.total - self.weighted, 0.0)
+        logprob = self.logprob
+        below = below_logsumexp(logprob, self.total)
+        others = -below.clamp(min=LOWEST) * self.total - self.weighted
         own = torch.where(logprob == -torch.inf, 0.0, logprob.exp() * logprob)
-        return torch.exp(self._below(lse)) * above - own
+        return below.exp() * others - own
 
     @property
     def log_sum_sq_probs(self) -> Tensor:
         """log of the sum of squared probabilities, [n]."""
         assert self.squares is not None, "squares were not asked for when the rows were started"
-        rest = 2 * self._below(self.logsumexp) + self.squares.log()
-        return torch.logaddexp(rest, 2 * self.logprob)
+        logprob = self.logprob
+        rest = 2 * below_logsumexp(logprob, self.total) + self.squares.log()
+        return torch.logaddexp(torch.where(self.squares > 0, rest, -torch.inf), 2 * logprob)
 
     @property
     def top1(self) -> Tensor:
         """Whether no other logit is larger than the target's, [n]."""
         return self.target >= self.peak
 
-    def _below(self, lse: Tensor) -> Tensor:
-        """shift - lse; -inf where nothing was folded, also for lse = -inf."""
-        return torch.where(self.base == -torch.inf, -torch.inf, self.shift - lse)
+
+def below_logsumexp(logprob: Tensor, total: Tensor) -> Tensor:
+    """shift - logsumexp [n], from 1 - p = total exp(shift - logsumexp); -inf for an empty total.
+
+    The difference of the two numbers themselves would have the rounding of logits in it, which are
+    as large as any offset that all of them share.
+    """
+    # log(1 - p), without cancellation on either side of p = 1/2
+    likely = logprob > -_LOG_2
+    others = torch.where(likely, (-torch.expm1(logprob)).log(), torch.log1p(-logprob.exp()))
+    return torch.where(total > 0, others - total.log(), torch.where(total == 0, -torch.inf, total))
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
@@ -193,10 +202,6 @@ def power_of_two(exponent: Tensor) -> Tensor:
     if exponent.dtype == torch.float64:
         return ((exponent.clamp(-1022, 1023) + 1023).long() << 52).view(torch.float64)
     return ((exponent.clamp(-126, 127) + 127).int() << 23).view(torch.float32)
-
-
-def shift_of(base: Tensor, steps: Tensor) -> Tensor:
-    return base.masked_fill(base == -torch.inf, 0.0) + steps * _LOG_2
 
 
 def _locate(target: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -243,17 +248,20 @@ def fold(
     torch.where(inside[:, 0], at_target[:, 0], stats.target, out=stats.target)
     z.scatter_(1, local, at_target.masked_fill(inside, -torch.inf))
 
-    before = stats.shift
+    unseen = stats.peak == -torch.inf
     torch.maximum(stats.peak, z.amax(1), out=stats.peak)
-    torch.where(stats.base == -torch.inf, stats.peak, stats.base, out=stats.base)
-    above = (stats.peak - stats.base.masked_fill(stats.base == -torch.inf, 0.0)) / _LOG_2
-    steps = torch.maximum(stats.steps, above.ceil())
-    rescale = power_of_two(stats.steps - steps)
-    stats.steps.copy_(steps)
+    rise = ((stats.peak - stats.shift) / _LOG_2).ceil().clamp(min=0.0)
+    anew = unseen | (rise > _MOST_STEPS)
+    before = stats.shift.clone()
+    peak = stats.peak.masked_fill(stats.peak == -torch.inf, 0.0)
+    torch.where(anew, peak, before + rise * _LOG_2, out=stats.shift)
+    # beyond the range of power_of_two: what is left of the past is 0
+    stats.steps.add_(rise.masked_fill(anew, 2.0 * _MOST_STEPS))
+    rescale = power_of_two(-rise).masked_fill(anew, 0.0)
 
     e = z.sub_(stats.shift[:, None])
     if stats.weighted is not None:
-        moved = torch.where(stats.total > 0, (before - stats.shift) * stats.total, 0.0)
+        moved = ((before - stats.shift) * stats.total).masked_fill(anew, 0.0)
         exponent = e.clamp(min=LOWEST)
         e.exp_()
         stats.weighted.add_(moved).mul_(rescale).add_(exponent.mul_(e).sum(1))

@@ -69,7 +69,7 @@ def fold_kernel(
     scale_ptr,
     target_ptr,
     peak_ptr,
-    base_ptr,
+    shift_ptr,
     steps_ptr,
     total_ptr,
     own_ptr,
@@ -138,14 +138,16 @@ def fold_kernel(
         tl.store(plain_ptr + row, tl.load(plain_ptr + row) + plain)
 
     # the new shift: the first peak there was, and above that whole multiples of log 2
-    peak = tl.maximum(tl.load(peak_ptr + row), highest)
-    base = tl.load(base_ptr + row)
-    base = tl.where(base == float("-inf"), peak, base)
-    finite = tl.where(base == float("-inf"), 0.0, base)
-    before = tl.load(steps_ptr + row)
-    steps = tl.maximum(before, tl.ceil((peak - finite) * 1.4426950408889634))
-    shift = finite + steps * 0.6931471805599453
-    rescale = two_to_the(before - steps)
+    before = tl.load(peak_ptr + row)
+    old_shift = tl.load(shift_ptr + row)
+    peak = tl.maximum(before, highest)
+    rise = tl.maximum(tl.ceil((peak - old_shift) * 1.4426950408889634), 0.0)
+    # nothing is left of the past, or there is none
+    anew = (before == float("-inf")) | (rise > 126.0)
+    finite = tl.where(peak == float("-inf"), 0.0, peak)
+    shift = tl.where(anew, finite, old_shift + rise * 0.6931471805599453)
+    rescale = tl.where(anew, 0.0, two_to_the(-rise))
+    steps = tl.load(steps_ptr + row) + tl.where(anew, 252.0, rise)
 
     limit = softcap * scale
     if WHOLE:
@@ -153,7 +155,7 @@ def fold_kernel(
         e = tl.exp(d)
         added = tl.sum(e, 0)
         if WEIGHTED:
-            weighted = tl.sum(e * tl.maximum(d, -1e30), 0)
+            weighted = tl.sum(e * tl.maximum(d, -1e4), 0)
         if SQUARES:
             squares = tl.sum(e * e, 0)
         if OUT:
@@ -174,7 +176,7 @@ def fold_kernel(
             e = tl.exp(d)
             sums += e
             if WEIGHTED:
-                weights += e * tl.maximum(d, -1e30)
+                weights += e * tl.maximum(d, -1e4)
             if SQUARES:
                 second += e * e
             if OUT:
@@ -189,8 +191,7 @@ def fold_kernel(
 
     total = tl.load(total_ptr + row)
     if WEIGHTED:
-        old_shift = finite + before * 0.6931471805599453
-        moved = tl.where(total > 0, (old_shift - shift) * total, 0.0)
+        moved = tl.where(anew, 0.0, (old_shift - shift) * total)
         was = tl.load(weighted_ptr + row)
         tl.store(weighted_ptr + row, rescale * (was + moved) + weighted)
     if SQUARES:
@@ -198,7 +199,7 @@ def fold_kernel(
         tl.store(squares_ptr + row, rescale * rescale * was + squares)
     tl.store(total_ptr + row, rescale * total + added)
     tl.store(peak_ptr + row, peak)
-    tl.store(base_ptr + row, base)
+    tl.store(shift_ptr + row, shift)
     tl.store(steps_ptr + row, steps)
     if REST:
         # most rows' shifts stay: their sums are not touched
@@ -239,7 +240,7 @@ def fold(
             head.scale if isinstance(head.scale, Tensor) else x,
             target,
             stats.peak,
-            stats.base,
+            stats.shift,
             stats.steps,
             stats.total,
             stats.target,
@@ -269,7 +270,8 @@ def fold(
         )
 
 
-@triton.jit
+# the last block of rows may have any number
+@triton.jit(do_not_specialize=["rows"])
 def settle_kernel(
     block_ptr,
     target_ptr,
@@ -369,7 +371,7 @@ def jacobian_kernel(
     if FACTOR:
         factor = tl.load(factor_ptr + row)
         if TILT:
-            factor = factor + tl.load(tilt_ptr + row) * tl.maximum(d, -1e30)
+            factor = factor + tl.load(tilt_ptr + row) * tl.maximum(d, -1e4)
         j *= factor
     j = tl.where(columns == y, tl.load(own_ptr + row), j)
     if SOFTCAP:

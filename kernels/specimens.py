@@ -25,7 +25,7 @@ _FOLD_POINTERS = (
     "scale_ptr",
     "target_ptr",
     "peak_ptr",
-    "base_ptr",
+    "shift_ptr",
     "steps_ptr",
     "total_ptr",
     "own_ptr",

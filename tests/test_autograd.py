@@ -311,3 +311,19 @@ def test_the_last_backward_lets_go_of_what_was_held(route: str) -> None:
     assert engine.unit is not None or engine.call.plan.route == "retain"
     out.loss.backward()
     assert engine.unit is None and (engine.head is None or not engine.head.wanted)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_outputs_may_be_changed_in_place(masked: bool) -> None:
+    hidden, weight, labels = small()
+    labels = labels if masked else labels.clamp(min=0)
+    expected = torch.autograd.grad(
+        (linear_logprobs(hidden, weight, labels) * 2).sum(), (hidden, weight)
+    )
+    logprob = linear_logprobs(hidden, weight, labels)
+    logprob.mul_(2)
+    got = torch.autograd.grad(logprob.sum(), (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    out = preference_loss(losses.SimPO(), hidden, weight, labels)
+    out.logprobs.zero_()
+    assert torch.autograd.grad(out.loss, hidden)[0].abs().sum() > 0

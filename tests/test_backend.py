@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from engine import generate, run
@@ -204,3 +205,22 @@ def test_a_plan_is_a_value(plan_is_fused: bool) -> None:
     )
     assert make() == make() and dataclasses.replace(make(), rows=1) != make()
     assert fusedpo.Plan is type(make())
+
+
+def test_products_in_float16_take_no_plan_that_would_underflow(monkeypatch) -> None:
+    hidden, weight, labels = data(torch.float16)
+    weight.requires_grad_()
+    chosen = plan(24, VOCAB, WIDTH, dtype=torch.float16, scope="pair", groups=2, route="one_pass")
+    monkeypatch.setattr(fusedpo.logprobs, "operand_dtype", lambda hidden: hidden.dtype)
+    with pytest.raises(ValueError, match="another route than one_pass for products in float16"):
+        preference_loss(losses.SimPO(), hidden, weight, labels, memory_budget=chosen)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    hidden, weight, labels = data()
+    plain = linear_logprobs(hidden, weight, labels)
+    counts = {"num_scored": np.int64(24), "ignore_index": np.int64(-100)}
+    assert torch.equal(plain, linear_logprobs(hidden, weight, labels, **counts))
+    loss = preference_loss(losses.SimPO(), hidden, weight, labels)
+    known = preference_loss(losses.SimPO(), hidden, weight, labels, num_scored=np.full(4, 6))
+    assert torch.equal(loss.loss, known.loss)

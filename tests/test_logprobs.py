@@ -9,7 +9,7 @@ import torch
 from engine import DTYPES, ROUTES, generate, plan_of, run, with_tile
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import Case, faults, naive
+from oracles import Case, faults, naive, relative
 
 import fusedpo
 from fusedpo import linear_logprobs, linear_token_stats
@@ -324,6 +324,73 @@ def test_a_banned_token_has_probability_zero(backend: str) -> None:
         assert (result.logprob - expected)[:5].abs().max() < 1e-5
         assert result.gradients["weight"].isfinite().all()
         assert (result.gradients["weight"][:3] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "number", [-200.0, -1e4, -65504.0, -1e6, -1e7, -1e9, -1e11, torch.finfo(torch.float32).min]
+)
+@pytest.mark.parametrize("trainable", [("hidden",), ("hidden", "weight")])
+def test_tokens_banned_by_a_number_leave_the_others_their_digits(
+    number: float, trainable: tuple[str, ...], backend: str
+) -> None:
+    """A whole first tile of them: what it says of the row's size is of no use to the rest."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 8, generator=g), torch.randn(500, 8, generator=g)
+    bias = torch.zeros(500)
+    bias[:64] = number
+    labels = torch.tensor([450, 499, 470, 64])
+    case = Case("banned", hidden, weight, labels, torch.ones(4), bias=bias, needs=trainable)
+    result = run(case, plan_of(case, "frozen" if len(trainable) == 1 else "recompute", 4, 64))
+    exact, same = naive(case, torch.float64), naive(case, torch.float32)
+    gap = (result.logprob.double() - exact.logprob).abs().max()
+    assert gap <= max(1e-5, 2 * float((same.logprob.double() - exact.logprob).abs().max()))
+    for name, truth in exact.gradients.items():
+        assert relative(result.gradients[name], truth) <= 1e-5
+
+
+@pytest.mark.parametrize("offset", [0.0, -200.0, 200.0, -1e4, 1e4])
+def test_entropy_does_not_suffer_from_an_offset(offset: float, backend: str) -> None:
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(12, 8, generator=g), torch.randn(90, 8, generator=g)
+    labels = torch.randint(90, (12,), generator=g)
+    bias = torch.full((90,), offset)
+    case = Case("offset", hidden, weight, labels, torch.ones(12), bias=bias)
+    case.upstream_entropy = torch.ones(12)
+    result = run(case, plan_of(case, "recompute", 12, 32))
+    exact, same = naive(case, torch.float64), naive(case, torch.float32)
+    for name in ("logprob", "entropy"):
+        mine, truth, theirs = (getattr(r, name).double() for r in (result, exact, same))
+        assert (mine - truth).abs().max() <= max(1e-5, 4 * float((theirs - truth).abs().max()))
+    for name, truth in exact.gradients.items():
+        limit = max(5e-6, 4 * relative(same.gradients[name], truth))
+        assert relative(result.gradients[name], truth) <= limit, name
+
+
+@pytest.mark.parametrize("logit", [-100.0, -30.0, 0.0, 30.0])
+def test_entropy_of_the_only_token_there_is(logit: float, backend: str) -> None:
+    hidden = torch.ones(2, 1, requires_grad=True)
+    weight = torch.zeros(5, 1)
+    weight[1] = logit
+    weight.requires_grad_()
+    bias = torch.full((5,), -torch.inf)
+    bias[1] = 0.0
+    stats = linear_token_stats(hidden, weight, torch.tensor([1, 1]), bias=bias, backend=backend)
+    assert (stats.entropy == 0).all() and (stats.logprob == 0).all()
+    (stats.logprob.sum() + stats.entropy.sum()).backward()
+    assert (hidden.grad == 0).all() and (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["strided", "expanded"])
+def test_a_bias_of_any_layout(kind: str, backend: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 8, generator=g), torch.randn(50, 8, generator=g)
+    bias = torch.randn(50, 2, generator=g)[:, 0]
+    bias = bias if kind == "strided" else bias[:1].expand(50)
+    labels = torch.tensor([1, 49, 3, 7])
+    got = linear_logprobs(hidden, weight, labels, bias=bias, backend=backend)
+    assert torch.equal(
+        got, linear_logprobs(hidden, weight, labels, bias=bias.contiguous(), backend=backend)
+    )
 
 
 def test_an_infinite_logit_shows_as_nan(backend: str) -> None:

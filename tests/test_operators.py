@@ -57,6 +57,7 @@ def arguments(dtype: torch.dtype, backend: str, head: str, stats: str) -> tuple:
         2**20,
         backend,
         acc,
+        "hidden,weight" if bias is None else "hidden,weight,bias",
         stats,
     )
 
@@ -83,7 +84,7 @@ def test_opcheck_of_the_backward(needs: str, entropy: bool, backend: str) -> Non
     torch.library.opcheck(
         token_stats_backward,
         (
-            *given[:-1],
+            *given[:-2],
             lse_and_more,
             found[1] if entropy else None,
             upstream,
@@ -200,7 +201,7 @@ def test_wrong_labels_are_an_error_in_a_graph_too() -> None:
         lambda y: linear_logprobs(hidden, weight, y), backend="aot_eager", fullgraph=True
     )
     labels[1, 4] = VOCAB
-    with pytest.raises(ValueError, match=r"labels: expected class numbers in \[0, 50\)"):
+    with pytest.raises((ValueError, RuntimeError), match=r"labels.*(wrong value|\[0, 50\))"):
         f(labels)
 
 
@@ -214,6 +215,56 @@ def test_a_sequence_without_a_scored_token_is_an_error_in_a_graph_too() -> None:
     labels[1] = -100
     with pytest.raises(RuntimeError, match="at least one scored token in every sequence"):
         f(labels)
+
+
+@pytest.mark.parametrize("cu", [[0, 6, 12, 18, 30], [3, 6, 12, 18, 24], [0, 6, 12, 18, 20]])
+def test_wrong_borders_are_an_error_in_a_graph_too(cu: list[int]) -> None:
+    hidden, labels = torch.randn(24, WIDTH), torch.randint(VOCAB, (24,))
+    _, weight, _ = data()
+    f = torch.compile(
+        lambda c: preference_loss(SimPO(), hidden, weight, labels, cu_seqlens=c).loss,
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    assert f(torch.tensor([0, 6, 12, 18, 24])).isfinite()
+    with pytest.raises(RuntimeError, match="labels, temperature, cu_seqlens"):
+        f(torch.tensor(cu))
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan")])
+def test_a_wrong_temperature_is_an_error_in_a_graph_too(wrong: float) -> None:
+    hidden, weight, labels = data()
+    f = torch.compile(
+        lambda t: linear_logprobs(hidden, weight, labels, temperature=t),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    temperature = torch.ones(labels.shape)
+    temperature[0, 0] = wrong  # ignored
+    assert f(temperature).isfinite().all()
+    temperature[1, 5] = wrong
+    with pytest.raises(RuntimeError, match="labels, temperature, cu_seqlens"):
+        f(temperature)
+
+
+def test_a_budget_is_refused_before_any_work_in_a_graph_too() -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(256, 64, generator=g).bfloat16().requires_grad_()
+    weight = torch.randn(300, 64, generator=g).bfloat16().requires_grad_()
+    labels = torch.randint(300, (256,), generator=g)
+    for budget in (56_000, 80_000, 104_000, 200_000):
+        torch._dynamo.reset()
+        f = torch.compile(
+            lambda b=budget: linear_logprobs(hidden, weight, labels, memory_budget=b).sum(),
+            backend="aot_eager",
+            fullgraph=True,
+        )
+        try:
+            total = f()
+        except ValueError as refusal:
+            assert "memory_budget: expected at least" in str(refusal)
+            continue
+        total.backward()
 
 
 def test_under_autocast_in_a_graph() -> None:
