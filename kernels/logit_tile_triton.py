@@ -147,7 +147,10 @@ def fold_kernel(
     finite = tl.where(peak == float("-inf"), 0.0, peak)
     shift = tl.where(anew, finite, old_shift + rise * 0.6931471805599453)
     rescale = tl.where(anew, 0.0, two_to_the(-rise))
-    steps = tl.load(steps_ptr + row) + tl.where(anew, 252.0, rise)
+    # at once, so that it takes no register while the row does
+    tl.store(steps_ptr + row, tl.load(steps_ptr + row) + tl.where(anew, 252.0, rise))
+    tl.store(peak_ptr + row, peak)
+    tl.store(shift_ptr + row, shift)
 
     limit = softcap * scale
     if WHOLE:
@@ -198,9 +201,6 @@ def fold_kernel(
         was = tl.load(squares_ptr + row)
         tl.store(squares_ptr + row, rescale * rescale * was + squares)
     tl.store(total_ptr + row, rescale * total + added)
-    tl.store(peak_ptr + row, peak)
-    tl.store(shift_ptr + row, shift)
-    tl.store(steps_ptr + row, steps)
     if REST:
         # most rows' shifts stay: their sums are not touched
         if rescale != 1.0:

@@ -29,7 +29,7 @@ def row_tile(columns: int) -> StreamTile:
     Up to 16384 columns the row is held in registers, 32 numbers a thread, and read only once.
     Longer rows are read twice, in steps that leave registers for running sums.
     """
-    return _stream(columns, largest=16384) if columns <= 16384 else StreamTile(4096, warps=8)
+    return _stream(columns, largest=16384) if columns <= 16384 else StreamTile(2048, warps=4)
 
 
 def jacobian_tile(columns: int) -> StreamTile:
