@@ -12,6 +12,9 @@ budgets, and 3 instead of 2 for a frozen one. What needs the loss (one_pass) or 
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -94,12 +97,25 @@ def _names(stats: str) -> tuple[str, ...]:
     return (*asked, *KEPT)
 
 
-# they wait for the device to learn how many tokens are scored, which a recorded graph cannot do
+# they wait for the device to learn how many tokens are scored, which a recorded graph cannot do;
+# older versions of torch have no word for it
 _UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
-_TAGS = () if _UNSAFE is None else (_UNSAFE,)
+_HAS_TAGS = "tags" in inspect.signature(torch.library.custom_op).parameters
+_OPTIONS: dict[str, Any] = {"tags": (_UNSAFE,)} if _HAS_TAGS and _UNSAFE is not None else {}
+
+# said rather than inferred from annotations, which older versions of torch do not all know
+_PROBLEM = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor scored, Tensor? row_scale, "
+    "float scale, float? softcap, int budget, str backend, ScalarType operand"
+)
 
 
-@torch.library.custom_op("fusedpo::token_stats", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op(
+    "fusedpo::token_stats",
+    mutates_args=(),
+    schema=f"({_PROBLEM}, str needs, str stats) -> Tensor[]",
+    **_OPTIONS,
+)
 def token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -172,7 +188,13 @@ def _(
     ]
 
 
-@torch.library.custom_op("fusedpo::token_stats_backward", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op(
+    "fusedpo::token_stats_backward",
+    mutates_args=(),
+    schema=f"({_PROBLEM}, Tensor[] kept, Tensor? entropy, Tensor upstream, "
+    "Tensor? upstream_entropy, str needs) -> Tensor[]",
+    **_OPTIONS,
+)
 def token_stats_backward(
     hidden: Tensor,
     weight: Tensor,

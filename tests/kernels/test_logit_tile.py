@@ -289,7 +289,7 @@ def test_rows_may_lie_more_than_two_to_the_31_apart() -> None:
 def test_a_tile_is_a_power_of_two_that_suits_its_row(columns: int) -> None:
     for tile, largest in ((row_tile(columns), 16384), (jacobian_tile(columns), 4096)):
         assert tile.block & (tile.block - 1) == 0 and 1024 <= tile.block <= largest
-        assert tile.block >= min(columns, 4096)
+        assert tile.block >= min(columns, 2048)
         # between 16 numbers a thread, whole vectors of half precision, and 32
         assert 16 <= tile.block / (32 * tile.warps) <= 32
     assert columns > 16384 or row_tile(columns).block >= columns
