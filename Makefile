@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest lint bench clean
+.PHONY: demo test test-oldest lint bench bench-gpu clean
 
 # threads that spin while they wait bring two cores to a crawl as soon as anything else runs
 demo: export OMP_WAIT_POLICY = passive
@@ -28,6 +28,10 @@ lint: .venv/ready
 bench: .venv/bench
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.memory
+
+# with a GPU: tests, benchmarks and tiles on it, in less than ten minutes
+bench-gpu: .venv/bench
+	PYTHON=$(BIN)/python benchmarks/gpu.sh
 
 .venv/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -363,7 +363,7 @@ def _traced(
         ",".join(needs_of(hidden, head)),
         ",".join(stats),
     )
-    return TokenStats(**dict(zip(stats, values, strict=False)))
+    return TokenStats(**dict(zip(stats, values[: len(stats)], strict=True)))
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,7 +1,8 @@
 """Test-wide habits: fresh memory is poisoned, threads are few, hypothesis is deterministic.
 
-Without a GPU the Triton kernels run in Triton's interpreter, which has to be asked for before a
-kernel is defined; so it is the first thing done here.
+The Triton kernels run in Triton's interpreter, which has to be asked for before a kernel is
+defined; so it is the first thing done here. With FUSEDPO_TEST_DEVICE=cuda they are compiled, for the
+tests that put their tensors there (tests/gpu, tests/kernels).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hypothesis
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if os.environ.get("FUSEDPO_TEST_DEVICE") != "cuda":
     os.environ["TRITON_INTERPRET"] = "1"
 
 import engine

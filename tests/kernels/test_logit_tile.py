@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ pytest.importorskip("triton")
 from fusedpo.kernels import device_math, logit_tile_triton
 from fusedpo.kernels.tiles import StreamTile, jacobian_tile, row_tile
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = os.environ.get("FUSEDPO_TEST_DEVICE", "cpu")
 SENTINEL = 12345.0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -17,7 +18,7 @@ pytest.importorskip("triton")
 from fusedpo.kernels import product_fold as module
 from fusedpo.kernels.product_fold import Tile, default_tile, product_fold
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = os.environ.get("FUSEDPO_TEST_DEVICE", "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALL = {"entropy": True, "squares": True, "mean": True}
 BLOCK = 16

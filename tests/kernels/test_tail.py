@@ -7,6 +7,7 @@ last place. The gates are also judged entry by entry, against fifty-digit arithm
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,7 @@ GATES, LINKS = module.GATES, module.LINKS
 # small enough that a few dozen tokens cross its edges; what is shipped has a test of its own
 BLOCK = 8
 EDGES = (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = os.environ.get("FUSEDPO_TEST_DEVICE", "cpu")
 LEFT_ALONE = -12345.0
 
 

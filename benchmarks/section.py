@@ -1,0 +1,142 @@
+"""What the sections of benchmarks/gpu.py share: their setting, and the form of their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks import measure
+from benchmarks.shapes import Shape
+from fusedpo.kernels.timing import Clock
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and what to measure.
+
+    Attributes:
+        clock: of the device.
+        shape: of all sections but the one about shapes.
+        dtype: of hidden states and head.
+        rounds: interleaved rounds of a section, if there is time.
+        calls: launches of a small kernel that are timed together.
+        rows: N of the section about shapes, at the shape's vocabulary.
+        vocabularies: V of that section, at the shape's N.
+        peers: names in benchmarks/peers.py.
+        tail: pairs and tokens a sequence of the section about the tail.
+        dry: whether only the code is tried, and no number means anything.
+    """
+
+    clock: Clock
+    shape: Shape
+    dtype: torch.dtype
+    rounds: int
+    calls: int
+    rows: tuple[int, ...]
+    vocabularies: tuple[int, ...]
+    peers: tuple[str, ...]
+    tail: tuple[int, int]
+    dry: bool = False
+
+    @property
+    def device(self) -> str:
+        return str(self.clock.device)
+
+    @property
+    def cuda(self) -> bool:
+        return self.clock.cuda
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target, and what was measured of it; None: it was not."""
+
+    what: str
+    measured: float | None
+    at_most: float | None = None
+    at_least: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        if self.measured is None:
+            return None
+        # NaN meets nothing
+        low = self.at_most is None or self.measured <= self.at_most
+        return low and (self.at_least is None or self.measured >= self.at_least)
+
+    def word(self, *, dry: bool) -> str:
+        if self.met is None:
+            return "not measured"
+        return "dry run" if dry else "met" if self.met else "MISSED"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "what": self.what,
+            "measured": self.measured,
+            "at_most": self.at_most,
+            "at_least": self.at_least,
+            "met": self.met,
+        }
+
+
+@dataclass
+class Section:
+    """The answer of a section: what was measured, as numbers and as a table.
+
+    Attributes:
+        ran_out: what there was no time for.
+        wrong: what failed, or computed something else than it should.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    table: list[list[str]] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    ran_out: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def add(self, row: dict[str, Any], *cells: str) -> None:
+        self.rows.append(row)
+        self.table.append(list(cells))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "rows": self.rows,
+            "verdicts": [verdict.to_json() for verdict in self.verdicts],
+            "ran_out": self.ran_out,
+            "wrong": self.wrong,
+        }
+
+    def show(self, *, dry: bool) -> None:
+        measure.show(self.title, self.columns, self.table)
+        if self.verdicts:
+            measure.show("targets", ("target", "measured", "asked for", ""), self._verdicts(dry))
+        if self.ran_out:
+            print(f"no time was left for: {', '.join(self.ran_out)}")
+        for what in self.wrong:
+            print(f"WRONG: {what}")
+
+    def _verdicts(self, dry: bool) -> list[list[str]]:
+        lines = []
+        for verdict in self.verdicts:
+            limits = [
+                *([f"<= {verdict.at_most:g}"] if verdict.at_most is not None else []),
+                *([f">= {verdict.at_least:g}"] if verdict.at_least is not None else []),
+            ]
+            shown = number(verdict.measured, 1, 3)
+            lines.append([verdict.what, shown, " and ".join(limits), verdict.word(dry=dry)])
+        return lines
+
+
+def number(value: float | None, factor: float = 1.0, digits: int = 2) -> str:
+    """For a table; a dash for what was not measured."""
+    return "-" if value is None else f"{factor * value:.{digits}f}"
+
+
+def quotient(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None

@@ -1,0 +1,192 @@
+"""Timing on a device: interleaved rounds, and work that is queued before it is timed.
+
+In training the host is ahead of the GPU, which finds the next kernel waiting. So before anything is
+timed the device is given something else to do, and events mark when it begins and when it is done.
+What the host takes to queue it is kept beside that: if it is the longer, launches are what limits.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+# side of the product that keeps the device busy, and how many of them; some ten milliseconds
+_CUSHION_SIDE = 8192
+_CUSHION_PRODUCTS = 8
+
+
+class Deadline:
+    """A moment to be done by."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        return self._end - time.monotonic()
+
+    @property
+    def over(self) -> bool:
+        return self.left <= 0
+
+
+@dataclass
+class Measured:
+    """Seconds of every round, on the device and on the host that queued it.
+
+    missing: why there is no number, or None.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+    missing: str | None = None
+
+    @property
+    def median(self) -> float | None:
+        return statistics.median(self.seconds) if self.seconds else None
+
+    @property
+    def host_median(self) -> float | None:
+        return statistics.median(self.host) if self.host else None
+
+    @property
+    def quartiles(self) -> tuple[float, float] | None:
+        if not self.seconds:
+            return None
+        if len(self.seconds) == 1:
+            return self.seconds[0], self.seconds[0]
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+
+class Clock:
+    """Times functions on one device: with events on a GPU, with the host's clock elsewhere."""
+
+    def __init__(self, device: str | torch.device) -> None:
+        self.device = torch.device(device)
+        self.cuda = self.device.type == "cuda"
+        self._operands: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def cushion(self) -> None:
+        """Work for the device, for the host to get ahead; products, so that its clocks stay up."""
+        if self._operands is None:
+            size = (_CUSHION_SIDE, _CUSHION_SIDE)
+            square = torch.randn(size, dtype=torch.bfloat16, device=self.device)
+            self._operands = square, torch.empty_like(square)
+        square, out = self._operands
+        for _ in range(_CUSHION_PRODUCTS):
+            torch.mm(square, square, out=out)
+
+    def interleaved(
+        self,
+        functions: Mapping[str, Callable[[], object]],
+        rounds: int,
+        deadline: Deadline,
+        warmup: int = 2,
+    ) -> dict[str, Measured]:
+        """Every function once a round, until there are enough rounds or the time is up.
+
+        One round is measured in any case. A function that raises is measured no further, and says
+        why.
+        """
+        found = {name: Measured() for name in functions}
+        for round_ in range(-warmup, rounds):
+            if round_ > 0 and deadline.over:
+                break
+            names = [name for name in _rotated(list(functions), round_) if not found[name].missing]
+            gc.collect()
+            gc.disable()
+            try:
+                self._round(functions, names, found, keep=round_ >= 0)
+            finally:
+                gc.enable()
+        return found
+
+    def _round(
+        self,
+        functions: Mapping[str, Callable[[], object]],
+        names: Sequence[str],
+        found: Mapping[str, Measured],
+        *,
+        keep: bool,
+    ) -> None:
+        marks = {}
+        self.synchronize()
+        for name in names:
+            try:
+                marks[name] = self._timed(functions[name])
+            except Exception as error:
+                # a line of the table, not the end of it
+                found[name].missing = _reason(error)
+                if self.cuda:
+                    torch.cuda.empty_cache()
+        self.synchronize()
+        for name, (mark, host) in marks.items():
+            if keep:
+                found[name].seconds.append(mark())
+                found[name].host.append(host)
+
+    def _timed(self, function: Callable[[], object]) -> tuple[Callable[[], float], float]:
+        """Seconds on the device, to be asked for after it was waited for, and on the host."""
+        if not self.cuda:
+            begin = time.perf_counter()
+            function()
+            taken = time.perf_counter() - begin
+            return lambda: taken, taken
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.cushion()
+        start.record()
+        begin = time.perf_counter()
+        function()
+        host = time.perf_counter() - begin
+        end.record()
+        return lambda: start.elapsed_time(end) / 1e3, host
+
+    def repeated(self, function: Callable[[int], object], times: int) -> Callable[[], object]:
+        """``times`` calls, function(0), function(1), ..., as one.
+
+        On a GPU they are captured in a graph, so that kernels of a few microseconds are not timed
+        by what their launches take.
+        """
+        if not self.cuda:
+
+            def calls() -> None:
+                for i in range(times):
+                    function(i)
+
+            return calls
+        with torch.cuda.device(self.device):
+            # compiles, and allocates what libraries keep, outside the graph
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for i in range(min(times, 2)):
+                    function(i)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for i in range(times):
+                    function(i)
+        return graph.replay
+
+
+def _rotated(names: list[str], round_: int) -> list[str]:
+    """Another one first in each round, and every other round backwards."""
+    start = round_ % max(1, len(names))
+    order = names[start:] + names[:start]
+    return order[::-1] if round_ % 2 else order
+
+
+def _reason(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    return f"{type(error).__name__}: {first}"
