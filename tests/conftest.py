@@ -1,8 +1,8 @@
 """Test-wide habits: fresh memory is poisoned, threads are few, hypothesis is deterministic.
 
 The Triton kernels run in Triton's interpreter, which has to be asked for before a kernel is
-defined; so it is the first thing done here. With FUSEDPO_TEST_DEVICE=cuda they are compiled, for the
-tests that put their tensors there (tests/gpu, tests/kernels).
+defined; so it is the first thing done here. With FUSEDPO_TEST_DEVICE=cuda they are compiled, for
+the tests that put their tensors there (tests/gpu, tests/kernels).
 """
 
 from __future__ import annotations
