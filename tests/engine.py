@@ -11,12 +11,16 @@ from oracles import Case, Result
 from torch import Tensor
 
 from fusedpo import linear_token_stats, plan
+from fusedpo.backend import _LEAST_TRITON, _triton_version
 from fusedpo.head import Head
 from fusedpo.logprobs import score
 from fusedpo.plan import Plan
 from fusedpo.sweeps import Rows
 
 ROUTES = ("forward", "frozen", "retain", "recompute", "one_pass")
+# whether there is a Triton that can run the kernels, if only in its interpreter
+KERNELS = (_triton_version() or (0, 0)) >= _LEAST_TRITON
+
 # what plan_of and run use, unless told; the fixture of this name in conftest.py sets it
 BACKEND = "torch"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
