@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from engine import generate, plan_of, run
@@ -10,9 +12,24 @@ from hypothesis import strategies as st
 from oracles import relative
 from torch.utils.checkpoint import checkpoint
 
+import fusedpo
 from fusedpo import linear_logprobs, linear_token_stats, losses, preference_loss
 
 GRADIENT_ROUTES = ("frozen", "retain", "recompute", "one_pass")
+
+
+@pytest.fixture(autouse=True)
+def on_every_backend(
+    request: pytest.FixtureRequest, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for function in (fusedpo.preference_loss, linear_logprobs, linear_token_stats):
+        there = functools.partial(function, backend=backend)
+        monkeypatch.setattr(request.module, function.__name__, there)
+
+
+# in float64, which the kernels do not take; or to the last bit between routes, of which the kernels
+# form one with the rows' factors elsewhere
+on_torch = pytest.mark.parametrize("backend", ["torch"])
 
 
 def small(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -90,8 +107,11 @@ def test_an_input_changed_in_place_before_the_backward_is_an_error() -> None:
         total.backward()
 
 
+@on_torch
 @given(factor=st.sampled_from([0.0, -1.0, 1e-6, 3.0, 1e5]), seed=st.integers(0, 1000))
-def test_gradients_are_linear_in_the_upstream_gradient(factor: float, seed: int) -> None:
+def test_gradients_are_linear_in_the_upstream_gradient(
+    factor: float, seed: int, backend: str
+) -> None:
     case = generate(seed, dtype=torch.float64)
     for route in ("recompute", "retain", "one_pass"):
         case.needs = ("hidden", "weight")
@@ -185,9 +205,10 @@ def test_inside_activation_checkpointing(reentrant: bool, what: str) -> None:
     assert torch.equal(hidden.grad, plain[0]) and torch.equal(weight.grad, plain[1])
 
 
+@on_torch
 @pytest.mark.parametrize("backward_inside", [True, False])
 @pytest.mark.parametrize("budget", ["64KiB", None])
-def test_under_autocast(backward_inside: bool, budget: str | None) -> None:
+def test_under_autocast(backward_inside: bool, budget: str | None, backend: str) -> None:
     """Mixed dtypes are taken as torch.nn.Linear takes them; gradients have their inputs' dtypes."""
     hidden, weight, labels = small()
     low = hidden.detach().bfloat16().requires_grad_()
@@ -270,8 +291,9 @@ def test_backward_through_the_entropy_alone() -> None:
     assert relative(ours[0], expected[0]) < 5e-6 and relative(ours[1], expected[1]) < 5e-6
 
 
+@on_torch
 @pytest.mark.compiled
-def test_inside_torch_compile_the_numbers_are_the_same() -> None:
+def test_inside_torch_compile_the_numbers_are_the_same(backend: str) -> None:
     hidden, weight, labels = small()
 
     def step(h: torch.Tensor) -> torch.Tensor:
