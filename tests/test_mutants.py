@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import engine
 import pytest
 import torch
 from engine import DTYPES, plan_of, run
@@ -20,6 +21,11 @@ from fusedpo.sweeps import Rows, Tiles
 
 Patch = pytest.MonkeyPatch
 ROUTES = ("recompute", "retain", "one_pass")
+
+
+def tile_kernels():
+    """The module whose functions the engine calls for a tile."""
+    return sweeps._kernels(engine.BACKEND)
 
 
 def cases(dtype: torch.dtype) -> list[Case]:
@@ -104,7 +110,8 @@ def lose_last_rows(m: Patch) -> None:
 
 def lose_last_columns(m: Patch) -> None:
     """The last tile of the vocabulary is never folded."""
-    original = logit_tile.fold
+    kernels = tile_kernels()
+    original = kernels.fold
 
     def fold(x, head, target, start, stats, **options):
         if start + x.shape[1] == 131:
@@ -112,7 +119,7 @@ def lose_last_columns(m: Patch) -> None:
             x.masked_fill_(others, -torch.inf)
         original(x, head, target, start, stats, **options)
 
-    m.setattr(logit_tile, "fold", fold)
+    m.setattr(kernels, "fold", fold)
 
 
 def round_target_entry(m: Patch) -> None:
@@ -149,26 +156,41 @@ def start_peak_at_zero(m: Patch) -> None:
 
 def no_rescale(m: Patch) -> None:
     """The running sum of the hidden gradient is not rescaled when the shift rises."""
-    original = logit_tile.fold
+    kernels = tile_kernels()
+    original = kernels.fold
 
     def fold(*args, rest=None, **options):
         original(*args, **options)
 
-    m.setattr(logit_tile, "fold", fold)
+    m.setattr(kernels, "fold", fold)
 
 
 def no_settling(m: Patch) -> None:
     """Exponentials of earlier tiles stay relative to the shift there was then."""
-    original = logit_tile.settle
+    kernels = tile_kernels()
+    original = kernels.settle
 
     def settle(block, target, own, factors, columns):
         original(block, target, own, torch.ones_like(factors), columns)
 
-    m.setattr(logit_tile, "settle", settle)
+    m.setattr(kernels, "settle", settle)
+
+
+if engine.KERNELS:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def flat(z, limit):
+        return tl.zeros_like(z) + 1.0
 
 
 def lose_softcap_slope(m: Patch) -> None:
     m.setattr(logit_tile.LogitMap, "slope", lambda self, z: None)
+    if engine.BACKEND == "triton":
+        import fusedpo.kernels.logit_tile_triton as kernels
+
+        m.setattr(kernels, "_slope", flat)
 
 
 def lose_temperature_in_backward(m: Patch) -> None:
@@ -253,3 +275,28 @@ def test_a_wrong_engine_is_caught(
         patch(m)
         for route in routes:
             assert caught(dtype, route), route
+
+
+# through the kernels, in the dtype that is trained with; the interpreter is slow
+
+on_kernels = pytest.mark.parametrize("backend", ["triton"], indirect=True)
+
+
+@pytest.mark.slow
+@on_kernels
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_kernels_as_they_are_raise_no_alarm(route: str, backend: str) -> None:
+    assert not caught(torch.bfloat16, route)
+
+
+@pytest.mark.slow
+@on_kernels
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_engine_is_caught_through_the_kernels(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch, routes = MUTANTS[name]
+    with monkeypatch.context() as m:
+        patch(m)
+        for route in routes:
+            assert caught(torch.bfloat16, route), route
