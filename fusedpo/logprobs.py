@@ -343,19 +343,20 @@ def _traced(
     if isinstance(memory_budget, Plan):
         raise checks.bad_type("memory_budget", "a number or a text inside torch.compile", "a Plan")
     assert rows.scored is not None, "a traced call has every position for a row"
-    per_row = isinstance(temperature, Tensor)
-    scale = None
+    row_scale, scale = None, 1.0
     if isinstance(temperature, Tensor):
         safe = temperature.reshape(-1).masked_fill(~rows.scored, 1.0)
-        scale = head.logit_scale / safe.to(accumulated_dtype(hidden.dtype))
+        row_scale = head.logit_scale / safe.to(accumulated_dtype(hidden.dtype))
+    else:
+        scale = head.logit_scale / temperature
     values = token_stats(
         hidden,
         head.weight,
         head.bias,
         rows.targets,
         rows.scored,
+        row_scale,
         scale,
-        1.0 if per_row else head.logit_scale / temperature,
         head.softcap,
         parse_budget(memory_budget),
         backend,

@@ -33,6 +33,8 @@ from fusedpo.sweeps import (
 
 
 def _tiles(
+    stats: tuple[str, ...],
+    needs: frozenset[Needs],
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -44,10 +46,11 @@ def _tiles(
     budget: int,
     backend: str,
     operand: torch.dtype,
-    stats: tuple[str, ...],
-    needs: frozenset[Needs],
 ) -> Tiles:
-    """The problem with its actual rows, checked."""
+    """The problem with its actual rows, checked.
+
+    After what is asked for, the arguments are those of _PROBLEM, which both operators begin with.
+    """
     vocab, width = weight.shape
     outside = scored & ((labels < 0) | (labels >= vocab))
     count, wrong = torch.stack((scored.sum(), outside.sum())).tolist()
@@ -116,21 +119,7 @@ _PROBLEM = (
     schema=f"({_PROBLEM}, str needs, str stats) -> Tensor[]",
     **_OPTIONS,
 )
-def token_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    scored: Tensor,
-    row_scale: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    budget: int,
-    backend: str,
-    operand: torch.dtype,
-    needs: str,
-    stats: str,
-) -> list[Tensor]:
+def token_stats(*arguments: Any) -> list[Tensor]:
     """Statistics [P] of a head at all P positions, 0 where not scored; then those of KEPT.
 
     Args:
@@ -142,45 +131,18 @@ def token_stats(
         needs: which gradients the backward will be asked for.
         stats: names with commas between them.
     """
-    asked = tuple(stats.split(","))
-    with torch.autocast(hidden.device.type, enabled=False):
-        tiles = _tiles(
-            hidden,
-            weight,
-            bias,
-            labels,
-            scored,
-            row_scale,
-            scale,
-            softcap,
-            budget,
-            backend,
-            operand,
-            asked,
-            # planned as the backward will be, so that a budget is refused here
-            _wanted(needs),
-        )
+    *problem, needs, stats = arguments
+    with torch.autocast(problem[0].device.type, enabled=False):
+        # planned as the backward will be, so that a budget is refused here
+        tiles = _tiles(tuple(stats.split(",")), _wanted(needs), *problem)
         found = tiles.sweep_forward(None)
         # a copy each: the outputs of an operator share no memory
         return [tiles.rows.scatter(found[name]).clone() for name in _names(stats)]
 
 
 @token_stats.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    scored: Tensor,
-    row_scale: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    budget: int,
-    backend: str,
-    operand: torch.dtype,
-    needs: str,
-    stats: str,
-) -> list[Tensor]:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> Any:
+    stats = rest[-1]
     acc = accumulated_dtype(hidden.dtype)
     return [
         torch.empty_like(labels, dtype=torch.bool if name == "top1" else acc)
@@ -195,42 +157,13 @@ def _(
     "Tensor? upstream_entropy, str needs) -> Tensor[]",
     **_OPTIONS,
 )
-def token_stats_backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    scored: Tensor,
-    row_scale: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    budget: int,
-    backend: str,
-    operand: torch.dtype,
-    kept: list[Tensor],
-    entropy: Tensor | None,
-    upstream: Tensor,
-    upstream_entropy: Tensor | None,
-    needs: str,
-) -> list[Tensor]:
+def token_stats_backward(*arguments: Any) -> list[Tensor]:
     """Gradients of ``needs``, names with commas between them, for upstream gradients [P]."""
+    *problem, kept, entropy, upstream, upstream_entropy, needs = arguments
+    hidden, _, bias, *_ = problem
     wanted = _wanted(needs)
     with torch.autocast(hidden.device.type, enabled=False):
-        tiles = _tiles(
-            hidden,
-            weight,
-            bias,
-            labels,
-            scored,
-            row_scale,
-            scale,
-            softcap,
-            budget,
-            backend,
-            operand,
-            (),
-            wanted,
-        )
+        tiles = _tiles((), wanted, *problem)
         rows = tiles.rows
         found = {name: rows.gather(t) for name, t in zip(KEPT, kept, strict=True)}
         e = None
@@ -249,24 +182,8 @@ def token_stats_backward(
 
 
 @token_stats_backward.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    scored: Tensor,
-    row_scale: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    budget: int,
-    backend: str,
-    operand: torch.dtype,
-    kept: list[Tensor],
-    entropy: Tensor | None,
-    upstream: Tensor,
-    upstream_entropy: Tensor | None,
-    needs: str,
-) -> list[Tensor]:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> list[Tensor]:
+    needs = rest[-1]
     tensors = {"hidden": hidden, "weight": weight, "bias": bias}
     return [_plain_like(tensors[name]) for name in needs.split(",")]
 

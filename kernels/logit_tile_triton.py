@@ -16,6 +16,8 @@ repeat bit for bit. Offsets are 64 bits wide.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -212,6 +214,20 @@ def fold_kernel(
                 tl.store(rest_ptr + columns, part * rescale, mask=inside)
 
 
+def _of_head(head: LogitMap, x: Tensor) -> dict[str, Any]:
+    """A head's part of a launch; x stands in for pointers that nothing is read from."""
+    per_row = isinstance(head.scale, Tensor)
+    return {
+        "bias_ptr": x if head.bias is None else head.bias,
+        "scale_ptr": head.scale if per_row else x,
+        "softcap": float(head.softcap or 1.0),
+        "scale": 1.0 if per_row else float(head.scale),
+        "BIAS": head.bias is not None,
+        "SOFTCAP": head.softcap is not None,
+        "ROW_SCALE": per_row,
+    }
+
+
 def fold(
     x: Tensor,
     head: LogitMap,
@@ -233,32 +249,26 @@ def fold(
     tile = row_tile(width)
     with on_device_of(x):
         fold_kernel[(n,)](
-            x,
-            x if out is None else out,
-            x if rest is None else rest,
-            x if head.bias is None else head.bias,
-            head.scale if isinstance(head.scale, Tensor) else x,
-            target,
-            stats.peak,
-            stats.shift,
-            stats.steps,
-            stats.total,
-            stats.target,
-            stats.peak if stats.weighted is None else stats.weighted,
-            stats.peak if stats.squares is None else stats.squares,
-            stats.peak if stats.plain is None else stats.plain,
-            x.stride(0),
-            x.stride(0) if out is None else out.stride(0),
-            0 if rest is None else rest.stride(0),
-            start,
-            width,
-            0 if rest is None else rest.shape[1],
-            float(head.softcap or 1.0),
-            1.0 if isinstance(head.scale, Tensor) else float(head.scale),
-            gain,
-            BIAS=head.bias is not None,
-            SOFTCAP=head.softcap is not None,
-            ROW_SCALE=isinstance(head.scale, Tensor),
+            x_ptr=x,
+            out_ptr=x if out is None else out,
+            rest_ptr=x if rest is None else rest,
+            target_ptr=target,
+            peak_ptr=stats.peak,
+            shift_ptr=stats.shift,
+            steps_ptr=stats.steps,
+            total_ptr=stats.total,
+            own_ptr=stats.target,
+            weighted_ptr=stats.peak if stats.weighted is None else stats.weighted,
+            squares_ptr=stats.peak if stats.squares is None else stats.squares,
+            plain_ptr=stats.peak if stats.plain is None else stats.plain,
+            x_stride=x.stride(0),
+            out_stride=x.stride(0) if out is None else out.stride(0),
+            rest_stride=0 if rest is None else rest.stride(0),
+            start=start,
+            width=width,
+            hidden=0 if rest is None else rest.shape[1],
+            gain=gain,
+            **_of_head(head, x),
             WEIGHTED=stats.weighted is not None,
             SQUARES=stats.squares is not None,
             PLAIN=stats.plain is not None,
@@ -401,24 +411,18 @@ def jacobian(
     tile = jacobian_tile(width)
     with on_device_of(x):
         jacobian_kernel[(n, triton.cdiv(width, tile.block))](
-            x,
-            out,
-            x if head.bias is None else head.bias,
-            head.scale if isinstance(head.scale, Tensor) else x,
-            target,
-            shift,
-            own,
-            own if factor is None else factor,
-            own if tilt is None else tilt,
-            x.stride(0),
-            out.stride(0),
-            start,
-            width,
-            float(head.softcap or 1.0),
-            1.0 if isinstance(head.scale, Tensor) else float(head.scale),
-            BIAS=head.bias is not None,
-            SOFTCAP=head.softcap is not None,
-            ROW_SCALE=isinstance(head.scale, Tensor),
+            x_ptr=x,
+            out_ptr=out,
+            target_ptr=target,
+            shift_ptr=shift,
+            own_ptr=own,
+            factor_ptr=own if factor is None else factor,
+            tilt_ptr=own if tilt is None else tilt,
+            x_stride=x.stride(0),
+            out_stride=out.stride(0),
+            start=start,
+            width=width,
+            **_of_head(head, x),
             FACTOR=factor is not None,
             TILT=tilt is not None,
             BLOCK=tile.block,

@@ -52,7 +52,6 @@ A NaN goes through to the loss. A sequence without rows has S = 0 and touches no
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 
@@ -60,6 +59,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fusedpo.kernels.tiles import on_device_of
 
 GATES = (
     "identity",
@@ -464,10 +465,8 @@ def tail(
     gradient = torch.zeros(rows, dtype=logprob.dtype, device=logprob.device)
     if examples == 0:  # an empty grid cannot be launched
         return loss, score, gradient
-    # Triton launches on the current device, whichever the tensors are on
-    here = torch.cuda.device(logprob.device) if logprob.is_cuda else contextlib.nullcontext()
     given = (logprob, starts, lengths, baseline, reference, tau, weight)
-    with here:
+    with on_device_of(logprob):
         tail_kernel[(examples,)](
             *(None if t is None else t.detach().contiguous() for t in given),
             loss,

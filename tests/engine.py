@@ -49,6 +49,9 @@ def plan_of(
     rows: int | None = None,
     cols: int | None = None,
     backend: str | None = None,
+    *,
+    budget: str = "8GiB",
+    device: str | torch.device = "cpu",
 ) -> Plan:
     """A plan for the case, with its tile forced to rows x cols if they are given."""
     chosen = plan(
@@ -60,12 +63,20 @@ def plan_of(
         groups=3,
         entropy=case.upstream_entropy is not None,
         softcap=case.softcap is not None,
-        budget="8GiB",
+        budget=budget,
         backend=backend or BACKEND,
+        device=device,
         route=route,
     )
     rows, cols = rows or chosen.rows, cols or chosen.cols
     return with_tile(chosen, rows, cols)
+
+
+def routes_for(case: Case) -> list[str]:
+    if case.needs == ("hidden",):
+        return ["forward", "frozen"]
+    routes = ["forward", "retain", "recompute"]
+    return [*routes, "one_pass"] if "weight" in case.needs else routes
 
 
 def with_tile(chosen: Plan, rows: int, cols: int) -> Plan:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from engine import DTYPES, ROUTES, generate, plan_of, run, with_tile
+from engine import DTYPES, ROUTES, generate, plan_of, routes_for, run, with_tile
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import Case, faults, naive, relative
@@ -22,13 +22,6 @@ TRITON_TILES = ((50, 150), (7, 200), (16, 64), (17, 128), (64, 4096))
 
 def tile_for(seed: int, backend: str) -> tuple[int, int]:
     return (TILES if backend == "torch" else TRITON_TILES)[seed % len(TILES)]
-
-
-def routes_for(case: Case) -> list[str]:
-    if case.needs == ("hidden",):
-        return ["forward", "frozen"]
-    routes = ["forward", "retain", "recompute"]
-    return [*routes, "one_pass"] if "weight" in case.needs else routes
 
 
 @pytest.mark.parametrize("seed", range(320))

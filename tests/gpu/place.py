@@ -17,7 +17,6 @@ import torch
 from oracles import HALF, Case, Result, gradient_faults, naive
 from torch import Tensor
 
-from fusedpo import plan
 from fusedpo.plan import Plan
 
 CHOSEN = os.environ.get("FUSEDPO_TEST_DEVICE")
@@ -51,30 +50,13 @@ def plan_there(
     case: Case, route: str, backend: str, rows: int | None = None, cols: int | None = None
 ) -> Plan:
     """engine.plan_of for the device."""
-    chosen = plan(
-        int(case.scored.sum()),
-        *case.weight.shape,
-        dtype=case.dtype,
-        needs=() if route == "forward" else tuple(case.leaves()),
-        scope="pair",
-        groups=3,
-        entropy=case.upstream_entropy is not None,
-        softcap=case.softcap is not None,
-        budget="64GiB",
-        backend=backend,
-        device=DEVICE,
-        route=route,
-    )
-    return engine.with_tile(chosen, rows or chosen.rows, cols or chosen.cols)
+    return engine.plan_of(case, route, rows, cols, backend, budget="64GiB", device=DEVICE)
 
 
 def routes_for(case: Case) -> list[str]:
-    if case.needs == ("hidden",):
-        return ["forward", "frozen"]
-    routes = ["forward", "retain", "recompute"]
     # fp16 products need the loss to be known
-    known = "weight" in case.needs and not (ON_GPU and case.dtype == torch.float16)
-    return [*routes, "one_pass"] if known else routes
+    unknown = ON_GPU and case.dtype == torch.float16
+    return [r for r in engine.routes_for(case) if not (unknown and r == "one_pass")]
 
 
 def faults_there(got: Result, case: Case, exact: Result, same: Result) -> list[str]:
