@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -230,8 +230,10 @@ def plan_for(
     memory_budget: int | float | str | Plan | None,
     *,
     stats: Sequence[str] = ("logprob",),
+    differentiable: Sequence[str] = DIFFERENTIABLE,
     scope: Scope | None = None,
     groups: int = 1,
+    factors: int = 1,
     backend: str = "torch",
     reordered: bool = False,
 ) -> Plan:
@@ -239,6 +241,7 @@ def plan_for(
 
     reordered: the rows may yet be put into another order.
     """
+    entropy_gradient = "entropy" in stats and "entropy" in differentiable
     vocab, width = head.weight.shape
     if isinstance(memory_budget, Plan):
         given = memory_budget
@@ -261,7 +264,7 @@ def plan_for(
             raise checks.bad_value(
                 "memory_budget", 'a fused plan only with backend="triton"', str(given)
             )
-        if given.route == "one_pass" and scope not in ("token", "sequence", "pair"):
+        if given.route == "one_pass" and (scope in (None, "batch") or entropy_gradient):
             raise checks.bad_value(
                 "memory_budget",
                 "a plan of a route that serves this call",
@@ -280,7 +283,9 @@ def plan_for(
         needs=needs_of(hidden, head),
         scope=scope,
         groups=groups,
-        entropy="entropy" in stats,
+        factors=factors,
+        entropy=entropy_gradient,
+        entropy_value="entropy" in stats,
         softcap=head.softcap is not None,
         gathered=reordered or gathers(hidden, rows),
         device=hidden.device,
@@ -294,18 +299,72 @@ def score(
     rows: Rows,
     *,
     stats: Sequence[str] = ("logprob",),
+    differentiable: Sequence[str] = DIFFERENTIABLE,
     temperature: float | Tensor = 1.0,
     memory_budget: int | float | str | Plan | None = None,
     groups: Groups | None = None,
     backend: str = "torch",
 ) -> TokenStats:
     """linear_token_stats on checked arguments and already selected rows; statistics are [N]."""
+    values, _ = score_with_states(
+        hidden,
+        head,
+        rows,
+        stats=stats,
+        differentiable=differentiable,
+        temperature=temperature,
+        memory_budget=memory_budget,
+        groups=groups,
+        backend=backend,
+    )
+    return values
+
+
+def score_with_states(
+    hidden: Tensor,
+    head: Head,
+    rows: Rows,
+    *,
+    stats: Sequence[str] = ("logprob",),
+    differentiable: Sequence[str] = DIFFERENTIABLE,
+    temperature: float | Tensor = 1.0,
+    memory_budget: int | float | str | Plan | None = None,
+    groups: Groups | None = None,
+    backend: str = "torch",
+    states: Tensor | None = None,
+) -> tuple[TokenStats, Tensor | None]:
+    """score(), and the hidden states of some rows.
+
+    Args:
+        differentiable: which of logprob and entropy pass a gradient on. An entropy that is only
+            looked at is nearly free; one with a gradient costs a product more.
+        states: [K] which of the rows. Their gradient is added to that of the log-probabilities in
+            place.
+
+    Returns:
+        The statistics, and the states [K, H] in full precision, or None.
+    """
     if rows.scored is not None:
-        return _traced(hidden, head, rows, tuple(stats), temperature, memory_budget, backend)
+        found = _traced(hidden, head, rows, tuple(stats), temperature, memory_budget, backend)
+        if "entropy" not in differentiable and found.entropy is not None:
+            found = replace(found, entropy=found.entropy.detach())
+        if states is None:
+            return found, None
+        rows_of_states = hidden.reshape(-1, hidden.shape[-1])[states]
+        return found, rows_of_states.to(accumulated_dtype(hidden.dtype))
     # whoever has groups has looked into the loss for them
     scope: Scope | None = None if groups is None else "pair"
     resolved = resolve(backend, hidden)
-    chosen = plan_for(hidden, head, rows, memory_budget, stats=stats, scope=scope, backend=resolved)
+    chosen = plan_for(
+        hidden,
+        head,
+        rows,
+        memory_budget,
+        stats=stats,
+        differentiable=differentiable,
+        scope=scope,
+        backend=resolved,
+    )
     if isinstance(temperature, Tensor):
         scale: float | Tensor = head.logit_scale / rows.gather(temperature).to(
             accumulated_dtype(hidden.dtype)
@@ -320,14 +379,17 @@ def score(
         plan=chosen,
         needs=needs,
         stats=tuple(stats),
+        differentiable=tuple(differentiable),
         groups=groups,
+        states=states,
         operand=operand_dtype(hidden),
         backend=resolved,
     )
     values = _Engine.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, call
     )
-    return TokenStats(**dict(zip(stats, values, strict=True)))
+    by_name = dict(zip(stats, values, strict=False))
+    return TokenStats(**by_name), None if states is None else values[-1]
 
 
 def _traced(
@@ -413,8 +475,12 @@ class _Engine(torch.autograd.Function):
         # copies: a caller may change them in place, and some of them are kept for the backward
         outputs = tuple(stats[name].clone() for name in call.stats)
         fixed = [
-            v for name, v in zip(call.stats, outputs, strict=True) if name not in DIFFERENTIABLE
+            v
+            for name, v in zip(call.stats, outputs, strict=True)
+            if name not in DIFFERENTIABLE or name not in call.differentiable
         ]
+        if call.states is not None:
+            outputs += (tiles.states(),)
         ctx.mark_non_differentiable(*fixed)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.unit, ctx.head = call, unit, head
@@ -430,9 +496,10 @@ class _Engine(torch.autograd.Function):
         call: Call = ctx.call
         # raises autograd's own error if the graph was freed, or an input was changed in place
         hidden, weight, bias, kept, assumed, *vectors, entropy = ctx.saved_tensors
-        given = dict(zip(call.stats, upstream, strict=True))
+        given = dict(zip(call.stats, upstream, strict=False))
         g, e = given.get("logprob"), given.get("entropy")
-        if g is None and e is None:
+        of_states = None if call.states is None else upstream[-1]
+        if g is None and e is None and of_states is None:
             return None, None, None, None
         need_hidden, need_weight, need_bias = (
             n in call.needs for n in ("hidden", "weight", "bias")
@@ -463,6 +530,9 @@ class _Engine(torch.autograd.Function):
                 if assumed is None and head.wanted:
                     tiles.sweep_head(stats, g, None, head)
             if hidden_gradient is not None:
+                if of_states is not None:
+                    added = of_states.to(hidden_gradient.dtype)
+                    hidden_gradient.index_add_(0, tiles.state_positions(), added)
                 hidden_gradient = hidden_gradient.view(hidden.shape)
             head = head.to(weight.dtype, None if bias is None else bias.dtype)
         return hidden_gradient, head.weight, head.bias, None

@@ -83,7 +83,6 @@ def _tiles(
         plan=chosen,
         needs=needs,
         stats=stats,
-        groups=None,
         operand=operand,
         backend=used,
     )

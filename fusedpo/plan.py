@@ -170,6 +170,7 @@ class _Problem:
     needs: frozenset[Needs]
     scope: Scope | None
     groups: int
+    factors: int
     entropy: bool  # differentiable
     entropy_value: bool
     softcap: bool
@@ -296,7 +297,9 @@ def _retain(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
 
 
 def _one_pass(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
-    accumulators = int(p.weight_size < p.acc) + int(p.groups > 1 and p.scope != "token")
+    # a group that goes on in the next slab waits in them; a single one waits in the output
+    waiting = 0 if p.scope == "token" else p.factors - (p.groups == 1)
+    accumulators = int(p.weight_size < p.acc) + waiting
     slab = max(n, p.slab)
     buffers = {
         **p.tile_bytes(n, v, gradient=True, full_rows=True),
@@ -405,6 +408,7 @@ def plan(
     needs: Iterable[Needs] = ("hidden", "weight"),
     scope: Scope | None = None,
     groups: int = 1,
+    factors: int = 1,
     entropy: bool = False,
     entropy_value: bool = False,
     softcap: bool = False,
@@ -430,6 +434,8 @@ def plan(
             ``"sequence"``, ``"pair"``, ``"batch"``, or None if nothing is known. Decides whether
             ``one_pass`` can be taken.
         groups: how many such sequences or pairs there are.
+        factors: how many factors a group has: one for a loss of a margin, and one for each response
+            of a pair where they are weighted apart. Each takes an accumulator in ``one_pass``.
         entropy: whether a gradient through the entropy is wanted.
         entropy_value: whether the entropy is wanted.
         softcap: whether the head caps its logits.
@@ -453,6 +459,7 @@ def plan(
         ("vocab", vocab, 1),
         ("hidden", hidden, 1),
         ("groups", groups, 1),
+        ("factors", factors, 1),
     )
     for name, size, least in sizes:
         if isinstance(size, bool) or not isinstance(size, int):
@@ -484,6 +491,7 @@ def plan(
         needs=wanted,
         scope=scope,
         groups=groups,
+        factors=factors,
         entropy=entropy and bool(wanted),
         entropy_value=entropy_value or entropy,
         softcap=softcap,

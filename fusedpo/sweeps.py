@@ -12,7 +12,8 @@ What a sweep allocates is what fusedpo.plan counts; a buffer added here is to be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,8 +31,8 @@ _HAS_MM_OUT_DTYPE = _TORCH >= (2, 8) and torch.version.hip is None
 _HAS_ADDMM_OUT_DTYPE = _TORCH >= (2, 10) and torch.version.hip is None
 
 
-# what every forward leaves per token, for the backward
 DIFFERENTIABLE = ("logprob", "entropy")
+# what every forward leaves per token, for the backward
 KEPT = ("logprob", "shift", "total")
 
 # fp16 has few exponents: exponentials, at most 1, are stored this much larger, and Jacobians so
@@ -40,17 +41,27 @@ _FP16_GAIN = 2.0**14
 
 
 class Groups(Protocol):
-    """What ``one_pass`` knows of a loss: groups of rows with a gradient known up to one factor."""
+    """What ``one_pass`` knows of a loss.
+
+    The gradient of a group of rows is known when its last row has been scored. Until then it is
+    known up to one factor for each run of rows.
+    """
 
     starts: Sequence[int]
-    """Group i is rows starts[i] .. starts[i + 1]."""
+    """Group i is rows starts[i] .. starts[i + 1]; it may be empty."""
 
-    def units(self, start: int, stop: int) -> Tensor:
-        """[stop - start], the gradient of these rows up to one factor per group."""
+    runs: Sequence[int]
+    """Run i is rows runs[i] .. runs[i + 1]; no group begins within one."""
+
+    def units(self, start: int, stop: int, stats: Mapping[str, Tensor]) -> Tensor:
+        """[stop - start], the gradient of these rows up to one factor per run."""
         ...
 
-    def gradient(self, first: int, last: int, logprob: Tensor) -> Tensor:
-        """Gradient of the loss with respect to ``logprob``, the rows of groups first .. last."""
+    def gradient(self, first: int, last: int, stats: Mapping[str, Tensor]) -> Tensor:
+        """Gradient of the loss with respect to the log-probabilities of groups first .. last.
+
+        Here and in ``units``, stats are the statistics of the very rows asked for, by name.
+        """
         ...
 
 
@@ -151,9 +162,11 @@ class Call:
     plan: Plan
     needs: frozenset[Needs]
     stats: tuple[str, ...]
-    groups: Groups | None
     operand: torch.dtype  # of the products; decided once, for a backward outside autocast
     backend: Backend
+    differentiable: tuple[str, ...] = DIFFERENTIABLE
+    groups: Groups | None = None
+    states: Tensor | None = None  # [K] rows whose hidden states are wanted too
 
 
 def _blocks(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
@@ -253,6 +266,19 @@ class Tiles:
                 chosen = positions[start:stop]
             block = self.hidden[torch.unravel_index(chosen, self.hidden.shape[:-1])]
         return block.to(self.operand)
+
+    def state_positions(self) -> Tensor:
+        """[K] into the flattened positions, of the rows whose hidden states are wanted."""
+        states, positions = self.call.states, self.rows.positions
+        assert states is not None, "asked for only if there are some"
+        return states if positions is None else positions[states]
+
+    def states(self) -> Tensor:
+        """[K, H] in full precision."""
+        positions = self.state_positions()
+        if self.flat is not None:
+            return self.flat[positions].to(self.acc)
+        return self.hidden[torch.unravel_index(positions, self.hidden.shape[:-1])].to(self.acc)
 
     def weight_rows(self, start: int, stop: int) -> Tensor:
         """[v, H] in the operands' dtype."""
@@ -520,16 +546,17 @@ class Tiles:
         upstream = self.zeros(self.count)
         slab_buffer = self.full_rows(min(self.plan.slab, self.count))
         tile = None if self.operand == self.acc else self.tile()
-        several = len(groups.starts) > 2
-        partial = out
+        # accumulators of runs that wait for the rest of their group, and those that are free: with
+        # a single group the output itself
+        waiting: list[tuple[slice, HeadGradient]] = []
+        spare = [out] if len(groups.starts) == 2 else []
         for b in _blocks(0, self.count, self.plan.slab):
             z, hidden = slab_buffer[: b[1] - b[0]], self.hidden_rows(*b)
             for r in self.row_blocks(*b):
                 own = slice(r[0] - b[0], r[1] - b[0])
                 self.full_row_jacobian(z[own], tile, hidden[own], r, everything.of(slice(*r)))
             stats = everything.of(slice(*b))
-            logprob = stats.logprob
-            factor = self.factor(logprob, stats.total)
+            factor = self.factor(stats.logprob, stats.total)
             if unit is not None:
                 for r in self.row_blocks(*b):
                     own = slice(r[0] - b[0], r[1] - b[0])
@@ -538,30 +565,41 @@ class Tiles:
                     self.write_unit(unit, r, products)
                     del products
             for first, last, start, stop, ends in _pieces(groups.starts, *b):
-                within = slice(start - b[0], stop - b[0])
-                if ends and groups.starts[first] >= b[0]:
-                    # groups that lie within the slab: their gradient is known
-                    g = groups.gradient(first, last, logprob[within])
-                    upstream[start:stop] = g
-                    coefficient = -self.scaled(g * factor[within], start, stop)
-                    self.add_head_gradient(out, z[within], hidden[within], coefficient)
+                if not ends:
+                    for run in _cut(groups.runs, start, stop):
+                        within = slice(run[0] - b[0], run[1] - b[0])
+                        unit_g = self.units(groups, everything, slice(*run))
+                        coefficient = -self.scaled(unit_g * factor[within], *run)
+                        begin = groups.runs[bisect_right(groups.runs, run[0]) - 1]
+                        if begin < run[0]:  # its first part waits already
+                            _, partial = waiting.pop()
+                        else:
+                            partial = spare.pop() if spare else out.like()
+                        waiting.append((slice(begin, run[1]), partial))
+                        self.add_head_gradient(partial, z[within], hidden[within], coefficient)
                     continue
-                if several and partial is out:
-                    partial = out.like()
-                unit_g = groups.units(start, stop).to(self.acc)
-                coefficient = -self.scaled(unit_g * factor[within], start, stop)
-                self.add_head_gradient(partial, z[within], hidden[within], coefficient)
-                if ends:
-                    whole = slice(groups.starts[first], stop)
-                    g = groups.gradient(first, last, everything.of(whole).logprob)
-                    upstream[whole] = g
-                    slope = ratio(g, groups.units(whole.start, stop).to(self.acc))
-                    if partial is out:
+                whole = slice(groups.starts[first], stop)
+                g = groups.gradient(first, last, self.results(everything.of(whole)))
+                upstream[whole] = g
+                for part, partial in waiting:
+                    of_part = g[part.start - whole.start : part.stop - whole.start]
+                    slope = ratio(of_part, self.units(groups, everything, part))
+                    if partial is out:  # the first of them, and alone so far
                         out.scale(slope)
                     else:
                         out.add(partial, slope)
                         partial.zero()
+                        spare.append(partial)
+                waiting.clear()
+                within = slice(start - b[0], stop - b[0])
+                coefficient = -self.scaled(upstream[start:stop] * factor[within], start, stop)
+                self.add_head_gradient(out, z[within], hidden[within], coefficient)
         return self.results(everything), upstream
+
+    def units(self, groups: Groups, everything: RowStats, rows: slice) -> Tensor:
+        """[n], the gradient of these rows up to one factor per run."""
+        stats = self.results(everything.of(rows))
+        return groups.units(rows.start, rows.stop, stats).to(self.acc)
 
     # the backward sweeps
 
@@ -861,23 +899,30 @@ def ratio(g: Tensor, a: Tensor) -> Tensor:
 def _pieces(
     starts: Sequence[int], begin: int, end: int
 ) -> Iterator[tuple[int, int, int, int, bool]]:
-    """Cut rows begin .. end at group borders; groups that lie within are taken together.
+    """Cut rows begin .. end at group borders; groups that end within are taken together.
 
-    Yields (first group, last group + 1, start, stop, whether the last group ends here).
+    Yields (first group, last group + 1, start, stop, whether the last group ends here). Only the
+    first piece can hold a group that began before.
     """
     position = begin
-    group = next(i for i in range(len(starts) - 1) if starts[i + 1] > begin)
     while position < end:
-        if starts[group] < position or starts[group + 1] > end:
-            stop = min(starts[group + 1], end)
-            yield group, group + 1, position, stop, stop == starts[group + 1]
-            position, group = stop, group + 1
-            continue
-        last = group
-        while last + 1 < len(starts) and starts[last + 1] <= end:
-            last += 1
-        yield group, last, position, starts[last], True
-        position, group = starts[last], last
+        # the last of those that start here, as the others are empty
+        group = bisect_right(starts, position) - 1
+        last = bisect_right(starts, end) - 1
+        if starts[group] < position and last > group:
+            last = group + 1  # by itself, as part of it is elsewhere
+        ends = last > group
+        stop = starts[last] if ends else end
+        yield group, last if ends else group + 1, position, stop, ends
+        position = stop
+
+
+def _cut(borders: Sequence[int], begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """begin .. end, cut at the borders within."""
+    while begin < end:
+        stop = min(borders[bisect_right(borders, begin)], end)
+        yield begin, stop
+        begin = stop
 
 
 @dataclass

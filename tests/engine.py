@@ -30,16 +30,17 @@ class KnownGradient:
     """Groups of rows with a gradient known but for one factor a group, as a loss would have."""
 
     def __init__(self, gradient: Tensor, starts: Sequence[int]) -> None:
-        self.g, self.starts = gradient, starts
+        self.g, self.starts, self.runs = gradient, starts, starts
 
-    def units(self, start: int, stop: int) -> Tensor:
+    def units(self, start: int, stop: int, stats: dict[str, Tensor]) -> Tensor:
+        assert stats["logprob"].shape == (stop - start,)
         factors = torch.ones_like(self.g)
         for i, (a, b) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
             factors[a:b] = (-1) ** i * (i + 2.0)
         return (self.g / factors)[start:stop]
 
-    def gradient(self, first: int, last: int, logprob: Tensor) -> Tensor:
-        assert logprob.shape[0] == self.starts[last] - self.starts[first]
+    def gradient(self, first: int, last: int, stats: dict[str, Tensor]) -> Tensor:
+        assert stats["logprob"].shape == (self.starts[last] - self.starts[first],)
         return self.g[self.starts[first] : self.starts[last]]
 
 
