@@ -3,7 +3,7 @@
 from fusedpo import losses
 from fusedpo.head import Head
 from fusedpo.logprobs import TokenStats, linear_logprobs, linear_token_stats
-from fusedpo.objective import FusedLoss, LossOutput, preference_loss
+from fusedpo.objective import FusedLoss, LossOutput, policy_loss, preference_loss
 from fusedpo.plan import Plan, plan
 
 __version__ = "0.1.0"
@@ -18,5 +18,6 @@ __all__ = [
     "linear_token_stats",
     "losses",
     "plan",
+    "policy_loss",
     "preference_loss",
 ]

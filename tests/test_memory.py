@@ -6,9 +6,17 @@ import gc
 
 import pytest
 import torch
+from engine import with_tile
 from tracking import Allocations
 
-from fusedpo import linear_logprobs, linear_token_stats, losses, plan, preference_loss
+from fusedpo import (
+    linear_logprobs,
+    linear_token_stats,
+    losses,
+    plan,
+    policy_loss,
+    preference_loss,
+)
 
 MIB = 2**20
 TOKENS, VOCAB, WIDTH = 1024, 6000, 64
@@ -196,3 +204,60 @@ def test_a_gradient_through_the_entropy_costs_what_the_plan_says(frozen, product
         stats = linear_token_stats(hidden, weight, labels, memory_budget=chosen)
         (stats.logprob + stats.entropy).sum().backward()
     assert counter.get_total_flops() == products * 2 * TOKENS * VOCAB * WIDTH
+
+
+def _with_prompts(sequences: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Responses that cross the borders of slabs, after a prompt that is not scored."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(sequences, 40, 16, generator=g).requires_grad_()
+    weight = (torch.randn(300, 16, generator=g) / 4).requires_grad_()
+    labels = torch.randint(300, (sequences, 40), generator=g)
+    labels[:, :7] = -100
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("name", losses.available())
+def test_every_loss_takes_three_products_if_its_gradient_is_known_early(name: str) -> None:
+    """one_pass, with responses much longer than a slab; nothing of size N x V is retained."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    loss = losses.get(name)
+    policy = isinstance(loss, losses.PolicyLoss)
+    roles = 1 if policy else len(loss.roles)
+    hidden, weight, labels = _with_prompts(6 * roles)
+    scored = int((labels >= 0).sum())
+    given: dict = {"advantages": torch.linspace(-1, 1, 6 * roles)} if policy else {}
+    for key in loss.inputs:
+        given[key] = torch.tensor([1.0, 0.0] * 3) if key == "desirable" else torch.full((6,), 0.5)
+    if loss.needs_reference:
+        given["ref_logprobs"] = torch.full(labels.shape, -5.0)
+    options = {"scope": loss.scope, "groups": 6, "factors": 1 if policy else loss.factors}
+    if loss.scope == "batch":
+        assert name == "aot"
+        chosen = plan(scored, 300, 16, budget="1GiB", **options)
+        assert chosen.route == "retain" and chosen.products == 3
+    else:
+        chosen = with_tile(plan(scored, 300, 16, route="one_pass", **options), 8, 64)
+    assert chosen.products == 3
+    with FlopCounterMode(display=False) as counter:
+        call = policy_loss if policy else preference_loss
+        call(loss, hidden, weight, labels, memory_budget=chosen, **given).loss.backward()
+    assert counter.get_total_flops() == 3 * 2 * scored * 300 * 16
+
+
+@pytest.mark.parametrize("name", losses.available())
+def test_one_pass_is_chosen_where_its_accumulators_fit(name: str) -> None:
+    """At 64k tokens J would take 16 GiB; a loss with few factors is served by [V, H] ones."""
+    loss = losses.get(name)
+    factors = getattr(loss, "factors", 1)
+    chosen = plan(
+        2**16,
+        2**16,
+        512,
+        budget="1200MiB",
+        scope=loss.scope,
+        groups=4,
+        factors=factors,
+    )
+    expected = ("recompute", 4) if loss.scope == "batch" else ("one_pass", 3)
+    assert (chosen.route, chosen.products) == expected

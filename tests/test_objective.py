@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 
+import engine
 import pytest
 import torch
 from engine import with_tile
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from losses.shared import pair_losses
+from losses.shared import inputs_for, kinds_of_losses, name_of
 from oracles import gradient_faults, relative
 
 import fusedpo
 from fusedpo import FusedLoss, linear_logprobs, losses, plan, preference_loss
-from fusedpo.losses import DPO, IPO, Loss, SimPO
+from fusedpo.losses import DPO, IPO, PreferenceLoss, SimPO
 from fusedpo.scores import Scores
 
-every_loss = pytest.mark.parametrize("loss", pair_losses(), ids=lambda loss: type(loss).__name__)
+every_loss = pytest.mark.parametrize("loss", kinds_of_losses(), ids=name_of)
 VOCAB, WIDTH = 61, 12
 
 
@@ -32,13 +34,18 @@ def on_every_backend(
 
 
 def batch(
-    seed: int, pairs: int, *, length: int = 14, dtype: torch.dtype = torch.float32
+    seed: int,
+    pairs: int,
+    *,
+    length: int = 14,
+    dtype: torch.dtype = torch.float32,
+    roles: int = 2,
 ) -> dict[str, torch.Tensor]:
-    """Padded chosen and rejected sequences with prompts of their own length, and a reference."""
+    """Padded sequences of each role with prompts of their own length, and a reference."""
     g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(2 * pairs, length, WIDTH, generator=g)
+    hidden = torch.randn(roles * pairs, length, WIDTH, generator=g)
     weight = torch.randn(VOCAB, WIDTH, generator=g) / 3
-    labels = torch.randint(VOCAB, (2 * pairs, length), generator=g)
+    labels = torch.randint(VOCAB, (roles * pairs, length), generator=g)
     for row in labels:
         prompt, end = sorted(torch.randperm(length + 1, generator=g)[:2].tolist())
         row[:prompt] = -100
@@ -53,40 +60,70 @@ def batch(
 
 
 def naive_loss(
-    loss: Loss, hidden: torch.Tensor, weight: torch.Tensor, data: dict, denominator: float | None
+    loss: PreferenceLoss,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    data: dict,
+    denominator: float | None,
 ) -> torch.Tensor:
-    """Full logits, per-sequence sums, the loss's formula on them, the mean over pairs."""
+    """Full logits, per-sequence sums, the loss's formula on them, the mean over examples."""
+    labels = data["labels"]
+    scored = labels >= 0
+    count, length = labels.shape[0] // len(loss.roles), scored.sum(-1)
+    counts = None
+    if loss.weights_tokens:
+        shortest = length.view(-1, count).amin(0).repeat(len(loss.roles))[:, None]
+        counts = loss.token_weight(scored.cumsum(-1) - 1, shortest.expand_as(labels))
 
-    def logps(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        z = (h @ w.T).log_softmax(-1) if h.dtype == torch.float64 else (h @ w.T).float()
-        log_p = z if h.dtype == torch.float64 else z.log_softmax(-1)
-        labels = data["labels"]
+    def logps(h: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        z = h @ w.T if h.dtype == torch.float64 else (h @ w.T).float()
+        log_p = z.log_softmax(-1)
         found = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-        return found.masked_fill(labels < 0, 0.0).sum(-1)
+        sure = found - log_p.double().mul(2).exp().sum(-1).log().to(log_p.dtype)
+        return tuple(t.masked_fill(~scored, 0.0) for t in (found, sure))
 
-    pairs = data["labels"].shape[0] // 2
-    policy = logps(hidden, weight)
-    length = (data["labels"] >= 0).sum(-1).to(policy.dtype)
+    def total(logp: torch.Tensor) -> torch.Tensor:
+        return (logp if counts is None else logp * counts.to(logp.dtype)).sum(-1)
+
+    taken, sure = logps(hidden, weight)
     ref = None
     if loss.needs_reference:
-        ref = logps(data["ref_hidden"].to(hidden.dtype), data["ref_weight"].to(hidden.dtype))
-    scores = Scores(policy, length, ref)
-    total = loss.per_example(scores[:pairs], scores[pairs:]).sum() / (denominator or pairs)
+        ref = total(
+            logps(data["ref_hidden"].to(hidden.dtype), data["ref_weight"].to(hidden.dtype))[0]
+        )
+    size = length.to(taken.dtype)
+    scores = Scores(total(taken), size, ref, sure.sum(-1) / size)
+    sides = [scores[r * count : (r + 1) * count] for r in range(len(loss.roles))]
+    per_example = loss.per_example(*sides, **inputs_for(loss, count))
+    if loss.uses_states:
+        last = scored.shape[1] - 1 - scored.flip(-1).int().argmax(-1)
+        states = hidden[torch.arange(len(last)), last].to(taken.dtype)
+        per_example = per_example + loss.of_states(*states.split(count))
+    result = per_example.sum() / (denominator or count)
     if loss.nll_weight:
-        total = total - loss.nll_weight * policy[:pairs].sum() / length[:pairs].sum()
-    return total
+        result = result - loss.nll_weight * taken[:count].sum() / size[:count].sum()
+    return result
 
 
-def reference(loss: Loss, data: dict) -> dict:
+def reference(loss: PreferenceLoss, data: dict) -> dict:
+    """The reference and the inputs that the loss takes."""
     names = ("ref_hidden", "ref_weight") if loss.needs_reference else ()
-    return {name: data[name] for name in names}
+    return {**{name: data[name] for name in names}, **inputs_for(loss, examples_of(loss, data))}
 
 
-def check(loss: Loss, data: dict, factor: float = 1.0, **options) -> None:
+def examples_of(loss: PreferenceLoss, data: dict) -> int:
+    return data["labels"].shape[0] // len(loss.roles)
+
+
+def check(loss: PreferenceLoss, data: dict, factor: float = 1.0, **options) -> None:
     """Loss and gradients of one call against the naive program in float64."""
     hidden, weight = data["hidden"], data["weight"]
     out = preference_loss(
-        loss, hidden, weight, data["labels"], **{**reference(loss, data), **options}
+        loss,
+        hidden,
+        weight,
+        data["labels"],
+        **{**reference(loss, data), **options},
     )
     got = torch.autograd.grad(out.loss * factor, (hidden, weight))
     results = {}
@@ -103,26 +140,40 @@ def check(loss: Loss, data: dict, factor: float = 1.0, **options) -> None:
 
 
 @every_loss
-@pytest.mark.parametrize("pairs", [1, 2, 3])
+@pytest.mark.parametrize("pairs", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("route", ["recompute", "retain", "one_pass"])
-def test_equals_the_naive_program(loss: Loss, pairs: int, dtype: torch.dtype, route: str) -> None:
-    for seed in range(4):
-        data = batch(seed, pairs, dtype=dtype)
-        count = int((data["labels"] >= 0).sum())
-        for tile in ((5, 16), (16, 128)):
-            chosen = plan(count, VOCAB, WIDTH, dtype=dtype, scope="pair", groups=pairs, route=route)
-            chosen = with_tile(chosen, *tile)
-            check(loss, data, factor=0.37, memory_budget=chosen)
+def test_equals_the_naive_program(
+    loss: PreferenceLoss, pairs: int, dtype: torch.dtype, route: str
+) -> None:
+    if route == "one_pass" and loss.scope == "batch":
+        pytest.skip("the gradient of this loss is known at the end only")
+    data = batch(pairs, pairs, dtype=dtype, roles=len(loss.roles))
+    count = int((data["labels"] >= 0).sum())
+    for tile in ((3, 16), (16, 128)):
+        chosen = plan(
+            count,
+            VOCAB,
+            WIDTH,
+            dtype=dtype,
+            scope=loss.scope,
+            groups=pairs,
+            factors=loss.factors,
+            route=route,
+            backend=engine.BACKEND,
+        )
+        check(loss, data, factor=0.37, memory_budget=with_tile(chosen, *tile))
 
 
 @every_loss
+@settings(max_examples=8)
 @given(seed=st.integers(0, 10_000), pairs=st.integers(1, 5), length=st.integers(2, 40))
 def test_equals_the_naive_program_as_planned(
-    loss: Loss, seed: int, pairs: int, length: int
+    loss: PreferenceLoss, seed: int, pairs: int, length: int
 ) -> None:
-    check(loss, batch(seed, pairs, length=length), memory_budget="256KiB")
-    check(loss, batch(seed, pairs, length=length))
+    data = batch(seed, pairs, length=length, roles=len(loss.roles))
+    check(loss, data, memory_budget="256KiB")
+    check(loss, data)
 
 
 @pytest.mark.parametrize("link", ["sigmoid", "hinge"])
@@ -158,20 +209,20 @@ def packed(data: dict) -> tuple[dict, torch.Tensor]:
 
 @every_loss
 @pytest.mark.parametrize("budget", ["128KiB", None])
-def test_packed_equals_padded(loss: Loss, budget: str | None) -> None:
-    data = batch(1, 3)
+def test_packed_equals_padded(loss: PreferenceLoss, budget: str | None) -> None:
+    data = batch(1, 3, roles=len(loss.roles))
     flat, cu = packed(data)
+    of_packed = {"ref_hidden": flat["ref_hidden"]} if loss.needs_reference else {}
     outs = [
         preference_loss(
             loss,
             d["hidden"],
             d["weight"],
             d["labels"],
-            **reference(loss, d),
-            **options,
+            **{**reference(loss, data), **options},
             memory_budget=budget,
         )
-        for d, options in ((data, {}), (flat, {"cu_seqlens": cu}))
+        for d, options in ((data, {}), (flat, {"cu_seqlens": cu, **of_packed}))
     ]
     assert outs[0].loss.item() == pytest.approx(outs[1].loss.item(), rel=1e-6)
     assert relative(outs[0].per_example, outs[1].per_example) < 1e-6
@@ -184,15 +235,18 @@ def test_packed_equals_padded(loss: Loss, budget: str | None) -> None:
         flat["weight"],
         flat["labels"][None],
         cu_seqlens=cu,
-        **{k: v[None] if k == "ref_hidden" else v for k, v in reference(loss, flat).items()},
+        **{
+            **reference(loss, data),
+            **({"ref_hidden": flat["ref_hidden"][None]} if loss.needs_reference else {}),
+        },
     )
     assert batched.loss.item() == pytest.approx(outs[1].loss.item(), rel=1e-6)
     assert batched.logprobs.shape == (1, flat["labels"].shape[0])
 
 
 @every_loss
-def test_padding_side_does_not_matter(loss: Loss) -> None:
-    data = batch(2, 2)
+def test_padding_side_does_not_matter(loss: PreferenceLoss) -> None:
+    data = batch(2, 2, roles=len(loss.roles))
     out = preference_loss(
         loss, data["hidden"], data["weight"], data["labels"], **reference(loss, data)
     )
@@ -202,7 +256,7 @@ def test_padding_side_does_not_matter(loss: Loss) -> None:
     }
     labels = torch.nn.functional.pad(data["labels"], (3, 0), value=-100)
     ref = {**reference(loss, data)}
-    if ref:
+    if loss.needs_reference:
         ref["ref_hidden"] = moved["ref_hidden"]
     left = preference_loss(loss, moved["hidden"], data["weight"], labels, **ref)
     assert left.loss.item() == out.loss.item()
@@ -236,7 +290,7 @@ def test_no_label_crosses_a_border_of_packed_sequences() -> None:
 
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("loss", [DPO(), IPO(), IPO(average=False)], ids=repr)
-def test_a_reference_may_be_given_in_three_ways(loss: Loss, shift: bool) -> None:
+def test_a_reference_may_be_given_in_three_ways(loss: PreferenceLoss, shift: bool) -> None:
     data = batch(3, 2)
     labels = data["labels"]
     args = (loss, data["hidden"], data["weight"], labels)
@@ -323,7 +377,7 @@ def test_a_reference_may_have_another_size() -> None:
 @pytest.mark.parametrize("splits", [[2, 3], [1, 1, 3], [1, 1, 1, 1, 1]])
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_accumulation_over_micro_batches_is_one_batch(
-    loss: Loss, splits: list[int], as_tensor: bool
+    loss: PreferenceLoss, splits: list[int], as_tensor: bool
 ) -> None:
     """With unequal lengths, given the step's denominators."""
     data = batch(4, 5)
@@ -439,11 +493,11 @@ def test_a_new_loss_needs_nothing_but_its_formula() -> None:
     """A toy pair loss, defined here, goes through every route."""
 
     @dataclasses.dataclass(frozen=True)
-    class Exponential(losses.PairLoss):
+    class Exponential(losses.MarginLoss):
         """exp(-margin), per token, each pair with a weight of its own."""
 
         averages = True
-        inputs = ("pair_weight",)
+        inputs = types.MappingProxyType({"pair_weight": losses.Input("of the pair")})
 
         def of_margin(self, margin: torch.Tensor, *, pair_weight: torch.Tensor) -> torch.Tensor:
             return pair_weight * torch.exp(-margin)

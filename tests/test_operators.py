@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from losses.shared import pair_losses
+from losses.shared import inputs_for, kinds_of_losses, name_of
 from oracles import relative
 
 from fusedpo import linear_logprobs, linear_token_stats, losses, preference_loss
@@ -22,11 +22,13 @@ def forget_what_was_compiled() -> None:
     torch._dynamo.reset()
 
 
-def data(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def data(
+    sequences: int = 4, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(4, 9, WIDTH, generator=g).to(dtype).requires_grad_()
+    hidden = torch.randn(sequences, 9, WIDTH, generator=g).to(dtype).requires_grad_()
     weight = torch.randn(VOCAB, WIDTH, generator=g).to(dtype).requires_grad_()
-    labels = torch.randint(VOCAB, (4, 9), generator=g)
+    labels = torch.randint(VOCAB, (sequences, 9), generator=g)
     labels[:, :2] = -100
     labels[2, 5] = -100
     return hidden, weight, labels
@@ -37,7 +39,7 @@ def agree(got, expected) -> None:
 
 
 def arguments(dtype: torch.dtype, backend: str, head: str, stats: str) -> tuple:
-    hidden, weight, labels = data(dtype)
+    hidden, weight, labels = data(dtype=dtype)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     flat = labels.reshape(-1)
     bias = row_scale = softcap = None
@@ -94,16 +96,17 @@ def test_opcheck_of_the_backward(needs: str, entropy: bool, backend: str) -> Non
     )
 
 
-@pytest.mark.parametrize("loss", pair_losses(), ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize("loss", kinds_of_losses(), ids=name_of)
 @pytest.mark.parametrize("layout", ["padded", "packed", "shifted"])
 def test_a_training_step_is_one_graph(loss: losses.Loss, layout: str, backend: str) -> None:
-    hidden, weight, labels = data()
-    options: dict = {"backend": backend}
+    sequences = 4 if len(loss.roles) in (1, 2, 4) else 6
+    hidden, weight, labels = data(sequences)
+    options: dict = {"backend": backend, **inputs_for(loss, sequences // len(loss.roles))}
     if loss.needs_reference:
         options["ref_hidden"] = hidden.detach() * 0.9
     if layout == "packed":
         hidden, labels = hidden.reshape(-1, WIDTH).detach().requires_grad_(), labels.reshape(-1)
-        options["cu_seqlens"] = torch.tensor([0, 9, 18, 27, 36], dtype=torch.int32)
+        options["cu_seqlens"] = torch.arange(sequences + 1, dtype=torch.int32) * 9
         if loss.needs_reference:
             options["ref_hidden"] = options["ref_hidden"].reshape(-1, WIDTH)
     if layout == "shifted":

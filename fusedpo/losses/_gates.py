@@ -17,8 +17,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-# a ratio above exp(20) counts as exp(20): the exponential and its derivative stay finite
-RATIO_LIMIT = 20.0
+from fusedpo.scores import RATIO_LIMIT
 
 # exp(80) times a weight still fits single precision
 MAP_LIMIT = 80.0

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fusedpo.checks import bad_value
+
 
 def log_sigmoid(x: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """-(1 - e) log sigmoid(x) - e log sigmoid(-x), e being the label smoothing."""
@@ -46,6 +48,16 @@ LINKS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def check_smoothing(label_smoothing: float, link: str) -> None:
+    """Labels can be smoothed under the log-sigmoid only."""
+    if link != "sigmoid" and label_smoothing != 0.0:
+        raise bad_value(
+            "label_smoothing",
+            'link="sigmoid" to go with it',
+            f'{label_smoothing:g} with link="{link}"',
+        )
+
+
 @dataclass(frozen=True)
 class Tail:
     """How log-probabilities become a loss, in the terms of the algebra.
@@ -61,6 +73,11 @@ class Tail:
     scale: float = 1.0
     shift: float = 0.0
     label_smoothing: float = 0.0
+
+    @property
+    def terms(self) -> tuple[str, str, str, str, str]:
+        """Gate, aggregate, sequence map, combination and link."""
+        return (self.gate, self.aggregate, self.sequence_map, self.combine, self.link)
 
     def of_margin(self, margin: Tensor) -> Tensor:
         """The link at scale margin + shift."""

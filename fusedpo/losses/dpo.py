@@ -2,37 +2,36 @@ r"""Direct Preference Optimization (Rafailov et al., arXiv 2305.18290, eq. 7).
 
     a(y) = log pi(y | x) - log pi_ref(y | x)
     z    = beta (a(y_w) - a(y_l))
+    z    = beta (a(y_w) / |y_w| - a(y_l) / |y_l|)      length_normalized (arXiv 2411.15124)
     L    = -(1 - e) log sigmoid(z) - e log sigmoid(-z)
 
 e is the label smoothing of conservative DPO (Mitchell, "A note on DPO with noisy preferences",
-2023); 0 is the paper's loss.
+2023); 0 is the paper's loss. Self-play fine-tuning (SPIN, arXiv 2401.01335) is this loss with the
+reference being the policy of the iteration before, and its responses the rejected ones.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from torch import Tensor
-
-from fusedpo.checks import positive
-from fusedpo.losses._base import PairLoss, hyperparameter, label_smoothing
+from fusedpo.losses._base import RatioLoss, flag, hyperparameter, label_smoothing
 from fusedpo.losses._links import Tail
-from fusedpo.scores import Scores
 
 
 @dataclass(frozen=True)
-class DPO(PairLoss):
+class DPO(RatioLoss):
     """Direct Preference Optimization: log-sigmoid of beta times the difference of log-ratios."""
 
-    needs_reference: ClassVar[bool] = True
-
-    beta: float = hyperparameter(0.1, "strength of the pull towards the reference", positive)
     label_smoothing: float = label_smoothing()
+    length_normalized: bool = hyperparameter(
+        False, "log-ratios per token; beta is then to be much larger", flag
+    )
 
     @property
     def tail(self) -> Tail:
-        return Tail(link="log_sigmoid", scale=self.beta, label_smoothing=self.label_smoothing)
-
-    def reward(self, s: Scores) -> Tensor:
-        return self.beta * s.ratio
+        return Tail(
+            aggregate="mean" if self.length_normalized else "sum",
+            link="log_sigmoid",
+            scale=self.beta,
+            label_smoothing=self.label_smoothing,
+        )

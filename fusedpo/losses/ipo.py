@@ -5,26 +5,21 @@ r"""Identity Preference Optimization (Azar et al., arXiv 2310.12036, eq. 17).
     L    = (a(y_w) / |y_w| - a(y_l) / |y_l| - 1 / (2 beta))^2      average=True
 
 beta is the paper's tau. The average over tokens is what TRL trains with, after asking the authors.
+Rewards are beta times the summed log-ratio in both forms, as TRL logs them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
 
 from fusedpo.checks import positive
-from fusedpo.losses._base import PairLoss, flag, hyperparameter
+from fusedpo.losses._base import RatioLoss, flag, hyperparameter
 from fusedpo.losses._links import Tail
-from fusedpo.scores import Scores
 
 
 @dataclass(frozen=True)
-class IPO(PairLoss):
+class IPO(RatioLoss):
     """Identity Preference Optimization: squared distance of the log-ratio gap from 1 / (2 beta)."""
-
-    needs_reference: ClassVar[bool] = True
 
     beta: float = hyperparameter(0.1, "regularisation; the gap aimed at is 1 / (2 beta)", positive)
     average: bool = hyperparameter(True, "log-ratios per token rather than summed", flag)
@@ -36,7 +31,3 @@ class IPO(PairLoss):
             link="squared",
             shift=-1 / (2 * self.beta),
         )
-
-    def reward(self, s: Scores) -> Tensor:
-        # summed also when the loss averages: what TRL logs
-        return self.beta * s.ratio

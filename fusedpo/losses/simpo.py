@@ -16,14 +16,14 @@ from typing import Literal
 
 from torch import Tensor
 
-from fusedpo.checks import bad_value, non_negative, number, positive
-from fusedpo.losses._base import PairLoss, hyperparameter, label_smoothing, one_of
-from fusedpo.losses._links import Tail
+from fusedpo.checks import non_negative, number, positive
+from fusedpo.losses._base import MarginLoss, hyperparameter, label_smoothing, one_of
+from fusedpo.losses._links import Tail, check_smoothing
 from fusedpo.scores import Scores
 
 
 @dataclass(frozen=True)
-class SimPO(PairLoss):
+class SimPO(MarginLoss):
     """Simple Preference Optimization: reference-free, length-normalised, with a target margin."""
 
     beta: float = hyperparameter(2.0, "scale of the per-token log-probabilities", positive)
@@ -38,12 +38,7 @@ class SimPO(PairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.link == "hinge" and self.label_smoothing != 0.0:
-            raise bad_value(
-                "label_smoothing",
-                'link="sigmoid" to go with it',
-                f'{self.label_smoothing:g} with link="hinge"',
-            )
+        check_smoothing(self.label_smoothing, self.link)
 
     @property
     def nll_weight(self) -> float:

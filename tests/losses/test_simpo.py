@@ -54,4 +54,4 @@ def test_the_added_cross_entropy_is_no_part_of_the_pair_loss() -> None:
     w, l = scores(2, reference=False)
     assert torch.equal(SimPO(sft_weight=0.3).per_example(w, l), SimPO().per_example(w, l))
     assert SimPO(sft_weight=0.3).nll_weight == 0.3
-    assert SimPO().scope == "pair" and SimPO(sft_weight=0.3).scope == "batch"
+    assert SimPO().coupling == "margin" and SimPO(sft_weight=0.3).coupling == "example"

@@ -1,0 +1,127 @@
+"""Weighted sums of preference losses: ``0.8 * DPO() + 0.2 * BCO() + 1.0 * SFT()``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from fusedpo.checks import bad_type, bad_value, number
+from fusedpo.losses._base import Coupling, Input, PreferenceLoss, hyperparameter
+from fusedpo.scores import Scores
+
+
+def _terms(name: str, value: Any) -> Any:
+    if not isinstance(value, tuple) or not value:
+        raise bad_type(name, "a tuple of (weight, loss)", repr(value))
+    roles = value[0][1].roles
+    for weight, loss in value:
+        number(f"{name}, a weight", weight)
+        if loss.roles != roles:
+            raise bad_value(name, f"losses of {', '.join(roles)}", repr(loss))
+        if loss.weights_tokens:
+            raise bad_value(name, "losses that count all tokens alike", repr(loss), "wrap the sum")
+    return value
+
+
+@dataclass(frozen=True)
+class Mixture(PreferenceLoss):
+    """A weighted sum of losses of the same responses. Rewards are those of the first."""
+
+    parts: tuple[tuple[float, PreferenceLoss], ...] = hyperparameter(
+        (), "weights and losses", _terms
+    )
+
+    @classmethod
+    def of(cls, loss: PreferenceLoss, weight: float = 1.0) -> Mixture:
+        """weight times the loss, which may be a mixture itself."""
+        weight = number("weight of a loss", weight)
+        parts = loss.parts if isinstance(loss, Mixture) else ((1.0, loss),)
+        return cls(tuple((weight * own, part) for own, part in parts))
+
+    def __add__(self, other: PreferenceLoss) -> PreferenceLoss:
+        if not isinstance(other, PreferenceLoss):
+            return NotImplemented
+        return Mixture(self.parts + Mixture.of(other).parts)
+
+    def __repr__(self) -> str:
+        return " + ".join(f"{weight:g} * {loss!r}" for weight, loss in self.parts)
+
+    @property
+    def losses(self) -> tuple[PreferenceLoss, ...]:
+        return tuple(loss for _, loss in self.parts)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return self.losses[0].roles
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(loss.needs_reference for loss in self.losses)
+
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        return MappingProxyType({k: v for loss in self.losses for k, v in loss.inputs.items()})
+
+    @property
+    def stats(self) -> tuple[str, ...]:
+        return _once(name for loss in self.losses for name in loss.stats)
+
+    @property
+    def nll_weight(self) -> float:
+        return sum(weight * loss.nll_weight for weight, loss in self.parts)
+
+    @property
+    def coupling(self) -> Coupling:
+        known = {loss.coupling for loss in self.losses}
+        if known == {"response"}:
+            return "response"
+        return "batch" if "batch" in known else "example"
+
+    @property
+    def terms(self) -> tuple[str, str, str, str, str]:
+        return ("", "", "", "", "weighted sum")
+
+    def per_example(self, *responses: Any, **inputs: Any) -> Tensor:
+        """[P], the weighted sum of the losses."""
+        first, *others = (
+            weight * loss.per_example(*responses, **{name: inputs[name] for name in loss.inputs})
+            for weight, loss in self.parts
+        )
+        return sum(others, first)
+
+    def of_response(self, role: str, s: Scores, **inputs: Any) -> Tensor:
+        """[P], likewise of one response, where every part is a sum over responses."""
+        first, *others = (
+            weight * loss.of_response(role, s, **{name: inputs[name] for name in loss.inputs})
+            for weight, loss in self.parts
+        )
+        return sum(others, first)
+
+    @property
+    def uses_states(self) -> bool:
+        return any(loss.uses_states for loss in self.losses)
+
+    def of_states(self, *states: Any) -> Tensor | None:
+        found = [(w, loss.of_states(*states)) for w, loss in self.parts if loss.uses_states]
+        parts = [weight * value for weight, value in found if value is not None]
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def reward(self, s: Scores) -> Tensor:
+        return self.losses[0].reward(s)
+
+    def logged_logp(self, s: Scores) -> Tensor:
+        return self.losses[0].logged_logp(s)
+
+    def metrics(self, *responses: Any, **inputs: Any) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for loss in reversed(self.losses):
+            found |= loss.metrics(*responses, **{name: inputs[name] for name in loss.inputs})
+        return found
+
+
+def _once(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))

@@ -1,0 +1,213 @@
+"""What changes another preference loss: f-divergences, WPO's weights, length desensitization."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fusedpo.checks import bad_type, bad_value, in_range, number
+from fusedpo.losses._base import Coupling, Input, PreferenceLoss, hyperparameter, one_of, pick
+from fusedpo.losses._gates import MAP_LIMIT
+from fusedpo.scores import Scores
+
+Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+
+
+def _loss(name: str, value: Any) -> PreferenceLoss:
+    if not isinstance(value, PreferenceLoss):
+        raise bad_type(name, "a preference loss, such as DPO()", repr(value))
+    return value
+
+
+def _compares(name: str, value: Any) -> PreferenceLoss:
+    if not _loss(name, value).needs_reference:
+        raise bad_value(name, "a loss with a reference, such as DPO()", repr(value))
+    return value
+
+
+@dataclass(frozen=True)
+class _Modifier(PreferenceLoss):
+    """A loss that is another one, but for what its subclass says."""
+
+    base: PreferenceLoss = hyperparameter(None, "the loss that is changed", _loss)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return self.base.roles
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.base.needs_reference
+
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        return self.base.inputs
+
+    @property
+    def stats(self) -> tuple[str, ...]:
+        return self.base.stats
+
+    @property
+    def nll_weight(self) -> float:
+        return self.base.nll_weight
+
+    @property
+    def coupling(self) -> Coupling:
+        return self.base.coupling
+
+    @property
+    def terms(self) -> tuple[str, str, str, str, str]:
+        return self.base.terms
+
+    @property
+    def weights_tokens(self) -> bool:
+        return self.base.weights_tokens
+
+    def token_weight(self, position: Tensor, shortest: Tensor) -> Tensor:
+        return self.base.token_weight(position, shortest)
+
+    @property
+    def uses_states(self) -> bool:
+        return self.base.uses_states
+
+    def of_states(self, *states: Any) -> Tensor | None:
+        return self.base.of_states(*states)
+
+    @property
+    def averages(self) -> bool:
+        return self.base.averages
+
+    def per_example(self, *responses: Any, **inputs: Any) -> Tensor:
+        return self.base.per_example(*responses, **inputs)
+
+    def of_response(self, role: str, s: Scores, **inputs: Any) -> Tensor:
+        return self.base.of_response(role, s, **inputs)
+
+    def reward(self, s: Scores) -> Tensor:
+        return self.base.reward(s)
+
+    def alignment_reward(self, s: Scores) -> Tensor:
+        return self.base.alignment_reward(s)
+
+    def logged_logp(self, s: Scores) -> Tensor:
+        return self.base.logged_logp(s)
+
+    def metrics(self, *responses: Any, **inputs: Any) -> dict[str, Tensor]:
+        return self.base.metrics(*responses, **inputs)
+
+
+@dataclass(frozen=True)
+class FDivergence(_Modifier):
+    """Another divergence from the reference than the reverse KL (Wang et al., arXiv 2309.16240).
+
+    The log-ratio a of every response is replaced by f'(exp(a)), which is 0 at a = 0:
+
+        reverse_kl        a
+        forward_kl        1 - exp(-a)
+        js_divergence     log 2 + log sigmoid(a)
+        alpha_divergence  (exp((alpha - 1) a) - 1) / (alpha - 1),  a for alpha = 1
+
+    Exponents are limited to 80, without a gradient beyond. TRL applies it to margins only; here the
+    rewards of every loss change. Logged rewards stay those of the loss.
+    """
+
+    divergence: Divergence = hyperparameter(
+        "reverse_kl",
+        "from the reference",
+        one_of("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+    )
+    alpha: float = hyperparameter(0.5, 'of "alpha_divergence"', number)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _compares("base", self.base)
+
+    @property
+    def coupling(self) -> Coupling:
+        own = self.base.coupling
+        # two responses of a margin no longer have the same slope
+        return "example" if own == "margin" and not self._is_plain else own
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.divergence == "reverse_kl"
+
+    def per_example(self, *responses: Any, **inputs: Any) -> Tensor:
+        """[P], the base's loss at the transformed log-ratios."""
+        if self._is_plain:
+            return self.base.per_example(*responses, **inputs)
+        return self.base.per_example(*(self._transformed(s) for s in responses), **inputs)
+
+    def of_response(self, role: str, s: Scores, **inputs: Any) -> Tensor:
+        """[P], likewise of one response."""
+        if self._is_plain:
+            return self.base.of_response(role, s, **inputs)
+        return self.base.of_response(role, self._transformed(s), **inputs)
+
+    def _transformed(self, s: Scores) -> Scores:
+        return replace(s, logp=self._score(s.ratio), ref_logp=torch.zeros_like(s.logp))
+
+    def _score(self, a: Tensor) -> Tensor:
+        if self.divergence == "forward_kl":
+            return -torch.expm1((-a).clamp(max=MAP_LIMIT))
+        if self.divergence == "js_divergence":
+            return math.log(2.0) + torch.nn.functional.logsigmoid(a)
+        power = self.alpha - 1.0
+        if power == 0.0:
+            return a
+        return torch.expm1((power * a).clamp(max=MAP_LIMIT)) / power
+
+
+@dataclass(frozen=True)
+class WPO(_Modifier):
+    """Weighted Preference Optimization (Zhou et al., arXiv 2406.11827, eq. 2).
+
+    Each example's loss is multiplied, without a gradient, by how likely its responses are to the
+    policy next to what it would sample:
+
+        w = product over responses of exp(mean over tokens of (log p_t - log sum_v p_v^2))
+
+    An added cross-entropy is not weighted.
+    """
+
+    @property
+    def stats(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.base.stats, "log_sum_sq_probs")))
+
+    @property
+    def coupling(self) -> Coupling:
+        # the weight of an example is known when all its responses are
+        return "example" if self.base.coupling == "response" else self.base.coupling
+
+    def per_example(self, *responses: Any, **inputs: Any) -> Tensor:
+        """[P], the base's loss times the weight."""
+        confidence = [s.confidence for s in responses]
+        weight = sum(confidence[1:], confidence[0]).detach().exp()
+        return weight * self.base.per_example(*responses, **inputs)
+
+
+@dataclass(frozen=True)
+class LengthDesensitized(_Modifier):
+    """LD-DPO (Liu et al., arXiv 2409.06411, eq. 8): tokens beyond the shorter response count less.
+
+        log pi(y) = sum over t <= m of log p_t + alpha sum over t > m of log p_t
+
+    with m = min(|y_w|, |y_l|), for the policy and the reference alike. alpha = 1 is the base.
+    """
+
+    alpha: float = hyperparameter(
+        0.5, "weight of the tokens beyond", lambda name, value: in_range(name, value, 0.0, 2.0)
+    )
+
+    @property
+    def weights_tokens(self) -> bool:
+        return True
+
+    def token_weight(self, position: Tensor, shortest: Tensor) -> Tensor:
+        own = pick(position < shortest, 1.0, self.alpha)
+        return own * self.base.token_weight(position, shortest)

@@ -1,0 +1,50 @@
+r"""AlphaPO (Gupta et al., arXiv 2501.03884, eq. 7): SimPO with a reward of another shape.
+
+    m(y) = log pi(y | x) / |y|
+    r(y) = (1 - exp(-alpha m(y))) / alpha,   m(y) for alpha = 0
+    z    = beta (r(y_w) - r(y_l)) - gamma
+    L    = -(1 - e) log sigmoid(z) - e log sigmoid(-z)
+
+The exponent is limited to 80, without a gradient beyond. gamma is absolute, as in SimPO.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedpo.checks import number, positive
+from fusedpo.losses._base import PairLoss, hyperparameter, label_smoothing
+from fusedpo.losses._gates import MAP_LIMIT
+from fusedpo.losses._links import log_sigmoid
+from fusedpo.scores import Scores
+
+
+@dataclass(frozen=True)
+class AlphaPO(PairLoss):
+    """AlphaPO: SimPO on a reward that saturates (alpha < 0) or steepens (alpha > 0)."""
+
+    beta: float = hyperparameter(2.0, "scale of the rewards", positive)
+    gamma: float = hyperparameter(0.5, "target margin, absolute", number)
+    alpha: float = hyperparameter(0.25, "shape of the reward; 0 is SimPO", number)
+    label_smoothing: float = label_smoothing()
+
+    @property
+    def terms(self) -> tuple[str, str, str, str, str]:
+        return ("identity", "mean", "1 - exp(-alpha m)", "pair", "log_sigmoid")
+
+    def per_example(self, chosen: Scores, rejected: Scores, **inputs: Any) -> Tensor:
+        z = self.reward(chosen) - self.reward(rejected) - self.gamma
+        return log_sigmoid(z, self.label_smoothing)
+
+    def reward(self, s: Scores) -> Tensor:
+        if self.alpha == 0.0:
+            return self.beta * s.mean
+        exponent = (-self.alpha * s.mean).clamp(max=MAP_LIMIT)
+        return -self.beta / self.alpha * torch.expm1(exponent)
+
+    def logged_logp(self, s: Scores) -> Tensor:
+        return s.mean

@@ -1,0 +1,62 @@
+r"""Alignment via Optimal Transport (Melnyk et al., arXiv 2406.05882, eqs. 4 and 5).
+
+    M_i = log pi(y_w,i) - log pi(y_l,i),  M^ref_i the same under the reference
+    L_k = f(beta (M_(k) - M^ref_(k)))                        paired: both sorted over the batch
+    L_k = f(beta (a(y_w)_(k) - a(y_l)_(k)))                  unpaired: each side sorted
+    f(z) = -(1 - e) log sigmoid(z) - e log sigmoid(-z)
+
+The batch is what one call sees. Equal numbers keep their order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fusedpo.losses._base import (
+    Coupling,
+    PairLoss,
+    flag,
+    hyperparameter,
+    inverse_temperature,
+    label_smoothing,
+)
+from fusedpo.losses._links import log_sigmoid
+from fusedpo.scores import Scores
+
+
+@dataclass(frozen=True)
+class AOT(PairLoss):
+    """Alignment via Optimal Transport: DPO's loss after sorting over the batch."""
+
+    needs_reference: ClassVar[bool] = True
+
+    beta: float = inverse_temperature(0.01)
+    paired: bool = hyperparameter(True, "sort margins of pairs rather than each side", flag)
+    label_smoothing: float = label_smoothing()
+
+    @property
+    def coupling(self) -> Coupling:
+        return "batch"
+
+    @property
+    def terms(self) -> tuple[str, str, str, str, str]:
+        return ("identity", "sum", "identity", "pair, sorted", "log_sigmoid")
+
+    def per_example(self, chosen: Scores, rejected: Scores, **inputs: Any) -> Tensor:
+        if self.paired:
+            ahead = chosen.logp - rejected.logp
+            behind = chosen.given_ref - rejected.given_ref
+        else:
+            ahead, behind = chosen.ratio, rejected.ratio
+        gap = _sorted(ahead) - _sorted(behind)
+        return log_sigmoid(self.beta * gap, self.label_smoothing)
+
+    def reward(self, s: Scores) -> Tensor:
+        return self.beta * s.ratio
+
+
+def _sorted(values: Tensor) -> Tensor:
+    return values.sort(stable=True).values

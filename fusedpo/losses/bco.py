@@ -1,0 +1,33 @@
+r"""Binary Classifier Optimization for pairs (Jung et al., arXiv 2404.04656, eq. 9 without shift).
+
+    r(y) = beta (log pi(y | x) - log pi_ref(y | x))
+    L    = -log sigmoid(r(y_w)) - log sigmoid(-r(y_l))
+
+The paper's shift of the rewards is left out, as in TRL's ``bco_pair``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fusedpo.losses._base import ResponseRatioLoss, inverse_temperature
+from fusedpo.losses._links import log_sigmoid
+from fusedpo.scores import Scores
+
+
+@dataclass(frozen=True)
+class BCO(ResponseRatioLoss):
+    """Binary Classifier Optimization: chosen and rejected classified by their rewards' sign."""
+
+    beta: float = inverse_temperature(0.01)
+
+    @property
+    def terms(self) -> tuple[str, str, str, str, str]:
+        return ("identity", "sum", "identity", "single", "log_sigmoid")
+
+    def of_response(self, role: str, s: Scores, **inputs: Any) -> Tensor:
+        r = self.reward(s)
+        return log_sigmoid(-r if role == "rejected" else r)

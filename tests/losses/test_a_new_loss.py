@@ -1,0 +1,136 @@
+"""A new loss is one file of at most 40 lines, and has every check by existing."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import engine
+import pytest
+import test_objective
+import torch
+from losses import test_shared
+
+from fusedpo import losses, plan, preference_loss
+from fusedpo.losses import PreferenceLoss
+
+TOY = '''\
+r"""A toy: the squared distance of a scaled margin from a target, smaller for long pairs.
+
+    z = beta (m(y_w) - m(y_l)) - target,   m(y) = log pi(y | x) / |y|
+    L = z^2 / (1 + z^2)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fusedpo.checks import number, positive
+from fusedpo.losses._base import MarginLoss, hyperparameter
+from fusedpo.scores import Scores
+
+
+@dataclass(frozen=True)
+class Toy(MarginLoss):
+    """A bounded least-squares fit of the margin."""
+
+    averages: ClassVar[bool] = True
+
+    beta: float = hyperparameter(2.0, "scale of the margin", positive)
+    target: float = hyperparameter(5.0, "the margin aimed at", number)
+
+    @property
+    def terms(self) -> tuple[str, str, str, str, str]:
+        return ("identity", "mean", "identity", "pair", "bounded squared")
+
+    def of_margin(self, margin: Tensor, **inputs: Any) -> Tensor:
+        z = self.beta * margin - self.target
+        return z * z / (1 + z * z)
+
+    def reward(self, s: Scores) -> Tensor:
+        return self.beta * s.mean
+'''
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PreferenceLoss]:
+    """The toy, while its file is where losses are found."""
+    (tmp_path / "toy.py").write_text(TOY)
+    monkeypatch.setattr(losses, "__path__", [*losses.__path__, str(tmp_path)])
+    cls = losses.available()["toy"]
+    monkeypatch.setattr(losses, "Toy", cls, raising=False)
+    yield cls()
+    del sys.modules["fusedpo.losses.toy"], losses.toy
+
+
+def test_it_is_short() -> None:
+    assert len(TOY.splitlines()) <= 40
+
+
+def test_it_is_found(toy: PreferenceLoss) -> None:
+    assert losses.get("toy") == toy == losses.get("TOY", beta=2.0)
+    assert type(toy).__module__ == "fusedpo.losses.toy"
+    with pytest.raises(ValueError, match="beta"):
+        losses.get("toy", beta=0.0)
+    with pytest.raises(ValueError, match="did you mean 'toy'"):
+        losses.get("toyy")
+
+
+def shared_checks() -> list[str]:
+    """The tests that are made for every loss."""
+    functions = {n: f for n, f in vars(test_shared).items() if n.startswith("test_")}
+    return [n for n, f in functions.items() if "loss" in inspect.signature(f).parameters]
+
+
+@pytest.mark.parametrize("name", shared_checks())
+def test_it_passes_what_every_loss_passes(toy: PreferenceLoss, name: str) -> None:
+    check = getattr(test_shared, name)
+    if hasattr(check, "hypothesis"):
+        check = check.hypothesis.inner_test
+    known = {"loss": [toy], "seed": [0, 1, 2], "margin": [-1e4, 1e4]}
+    names = list(inspect.signature(check).parameters)
+    for i in range(max(len(known[name]) for name in names)):
+        check(**{name: known[name][i % len(known[name])] for name in names})
+
+
+def test_there_are_shared_checks() -> None:
+    assert len(shared_checks()) >= 8 and "test_gradient_is_the_formulas" in shared_checks()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("route", ["recompute", "retain", "one_pass"])
+def test_it_takes_every_route(
+    toy: PreferenceLoss, backend: str, route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss, hidden and weight gradient against full logits in float64."""
+    there = functools.partial(preference_loss, backend=backend)
+    monkeypatch.setattr(test_objective, "preference_loss", there)
+    data = test_objective.batch(3, 3)
+    chosen = plan(
+        int((data["labels"] >= 0).sum()),
+        test_objective.VOCAB,
+        test_objective.WIDTH,
+        scope=toy.scope,
+        groups=3,
+        factors=toy.factors,
+        route=route,
+        backend=backend,
+    )
+    test_objective.check(toy, data, memory_budget=engine.with_tile(chosen, 7, 16))
+
+
+def test_it_can_be_mixed_and_changed(toy: PreferenceLoss) -> None:
+    loss = losses.WPO(0.5 * toy + losses.SFT())
+    test_objective.check(loss, test_objective.batch(4, 3))
+    assert eval(repr(loss), vars(losses)) == loss
+
+
+def test_it_is_gone_with_its_file() -> None:
+    assert "toy" not in losses.available() and not hasattr(losses, "toy")
+    assert torch.is_tensor(losses.DPO().per_example(*test_shared.for_loss(losses.DPO(), 0)))

@@ -1,0 +1,52 @@
+"""KTO: worked numbers, its reference point, and batches of one kind only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from losses.problems import scores_of
+
+from fusedpo.losses import KTO
+
+
+def losses_of(loss: KTO, desirable: list[bool], kl: list[float]) -> torch.Tensor:
+    """Of responses with a log-ratio of 2."""
+    s = scores_of([-8.0] * len(desirable), [-10.0] * len(desirable))
+    inputs = {"desirable": torch.tensor(desirable), "kl": torch.tensor(kl, dtype=torch.float64)}
+    return loss.per_example(s, **{name: inputs[name] for name in loss.inputs})
+
+
+def test_a_worked_example() -> None:
+    """Log-ratio 2, z0 = 1, beta 0.5: 1 - sigmoid(0.5) = 0.3775407 if desirable, else
+    1 - sigmoid(-0.5) = 0.6224593, times 1.5 and 0.5."""
+    found = losses_of(KTO(0.5, 1.5, 0.5), [True, False], [1.0]).tolist()
+    assert found == pytest.approx([1.5 * 0.3775406687981454, 0.5 * 0.6224593312018546], rel=1e-12)
+
+
+def test_the_reference_point_is_a_mean_and_not_below_zero() -> None:
+    loss = KTO(0.5)
+    of_mean = losses_of(loss, [True, False], [3.0, -1.0])
+    assert torch.equal(of_mean, losses_of(loss, [True, False], [1.0]))
+    below = losses_of(loss, [True, False], [-3.0, 1.0])
+    assert torch.equal(below, losses_of(loss, [True, False], [0.0]))
+    assert torch.equal(below, losses_of(KTO(0.5, variant="apo_zero"), [True, False], [9.0]))
+
+
+@pytest.mark.parametrize("desirable", [[True, True], [False, False]])
+def test_a_batch_of_one_kind(desirable: list[bool]) -> None:
+    assert losses_of(KTO(), desirable, [0.3]).isfinite().all()
+    s = scores_of([-8.0] * 2, [-10.0] * 2)
+    inputs = {"desirable": torch.tensor(desirable), "kl": torch.tensor(0.3)}
+    found = KTO().metrics(s, **inputs)
+    there, absent = ("chosen", "rejected") if desirable[0] else ("rejected", "chosen")
+    assert found[f"rewards/{there}"].item() == pytest.approx(0.2, rel=1e-12)
+    assert found[f"rewards/{absent}"].isnan()
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("beta", 0.0), ("desirable_weight", -1.0), ("undesirable_weight", -1.0), ("variant", "bco")],
+)
+def test_bad_hyperparameters_are_refused(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=name):
+        KTO(**{name: value})

@@ -1,0 +1,108 @@
+"""Losses by name: every spelling, TRL's ``loss_type`` strings, and what an unknown name says."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from fusedpo import losses
+from fusedpo.losses import aliases, available, get
+
+# by trainer, what TRL's strings stand for
+TRL = {
+    "sigmoid": losses.DPO(),
+    "sigmoid_norm": losses.DPO(length_normalized=True),
+    "hinge": losses.SLiC(),
+    "ipo": losses.IPO(),
+    "exo_pair": losses.EXO(),
+    "nca_pair": losses.NCA(),
+    "robust": losses.RobustDPO(),
+    "bco_pair": losses.BCO(),
+    "sppo_hard": 2.0 * losses.SPPO(),
+    "aot": losses.AOT(),
+    "aot_unpaired": losses.AOT(paired=False),
+    "apo_zero": losses.APOZero(),
+    "apo_down": losses.APODown(),
+    "discopop": losses.DiscoPOP(),
+    "sft": losses.SFT(),
+    "kto": losses.KTO(),
+    "apo_zero_unpaired": losses.KTO(variant="apo_zero"),
+    "simpo": losses.SimPO(),
+    "alphapo": losses.AlphaPO(),
+    "orpo": losses.ORPO(),
+    "grpo": losses.GRPO(),
+    "bnpo": losses.DAPO(epsilon_high=0.2),
+    "dr_grpo": losses.DrGRPO(),
+    "dapo": losses.DAPO(),
+    "cispo": losses.CISPO(),
+    "sapo": losses.SoftAdaptive(),
+    "luspo": losses.LUSPO(),
+    "vespo": losses.VESPO(),
+}
+
+
+def spellings(cls: type) -> set[str]:
+    """SoftSequence, softsequence, SOFTSEQUENCE, soft_sequence, soft-sequence, SOFT-SEQUENCE."""
+    name = cls.__name__
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)
+    forms = {name, words, words.replace("_", "-")}
+    return {f(x) for x in forms for f in (str, str.lower, str.upper)}
+
+
+@pytest.mark.parametrize("cls", available().values(), ids=lambda cls: cls.__name__)
+def test_every_spelling_is_found(cls: type) -> None:
+    for name in spellings(cls):
+        assert get(name) == cls() == getattr(losses, cls.__name__)()
+    assert cls.__name__ in losses.__all__
+
+
+@pytest.mark.parametrize("name", TRL)
+def test_the_strings_of_trl(name: str) -> None:
+    for form in (name, name.replace("_", "-"), name.upper()):
+        assert get(form) == TRL[name]
+
+
+def test_every_other_name_is_of_a_loss_and_of_no_other() -> None:
+    assert set(aliases().values()) <= set(available())
+    assert not set(aliases()) & set(available())
+    for alias in aliases():
+        get(alias)
+
+
+def test_hyperparameters_go_with_a_name() -> None:
+    assert get("soft-sequence", gate="identity") == losses.SoftSequence(gate="identity")
+    assert get("sppo_hard", beta=0.2) == 2.0 * losses.SPPO(0.2)
+    assert get("aot_unpaired", beta=0.3) == losses.AOT(0.3, paired=False)
+    # what is said wins over what the name stands for
+    assert get("bnpo", epsilon_high=0.4) == losses.DAPO(epsilon_high=0.4)
+
+
+@pytest.mark.parametrize(
+    "name, near",
+    [("simp0", "simpo"), ("soft_sequense", "softsequence"), ("gspo2", "gspo"), ("hing", "hinge")],
+)
+def test_an_unknown_name_says_what_is_near(name: str, near: str) -> None:
+    with pytest.raises(ValueError, match=rf"loss: expected one of .*did you mean .*'{near}'"):
+        get(name)
+
+
+@pytest.mark.parametrize("name", ["", "wpo", "mixture", "_base", 3, None])
+def test_what_is_no_loss_is_refused(name: object) -> None:
+    with pytest.raises(ValueError, match="loss: expected one of"):
+        get(name)
+
+
+@pytest.mark.parametrize(
+    "name, given, near",
+    [("dpo", "betta", "beta"), ("grpo", "epsilon_hi", "epsilon_high"), ("sapo", "tau", "tau_pos")],
+)
+def test_an_unknown_hyperparameter_says_what_is_near(name: str, given: str, near: str) -> None:
+    cls = type(get(name)).__name__
+    with pytest.raises(TypeError, match=rf"{cls}'s hyperparameter.*did you mean .*'{near}'"):
+        get(name, **{given: 1.0})
+
+
+def test_a_value_out_of_range_is_refused_by_name_too() -> None:
+    with pytest.raises(ValueError, match="beta"):
+        get("dpo", beta=-1.0)

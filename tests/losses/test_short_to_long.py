@@ -1,0 +1,96 @@
+"""ShortToLong: worked numbers, and where it is its base."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from losses.problems import scores_of
+from losses.shared import for_loss
+
+from fusedpo.losses import (
+    AOT,
+    CPO,
+    DPO,
+    KTO,
+    ORPO,
+    PreferenceLoss,
+    SemanticSPPO,
+    ShortToLong,
+    SimPO,
+)
+from fusedpo.scores import Scores
+
+BASES = [DPO(), DPO(3.0, length_normalized=True), SimPO(), ORPO(), CPO()]
+every_base = pytest.mark.parametrize("base", BASES, ids=lambda base: type(base).__name__)
+
+
+@pytest.mark.parametrize(
+    "distance, truth", [("abs", 1.5), ("sq", 2.25), ("huber", math.sqrt(2.25 + 4.0) - 2.0)]
+)
+def test_a_worked_example(distance: str, truth: float) -> None:
+    """DPO with beta 0.5: short log-ratios 2 and 0, z = 1; the long one is -1, so that the rewards 1
+    and -0.5 are apart by d = 1.5. L = log(1 + exp(-1)) + 3 distance(d), with kappa 2."""
+    short, other = scores_of([-8.0], [-10.0]), scores_of([-5.0], [-5.0])
+    long = scores_of([-7.0], [-6.0])
+    loss = ShortToLong(DPO(0.5), 3.0, distance=distance, kappa=2.0)
+    found = loss.per_example(short, other, long).item()
+    assert found == pytest.approx(0.31326168751822286 + 3 * truth, rel=1e-12)
+
+
+def gradient(loss: PreferenceLoss, sides: list[Scores]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Value and gradient where the long response is the short one, the same leaf."""
+    leaves = [s.logp.clone().requires_grad_() for s in sides]
+    given = [Scores(x, s.length, s.ref_logp) for x, s in zip(leaves, sides, strict=True)]
+    long = given[: len(loss.roles) - 2]
+    found = loss.per_example(*given, *long)
+    return found.detach(), torch.stack(torch.autograd.grad(found.sum(), leaves))
+
+
+@every_base
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("distance", ["abs", "sq", "huber"])
+def test_a_long_context_that_changes_nothing_is_the_base(
+    base: PreferenceLoss, both: bool, distance: str
+) -> None:
+    sides = for_loss(base, 0)
+    mine = gradient(ShortToLong(base, 2.0, both=both, distance=distance), sides)
+    for a, b in zip(mine, gradient(base, sides), strict=True):
+        assert torch.equal(a, b)
+
+
+@every_base
+def test_an_alpha_of_zero_is_the_base(base: PreferenceLoss) -> None:
+    sides = for_loss(base, 1)
+    long = for_loss(base, 2)[:1]
+    loss = ShortToLong(base, 0.0)
+    assert torch.equal(loss.per_example(*sides, *long), base.per_example(*sides))
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_what_is_detached_has_the_bases_gradient(detach: bool) -> None:
+    short, other, long = scores_of([-2.0]), scores_of([-3.0]), scores_of([-4.0])
+    base = SimPO()
+    leaves = (short.logp, long.logp)
+    loss = ShortToLong(base, 0.5, detach_short=detach).per_example(short, other, long)
+    mine = torch.autograd.grad(loss.sum(), leaves)
+    (own,) = torch.autograd.grad(base.per_example(short, other).sum(), short.logp)
+    # the reward is 2 logp, the distance falls as the long one rises
+    assert mine[1].item() == pytest.approx(-1.0, rel=1e-12)
+    assert mine[0].item() == pytest.approx(own.item() + (0.0 if detach else 1.0), rel=1e-12)
+
+
+@pytest.mark.parametrize("base", [AOT(), KTO(), SemanticSPPO(), ShortToLong()], ids=repr)
+def test_a_base_is_of_pairs_one_at_a_time(base: PreferenceLoss) -> None:
+    with pytest.raises(ValueError, match="base"):
+        ShortToLong(base)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("base", "dpo"), ("alpha", -1.0), ("distance", "l2"), ("kappa", 0.0), ("both", 1)],
+)
+def test_bad_hyperparameters_are_refused(name: str, value: object) -> None:
+    with pytest.raises((ValueError, TypeError), match=name):
+        ShortToLong(**{name: value})

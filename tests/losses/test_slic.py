@@ -1,0 +1,27 @@
+"""SLiC: worked numbers, and its two halves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from losses.problems import scores_of
+
+from fusedpo.losses import SLiC
+
+
+def test_a_worked_example() -> None:
+    """Log-ratios 2 and -1, beta 0.2: L = 1 - 0.6 = 0.4, and the gradients are -0.2 and 0.2. With
+    beta 0.5, z = 1.5 and both are 0."""
+    chosen, rejected = scores_of([-8.0], [-10.0]), scores_of([-6.0], [-5.0])
+    found = SLiC(beta=0.2).per_example(chosen, rejected)
+    assert found.item() == pytest.approx(0.4, rel=1e-12)
+    gradients = torch.autograd.grad(found.sum(), (chosen.logp, rejected.logp))
+    assert [g.item() for g in gradients] == pytest.approx([-0.2, 0.2], rel=1e-12)
+    far = SLiC(beta=0.5).per_example(chosen, rejected)
+    assert far.item() == 0.0 == torch.autograd.grad(far.sum(), chosen.logp)[0].item()
+
+
+@pytest.mark.parametrize("beta", [0.0, -0.1, True])
+def test_bad_hyperparameters_are_refused(beta: object) -> None:
+    with pytest.raises((ValueError, TypeError), match="beta"):
+        SLiC(beta=beta)

@@ -1,0 +1,40 @@
+"""VESPO: worked numbers, the peak of its weight, and its limits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from losses.problems import of_samples, sampled
+
+from fusedpo.losses import VESPO
+
+
+def test_a_worked_example() -> None:
+    """Two tokens with W = 1/2 together. A = 2: phi = e^3 (1/4) e^-1.5 = 1.1204223; A = -2: phi =
+    e^2 (1/8) e^-1 = 0.3397852. Log-probabilities -1: L = phi A, gradients -phi A / 2."""
+    for advantage, phi in ((2.0, 1.1204222675845161), (-2.0, 0.3397852285573807)):
+        samples = sampled([math.log(0.5) + 1, -1.0], advantages=[advantage])
+        found = of_samples(VESPO(), samples)
+        assert found.value == pytest.approx(phi * advantage, rel=1e-12)
+        assert found.gradients[0].tolist() == pytest.approx([-phi * advantage / 2] * 2, rel=1e-12)
+
+
+def test_the_weight_is_largest_at_k_over_lambda() -> None:
+    def phi(w: float) -> float:
+        loss = VESPO(k_pos=2.0, lambda_pos=4.0)
+        return of_samples(loss, sampled([math.log(w)], advantages=[1.0])).value
+
+    assert phi(0.45) < phi(0.5) > phi(0.55)
+
+
+@pytest.mark.parametrize("delta", [-1e4, 1e4])
+def test_a_response_from_far_away_counts_for_nothing(delta: float) -> None:
+    found = of_samples(VESPO(), sampled([delta] * 4, advantages=[1.0]))
+    assert 0 <= found.value < 1e-12 and math.isfinite(found.gradients[0].sum())
+
+
+@pytest.mark.parametrize("name", ["k_pos", "lambda_pos", "k_neg", "lambda_neg"])
+def test_bad_hyperparameters_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        VESPO(**{name: 0.0})

@@ -1,0 +1,390 @@
+"""policy_loss against the naive program: layouts, routes, denominators, regularisers, bad input."""
+
+from __future__ import annotations
+
+import functools
+
+import engine
+import pytest
+import torch
+from engine import with_tile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import gradient_faults, relative
+
+import fusedpo
+from fusedpo import FusedLoss, linear_logprobs, plan, policy_loss
+from fusedpo.losses import (
+    CISPO,
+    DAPO,
+    GMPO,
+    GRPO,
+    GSPO,
+    LUSPO,
+    REINFORCE,
+    VESPO,
+    DrGRPO,
+    PolicyLoss,
+    SoftAdaptive,
+    SoftSequence,
+    available,
+)
+from fusedpo.losses._gates import GATES
+from fusedpo.scores import Sequences, Tokens
+
+VOCAB, WIDTH = 61, 12
+
+DEFAULTS = [cls() for cls in available().values() if issubclass(cls, PolicyLoss)]
+KINDS = [
+    *DEFAULTS,
+    *(SoftSequence(gate=gate, tau_pos=0.7, tau_neg=0.9) for gate in GATES),
+    GRPO(dual_clip=1.5, ratio_cap=1.6),
+    GRPO(kl_weight=0.01),
+    DAPO(kl_weight=0.01, kl_estimator="k2", entropy_bonus=0.1),
+    GSPO(kl_weight=0.01, kl_estimator="k3_corrected"),
+    SoftSequence(kl_weight=0.01, kl_estimator="k1"),
+    REINFORCE(entropy_bonus=0.3),
+]
+every_kind = pytest.mark.parametrize("loss", KINDS, ids=lambda loss: type(loss).__name__)
+
+
+@pytest.fixture(autouse=True)
+def on_every_backend(
+    request: pytest.FixtureRequest, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for function in (fusedpo.policy_loss, fusedpo.linear_logprobs):
+        there = functools.partial(function, backend=backend)
+        monkeypatch.setattr(request.module, function.__name__, there)
+
+
+def sampled(
+    seed: int, count: int, *, length: int = 14, dtype: torch.dtype = torch.float32, empty: int = -1
+) -> dict:
+    """Sampled responses with prompts of their own length; ``empty`` is one without any token."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(count, length, WIDTH, generator=g).to(dtype)
+    weight = (torch.randn(VOCAB, WIDTH, generator=g) / 3).to(dtype)
+    labels = torch.randint(VOCAB, (count, length), generator=g)
+    for row in labels:
+        prompt, end = sorted(torch.randperm(length + 1, generator=g)[:2].tolist())
+        row[:prompt] = -100
+        row[end:] = -100
+    if empty >= 0:
+        labels[empty] = -100
+    taken = logprobs_of(hidden.double(), weight.double(), labels)[0]
+
+    def near(scale: float) -> torch.Tensor:
+        noisy = taken + scale * torch.randn(taken.shape, generator=g)
+        # what nobody scored may hold anything
+        return noisy.masked_fill(labels < 0, torch.nan).float()
+
+    advantages = torch.randn(count, generator=g)
+    advantages[count // 2] = 0.0
+    return {
+        "hidden": hidden.requires_grad_(),
+        "weight": weight.requires_grad_(),
+        "labels": labels,
+        "advantages": advantages,
+        "old_logprobs": near(0.3),
+        "ref_logprobs": near(0.5),
+        "importance_weights": torch.rand(count, generator=g) + 0.5,
+    }
+
+
+def logprobs_of(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability and entropy [B, T] from full logits, 0 where not scored."""
+    z = hidden @ weight.T if hidden.dtype == torch.float64 else (hidden @ weight.T).float()
+    log_p = z.log_softmax(-1)
+    taken = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return taken.masked_fill(labels < 0, 0.0), entropy.masked_fill(labels < 0, 0.0)
+
+
+def naive_loss(loss: PolicyLoss, hidden: torch.Tensor, weight: torch.Tensor, data: dict) -> tuple:
+    """Full logits, the formula token by token, the mean as the loss says it."""
+    labels = data["labels"]
+    where = labels >= 0
+    logprob, entropy = logprobs_of(hidden, weight, labels)
+    lengths = where.sum(-1)
+    index = torch.arange(len(labels))[:, None].expand_as(labels)[where]
+    starts = lengths.cumsum(0) - lengths
+
+    def of(name: str) -> torch.Tensor | None:
+        value = data.get(name)
+        if value is None:
+            return None
+        return (value[index] if value.dim() == 1 else value[where]).double()
+
+    correction = of("importance_weights")
+    inside = correction is not None and loss.absorbs_correction
+    t = Tokens(
+        logprob[where].double(),
+        of("advantages"),
+        Sequences(index, lengths, starts),
+        of("old_logprobs"),
+        loss.log_correction(correction) if inside else None,
+    )
+    value = loss.per_token(t)
+    if correction is not None and not inside:
+        value = value * correction
+    if loss.kl_weight:
+        value = value + loss.kl_weight * loss.kl(t, of("ref_logprobs"))
+    if loss.aggregation == "token_mean":
+        total = value.mean()
+    else:
+        sums = torch.zeros(len(labels), dtype=torch.float64).index_add(0, index, value)
+        if loss.aggregation == "sequence_mean":
+            sums = sums / lengths.clamp(min=1)
+        total = sums.mean() / loss.divisor
+    if loss.entropy_bonus:
+        total = total - loss.entropy_bonus * entropy[where].double().mean()
+    return total
+
+
+def arguments(loss: PolicyLoss, data: dict, **options) -> dict:
+    names = ["advantages", "old_logprobs", *(["ref_logprobs"] if loss.kl_weight else [])]
+    if "importance_weights" in data and options.pop("weighted", True):
+        names.append("importance_weights")
+    return {**{name: data[name] for name in names if data.get(name) is not None}, **options}
+
+
+def check(loss: PolicyLoss, data: dict, factor: float = 1.0, **options) -> None:
+    hidden, weight = data["hidden"], data["weight"]
+    out = policy_loss(loss, hidden, weight, data["labels"], **arguments(loss, data, **options))
+    got = torch.autograd.grad(out.loss * factor, (hidden, weight))
+    results = {}
+    for dtype in (torch.float64, hidden.dtype):
+        h, w = (t.detach().to(dtype).requires_grad_() for t in (hidden, weight))
+        total = naive_loss(loss, h, w, data)
+        results[dtype] = (total, torch.autograd.grad(total * factor, (h, w)))
+    truth, exact = results[torch.float64]
+    scale = float(data["advantages"].abs().max())
+    assert out.loss.item() == pytest.approx(truth.item(), rel=2e-5, abs=1e-6 * scale)
+    for name, mine, true, same in zip(
+        ("hidden", "weight"), got, exact, results[hidden.dtype][1], strict=True
+    ):
+        assert not (found := gradient_faults(name, mine, true, same, 10.0)), found
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("route", ["recompute", "retain", "one_pass"])
+def test_equals_the_naive_program(loss: PolicyLoss, dtype: torch.dtype, route: str) -> None:
+    if loss.entropy_bonus and route != "recompute":
+        pytest.skip("a gradient through the entropy is formed in recompute")
+    if loss.scope == "batch" and route == "one_pass":
+        pytest.skip("the gradient of this loss is known at the end only")
+    data = sampled(3, 4, dtype=dtype, empty=2)
+    for tile in ((3, 16), (16, 128)):
+        chosen = plan(
+            int((data["labels"] >= 0).sum()),
+            VOCAB,
+            WIDTH,
+            dtype=dtype,
+            scope=loss.scope,
+            groups=4,
+            entropy=bool(loss.entropy_bonus),
+            route=route,
+            backend=engine.BACKEND,
+        )
+        check(loss, data, factor=0.37, memory_budget=with_tile(chosen, *tile))
+
+
+@every_kind
+@settings(max_examples=6)
+@given(seed=st.integers(0, 10_000), count=st.integers(1, 5), length=st.integers(2, 40))
+def test_equals_the_naive_program_as_planned(
+    loss: PolicyLoss, seed: int, count: int, length: int
+) -> None:
+    data = sampled(seed, count, length=length)
+    check(loss, data, memory_budget="256KiB")
+    check(loss, data)
+
+
+@pytest.mark.parametrize("loss", DEFAULTS, ids=lambda loss: type(loss).__name__)
+def test_the_sampling_policy_itself_has_a_ratio_of_one(loss: PolicyLoss) -> None:
+    """Without old log-probabilities, and with its own: the gradient is -A times its weight."""
+    data = sampled(1, 4)
+    args = (loss, data["hidden"], data["weight"], data["labels"])
+    advantages = data["advantages"]
+    shortcut = policy_loss(*args, advantages=advantages)
+    own = linear_logprobs(*args[1:]).detach()
+    spelled = policy_loss(*args, advantages=advantages, old_logprobs=own)
+    lengths = (data["labels"] >= 0).sum(-1)
+    share = {
+        "token_mean": torch.full((4,), 1 / lengths.sum()),
+        "sequence_mean": 1 / (4 * lengths),
+        "sequence_sum": torch.full((4,), 1 / 4),
+    }[loss.aggregation] / loss.divisor
+    plain = -(linear_logprobs(*args[1:]).sum(-1) * advantages * share).sum()
+    truth = torch.autograd.grad(plain, args[1:3])
+    for out in (shortcut, spelled):
+        for mine, true in zip(torch.autograd.grad(out.loss, args[1:3]), truth, strict=True):
+            assert relative(mine, true) < 2e-6
+    assert shortcut.loss.item() == pytest.approx(spelled.loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", [GRPO(), SoftSequence(), VESPO(), DAPO(kl_weight=0.1)], ids=repr)
+def test_packed_equals_padded(loss: PolicyLoss) -> None:
+    data = sampled(2, 4)
+    out = policy_loss(loss, data["hidden"], data["weight"], data["labels"], **arguments(loss, data))
+    ends = [int(row.nonzero().max()) + 1 for row in (data["labels"] >= 0).long()]
+    cu = torch.tensor([0, *torch.tensor(ends).cumsum(0).tolist()], dtype=torch.int32)
+
+    def flat(name: str) -> torch.Tensor:
+        return torch.cat([row[:end] for row, end in zip(data[name].detach(), ends, strict=True)])
+
+    given = {
+        name: flat(name) if value.dim() == 2 else value
+        for name, value in arguments(loss, data).items()
+    }
+    hidden = flat("hidden").requires_grad_()
+    packed = policy_loss(loss, hidden, data["weight"], flat("labels"), cu_seqlens=cu, **given)
+    assert packed.loss.item() == pytest.approx(out.loss.item(), rel=1e-6)
+    mine = torch.autograd.grad(packed.loss, data["weight"])[0]
+    true = torch.autograd.grad(out.loss, data["weight"])[0]
+    assert relative(mine, true) < 2e-6
+
+
+@pytest.mark.parametrize("loss", [GRPO(), DAPO(), DrGRPO(), LUSPO(), GSPO()], ids=repr)
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_accumulation_over_micro_batches_is_one_batch(loss: PolicyLoss, as_tensor: bool) -> None:
+    data = sampled(4, 5)
+    whole = policy_loss(
+        loss, data["hidden"], data["weight"], data["labels"], **arguments(loss, data)
+    ).loss
+    truth = torch.autograd.grad(whole, (data["hidden"], data["weight"]))
+    tokens = int((data["labels"] >= 0).sum())
+    by_tokens = loss.aggregation == "token_mean"
+    number = torch.tensor(tokens if by_tokens else 5)
+    items = {"num_tokens" if by_tokens else "num_items": number if as_tensor else int(number)}
+    total = 0.0
+    for rows in (slice(0, 2), slice(2, 5)):
+        given = {name: value[rows] for name, value in arguments(loss, data).items()}
+        part = policy_loss(
+            loss, data["hidden"][rows], data["weight"], data["labels"][rows], **given, **items
+        )
+        total = total + part.loss
+    assert total.item() == pytest.approx(whole.item(), rel=1e-6)
+    for mine, true in zip(
+        torch.autograd.grad(total, (data["hidden"], data["weight"])), truth, strict=True
+    ):
+        assert relative(mine, true) < 2e-6
+
+
+def test_an_advantage_may_be_a_tokens_own() -> None:
+    data = sampled(5, 3)
+    args = (data["hidden"], data["weight"], data["labels"])
+    spread = data["advantages"][:, None].expand_as(data["labels"])
+    for loss in (GRPO(), CISPO(), SoftAdaptive()):
+        of_sequence = policy_loss(loss, *args, **arguments(loss, data))
+        of_token = policy_loss(loss, *args, **{**arguments(loss, data), "advantages": spread})
+        assert torch.equal(of_sequence.loss, of_token.loss)
+    with pytest.raises(ValueError, match=r"advantages: expected one number a response \[3\]"):
+        policy_loss(GSPO(), *args, advantages=spread)
+
+
+def test_responses_of_zero_advantage_have_no_gradient() -> None:
+    data = sampled(6, 3)
+    for loss in DEFAULTS:
+        given = {**arguments(loss, data), "advantages": torch.zeros(3)}
+        out = policy_loss(loss, data["hidden"], data["weight"], data["labels"], **given)
+        for gradient in torch.autograd.grad(out.loss, (data["hidden"], data["weight"])):
+            assert (gradient == 0).all(), loss
+
+
+def test_nothing_sampled_is_no_loss() -> None:
+    data = sampled(7, 2)
+    labels = torch.full_like(data["labels"], -100)
+    for loss in (GRPO(), SoftSequence(), GSPO()):
+        out = policy_loss(loss, data["hidden"], data["weight"], labels, **arguments(loss, data))
+        out.loss.backward()
+        assert out.loss.item() == 0 and (data["weight"].grad == 0).all()
+
+
+@pytest.mark.parametrize("loss", [GSPO(), SoftSequence(), GMPO()], ids=repr)
+def test_a_response_without_tokens_adds_nothing_and_counts(loss: PolicyLoss) -> None:
+    data, other = sampled(8, 3, empty=1), {}
+    for name, value in data.items():
+        other[name] = value if name == "weight" else value[[0, 2]].detach()
+    args = lambda d: (loss, d["hidden"], d["weight"], d["labels"])  # noqa: E731
+    three = policy_loss(*args(data), **arguments(loss, data))
+    two = policy_loss(*args(other), **arguments(loss, other))
+    assert three.loss.item() == pytest.approx(two.loss.item() * 2 / 3, rel=1e-6)
+
+
+def test_metrics() -> None:
+    data = sampled(9, 4)
+    loss = GRPO(kl_weight=0.1)
+    out = policy_loss(
+        loss,
+        data["hidden"],
+        data["weight"],
+        data["labels"],
+        log_entropy=True,
+        **arguments(loss, data),
+    )
+    where = data["labels"] >= 0
+    delta = out.logprobs[where] - data["old_logprobs"][where]
+    signs = data["advantages"][:, None].expand_as(data["labels"])[where]
+    expected = {
+        "clip_ratio/low_mean": ((delta.exp() < 0.8) & (signs < 0)).float().mean(),
+        "clip_ratio/high_mean": ((delta.exp() > 1.2) & (signs > 0)).float().mean(),
+        "ratio/mean": delta.exp().mean(),
+        "entropy": logprobs_of(data["hidden"], data["weight"], data["labels"])[1][where].mean(),
+    }
+    behind = data["ref_logprobs"][where] - out.logprobs[where]
+    expected["kl"] = (torch.expm1(behind) - behind).mean()
+    for name, value in expected.items():
+        assert out.metrics[name].item() == pytest.approx(value.item(), rel=1e-5), name
+    assert {"clip_ratio/region_mean", "kl_old"} < out.metrics.keys()
+    assert out.per_example.shape == (4,) and not out.per_example.requires_grad
+
+
+def test_an_entropy_that_is_only_logged_changes_no_gradient() -> None:
+    data = sampled(10, 3)
+    args = (GRPO(), data["hidden"], data["weight"], data["labels"])
+    found = [
+        torch.autograd.grad(
+            policy_loss(*args, log_entropy=log, **arguments(GRPO(), data)).loss, args[1:3]
+        )
+        for log in (False, True)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_the_module_is_the_function() -> None:
+    data = sampled(11, 3)
+    args = (data["hidden"], data["weight"], data["labels"])
+    module = FusedLoss(SoftSequence(), memory_budget="1MiB", backend=engine.BACKEND)
+    direct = policy_loss(SoftSequence(), *args, memory_budget="1MiB", advantages=data["advantages"])
+    assert torch.equal(module(*args, advantages=data["advantages"]).loss, direct.loss)
+
+
+BAD = {
+    "loss": ({"loss": fusedpo.losses.DPO()}, TypeError, "loss: expected a policy loss"),
+    "shape": ({"advantages": torch.zeros(7)}, ValueError, r"advantages: expected one number"),
+    "type": ({"advantages": [1.0, 2.0]}, TypeError, "advantages: expected"),
+    "whole old": ({"old_logprobs": torch.zeros(3)}, ValueError, r"old_logprobs: expected per tok"),
+    "no reference": ({"loss": GRPO(kl_weight=0.1)}, ValueError, "ref_logprobs: expected a ref"),
+    "useless reference": ({"ref_logprobs": torch.zeros(3, 14)}, ValueError, "ref_logprobs: expec"),
+    "whole reference": (
+        {"loss": GRPO(kl_weight=0.1), "ref_logprobs": torch.zeros(3)},
+        ValueError,
+        r"ref_logprobs: expected per token",
+    ),
+    "wrong items": ({"num_tokens": 5}, ValueError, "num_tokens: expected None, as GRPO"),
+    "wrong tokens": ({"loss": DAPO(), "num_items": 5}, ValueError, "num_items: expected None"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused(name: str) -> None:
+    changed, error, text = BAD[name]
+    data = sampled(12, 3)
+    given = {"loss": GRPO(), "advantages": data["advantages"], **changed}
+    loss = given.pop("loss")
+    with pytest.raises(error, match=text):
+        policy_loss(loss, data["hidden"], data["weight"], data["labels"], **given)
