@@ -10,13 +10,15 @@ import sys
 import threading
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import fusedpo
 from fusedpo import losses
+from fusedpo.checks import bad_choice, bad_value
 from fusedpo.trainers import job as jobs
+from fusedpo.trainers import methods
 
 _USER_ERROR = 2
 _INTERRUPTED = 130
@@ -34,6 +36,9 @@ examples:
   a loss with a reference, checkpoints, and going on after a stop:
     fusedpo train --model owner/name --dataset pairs.jsonl --loss dpo --save-steps 100 --output out
     ... the same again, and --resume
+
+  the five methods, each with data of its own making (demo) or yours:
+    fusedpo train --loss sspo|s-sppo|sapo|solopo|simpo --model demo --dataset demo --output out
 
   the options of another loss:
     fusedpo train --loss dpo --help
@@ -59,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         with _terminable():
-            return _train(argv)
+            return _run(argv)
     except KeyboardInterrupt:
         print("fusedpo train: interrupted; no incomplete output was left", file=sys.stderr)
         return _INTERRUPTED
@@ -97,36 +102,85 @@ def _is_for_the_user(error: Exception) -> bool:
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("fusedpo")
 
 
-def _train(argv: list[str]) -> int:
-    loss_class = _chosen_loss(argv)
-    parser, train = _parsers(loss_class)
+def _run(argv: list[str]) -> int:
+    chosen = _chosen(argv)
+    parser, train = _parsers(chosen)
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
         train.refuse(unknown)
     given = vars(parsed)
-    given.pop("command")
-    given["loss"] = losses.get(
-        given["loss"],
-        **{
-            f.name: given.pop(_destination(f))
-            for f in _settable(loss_class)
-            if _destination(f) in given
-        },
-    )
+    if given.pop("command") == "losses":
+        _print_losses()
+        return 0
+    del given["loss"]
+    given.pop("base", None)
+    given["loss"], given["method"] = chosen.make(given)
     given["output"] = Path(given["output"]).expanduser().resolve()
     jobs.run(jobs.TrainJob(**given))
     return 0
 
 
-def _chosen_loss(argv: list[str]) -> type[losses.Loss]:
+# papers share acronyms; on the command line this one is the method that writes its own pairs
+_SELF_AUGMENTED = ("sapo", "self-augmented", "self_augmented", "selfaugmented")
+_BASES = ("dpo", "simpo", "orpo")
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The loss that was asked for, the loss within it if it has one, and its method."""
+
+    loss: type[losses.Loss]
+    base: type[losses.Loss] | None
+    method: type[methods.Pairs]
+    fixed: dict[str, Any]  # hyperparameters that the name stands for
+    factor: float
+
+    @property
+    def parts(self) -> list[tuple[str, type[Any]]]:
+        """(name of its options' destinations, class) of everything with settings of its own."""
+        inner = [] if self.base is None else [("base", self.base)]
+        return [("loss", self.loss), *inner, ("method", self.method)]
+
+    def make(self, given: dict[str, Any]) -> tuple[losses.Loss, methods.Pairs]:
+        """The loss and the method; their settings are taken out of what was given."""
+        settings = {
+            name: {
+                f.name: given.pop(f"{name}_{f.name}")
+                for f in _settable(part)
+                if f"{name}_{f.name}" in given
+            }
+            for name, part in self.parts
+        }
+        own = {**self.fixed, **settings["loss"]}
+        if self.base is not None:
+            own["base"] = self.base(**settings["base"])
+        loss = self.loss(**own)
+        if self.factor != 1.0 and isinstance(loss, losses.PreferenceLoss):
+            loss = self.factor * loss
+        return loss, self.method(**settings["method"])
+
+
+def _chosen(argv: list[str]) -> _Chosen:
     """The loss decides which further options there are, so it is read first."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--loss", default="simpo")
-    name = first.parse_known_args(argv)[0].loss
-    return type(losses.get(name))
+    first.add_argument("--base", default=None)
+    words, _ = first.parse_known_args(argv)
+    inner = words.base
+    if inner is not None and inner not in _BASES:
+        raise bad_choice("base", inner, _BASES)
+    if words.loss.lower() in _SELF_AUGMENTED:
+        return _Chosen(type(losses.get(inner or "orpo")), None, methods.SelfAugmented, {}, 1.0)
+    loss, fixed, factor = losses.find(words.loss)
+    within = None
+    if issubclass(loss, losses.ShortToLong):
+        within = type(losses.get(inner or "simpo"))
+    elif inner is not None:
+        raise bad_value("base", f"no such option with --loss {words.loss}", repr(inner))
+    return _Chosen(loss, within, methods.method_of(loss), fixed, factor)
 
 
-def _parsers(loss_class: type[losses.Loss]) -> tuple[_Parser, _Parser]:
+def _parsers(chosen: _Chosen) -> tuple[_Parser, _Parser]:
     """The parser of the command line, and the one of ``train`` within it."""
     parser = _Parser(
         prog="fusedpo",
@@ -134,12 +188,12 @@ def _parsers(loss_class: type[losses.Loss]) -> tuple[_Parser, _Parser]:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fusedpo {fusedpo.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train|losses")
     train = commands.add_parser(
         "train",
-        help="train a model on preference pairs",
-        description="Train a causal language model on preference pairs, and save a model that "
-        "transformers loads, with metrics.json and training.png beside it.",
+        help="train a model on preferences or rewards",
+        description="Train a causal language model, and save a model that transformers loads, with "
+        "metrics.json and training.png beside it.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -147,10 +201,18 @@ def _parsers(loss_class: type[losses.Loss]) -> tuple[_Parser, _Parser]:
         argument_default=argparse.SUPPRESS,
     )
     _add_required(train)
-    _add_training(train)
+    _add_training(train, chosen.method)
     _add_machine(train)
-    _add_loss(train, loss_class)
+    for name, part in chosen.parts:
+        _add_settings(train, name, part)
+    commands.add_parser("losses", help="list the losses and what they are made of")
     return parser, train
+
+
+def _print_losses() -> None:
+    from fusedpo.catalogue import table
+
+    print("\n".join(table()))
 
 
 def _add_required(parser: argparse.ArgumentParser) -> None:
@@ -172,16 +234,22 @@ def _add_required(parser: argparse.ArgumentParser) -> None:
         "--loss",
         default="simpo",
         metavar="NAME",
-        help=f"one of {', '.join(losses.available())} (default: simpo)",
+        help=f"one of {', '.join(losses.available())}; or sspo, s-sppo, sapo (self-augmented), "
+        "solopo (default: simpo)",
+    )
+    group.add_argument(
+        "--base",
+        metavar="NAME",
+        help="the loss within sapo (default: orpo) or solopo (default: simpo): dpo, simpo, orpo",
     )
     group.add_argument(
         "--output", required=True, metavar="FOLDER", help="made whole at the end, or not at all"
     )
 
 
-def _add_training(parser: argparse.ArgumentParser) -> None:
+def _add_training(parser: argparse.ArgumentParser, method: type[methods.Pairs]) -> None:
     group = parser.add_argument_group("training")
-    tuned, scratch = jobs.TUNED, jobs.FROM_SCRATCH
+    tuned, scratch = methods.TUNED, method.from_scratch
 
     def add(flag: str, kind: type, help: str) -> None:
         group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=help)
@@ -246,14 +314,18 @@ def _default(name: str) -> str:
     return f"default: {default}"
 
 
-def _add_loss(parser: argparse.ArgumentParser, loss_class: type[losses.Loss]) -> None:
-    """One option for each hyperparameter; its range is checked by the loss."""
-    group = parser.add_argument_group(f"the loss {loss_class.__name__}")
-    kinds = typing.get_type_hints(loss_class)
-    for f in _settable(loss_class):
+def _add_settings(parser: argparse.ArgumentParser, name: str, part: type[Any]) -> None:
+    """One option for each setting of a loss or a method; its range is checked by that."""
+    settable = _settable(part)
+    if not settable:
+        return
+    title = "the method" if name == "method" else "the loss"
+    group = parser.add_argument_group(f"{title} {part.__name__}")
+    kinds = typing.get_type_hints(part)
+    for f in settable:
         about = f"{f.metadata['meaning']} (default: {f.default})".replace("%", "%%")
-        options: dict[str, Any] = {"dest": _destination(f), "help": about}
-        kind = kinds[f.name]
+        options: dict[str, Any] = {"dest": f"{name}_{f.name}", "help": about}
+        kind = _plain(kinds[f.name])
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is Literal:
@@ -263,18 +335,20 @@ def _add_loss(parser: argparse.ArgumentParser, loss_class: type[losses.Loss]) ->
         group.add_argument("--" + f.name.replace("_", "-"), **options)
 
 
-def _settable(loss_class: type[losses.Loss]) -> list[Field[Any]]:
-    """Hyperparameters that can be written on a command line."""
-    kinds = typing.get_type_hints(loss_class)
+def _plain(kind: Any) -> Any:
+    """The type of what is written; ``float | None`` is written as a float."""
+    others = [one for one in typing.get_args(kind) if one is not type(None)]
+    return others[0] if type(None) in typing.get_args(kind) and len(others) == 1 else kind
+
+
+def _settable(part: type[Any]) -> list[Field[Any]]:
+    """What can be written on a command line."""
+    kinds = {name: _plain(kind) for name, kind in typing.get_type_hints(part).items()}
     return [
         f
-        for f in fields(loss_class)
+        for f in fields(part)
         if f.default is not MISSING
         and (
             kinds[f.name] in (int, float, bool, str) or typing.get_origin(kinds[f.name]) is Literal
         )
     ]
-
-
-def _destination(f: Field[Any]) -> str:
-    return f"loss_{f.name}"

@@ -18,20 +18,53 @@ _BLUE, _ORANGE, _GREY = "#1f5fa8", "#d1660a", "#8a8a8a"
 
 
 @dataclass(frozen=True)
+class Signal:
+    """A number that a training run is watched by.
+
+    Attributes:
+        title: of its column and its panel.
+        key: as the trainer logs it; ``eval_...`` on held-out data.
+        style: format of the number.
+        unit: what the panel's axis says.
+        neutral: where a line is drawn: what chance would give.
+    """
+
+    title: str
+    key: str
+    style: str = ".4f"
+    unit: str = ""
+    neutral: float | None = None
+
+
+LOSS = Signal("held-out loss", "eval_loss", unit="mean over examples")
+MARGIN = Signal(
+    "held-out margin",
+    "eval_rewards/margins",
+    "+.3f",
+    "reward of chosen - rejected",
+    0.0,
+)
+ACCURACY = Signal(
+    "held-out accuracy",
+    "eval_rewards/accuracies",
+    ".1%",
+    "share with chosen above rejected",
+    0.5,
+)
+PAIR_SIGNALS = (LOSS, MARGIN, ACCURACY)
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The state of training at one step.
 
     Attributes:
         step: optimizer steps done.
-        train_loss: mean over the steps since the evaluation before; None before the first step.
-        loss, margin, accuracy: on held-out pairs; None where the loss has no such metric.
+        values: what was logged then; of training, the means since the evaluation before.
     """
 
     step: int
-    train_loss: float | None
-    loss: float | None
-    margin: float | None
-    accuracy: float | None
+    values: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -44,49 +77,51 @@ class History:
     @classmethod
     def from_log(cls, log_history: Iterable[Mapping[str, Any]]) -> History:
         """From ``trainer.state.log_history``."""
-        losses: dict[int, float] = {}
-        held_out: dict[int, Mapping[str, Any]] = {}
+        training: dict[int, Mapping[str, Any]] = {}
+        held_out: dict[int, dict[str, Any]] = {}
         for entry in log_history:
             if "loss" in entry:
-                losses[entry["step"]] = entry["loss"]
-            if "eval_loss" in entry:
-                held_out[entry["step"]] = entry
-        evaluations, before = [], 0
-        for step, entry in sorted(held_out.items()):
-            recent = [loss for at, loss in losses.items() if before < at <= step]
-            evaluations.append(
-                Evaluation(
-                    step,
-                    sum(recent) / len(recent) if recent else None,
-                    entry.get("eval_loss"),
-                    entry.get("eval_rewards/margins"),
-                    entry.get("eval_rewards/accuracies"),
-                )
-            )
+                training[entry["step"]] = entry
+            found = {key: value for key, value in entry.items() if key.startswith("eval_")}
+            if found:
+                held_out.setdefault(entry["step"], {}).update(found)
+        evaluations, before = [], -1
+        for step, values in sorted(held_out.items()):
+            recent = [entry for at, entry in training.items() if before < at <= step]
+            evaluations.append(Evaluation(step, {**_means(recent), **values}))
             before = step
-        return cls(tuple(sorted(losses.items())), tuple(evaluations))
+        losses = [(step, entry["loss"]) for step, entry in sorted(training.items())]
+        return cls(tuple(losses), tuple(evaluations))
+
+    def curve(self, signal: Signal) -> list[tuple[int, float | None]]:
+        """(step, value) at every evaluation."""
+        return [(e.step, e.values.get(signal.key)) for e in self.evaluations]
 
 
-def training_table(history: History) -> Table:
+def _means(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    names = {
+        name
+        for entry in entries
+        for name, value in entry.items()
+        if isinstance(value, (int, float)) and name not in ("step", "epoch")
+    }
+    found = {}
+    for name in names:
+        values = [entry[name] for entry in entries if name in entry]
+        found[name] = sum(values) / len(values)
+    return found
+
+
+def training_table(history: History, signals: Sequence[Signal] = PAIR_SIGNALS) -> Table:
     from rich.table import Table
 
     table = Table(title="Training", title_justify="left")
-    for column in (
-        "step",
-        "training loss",
-        "held-out loss",
-        "held-out margin",
-        "held-out accuracy",
-    ):
-        table.add_column(column, justify="right")
+    columns = (Signal("training loss", "loss"), *signals)
+    for title in ("step", *(signal.title for signal in columns)):
+        table.add_column(title, justify="right")
     for e in history.evaluations:
-        table.add_row(
-            str(e.step),
-            _number(e.train_loss),
-            _number(e.loss),
-            _number(e.margin, "+.3f"),
-            _number(e.accuracy, ".1%"),
-        )
+        numbers = (_number(e.values.get(signal.key), signal.style) for signal in columns)
+        table.add_row(str(e.step), *numbers)
     return table
 
 
@@ -137,28 +172,35 @@ def _ratio(value: int | None, base: int | None) -> str:
     return f"{value / base:.1f}" if value is not None and base else ""
 
 
-def draw_training(path: Path, history: History, title: str) -> None:
-    """Loss, reward margin and accuracy over the steps, to a PNG."""
+def draw_training(
+    path: Path, history: History, title: str, signals: Sequence[Signal] = PAIR_SIGNALS
+) -> None:
+    """The loss and the signals over the steps, a panel each, to a PNG."""
     plt = _pyplot()
-    figure, (loss, margin, accuracy) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    others = [signal for signal in signals if signal is not LOSS]
+    columns = min(3, 1 + len(others))
+    rows = -(-(1 + len(others)) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(13, 4.2 * rows), layout="constrained", squeeze=False
+    )
     figure.suptitle(title)
-    evaluations = history.evaluations
+    loss, *panels = grid.flat
     _curve(loss, history.train_losses, "training", _GREY, marker="")
-    _curve(loss, [(e.step, e.loss) for e in evaluations], "held out", _BLUE)
-    loss.set(title="Loss", ylabel="mean over pairs, nats")
-    _curve(margin, [(e.step, e.margin) for e in evaluations], "held out", _BLUE)
-    margin.set(title="Reward margin", ylabel="chosen - rejected, mean over pairs")
-    margin.axhline(0, color=_GREY, linewidth=0.8)
-    points = [(e.step, None if e.accuracy is None else 100 * e.accuracy) for e in evaluations]
-    _curve(accuracy, points, "held out", _BLUE)
-    accuracy.set(title="Accuracy", ylabel="pairs with chosen above rejected, %")
-    accuracy.axhline(50, color=_GREY, linewidth=0.8)
-    accuracy.annotate("chance", (0, 50), xytext=(2, 3), textcoords="offset points", color=_GREY)
-    for axes in (loss, margin, accuracy):
+    _curve(loss, history.curve(LOSS), "held out", _BLUE)
+    loss.set(title="Loss", ylabel="mean over examples")
+    for axes, signal in zip(panels, others, strict=False):
+        name = "held out" if signal.key.startswith("eval_") else "training"
+        _curve(axes, history.curve(signal), name, _BLUE if name == "held out" else _GREY)
+        axes.set(title=signal.title, ylabel=signal.unit)
+        if signal.neutral is not None:
+            axes.axhline(signal.neutral, color=_GREY, linewidth=0.8)
+    for axes in grid.flat:
         axes.set_xlabel("optimizer step")
         axes.spines[["top", "right"]].set_visible(False)
         # room for the names at the ends of the lines
         axes.margins(x=0.16)
+    for axes in panels[len(others) :]:
+        axes.set_visible(False)
     _save(figure, path)
 
 

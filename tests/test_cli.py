@@ -307,7 +307,7 @@ def test_an_interruption_leaves_nothing_half_done(folder, tmp_path, number, code
     )
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("step") and "held out" in line and not line.startswith("step      0"):
+        if line.startswith("step") and "held-out" in line and not line.startswith("step      0"):
             break
     assert list(tmp_path.iterdir()), "the run writes beside its output first"
     process.send_signal(number)

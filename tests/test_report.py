@@ -12,6 +12,7 @@ from fusedpo.compare import Comparison, Way
 from fusedpo.report import (
     Evaluation,
     History,
+    Signal,
     comparison_table,
     draw_comparison,
     draw_training,
@@ -53,12 +54,16 @@ def text(renderable) -> str:
     return console.export_text()
 
 
+def held_out(entry: dict) -> dict:
+    return {name: value for name, value in entry.items() if name.startswith("eval_")}
+
+
 def test_history_joins_evaluations_with_the_losses_before_them():
     assert HISTORY.train_losses == ((1, 0.9), (2, 0.7), (3, 0.6))
     assert HISTORY.evaluations == (
-        Evaluation(0, None, 0.97, 0.0, 0.5),
-        Evaluation(2, pytest.approx(0.8), 0.8, 0.4, 0.75),
-        Evaluation(3, pytest.approx(0.6), 0.7, None, None),
+        Evaluation(0, held_out(LOG[0])),
+        Evaluation(2, pytest.approx({"loss": 0.8, "grad_norm": 1.0, **held_out(LOG[3])})),
+        Evaluation(3, pytest.approx({"loss": 0.6, "eval_loss": 0.7})),
     )
 
 
@@ -70,6 +75,21 @@ def test_training_table_has_a_row_for_each_evaluation():
         ["2", "0.8000", "0.8000", "+0.400", "75.0%"],
         ["3", "0.6000", "0.7000"],
     ]
+
+
+def test_a_method_is_watched_by_its_own_signals(tmp_path):
+    log = [
+        {"step": 0, "eval_reward": 0.1},
+        {"step": 2, "loss": 0.5, "ratio/mean": 1.5},
+        {"step": 2, "eval_reward": 0.25},
+    ]
+    signals = (Signal("reward", "eval_reward", ".2f"), Signal("ratio", "ratio/mean", ".1f"))
+    history = History.from_log(log)
+    lines = text(training_table(history, signals)).splitlines()
+    cells = [line.replace("│", " ").split() for line in lines if "│" in line]
+    assert cells == [["0", "0.10"], ["2", "0.5000", "0.25", "1.5"]]
+    draw_training(tmp_path / "a.png", history, "title", signals)
+    assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
 def test_comparison_table_gives_ratios_to_the_fused_loss():

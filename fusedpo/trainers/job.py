@@ -36,12 +36,13 @@ from fusedpo.report import (
     draw_training,
     training_table,
 )
-from fusedpo.trainers.rows import Preference, Splits, TokenRow, check_row, load, tokenize
+from fusedpo.trainers.methods import TUNED, Defaults, Pairs, TwoContexts, method_of
+from fusedpo.trainers.rows import load
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fusedpo.trainers.transformers import PreferenceTrainer
+    from fusedpo.trainers.transformers import FusedTrainer
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Autocast = Literal["auto", "none", "bfloat16", "float16"]
@@ -51,23 +52,7 @@ DEMO = "demo"
 METRICS = "metrics.json"
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """What depends on whether a model is tuned further or starts from random weights."""
-
-    learning_rate: float
-    batch_size: int
-    max_steps: int | None
-    epochs: float
-
-
-TUNED = Defaults(learning_rate=1e-6, batch_size=8, max_steps=None, epochs=1.0)
-FROM_SCRATCH = Defaults(learning_rate=1e-3, batch_size=32, max_steps=280, epochs=1.0)
-
-# the demonstration's text: pieces of about 40 tokens, so that a CPU sees many of them
 _VOCAB = 8192
-_PROMPT_CHARS = _RESPONSE_CHARS = 150
-_DEMO_HELD_OUT = 512
 
 
 @dataclass(frozen=True)
@@ -79,6 +64,7 @@ class TrainJob:
         dataset: see ``rows.load``; ``demo`` for pairs from the standard library.
         output: folder to make. It appears when the run is complete.
         loss: one of ``fusedpo.losses``.
+        method: how the loss gets its batches; None: as the loss has it. See ``trainers.methods``.
         learning_rate, batch_size (pairs a device): see ``Defaults`` where None.
         epochs, max_steps: how long; max_steps wins. See ``Defaults`` where both are None.
         accumulation: batches to an optimizer step.
@@ -102,6 +88,7 @@ class TrainJob:
     dataset: str
     output: Path
     loss: Loss
+    method: Pairs | None = None
     learning_rate: float | None = None
     batch_size: int | None = None
     max_steps: int | None = None
@@ -134,22 +121,28 @@ class TrainJob:
         if not 0 < self.eval_fraction < 1:
             raise bad_value("eval_fraction", "a number between 0 and 1", f"{self.eval_fraction:g}")
         parse_budget(self.memory_budget)
-        if self.compare and not isinstance(self.loss, PairLoss):
-            raise bad_value("compare", "False for a loss that is not of pairs", "True")
-        if self.loss.inputs and self.dataset == DEMO:
-            raise bad_value(
-                "dataset", f"one with the columns {', '.join(self.loss.inputs)}", repr(DEMO)
-            )
+        if self.compare and not (isinstance(self.loss, PairLoss) and type(self.way) is Pairs):
+            raise bad_value("compare", "False for a loss that is not of pairs alone", "True")
+        self.way.check(self.loss)
+        needed = [name for name, about in self.loss.inputs.items() if about.default is None]
+        if needed and self.dataset == DEMO:
+            raise bad_value("dataset", f"one with the columns {', '.join(needed)}", repr(DEMO))
+
+    @property
+    def way(self) -> Pairs:
+        """The method."""
+        return method_of(type(self.loss))() if self.method is None else self.method
 
     @property
     def defaults(self) -> Defaults:
-        return FROM_SCRATCH if self.model == DEMO else TUNED
+        return self.way.from_scratch if self.model == DEMO else TUNED
 
     @property
     def compares(self) -> bool:
         if self.compare is not None:
             return self.compare
-        return self.model == self.dataset == DEMO and isinstance(self.loss, PairLoss)
+        plain = isinstance(self.loss, PairLoss) and type(self.way) is Pairs
+        return self.model == self.dataset == DEMO and plain
 
     @property
     def checkpoints(self) -> Path:
@@ -191,11 +184,11 @@ def run(job: TrainJob, console: Console | None = None) -> dict[str, Any]:
         train, held_out = _tokenize_rows(job, *rows, model, tokenizer, console)
         del rows
         trainer = _make_trainer(job, model, tokenizer, train, held_out, staging)
-        with Progress(console) as progress:
+        with Progress(console, job.way.signals) as progress:
             trainer.add_callback(progress)
             _train(job, trainer, console)
         history = History.from_log(trainer.state.log_history)
-        console.print(training_table(history))
+        console.print(training_table(history, job.way.signals))
         metrics = {
             "model": job.model,
             "dataset": job.dataset,
@@ -212,7 +205,7 @@ def run(job: TrainJob, console: Console | None = None) -> dict[str, Any]:
             # a pickle with this machine's paths, of use to nobody else
             (folder / "training_args.bin").unlink(missing_ok=True)
             title = f"{job.loss}: {len(train)} training pairs, {len(held_out)} held out"
-            draw_training(folder / "training.png", history, title)
+            draw_training(folder / "training.png", history, title, job.way.signals)
             _write_json(folder / METRICS, metrics)
             _publish(folder, job.output, staging)
             console.print(f"saved: {job.output}, with training.png and {METRICS}")
@@ -228,7 +221,7 @@ def run(job: TrainJob, console: Console | None = None) -> dict[str, Any]:
     return metrics
 
 
-def _train(job: TrainJob, trainer: PreferenceTrainer, console: Console) -> None:
+def _train(job: TrainJob, trainer: FusedTrainer, console: Console) -> None:
     pairs = trainer.args.train_batch_size * job.accumulation * trainer.args.world_size
     console.print(
         f"training: {job.loss}, {trainer.args.max_steps} steps of {pairs} pairs "
@@ -307,22 +300,15 @@ def _demo_passages(
     return stdlib_pairs.hold_out(stdlib_pairs.read_passages(), 0.1, seed)
 
 
-def _demo_splits(seed: int) -> Splits:
-    train, held_out = (
-        stdlib_pairs.make_pairs(
-            passages, prompt_chars=_PROMPT_CHARS, response_chars=_RESPONSE_CHARS, seed=seed
-        )
-        for passages in _demo_passages(seed)
-    )
-    return Splits(train, held_out[:_DEMO_HELD_OUT], "the standard library", "pair")
-
-
-def _read_rows(job: TrainJob) -> tuple[str, list[Preference], list[Preference] | None]:
+def _read_rows(job: TrainJob) -> tuple[str, list[Any], list[Any] | None]:
     """The dataset's name, its rows, and those it holds out itself; every row is checked."""
-    splits = _demo_splits(job.seed) if job.dataset == DEMO else load(job.dataset)
+    if job.dataset == DEMO:
+        splits = job.way.demo(_demo_passages(job.seed), job.seed)
+    else:
+        splits = load(job.dataset)
 
-    def check(rows: Sequence[Any]) -> list[Preference]:
-        return [check_row(row, splits.where(i), job.loss.inputs) for i, row in enumerate(rows)]
+    def check(rows: Sequence[Any]) -> list[Any]:
+        return job.way.checked(rows, splits, job.loss)
 
     held_out = None if splits.held_out is None else check(splits.held_out)
     return splits.name, check(splits.train), held_out
@@ -331,21 +317,22 @@ def _read_rows(job: TrainJob) -> tuple[str, list[Preference], list[Preference] |
 def _tokenize_rows(
     job: TrainJob,
     name: str,
-    rows: list[Preference],
-    rows_held_out: list[Preference] | None,
+    rows: list[Any],
+    rows_held_out: list[Any] | None,
     model: Any,
     tokenizer: Any,
     console: Console,
-) -> tuple[list[TokenRow], list[TokenRow]]:
+) -> tuple[list[Any], list[Any]]:
     """Rows to train on and rows held out."""
     limit = getattr(model.config, "max_position_embeddings", None) or job.max_length
     max_length = min(job.max_length, limit)
 
-    def prepare(rows: list[Preference]) -> list[TokenRow]:
-        done = tokenize(rows, tokenizer, max_length)
+    def prepare(rows: list[Any]) -> list[Any]:
+        done = job.way.tokenized(rows, tokenizer, max_length)
         if done.dropped:
+            why = "have an empty response" if type(job.way) is not TwoContexts else "do not fit"
             console.print(
-                f"dropped: {len(done.dropped)} of {len(rows)} rows have an empty response "
+                f"dropped: {len(done.dropped)} of {len(rows)} rows {why} "
                 f"(the first: {done.dropped[0]})"
             )
         if done.truncated:
@@ -380,13 +367,11 @@ def _make_trainer(
     job: TrainJob,
     model: Any,
     tokenizer: Any,
-    train: list[TokenRow],
-    held_out: list[TokenRow],
+    train: list[Any],
+    held_out: list[Any],
     staging: Path,
-) -> PreferenceTrainer:
+) -> FusedTrainer:
     from transformers import PrinterCallback, TrainingArguments
-
-    from fusedpo.trainers.transformers import PreferenceTrainer
 
     use_cpu = job.cpu or not torch.accelerator.is_available()
     autocast = _autocast(job, use_cpu)
@@ -430,23 +415,24 @@ def _make_trainer(
         # the newer name first; TrainingArguments has the same two and warns of the older
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    trainer = PreferenceTrainer(
+    trainer = job.way.trainer(
         model,
         args,
-        loss=job.loss,
+        job.loss,
+        train,
+        held_out,
         memory_budget=job.memory_budget,
-        train_dataset=train,
-        eval_dataset=held_out,
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _evaluated_at_the_end(trainer: PreferenceTrainer) -> bool:
+def _evaluated_at_the_end(trainer: FusedTrainer) -> bool:
     step = trainer.state.global_step
     return any(
-        "eval_loss" in entry and entry["step"] == step for entry in trainer.state.log_history
+        entry["step"] == step and any(name.startswith("eval_") for name in entry)
+        for entry in trainer.state.log_history
     )
 
 
@@ -457,7 +443,7 @@ def _autocast(job: TrainJob, use_cpu: bool) -> str:
     return "bfloat16" if half and job.dtype == "float32" else "none"
 
 
-def _comparison_batch(job: TrainJob, trainer: PreferenceTrainer, rows: list[TokenRow]) -> Batch:
+def _comparison_batch(job: TrainJob, trainer: FusedTrainer, rows: list[Any]) -> Batch:
     """Some training rows, as the trained model sees them."""
     from fusedpo.trainers.transformers import PreferenceCollator
 

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from transformers import TrainerCallback
 
+from fusedpo.report import PAIR_SIGNALS, Signal
+
 if TYPE_CHECKING:
     from rich.console import Console
-
-_SHOWN = {
-    "loss": ("loss", "{:.4f}"),
-    "rewards/margins": ("margin", "{:+.3f}"),
-    "rewards/accuracies": ("accuracy", "{:.1%}"),
-}
 
 
 class Progress(TrainerCallback):
     """A bar where there is a terminal, and a line for each evaluation everywhere.
 
     A context manager: the bar is gone when it is left, also by an error.
+
+    Args:
+        console: where to.
+        signals: what is shown.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, signals: Sequence[Signal] = PAIR_SIGNALS) -> None:
         self.console = console
+        self.signals = signals
+        self.latest: dict[str, Any] = {}
         self.bar = Bar(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -47,13 +50,18 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if "loss" in logs:
-            self.bar.update(self.task, description=_line(logs, ""))
+            self.latest = logs
+            self.bar.update(self.task, description=f"loss {logs['loss']:.4f}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         done = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
-        self.console.print(
-            f"{done}, held out: {_line(kwargs['metrics'], 'eval_')}", highlight=False
-        )
+        values = {**self.latest, **kwargs["metrics"]}
+        shown = [
+            f"{signal.title} {values[signal.key]:{signal.style}}"
+            for signal in self.signals
+            if signal.key in values
+        ]
+        self.console.print(f"{done}: {', '.join(shown)}", highlight=False)
 
     def __enter__(self) -> Progress:
         self.bar.start()
@@ -61,11 +69,3 @@ class Progress(TrainerCallback):
 
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
-
-
-def _line(metrics: dict[str, Any], prefix: str) -> str:
-    return ", ".join(
-        f"{label} {style.format(metrics[prefix + name])}"
-        for name, (label, style) in _SHOWN.items()
-        if prefix + name in metrics
-    )

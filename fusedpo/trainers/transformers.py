@@ -25,8 +25,9 @@ from torch import Tensor
 
 from fusedpo.checks import bad_type, bad_value
 from fusedpo.head import Head
-from fusedpo.losses import Loss
-from fusedpo.objective import preference_loss
+from fusedpo.losses import Loss, PreferenceLoss
+from fusedpo.objective import LossOutput, preference_loss
+from fusedpo.recipes.short_to_long import IGNORED, pad_sequences
 from fusedpo.trainers.rows import TokenRow
 
 try:
@@ -37,7 +38,6 @@ except ImportError as error:
         "fusedpo.trainers.transformers needs transformers: pip install 'fusedpo[demo]'"
     ) from error
 
-IGNORED = -100
 # positions that are compared with the model's own logits before the first step
 _VERIFIED = 16
 
@@ -61,21 +61,7 @@ class PreferenceCollator:
         """
         responses = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
         prompts = [row["prompt_ids"] for row in rows] * 2
-        length = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-        if self.pad_to_multiple_of:
-            length += -length % self.pad_to_multiple_of
-        shape = (2 * len(rows), length)
-        batch = {
-            "input_ids": torch.full(shape, self.pad_token_id),
-            "attention_mask": torch.zeros(shape, dtype=torch.int64),
-            "labels": torch.full(shape, IGNORED),
-        }
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            start, end = len(prompt), len(prompt) + len(response)
-            batch["input_ids"][i, :start] = torch.as_tensor(prompt)
-            batch["input_ids"][i, start:end] = torch.as_tensor(response)
-            batch["attention_mask"][i, :end] = 1
-            batch["labels"][i, start:end] = batch["input_ids"][i, start:end]
+        batch = pad_sequences(prompts, responses, self.pad_token_id, self.pad_to_multiple_of)
         for name in rows[0].get("inputs", {}):
             batch[name] = torch.tensor([row["inputs"][name] for row in rows])
         return batch
@@ -107,24 +93,14 @@ class _Means:
         return {name: total / pairs for name, total in zip(names, sums, strict=True)}
 
 
-class PreferenceTrainer(Trainer):
-    """``transformers.Trainer`` on a preference loss.
+class FusedTrainer(Trainer):
+    """``transformers.Trainer`` on a loss of this library, which subclasses say how to call.
 
-    Args:
-        model: a causal language model with a plain linear head.
-        args: batch sizes count pairs.
-        loss: one of ``fusedpo.losses``.
-        ref_model: the reference of a loss that compares with one. If not given: a frozen copy of
-            ``model`` as it is now, or ``model`` without its adapters if it has any.
-        memory_budget: what the head may hold at a time, in bytes or as "512MiB".
-        options: as of ``transformers.Trainer``. The datasets have rows as ``rows.tokenize`` makes
-            them.
-
-    The metrics of the loss (``rewards/chosen``, ``rewards/margins``, ...) are logged beside
-    ``loss`` as means over all pairs since the last time, with the prefix ``eval_`` in evaluation.
+    A batch has input_ids, attention_mask and labels [B, T], as ``pad_sequences`` makes them, and
+    what else the loss takes. See ``PreferenceTrainer`` for the arguments.
     """
 
-    # the loss is divided by the pairs of the whole step, whatever way they are split
+    # the loss is divided by the examples of the whole step, whatever way they are split
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -141,12 +117,9 @@ class PreferenceTrainer(Trainer):
         args = args or TrainingArguments()
         # rows are not the arguments of model.forward
         args.remove_unused_columns = False
-        collator = options.pop("data_collator", None)
-        if collator is None:
-            collator = PreferenceCollator(_pad_token_id(options.get("processing_class")))
         if loss.needs_reference and ref_model is None and not hasattr(model, "disable_adapter"):
             ref_model = copy.deepcopy(model)
-        super().__init__(model=model, args=args, data_collator=collator, **options)
+        super().__init__(model=model, args=args, **options)
         # before transformers 5.19 this says that the loss is scaled, not loss_is_scaled_for_ga
         self.model_accepts_loss_kwargs = True
         if self.args.n_gpu > 1:
@@ -171,21 +144,24 @@ class PreferenceTrainer(Trainer):
         self._train_means, self._eval_means = _Means(), _Means()
         self._verified = False
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | None]:
-        """Also count the pairs and the chosen tokens of the step, [2], averaged over the ranks."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches:
-            return batches, None
-        pairs = sum(_pairs(batch) for batch in batches)
-        # the first position is predicted by nothing
-        tokens = sum(
-            int((batch["labels"][: _pairs(batch), 1:] != IGNORED).sum()) for batch in batches
-        )
-        counts = torch.tensor([pairs, tokens], dtype=torch.float64, device=device)
-        # gradients are averaged over the ranks too
-        return batches, self.accelerator.reduce(counts, "mean")
+    def _examples(self, batch: Mapping[str, Tensor]) -> int:
+        """How many examples a batch has."""
+        raise NotImplementedError
+
+    def _further_metrics(self) -> dict[str, Tensor]:
+        """What is logged of a training batch beside the metrics of the loss."""
+        return {}
+
+    def _fused_loss(
+        self,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        step_counts: Tensor | None,
+        **arguments: Any,
+    ) -> LossOutput:
+        """The loss of a batch; arguments are the reference, head options, and the batch's rest."""
+        raise NotImplementedError
 
     def compute_loss(
         self,
@@ -194,14 +170,14 @@ class PreferenceTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of a batch of pairs.
+        """The loss of a batch.
 
         Args:
             model: the model, wrapped or not.
-            inputs: what ``PreferenceCollator`` made.
+            inputs: what the collator made.
             return_outputs: also return the metrics.
-            num_items_in_batch: [2], pairs and chosen tokens to divide by; those of this batch if
-                not given.
+            num_items_in_batch: [2], examples and tokens to divide by; those of this batch if not
+                given.
         """
         if isinstance(num_items_in_batch, int):
             raise bad_type(
@@ -210,7 +186,8 @@ class PreferenceTrainer(Trainer):
         with self._fused_forward(model):
             outputs = model(**inputs, step_counts=num_items_in_batch)
         if model.training:
-            self._train_means.add(outputs["metrics"], _pairs(inputs))
+            metrics = {**outputs["metrics"], **self._further_metrics()}
+            self._train_means.add(metrics, self._examples(inputs))
         return (outputs["loss"], outputs["metrics"]) if return_outputs else outputs["loss"]
 
     @contextlib.contextmanager
@@ -236,31 +213,25 @@ class PreferenceTrainer(Trainer):
         step_counts: Tensor | None,
         **inputs: Tensor,
     ) -> dict[str, Any]:
-        pairs, tokens = (None, None) if step_counts is None else step_counts.unbind()
         # autocast is part of the forward that this one stands in for
         with self.accelerator.autocast():
             hidden, head = _hidden_and_head(model, input_ids, attention_mask)
             self._verify_once(model, hidden, head, input_ids, attention_mask)
-            arguments: dict[str, Any] = {
+            output = self._fused_loss(
+                hidden,
+                head,
+                labels,
+                step_counts,
+                shift=True,
+                memory_budget=self.memory_budget,
                 **head.options(),
                 **self._reference(model, input_ids, attention_mask),
                 **inputs,
-            }
-            output = preference_loss(
-                self.loss,
-                hidden,
-                head.weight,
-                labels,
-                shift=True,
-                num_items=pairs,
-                num_tokens=tokens if self.loss.nll_weight else None,
-                memory_budget=self.memory_budget,
-                **arguments,
             )
         return {"loss": output.loss, "metrics": output.metrics}
 
     def _reference(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-        """The reference's hidden states and head, as arguments of preference_loss."""
+        """The reference's hidden states and head, as arguments of the loss."""
         if not self.loss.needs_reference:
             return {}
         adapters = (
@@ -288,6 +259,90 @@ class PreferenceTrainer(Trainer):
             )
             head.verify(hidden[0], logits[0])
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics of the training batches since the last time."""
+        if "loss" in logs:
+            logs = {**logs, **self._train_means.take(self.accelerator)}
+        super().log(logs, start_time)
+
+
+class PreferenceTrainer(FusedTrainer):
+    """``transformers.Trainer`` on a preference loss.
+
+    Args:
+        model: a causal language model with a plain linear head.
+        args: batch sizes count pairs.
+        loss: one of ``fusedpo.losses``; for one of other responses than a chosen and a rejected
+            one, ``data_collator`` makes the batches (``ShortToLongCollator``).
+        ref_model: the reference of a loss that compares with one. If not given: a frozen copy of
+            ``model`` as it is now, or ``model`` without its adapters if it has any.
+        memory_budget: what the head may hold at a time, in bytes or as "512MiB".
+        options: as of ``transformers.Trainer``. The datasets have rows as ``rows.tokenize`` makes
+            them.
+
+    The metrics of the loss (``rewards/chosen``, ``rewards/margins``, ...) are logged beside
+    ``loss`` as means over all pairs since the last time, with the prefix ``eval_`` in evaluation.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments | None = None,
+        *,
+        loss: Loss,
+        ref_model: Any = None,
+        memory_budget: int | float | str | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(loss, PreferenceLoss):
+            raise bad_type("loss", "a preference loss, such as fusedpo.losses.SimPO()", repr(loss))
+        if options.get("data_collator") is None:
+            pad = _pad_token_id(options.get("processing_class"))
+            options["data_collator"] = PreferenceCollator(pad)
+        self.roles = len(loss.roles)
+        super().__init__(
+            model, args, loss=loss, ref_model=ref_model, memory_budget=memory_budget, **options
+        )
+
+    def _examples(self, batch: Mapping[str, Tensor]) -> int:
+        return int(batch["labels"].shape[0]) // self.roles
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """Also count the pairs and the chosen tokens of the step, [2], averaged over the ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        pairs = sum(self._examples(batch) for batch in batches)
+        # the first position is predicted by nothing
+        tokens = sum(
+            int((batch["labels"][: self._examples(batch), 1:] != IGNORED).sum())
+            for batch in batches
+        )
+        counts = torch.tensor([pairs, tokens], dtype=torch.float64, device=device)
+        # gradients are averaged over the ranks too
+        return batches, self.accelerator.reduce(counts, "mean")
+
+    def _fused_loss(
+        self,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        step_counts: Tensor | None,
+        **arguments: Any,
+    ) -> LossOutput:
+        pairs, tokens = (None, None) if step_counts is None else step_counts.unbind()
+        return preference_loss(
+            self.loss,
+            hidden,
+            head.weight,
+            labels,
+            num_items=pairs,
+            num_tokens=tokens if self.loss.nll_weight else None,
+            **arguments,
+        )
+
     def prediction_step(
         self,
         model: Any,
@@ -299,7 +354,7 @@ class PreferenceTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, metrics = self.compute_loss(model, inputs, return_outputs=True)
-        self._eval_means.add({"loss": loss, **metrics}, _pairs(inputs))
+        self._eval_means.add({"loss": loss, **metrics}, self._examples(inputs))
         return loss.detach(), None, None
 
     def evaluation_loop(
@@ -318,12 +373,6 @@ class PreferenceTrainer(Trainer):
         means = self._eval_means.take(self.accelerator)
         found = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **found})
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics of the training batches since the last time."""
-        if "loss" in logs:
-            logs = {**logs, **self._train_means.take(self.accelerator)}
-        super().log(logs, start_time)
 
 
 def _check(model: Any, loss: Loss, ref_model: Any, options: Mapping[str, Any]) -> None:
@@ -359,10 +408,6 @@ def _pad_token_id(processing_class: Any) -> int:
         if (token := getattr(processing_class, name, None)) is not None:
             return int(token)
     return 0
-
-
-def _pairs(batch: Mapping[str, Tensor]) -> int:
-    return int(batch["labels"].shape[0]) // 2
 
 
 def _causal(model: Any) -> Any:

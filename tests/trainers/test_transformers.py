@@ -341,7 +341,7 @@ def test_unused_arguments_are_refused(tmp_path):
         trainer(tmp_path, ref_model=tiny.model())
     with pytest.raises(ValueError, match="compute_metrics: expected None"):
         trainer(tmp_path, compute_metrics=lambda prediction: {})
-    with pytest.raises(TypeError, match="loss: expected a loss"):
+    with pytest.raises(TypeError, match="loss: expected a preference loss"):
         trainer(tmp_path, loss="simpo")
     model = tiny.model()
     with pytest.raises(ValueError, match="ref_model: expected a model of its own"):

@@ -1,0 +1,216 @@
+"""Group policy optimization with ``transformers.Trainer``: sample, reward, and train on it.
+
+    trainer = GroupTrainer(
+        model, TrainingArguments("out", report_to="none"), loss=SoftSequence(),
+        reward=my_reward, train_dataset=rows, processing_class=tokenizer,
+    )
+    trainer.train()
+
+A plain loop that shows policy losses at work. TRL's GRPOTrainer has vLLM, tools and much more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainingArguments
+
+from fusedpo.checks import bad_type, bad_value
+from fusedpo.head import Head
+from fusedpo.logprobs import linear_logprobs
+from fusedpo.losses import Loss, PolicyLoss
+from fusedpo.objective import LossOutput, policy_loss
+from fusedpo.recipes.groups import sampled_batch
+from fusedpo.recipes.self_augmented import Settings, generate_segments
+from fusedpo.trainers.transformers import (
+    FusedTrainer,
+    _evaluating,
+    _hidden_and_head,
+    _pad_token_id,
+)
+
+Reward = Callable[[Mapping[str, Any], Sequence[int]], float]
+"""From a row of the dataset and the token ids of a response to a number, larger for better."""
+
+
+class GroupTrainer(FusedTrainer):
+    """``transformers.Trainer`` on a policy loss, with responses sampled as it goes.
+
+    Args:
+        model: a causal language model with a plain linear head.
+        args: batch sizes count prompts; there is no accumulation.
+        loss: a policy loss of ``fusedpo.losses``.
+        reward: see ``Reward``. Rows have ``prompt_ids`` and whatever the reward looks at.
+        group_size: responses a prompt.
+        max_new_tokens: of a response.
+        updates: optimizer steps on one batch of samples. From the second on the policy is no
+            longer the one that sampled, which is what ratios and their gates are for.
+        temperature: of sampling, and of the log-probabilities that are trained on.
+        eval_prompts: how many held-out prompts evaluation samples for.
+        ref_model, memory_budget, options: as in PreferenceTrainer.
+
+    Logged beside ``loss`` and the metrics of the loss: ``reward`` and ``reward_std`` (within
+    groups), ``completions/mean_length``; in evaluation ``eval_reward``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments | None = None,
+        *,
+        loss: Loss,
+        reward: Reward,
+        group_size: int = 8,
+        max_new_tokens: int = 128,
+        updates: int = 2,
+        temperature: float = 1.0,
+        eval_prompts: int = 64,
+        ref_model: Any = None,
+        memory_budget: int | float | str | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(loss, PolicyLoss):
+            raise bad_type("loss", "a policy loss, such as fusedpo.losses.GRPO()", repr(loss))
+        for name, value, least in (
+            ("group_size", group_size, 2),
+            ("max_new_tokens", max_new_tokens, 1),
+            ("updates", updates, 1),
+            ("eval_prompts", eval_prompts, 1),
+        ):
+            if value < least:
+                raise bad_value(name, f"at least {least}", str(value))
+        args = args or TrainingArguments()
+        if args.gradient_accumulation_steps != 1:
+            raise bad_value(
+                "gradient_accumulation_steps", "1", str(args.gradient_accumulation_steps)
+            )
+        tokenizer = options.get("processing_class")
+        self.pad_token_id = _pad_token_id(tokenizer)
+        self.eos_token_id = getattr(tokenizer, "eos_token_id", None)
+        options["data_collator"] = _as_they_are
+        super().__init__(
+            model, args, loss=loss, ref_model=ref_model, memory_budget=memory_budget, **options
+        )
+        self.reward = reward
+        self.group_size, self.max_new_tokens = group_size, max_new_tokens
+        self.updates, self.eval_prompts = updates, eval_prompts
+        self.temperature = temperature
+        # everything may be sampled, so that log-probabilities are those of the sampling policy
+        self.settings = Settings(top_k=0, top_p=1.0, temperature=temperature)
+        self._sampled: dict[str, Tensor] = {}
+        self._left = 0
+
+    def _examples(self, batch: Mapping[str, Tensor]) -> int:
+        return int(batch["labels"].shape[0])
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The batches; how many tokens there will be is not known before they are sampled."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, None
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a batch of prompts: sampled now, or a few steps ago."""
+        if self._left == 0:
+            self._sampled = self._sample(model, inputs["rows"])
+            self._left = self.updates
+        self._left -= 1
+        batch = {name: value for name, value in self._sampled.items() if name != "rewards"}
+        loss = super().compute_loss(model, batch)
+        return (loss, {}) if return_outputs else loss
+
+    def _further_metrics(self) -> dict[str, Tensor]:
+        rewards = self._sampled["rewards"].view(-1, self.group_size)
+        return {
+            "reward": rewards.mean(),
+            "reward_std": rewards.std(1).mean(),
+            "completions/mean_length": (self._sampled["labels"] != -100).sum(1).double().mean(),
+        }
+
+    def _fused_loss(
+        self,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        step_counts: Tensor | None,
+        **arguments: Any,
+    ) -> LossOutput:
+        return policy_loss(
+            self.loss, hidden, head.weight, labels, temperature=self.temperature, **arguments
+        )
+
+    def _sample(self, model: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Groups of responses with their advantages and log-probabilities, on the device."""
+        inner = self.accelerator.unwrap_model(model)
+        prompts = [row["prompt_ids"] for row in rows for _ in range(self.group_size)]
+        responses = self._generate(inner, prompts, self.state.global_step)
+        rewards = [
+            float(self.reward(rows[i // self.group_size], response))
+            for i, response in enumerate(responses)
+        ]
+        batch = sampled_batch(prompts, responses, rewards, self.group_size, self.pad_token_id)
+        batch = {name: value.to(self.args.device) for name, value in batch.items()}
+        batch["old_logprobs"] = self._logprobs(inner, batch)
+        return batch
+
+    def _generate(self, model: Any, prompts: Sequence[Any], seed: int) -> list[list[int]]:
+        return generate_segments(
+            model,
+            prompts,
+            [self.max_new_tokens] * len(prompts),
+            pad_token_id=self.pad_token_id,
+            eos_token_id=self.eos_token_id,
+            settings=self.settings,
+            seed=self.args.seed + 1_000_003 * (seed + 1) + self.args.process_index,
+        )
+
+    @torch.no_grad()
+    def _logprobs(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """[B, T] of the policy as it is now, aligned with hidden."""
+        with _evaluating(model), self.accelerator.autocast():
+            hidden, head = _hidden_and_head(model, batch["input_ids"], batch["attention_mask"])
+            labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+            return linear_logprobs(
+                hidden,
+                head.weight,
+                labels,
+                temperature=self.temperature,
+                memory_budget=self.memory_budget,
+                **head.options(),
+            )
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """The mean reward of a response to each of some held-out prompts; sampling repeats."""
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = [rows[i] for i in range(min(self.eval_prompts, len(rows)))]
+        if not rows:
+            raise bad_value("eval_dataset", "at least one row", "none")
+        inner = self.accelerator.unwrap_model(self.model)
+        responses = self._generate(inner, [row["prompt_ids"] for row in rows], -1)
+        rewards = [self.reward(row, r) for row, r in zip(rows, responses, strict=True)]
+        found = {
+            f"{metric_key_prefix}_reward": sum(rewards) / len(rewards),
+            f"{metric_key_prefix}_completions/mean_length": sum(map(len, responses)) / len(rows),
+        }
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+
+def _as_they_are(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {"rows": list(rows)}

@@ -1,0 +1,118 @@
+"""GroupTrainer: it samples, keeps its samples for a few updates, and raises the reward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import TrainingArguments
+
+from fusedpo import linear_logprobs
+from fusedpo.head import Head
+from fusedpo.losses import DPO, GRPO, SoftSequence
+from fusedpo.trainers.groups import GroupTrainer
+
+
+def trainer(folder: Path, loss: Any = None, **options: Any) -> GroupTrainer:
+    given = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        **options.pop("args", {}),
+    }
+    rows = tiny.token_rows(24)
+    return GroupTrainer(
+        options.pop("model", None) or tiny.model(),
+        TrainingArguments(str(folder), **given),
+        loss=SoftSequence() if loss is None else loss,
+        reward=options.pop("reward", longest_word),
+        train_dataset=rows,
+        eval_dataset=rows[:6],
+        processing_class=tiny.tokenizer(),
+        **{"group_size": 4, "max_new_tokens": 8, **options},
+    )
+
+
+WANTED = 40
+
+
+def longest_word(row: Any, response: Any) -> float:
+    """Share of the tokens that are among the first of the vocabulary."""
+    return sum(token < WANTED for token in response) / max(1, len(response))
+
+
+@pytest.mark.slow
+def test_the_reward_rises(tmp_path: Path) -> None:
+    model = tiny.model(initializer_range=0.02)
+    args = {"max_steps": 60, "learning_rate": 3e-2, "lr_scheduler_type": "constant"}
+    made = trainer(tmp_path, model=model, args=args)
+    before = made.evaluate()["eval_reward"]
+    made.train()
+    after = made.evaluate()["eval_reward"]
+    assert after > before + 0.2
+    logged = [entry for entry in made.state.log_history if "reward" in entry]
+    assert logged[-1]["reward"] > logged[0]["reward"] + 0.2
+    for name in ("ratio/mean", "reward_std", "completions/mean_length", "kl_old"):
+        assert name in logged[0], name
+
+
+def test_the_first_update_is_on_policy_and_the_next_are_not(tmp_path: Path) -> None:
+    made = trainer(tmp_path, updates=3)
+    made.train()
+    ratios = [e["kl_old"] for e in made.state.log_history if "kl_old" in e]
+    assert len(ratios) == 6
+    assert ratios[0] == ratios[3] == 0.0
+    assert all(ratio > 0 for i, ratio in enumerate(ratios) if i % 3)
+
+
+def test_the_old_log_probabilities_are_the_policys(tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    rows = made.train_dataset[:2]
+    batch = made._sample(made.model, rows)
+    assert batch["input_ids"].shape[0] == 8 and batch["rewards"].shape == (8,)
+    for i in range(8):
+        prompt = rows[i // 4]["prompt_ids"].tolist()
+        assert batch["input_ids"][i, : len(prompt)].tolist() == prompt
+    states = made.model.base_model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+    ).last_hidden_state
+    labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    head = Head.from_model(made.model)
+    assert torch.equal(batch["old_logprobs"], linear_logprobs(states, head.weight, labels).detach())
+
+
+def test_evaluation_repeats_itself(tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    assert made.evaluate() == made.evaluate()
+
+
+def test_a_reference_is_compared_with(tmp_path: Path) -> None:
+    made = trainer(tmp_path, GRPO(kl_weight=0.1), args={"max_steps": 2})
+    made.train()
+    logged = [entry["kl"] for entry in made.state.log_history if "kl" in entry]
+    assert logged[0] == 0.0 and logged[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"loss": DPO()}, TypeError, "loss: expected a policy loss"),
+        ({"group_size": 1}, ValueError, "group_size: expected at least 2, got 1"),
+        ({"updates": 0}, ValueError, "updates: expected at least 1, got 0"),
+        (
+            {"args": {"gradient_accumulation_steps": 2}},
+            ValueError,
+            "gradient_accumulation_steps: expected 1, got 2",
+        ),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path: Path, options: dict, error: type, text: str) -> None:
+    with pytest.raises(error, match=text):
+        trainer(tmp_path, **options)

@@ -1,0 +1,138 @@
+"""Every method from the command line: trained to the end, on its own signals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+from fusedpo import losses
+from fusedpo.cli import main
+from fusedpo.trainers import methods
+from fusedpo.trainers.methods import Pairs, method_of, reward_function
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model, pairs, and rows with two contexts."""
+    path = tmp_path_factory.mktemp("methods")
+    tiny.save(path / "model", initializer_range=0.02)
+    rows = tiny.text_rows(48)
+    (path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    two = [
+        {
+            "context": row["prompt"],
+            "long_context": "moon star sun " + row["prompt"],
+            "instruction": " cat",
+            "chosen": row["chosen"],
+            "rejected": row["rejected"],
+        }
+        for row in rows
+    ]
+    (path / "contexts.jsonl").write_text("\n".join(map(json.dumps, two)))
+    return path
+
+
+def train(folder: Path, output: Path, *more: str, data: str = "pairs.jsonl") -> dict:
+    words = ["train", "--cpu", "--model", str(folder / "model"), "--output", str(output)]
+    words += ["--dataset", str(folder / data), "--max-steps", "4", "--batch-size", "4"]
+    assert main([*words, "--evaluations", "2", "--learning-rate", "5e-3", *more]) == 0
+    assert (output / "training.png").stat().st_size > 10_000
+    return json.loads((output / "metrics.json").read_text())
+
+
+SIGNALS = {
+    "simpo": (methods.Pairs, ()),
+    "s-sppo": (methods.Semantic, ()),
+    "sapo": (methods.SelfAugmented, ("--segment-length", "2")),
+    "solopo": (methods.TwoContexts, ("--alpha", "2", "--beta", "1.5")),
+    "sspo": (methods.Sampled, ("--max-new-tokens", "6", "--group-size", "2", "--gate", "tanh_log")),
+    "grpo": (methods.Sampled, ("--max-new-tokens", "6", "--kl-weight", "0.1")),
+}
+
+
+@pytest.mark.parametrize("loss", SIGNALS)
+def test_every_method_trains_and_logs_its_signals(
+    loss: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    method, options = SIGNALS[loss]
+    data = "contexts.jsonl" if loss == "solopo" else "pairs.jsonl"
+    metrics = train(folder, tmp_path / "out", "--loss", loss, *options, data=data)
+    logged = set().union(*metrics["log"])
+    for signal in method.signals:
+        assert signal.key in logged, signal
+    told = capsys.readouterr().out
+    assert method.signals[0].title in told
+    assert metrics["log"][-1]["step"] == 4 or metrics["log"][-2]["step"] == 4
+    if loss == "solopo":
+        assert metrics["loss"].startswith("ShortToLong(base=SimPO(beta=1.5")
+
+
+def test_self_augmented_with_dpo_leaves_out_the_shared_prefix(folder: Path, tmp_path: Path) -> None:
+    metrics = train(folder, tmp_path / "out", "--loss", "sapo", "--base", "dpo", "--beta", "0.3")
+    assert metrics["loss"].startswith("DPO(beta=0.3")
+
+
+def test_similarities_of_a_column_are_taken_as_they_are(folder: Path, tmp_path: Path) -> None:
+    rows = [{**row, "similarity": 0.25} for row in tiny.text_rows(24)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    metrics = train(folder, tmp_path / "out", "--loss", "s-sppo", data=str(tmp_path / "rows.jsonl"))
+    seen = [entry["similarity"] for entry in metrics["log"] if "similarity" in entry]
+    assert seen and set(seen) == {0.25}
+
+
+def test_resuming_self_augmented_goes_on(folder: Path, tmp_path: Path) -> None:
+    words = ("--loss", "sapo", "--save-steps", "2", "--segment-length", "2")
+    whole = train(folder, tmp_path / "a", *words)
+    train(folder, tmp_path / "b", *words)
+    # as if it had been stopped after the first half
+    (tmp_path / "b-checkpoints" / "checkpoint-4").rename(tmp_path / "gone")
+    again = train(folder, tmp_path / "b", *words, "--resume")
+    before, after = (
+        [entry["eval_loss"] for entry in m["log"] if "eval_loss" in entry][-1]
+        for m in (whole, again)
+    )
+    assert before == pytest.approx(after, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--loss", "kto"), "loss: expected a loss of chosen and rejected responses"),
+        (("--loss", "sspo", "--reward", "nowhere:f"), 'reward: expected "overlap"'),
+        (("--loss", "simpo", "--base", "dpo"), "base: expected no such option with --loss simpo"),
+        (("--loss", "sapo", "--base", "kto"), "base: expected one of 'dpo', 'simpo', 'orpo'"),
+        (
+            ("--loss", "sspo", "--group-size", "1"),
+            "group_size: expected a whole number",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(
+    words: tuple, message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    given = ["train", "--cpu", "--model", str(folder / "model"), "--output", str(tmp_path / "o")]
+    assert main([*given, "--dataset", str(folder / "pairs.jsonl"), *words]) == 2
+    told = capsys.readouterr().err.strip()
+    assert message in told and "\n" not in told
+
+
+def test_every_loss_has_a_method() -> None:
+    found = {name: method_of(cls) for name, cls in losses.available().items()}
+    assert found["dpo"] is Pairs and found["shorttolong"] is methods.TwoContexts
+    assert found["softsequence"] is methods.Sampled
+
+
+def test_a_reward_may_be_anybodys_function() -> None:
+    assert reward_function("math:hypot")(3, 4) == 5.0
+    row = {"chosen_ids": [1, 2]}
+    assert reward_function("overlap")(row, [2, 1]) == 1.0
+
+
+def test_the_losses_are_listed(capsys: pytest.CaptureFixture) -> None:
+    assert main(["losses"]) == 0
+    told = capsys.readouterr().out
+    for cls in losses.available().values():
+        assert f"`{cls.__name__}(" in told

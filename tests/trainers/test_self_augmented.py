@@ -1,0 +1,302 @@
+"""Self-augmented pairs inside trainers: in step, logged, saved, and resumed as if never stopped."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from fusedpo.losses import DPO, SimPO
+from fusedpo.recipes.self_augmented import SelfAugmented, Settings, mask_shared_prefix
+from fusedpo.trainers.self_augmented import (
+    STAND_IN,
+    MaskSharedPrefix,
+    SelfAugmentedCallback,
+    SelfAugmentedDataset,
+)
+from fusedpo.trainers.transformers import PreferenceCollator, PreferenceTrainer
+
+ROWS = tiny.token_rows(7)
+SETTINGS = Settings(segment_length=2, buffer_size=9, temperature=2.0, max_length=48, seed=5)
+OPTIONS = {
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 2,
+    "dataloader_pin_memory": False,
+}
+
+
+def dataset(model: Any, settings: Settings = SETTINGS) -> SelfAugmentedDataset:
+    tokenizer = tiny.tokenizer()
+    return SelfAugmentedDataset(
+        SelfAugmented(
+            model,
+            ROWS,
+            settings,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+class Recorded(PreferenceTrainer):
+    """Keeps what it trained on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.batches: list[list[list[int]]] = []
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.batches.append(inputs["input_ids"].tolist())
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def trainer(
+    folder: Path, loss: Any = None, follow: bool = True, callback: Any = None, **options: Any
+) -> Recorded:
+    model = tiny.model()
+    data = dataset(model)
+    found = Recorded(
+        model,
+        TrainingArguments(str(folder), **{**OPTIONS, "max_steps": 6, **options}),
+        loss=loss or DPO(beta=0.5),
+        train_dataset=data,
+        processing_class=tiny.tokenizer(),
+    )
+    reference = found.ref_model if follow else None
+    found.add_callback(SelfAugmentedCallback(data, ref_model=reference, **(callback or {})))
+    return found
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+# the dataset
+
+
+def test_a_loader_gets_a_batch_from_the_buffer():
+    data = dataset(tiny.model())
+    assert len(data) == len(ROWS)
+    loader = torch.utils.data.DataLoader(data, batch_size=3, collate_fn=list)
+    sizes = [len(batch) for batch in loader]
+    assert sizes == [3, 3, 1]
+    assert data.source.batches == 3
+    # new pairs are made of the rows that were asked for: each once
+    assert data.source._totals["made"] == len(ROWS)
+    row = data[4]
+    assert {name: type(value) for name, value in row.items()} == dict.fromkeys(
+        ("prompt_ids", "chosen_ids", "rejected_ids"), list
+    )
+
+
+def test_workers_are_refused():
+    loader = torch.utils.data.DataLoader(
+        dataset(tiny.model()), batch_size=2, num_workers=1, collate_fn=list
+    )
+    with pytest.raises(ValueError, match="dataloader_num_workers: expected 0"):
+        next(iter(loader))
+
+
+def test_batches_ahead_come_again_and_then_new_ones(tmp_path):
+    data = dataset(tiny.model())
+    asked = [[0, 1], [2, 3], [4, 5], [6]]
+    for indices in asked[:3]:
+        data.__getitems__(indices)
+    data.trained()
+    data.save(tmp_path)
+    again = dataset(tiny.model(1))
+    again.load(tmp_path)
+    ahead = [pairs for _, pairs in data._ahead]
+    for indices, pairs in zip(asked[1:3], ahead, strict=True):
+        rows = again.__getitems__(indices)
+        assert [row["rejected_ids"] for row in rows] == [p["rejected_ids"].tolist() for p in pairs]
+    assert again.source.batches == 3
+    assert again.__getitems__(asked[3]) == data.__getitems__(asked[3])
+
+
+def test_batches_ahead_are_of_the_rows_that_were_asked_for(tmp_path):
+    """A run that goes on with another batch size makes its own."""
+    data = dataset(tiny.model())
+    data.__getitems__([0, 1])
+    data.save(tmp_path)
+    data.restart()
+    data.load(tmp_path)
+    assert len(data.__getitems__([0, 1, 2])) == 3
+    assert data.source.batches == 2
+    data.__getitems__([0, 1])
+    assert data.source.batches == 3
+
+
+def test_files_of_two_saves_are_refused(tmp_path):
+    data = dataset(tiny.model())
+    data.save(tmp_path)
+    data.__getitems__([0, 1])
+    data.source.save(tmp_path)
+    with pytest.raises(ValueError, match="expected files of one save, got 0 and 1 batches"):
+        data.load(tmp_path)
+
+
+# the collator
+
+
+def test_collator_masks_the_shared_prefix():
+    rows = [
+        {"prompt_ids": [1, 5], "chosen_ids": [6, 7, 8], "rejected_ids": [6, 9]},
+        {"prompt_ids": [1], "chosen_ids": [5, 6], "rejected_ids": [5, 7]},
+    ]
+    plain = PreferenceCollator(0)
+    batch, masked = plain(rows), MaskSharedPrefix(plain)(rows)
+    expected = mask_shared_prefix(batch["input_ids"], batch["labels"], batch["attention_mask"])
+    assert torch.equal(masked["labels"], expected)
+    scored = [(t["labels"] != -100).sum(1).tolist() for t in (batch, masked)]
+    assert scored == [[3, 2, 2, 2], [2, 1, 1, 1]]
+    assert torch.equal(masked["input_ids"], batch["input_ids"])
+
+
+# training
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_average_and_reference_follow_once_an_optimizer_step(tmp_path, accumulate):
+    subject = trainer(tmp_path, gradient_accumulation_steps=accumulate, max_steps=4)
+    seen = [weights(subject.model)]
+    record = SelfAugmentedCallback.on_step_end
+
+    class After(SelfAugmentedCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            record(self, args, state, control, **kwargs)
+            seen.append(weights(kwargs["model"]))
+
+    subject.pop_callback(SelfAugmentedCallback)
+    data = subject.train_dataset
+    subject.add_callback(After(data, ref_model=subject.ref_model))
+    subject.train()
+    expected = seen[0]
+    for later in seen[1:]:
+        expected = 0.5 * expected + 0.5 * later
+    average = weights(data.source.average.module)
+    assert data.source.average.updates == 4
+    assert (average - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert torch.equal(weights(subject.ref_model), average)
+
+
+def test_the_reference_stays_unless_asked(tmp_path):
+    subject = trainer(tmp_path, follow=False, max_steps=2)
+    before = weights(subject.ref_model)
+    subject.train()
+    assert torch.equal(weights(subject.ref_model), before)
+
+
+def test_policy_learns_and_statistics_are_logged(tmp_path):
+    subject = trainer(tmp_path, loss=SimPO(), follow=False, max_steps=30)
+    subject.train()
+    logs = [entry for entry in subject.state.log_history if "loss" in entry]
+    assert len(logs) == 30
+    first, last = (sum(e["loss"] for e in part) for part in (logs[:5], logs[-5:]))
+    assert last < first
+    assert logs[0]["buffer/size"] == 2.0 + 2.0  # one batch is fetched ahead
+    assert logs[-1]["buffer/size"] == SETTINGS.buffer_size
+    for name in ("buffer/reuse", "segment/eos_share", "segment/start_share", "segment/identical"):
+        assert all(name in entry for entry in logs)
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "stop"),
+    [(1, 2), (1, 4), (1, 5), (2, 1), (2, 2), (2, 3)],
+)
+def test_a_resumed_run_is_the_one_that_never_stopped(tmp_path, accumulate, stop):
+    """Stopped within an epoch of four batches, at its end, and in the next one."""
+    options = {
+        "gradient_accumulation_steps": accumulate,
+        "save_strategy": "steps",
+        "save_steps": stop,
+    }
+    whole = trainer(tmp_path, **options)
+    whole.train()
+    resumed = trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    assert len(whole.batches) > len(resumed.batches) > 0
+    assert resumed.batches == whole.batches[-len(resumed.batches) :]
+    for ours, theirs in (
+        (resumed.model, whole.model),
+        (resumed.ref_model, whole.ref_model),
+        (
+            resumed.train_dataset.source.average.module,
+            whole.train_dataset.source.average.module,
+        ),
+    ):
+        assert torch.equal(weights(ours), weights(theirs))
+    assert resumed.train_dataset.source.statistics() == whole.train_dataset.source.statistics()
+
+
+def saved(folder: Path, **options: Any) -> Path:
+    trainer(folder, max_steps=2, save_strategy="steps", save_steps=2, **options).train()
+    return folder / "checkpoint-2"
+
+
+def test_a_checkpoint_that_was_moved_is_named(tmp_path):
+    moved = shutil.move(saved(tmp_path / "first"), tmp_path / "best")
+    options = {"max_steps": 3}
+    with pytest.raises(
+        FileNotFoundError, match=r"give SelfAugmentedCallback\(resume_from=\.\.\.\)"
+    ):
+        trainer(tmp_path / "second", **options).train(resume_from_checkpoint=str(moved))
+    named = trainer(tmp_path / "second", callback={"resume_from": moved}, **options)
+    named.train(resume_from_checkpoint=str(moved))
+    assert named.train_dataset.source.average.updates == 3
+
+
+def test_a_checkpoint_elsewhere_is_found_by_the_arguments(tmp_path):
+    first = saved(tmp_path / "first")
+    subject = trainer(tmp_path / "second", max_steps=3, resume_from_checkpoint=str(first))
+    subject.train(resume_from_checkpoint=str(first))
+    assert subject.train_dataset.source.average.updates == 3
+
+
+def test_a_damaged_file_stops_a_resumed_run(tmp_path):
+    first = saved(tmp_path)
+    path = first / "self_augmented" / "self_augmented-0.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"self_augmented-0.safetensors: expected a complete file"):
+        trainer(tmp_path, max_steps=3).train(resume_from_checkpoint=str(first))
+
+
+def test_training_twice_starts_with_nothing_ahead(tmp_path):
+    subject = trainer(tmp_path, max_steps=2)
+    subject.train()
+    assert len(subject.train_dataset._ahead) == 1
+    subject.train()
+    assert len(subject.train_dataset._ahead) == 1
+
+
+def test_trl_trains_on_it(tmp_path):
+    trl = pytest.importorskip("trl")
+    model, reference = tiny.model(), tiny.model()
+    data = dataset(model)
+    subject = trl.DPOTrainer(
+        model,
+        reference,
+        trl.DPOConfig(str(tmp_path), **{**OPTIONS, "max_steps": 3, "beta": 0.5, "bf16": False}),
+        train_dataset=Dataset.from_list(STAND_IN),
+        processing_class=tiny.tokenizer(),
+    )
+    assert data.source.batches == 0
+    subject.train_dataset = data
+    subject.add_callback(SelfAugmentedCallback(data, ref_model=reference))
+    subject.train()
+    assert data.source.average.updates == 3
+    assert data.source.batches == 4
+    assert torch.equal(weights(reference), weights(data.source.average.module))
+    assert not torch.equal(weights(reference), weights(model))
+    assert "buffer/reuse" in subject.state.log_history[0]
