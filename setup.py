@@ -17,6 +17,8 @@ demo = [
     "rich>=13",
 ]
 bench = ["liger-kernel>=0.8.5", "matplotlib>=3.8", "rich>=13", *trl]
+# encoders that are more than a transformer with mean pooling
+semantic = ["sentence-transformers>=3", "transformers>=5.0"]
 dev = [
     "pytest>=8",
     "pytest-xdist>=3.5",
@@ -48,7 +50,7 @@ setup(
     package_dir={"fusedpo": "fusedpo", "fusedpo.kernels": "kernels"},
     package_data={"fusedpo": ["py.typed"]},
     install_requires=["torch>=2.6", "numpy>=1.24", "triton; platform_system == 'Linux'"],
-    extras_require={"trl": trl, "demo": demo, "bench": bench, "dev": dev},
+    extras_require={"trl": trl, "demo": demo, "bench": bench, "semantic": semantic, "dev": dev},
     entry_points={"console_scripts": ["fusedpo=fusedpo.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

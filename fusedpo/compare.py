@@ -188,7 +188,7 @@ def compare(batch: Batch, *, rounds: int = 9) -> Comparison:
         batch: without a memory budget it gets a small one, see ``small_budget``.
         rounds: timed rounds, each of which runs every way once.
     """
-    if not isinstance(batch.loss, PairLoss):
+    if not isinstance(batch.loss, PairLoss) or batch.loss.inputs:
         raise bad_type("loss", "a loss of pairs", repr(batch.loss))
     if batch.memory_budget is None:
         batch = replace(batch, memory_budget=small_budget(batch))

@@ -7,7 +7,7 @@ import torch
 from losses.shared import inputs_for, kinds_of_losses, name_of
 from oracles import relative
 
-from fusedpo import linear_logprobs, linear_token_stats, losses, preference_loss
+from fusedpo import linear_logprobs, linear_token_stats, losses, policy_loss, preference_loss
 from fusedpo.logprobs import STATS
 from fusedpo.losses import DPO, SimPO
 from fusedpo.operators import token_stats, token_stats_backward
@@ -115,6 +115,40 @@ def test_a_training_step_is_one_graph(loss: losses.Loss, layout: str, backend: s
     def step(h: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out = preference_loss(loss, torch.tanh(h), w, labels, **options)
         return out.loss * 2, out.metrics["rewards/margins"]
+
+    expected = step(hidden, weight)
+    truth = torch.autograd.grad(expected[0], (hidden, weight))
+    got = torch.compile(step, backend="aot_eager", fullgraph=True)(hidden, weight)
+    agree(got, expected)
+    agree(torch.autograd.grad(got[0], (hidden, weight)), truth)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.GRPO(),
+        losses.DAPO(kl_weight=0.1, entropy_bonus=0.1),
+        losses.SoftSequence(),
+        losses.GSPO(kl_weight=0.1, kl_estimator="k3_corrected"),
+        losses.VESPO(),
+    ],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_a_policy_step_is_one_graph(loss: losses.PolicyLoss, backend: str) -> None:
+    hidden, weight, labels = data()
+    labels[3] = -100  # nothing was sampled there
+    g = torch.Generator().manual_seed(1)
+    options = {
+        "advantages": torch.randn(4, generator=g),
+        "old_logprobs": -4 + torch.randn(labels.shape, generator=g) / 3,
+        "backend": backend,
+    }
+    if loss.needs_reference:
+        options["ref_logprobs"] = -4 + torch.randn(labels.shape, generator=g) / 3
+
+    def step(h: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = policy_loss(loss, torch.tanh(h), w, labels, **options)
+        return out.loss * 2, out.metrics["ratio/mean"]
 
     expected = step(hidden, weight)
     truth = torch.autograd.grad(expected[0], (hidden, weight))
@@ -286,7 +320,7 @@ def test_under_autocast_in_a_graph() -> None:
 
 
 def test_half_precision_is_rounded_once() -> None:
-    hidden, weight, labels = data(torch.bfloat16)
+    hidden, weight, labels = data(dtype=torch.bfloat16)
 
     def step(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return linear_logprobs(h, w, labels).sum()

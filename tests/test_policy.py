@@ -79,7 +79,8 @@ def sampled(
         return noisy.masked_fill(labels < 0, torch.nan).float()
 
     advantages = torch.randn(count, generator=g)
-    advantages[count // 2] = 0.0
+    if count > 1:  # alone it would leave nothing but a KL term that is near 0 itself
+        advantages[count // 2] = 0.0
     return {
         "hidden": hidden.requires_grad_(),
         "weight": weight.requires_grad_(),

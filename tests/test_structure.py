@@ -14,7 +14,7 @@ import pytest
 from repository import ROOT, files
 
 import fusedpo
-from fusedpo import losses
+from fusedpo import catalogue, losses
 
 # lowest first; a module imports from the lines above its own, and from its own package
 LAYERS = (
@@ -158,6 +158,12 @@ def test_public_name_has_a_docstring(name):
 @pytest.mark.parametrize("name", losses.__all__)
 def test_public_loss_name_has_a_docstring(name):
     assert own_docstring(getattr(losses, name))
+
+
+def test_the_readme_has_the_table_of_losses():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    held = re.search(r"<!-- made by.*?-->\n(.*?)\n<!-- end", text, re.DOTALL)
+    assert held is not None and held[1].splitlines() == catalogue.table()
 
 
 # what no file holds

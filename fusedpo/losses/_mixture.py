@@ -17,6 +17,9 @@ from fusedpo.scores import Scores
 def _terms(name: str, value: Any) -> Any:
     if not isinstance(value, tuple) or not value:
         raise bad_type(name, "a tuple of (weight, loss)", repr(value))
+    for part in value:
+        if not (isinstance(part, tuple) and len(part) == 2 and isinstance(part[1], PreferenceLoss)):
+            raise bad_type(name, "a tuple of (weight, preference loss)", repr(part))
     roles = value[0][1].roles
     for weight, loss in value:
         number(f"{name}, a weight", weight)
@@ -48,7 +51,7 @@ class Mixture(PreferenceLoss):
         return Mixture(self.parts + Mixture.of(other).parts)
 
     def __repr__(self) -> str:
-        return " + ".join(f"{weight:g} * {loss!r}" for weight, loss in self.parts)
+        return " + ".join(f"{weight!r} * {loss!r}" for weight, loss in self.parts)
 
     @property
     def losses(self) -> tuple[PreferenceLoss, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fusedpo.checks import bad_type, bad_value, in_range, number
 from fusedpo.losses._base import Coupling, Input, PreferenceLoss, hyperparameter, one_of, pick
 from fusedpo.losses._gates import MAP_LIMIT
+from fusedpo.losses._mixture import Mixture
 from fusedpo.scores import Scores
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
@@ -24,10 +25,10 @@ def _loss(name: str, value: Any) -> PreferenceLoss:
     return value
 
 
-def _compares(name: str, value: Any) -> PreferenceLoss:
-    if not _loss(name, value).needs_reference:
-        raise bad_value(name, "a loss with a reference, such as DPO()", repr(value))
-    return value
+def _one_by_one(name: str, loss: PreferenceLoss) -> None:
+    """An example's loss is to be its own, not that of a rank among the batch."""
+    if loss.coupling == "batch":
+        raise bad_value(name, "a loss of one example at a time", repr(loss))
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,15 @@ class FDivergence(_Modifier):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _compares("base", self.base)
+        _one_by_one("base", self.base)
+        parts = self.base.losses if isinstance(self.base, Mixture) else (self.base,)
+        if not all(loss.needs_reference for loss in parts):
+            raise bad_value(
+                "base",
+                "a loss with a reference, such as DPO()",
+                repr(self.base),
+                "put what has none beside it: FDivergence(DPO()) + SimPO()",
+            )
 
     @property
     def coupling(self) -> Coupling:
@@ -174,6 +183,10 @@ class WPO(_Modifier):
 
     An added cross-entropy is not weighted.
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_by_one("base", self.base)
 
     @property
     def stats(self) -> tuple[str, ...]:

@@ -27,9 +27,9 @@ from fusedpo.recipes.groups import sampled_batch
 from fusedpo.recipes.self_augmented import Settings, generate_segments
 from fusedpo.trainers.transformers import (
     FusedTrainer,
-    _evaluating,
-    _hidden_and_head,
-    _pad_token_id,
+    evaluating,
+    hidden_and_head,
+    padding_token,
 )
 
 Reward = Callable[[Mapping[str, Any], Sequence[int]], float]
@@ -88,7 +88,7 @@ class GroupTrainer(FusedTrainer):
                 "gradient_accumulation_steps", "1", str(args.gradient_accumulation_steps)
             )
         tokenizer = options.get("processing_class")
-        self.pad_token_id = _pad_token_id(tokenizer)
+        self.pad_token_id = padding_token(tokenizer)
         self.eos_token_id = getattr(tokenizer, "eos_token_id", None)
         options["data_collator"] = _as_they_are
         super().__init__(
@@ -177,8 +177,8 @@ class GroupTrainer(FusedTrainer):
     @torch.no_grad()
     def _logprobs(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """[B, T] of the policy as it is now, aligned with hidden."""
-        with _evaluating(model), self.accelerator.autocast():
-            hidden, head = _hidden_and_head(model, batch["input_ids"], batch["attention_mask"])
+        with evaluating(model), self.accelerator.autocast():
+            hidden, head = hidden_and_head(model, batch["input_ids"], batch["attention_mask"])
             labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
             return linear_logprobs(
                 hidden,

@@ -121,7 +121,7 @@ class TrainJob:
         if not 0 < self.eval_fraction < 1:
             raise bad_value("eval_fraction", "a number between 0 and 1", f"{self.eval_fraction:g}")
         parse_budget(self.memory_budget)
-        if self.compare and not (isinstance(self.loss, PairLoss) and type(self.way) is Pairs):
+        if self.compare and not self._comparable:
             raise bad_value("compare", "False for a loss that is not of pairs alone", "True")
         self.way.check(self.loss)
         needed = [name for name, about in self.loss.inputs.items() if about.default is None]
@@ -141,8 +141,13 @@ class TrainJob:
     def compares(self) -> bool:
         if self.compare is not None:
             return self.compare
-        plain = isinstance(self.loss, PairLoss) and type(self.way) is Pairs
-        return self.model == self.dataset == DEMO and plain
+        return self.model == self.dataset == DEMO and self._comparable
+
+    @property
+    def _comparable(self) -> bool:
+        """Whether the program with full logits is written for this loss."""
+        plain = isinstance(self.loss, PairLoss) and not self.loss.inputs
+        return plain and type(self.way) is Pairs
 
     @property
     def checkpoints(self) -> Path:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusedpo.checks import bad_value, in_range, positive
-from fusedpo.losses import Loss, PolicyLoss, PreferenceLoss, SemanticSPPO, ShortToLong
-from fusedpo.losses._base import MarginLoss, hyperparameter
+from fusedpo.losses import Loss, MarginLoss, PolicyLoss, PreferenceLoss, SemanticSPPO, ShortToLong
+from fusedpo.losses._base import flag, hyperparameter
 from fusedpo.recipes import stdlib_pairs
 from fusedpo.recipes.groups import token_overlap
 from fusedpo.report import PAIR_SIGNALS, Signal
@@ -173,6 +173,9 @@ class SelfAugmented(Pairs):
     )
     buffer_size: int = hyperparameter(2000, "pairs kept", whole(1))
     sample_every: int = hyperparameter(1, "batches drawn for each batch written", whole(1))
+    skip_shared_prefix: bool = hyperparameter(
+        True, "leave out the tokens that both responses begin with, where they cancel", flag
+    )
 
     def trainer(
         self, model: Any, args: Any, loss: Loss, train: Any, held_out: Any, **options: Any
@@ -206,7 +209,7 @@ class SelfAugmented(Pairs):
             by_itself.next_batch(min(_GENERATED, len(held_out) - start))
         dataset = SelfAugmentedDataset(source)
         collator: Any = PreferenceCollator(pad)
-        if isinstance(loss, MarginLoss) and loss.prefix_cancels:
+        if self.skip_shared_prefix and isinstance(loss, MarginLoss) and loss.prefix_cancels:
             collator = MaskSharedPrefix(collator)
         trainer = PreferenceTrainer(
             model,

@@ -215,7 +215,7 @@ class FusedTrainer(Trainer):
     ) -> dict[str, Any]:
         # autocast is part of the forward that this one stands in for
         with self.accelerator.autocast():
-            hidden, head = _hidden_and_head(model, input_ids, attention_mask)
+            hidden, head = hidden_and_head(model, input_ids, attention_mask)
             self._verify_once(model, hidden, head, input_ids, attention_mask)
             output = self._fused_loss(
                 hidden,
@@ -237,8 +237,8 @@ class FusedTrainer(Trainer):
         adapters = (
             contextlib.nullcontext() if self.ref_model is not None else model.disable_adapter()
         )
-        with torch.no_grad(), adapters, _evaluating(self.ref_model or model) as reference:
-            hidden, head = _hidden_and_head(reference, input_ids, attention_mask)
+        with torch.no_grad(), adapters, evaluating(self.ref_model or model) as reference:
+            hidden, head = hidden_and_head(reference, input_ids, attention_mask)
         return {"ref_hidden": hidden, "ref_weight": head.weight, "ref_bias": head.bias}
 
     def _verify_once(
@@ -248,9 +248,9 @@ class FusedTrainer(Trainer):
         if self._verified:
             return
         self._verified = True
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             rows = input_ids[:1, :_VERIFIED], attention_mask[:1, :_VERIFIED]
-            hidden, head = _hidden_and_head(model, *rows)
+            hidden, head = hidden_and_head(model, *rows)
             causal = _causal(model)
             logits = (
                 type(causal)
@@ -297,7 +297,7 @@ class PreferenceTrainer(FusedTrainer):
         if not isinstance(loss, PreferenceLoss):
             raise bad_type("loss", "a preference loss, such as fusedpo.losses.SimPO()", repr(loss))
         if options.get("data_collator") is None:
-            pad = _pad_token_id(options.get("processing_class"))
+            pad = padding_token(options.get("processing_class"))
             options["data_collator"] = PreferenceCollator(pad)
         self.roles = len(loss.roles)
         super().__init__(
@@ -401,7 +401,7 @@ def _check(model: Any, loss: Loss, ref_model: Any, options: Mapping[str, Any]) -
         )
 
 
-def _pad_token_id(processing_class: Any) -> int:
+def padding_token(processing_class: Any) -> int:
     if processing_class is None:
         raise bad_value("processing_class", "the tokenizer, or a data_collator", "neither of them")
     for name in ("pad_token_id", "eos_token_id"):
@@ -415,7 +415,7 @@ def _causal(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _hidden_and_head(model: Any, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Head]:
+def hidden_and_head(model: Any, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Head]:
     """Last hidden states [B, T, H] and the head they feed. Looked up anew at every call, as
     adapters and wrappers come and go."""
     causal = _causal(model)
@@ -424,7 +424,7 @@ def _hidden_and_head(model: Any, input_ids: Tensor, attention_mask: Tensor) -> t
 
 
 @contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[Any]:
+def evaluating(model: Any) -> Iterator[Any]:
     """Without dropout."""
     if not model.training:
         yield model

@@ -2,7 +2,7 @@
 
 ``of_responses`` and ``of_samples`` evaluate a loss in float64 as a function of log-probabilities;
 ``faults`` compares that with the written-out formula. ``preference_faults`` and ``policy_faults``
-compare the public functions, from hidden states to the gradient of hidden states.
+compare the public functions, from hidden states to the gradients of hidden states and head.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from engine import with_tile
 from losses import formulas
 from losses.formulas import Pair, Response, Sample
 from oracles import Case, gradient_faults, naive
 from torch import Tensor
 
-from fusedpo import policy_loss, preference_loss
-from fusedpo.losses import PolicyLoss, PreferenceLoss
+from fusedpo import plan, policy_loss, preference_loss
+from fusedpo.losses import Loss, PolicyLoss, PreferenceLoss
+from fusedpo.plan import Plan
 from fusedpo.policy import PolicyProblem
 from fusedpo.preference import PreferenceProblem, Side
 from fusedpo.scores import Scores, Sequences
@@ -218,10 +220,14 @@ def batch(seed: int, count: int, empty: bool = False) -> Batch:
     return Batch(hidden, weight, labels, ref, old, lssq, float(z.abs().max()))
 
 
-def _hidden_faults(
-    b: Batch, truth: Found, loss: Tensor, mine: Tensor, more: Tensor | None = None
+def _gradient_faults(
+    b: Batch,
+    truth: Found,
+    loss: Tensor,
+    mine: tuple[Tensor, ...],
+    more: Tensor | None = None,
 ) -> list[str]:
-    """The loss against the formula's, and the gradient of hidden states against float64's.
+    """The loss against the formula's, the gradients of hidden states and head against float64's.
 
     The loss is rounded to fp32 once and, by the kernels, is the sum of fp32 numbers: 2e-6 is some
     30 roundings, and below what one token of the batch adds. ``more`` is what the loss has of the
@@ -233,12 +239,30 @@ def _hidden_faults(
     upstream = torch.zeros(b.labels.shape, dtype=torch.float64)
     upstream[b.labels >= 0] = torch.from_numpy(np.concatenate(truth.gradients))
     case = Case("", b.hidden, b.weight, b.labels, upstream)
-    exact, same = (
-        naive(case, dtype).gradients["hidden"] for dtype in (torch.float64, torch.float32)
-    )
+    exact, same = (naive(case, dtype).gradients for dtype in (torch.float64, torch.float32))
     if more is not None:
-        exact, same = exact + more, same + more.float()
-    return found + gradient_faults("hidden", mine, exact, same, b.largest_logit)
+        exact["hidden"] += more
+        same["hidden"] += more.float()
+    for name, gradient in zip(("hidden", "weight"), mine, strict=True):
+        found += gradient_faults(name, gradient, exact[name], same[name], b.largest_logit)
+    return found
+
+
+def one_pass(loss: Loss, b: Batch, backend: str, groups: int, factors: int = 1) -> Plan | None:
+    """A plan that has the gradient before the last token is seen; None if that cannot be."""
+    if loss.scope == "batch":
+        return None
+    chosen = plan(
+        int((b.labels >= 0).sum()),
+        VOCAB,
+        WIDTH,
+        scope=loss.scope,
+        groups=groups,
+        factors=factors,
+        route="one_pass",
+        backend=backend,
+    )
+    return with_tile(chosen, 7, 16)
 
 
 def preference_faults(
@@ -246,19 +270,33 @@ def preference_faults(
     truth: Callable[..., formulas.PairResult],
     seed: int,
     backend: str,
+    *,
+    early: bool = False,
     spoil: Callable[[Tensor], Tensor] = lambda gradient: gradient,
 ) -> list[str]:
-    """preference_loss on a batch against the formula at the log-probabilities that it found."""
+    """preference_loss on a batch against the formula at the log-probabilities that it found.
+
+    ``early``: by one pass, where the loss allows it.
+    """
     examples, roles = 3, loss.roles
     b = batch(seed, examples * len(roles))
     g = torch.Generator().manual_seed(seed)
     inputs = {name: torch.rand(examples, generator=g) for name in loss.inputs}
     if "desirable" in inputs:
         inputs["desirable"] = torch.arange(examples) % 2 == 0
-    hidden = b.hidden.clone().requires_grad_()
+    leaves = tuple(t.clone().requires_grad_() for t in (b.hidden, b.weight))
     ref = {"ref_logprobs": b.ref} if loss.needs_reference else {}
-    out = preference_loss(loss, hidden, b.weight, b.labels, backend=backend, **ref, **inputs)
-    (mine,) = torch.autograd.grad(out.loss, hidden)
+    groups = len(b.labels) if loss.coupling == "response" else examples
+    out = preference_loss(
+        loss,
+        *leaves,
+        b.labels,
+        backend=backend,
+        memory_budget=one_pass(loss, b, backend, groups, loss.factors) if early else None,
+        **ref,
+        **inputs,
+    )
+    mine = torch.autograd.grad(out.loss, leaves)
 
     responses = [
         Response(b.row(out.logprobs, i), b.row(b.ref, i), b.row(b.lssq, i))
@@ -280,9 +318,8 @@ def preference_faults(
         found = true_of_pairs(loss, truth(pairs))
         if loss.uses_states:
             of_states, more = _repulsion(loss, b, examples)
-    return _hidden_faults(
-        b, replace(found, value=found.value + of_states), out.loss, spoil(mine), more
-    )
+    found = replace(found, value=found.value + of_states)
+    return _gradient_faults(b, found, out.loss, (spoil(mine[0]), mine[1]), more)
 
 
 def _repulsion(loss: PreferenceLoss, b: Batch, examples: int) -> tuple[float, Tensor]:
@@ -309,6 +346,7 @@ def policy_faults(
     *,
     old: bool = True,
     weights: str = "none",
+    early: bool = False,
     spoil: Callable[[Tensor], Tensor] = lambda gradient: gradient,
 ) -> list[str]:
     """policy_loss likewise. ``weights``: "none", "per sequence" or "per token".
@@ -323,19 +361,19 @@ def policy_faults(
     advantage = torch.randn((count,) if loss.sees_sequences else shape, generator=g)
     if advantage.dim() == 1:
         advantage[:2] = torch.tensor([1.3, -0.7])
-    hidden = b.hidden.clone().requires_grad_()
+    leaves = tuple(t.clone().requires_grad_() for t in (b.hidden, b.weight))
     out = policy_loss(
         loss,
-        hidden,
-        b.weight,
+        *leaves,
         b.labels,
         advantages=advantage,
         old_logprobs=b.old if old else None,
         ref_logprobs=b.ref if loss.needs_reference else None,
         importance_weights=None if weights == "none" else factor,
         backend=backend,
+        memory_budget=one_pass(loss, b, backend, count) if early else None,
     )
-    (mine,) = torch.autograd.grad(out.loss, hidden)
+    mine = torch.autograd.grad(out.loss, leaves)
 
     def own(values: Tensor, i: int) -> float | list[float]:
         return b.row(values, i) if values.dim() > 1 else float(values[i])
@@ -351,7 +389,7 @@ def policy_faults(
         for i in range(count)
     ]
     value, gradients = truth(samples)
-    return _hidden_faults(b, Found(value, gradients), out.loss, spoil(mine))
+    return _gradient_faults(b, Found(value, gradients), out.loss, (spoil(mine[0]), mine[1]))
 
 
 # worked examples

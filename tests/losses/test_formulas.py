@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -119,6 +119,18 @@ PAIRS |= {
             _times(0.5, f.CPO(pairs, nll_weight=0.3)), f.SPPO(pairs, 0.2), f.AOT(pairs, 0.3)
         ),
     ),
+    "Mixture of modified losses": (
+        0.5 * L.WPO(L.DPO(beta=0.5)) + L.FDivergence(L.IPO(), "js_divergence") + 0.3 * L.SFT(),
+        lambda pairs: f.add(
+            _times(0.5, f.WPO(f.DPO, pairs, beta=0.5)),
+            f.IPO(pairs, divergence="js"),
+            f.SFT(pairs, 0.3),
+        ),
+    ),
+    "LengthDesensitized mixture": (
+        L.LengthDesensitized(0.5 * L.DPO() + L.IPO(), 0.2),
+        lambda pairs: f.add(_times(0.5, f.DPO(pairs, ld_alpha=0.2)), f.IPO(pairs, ld_alpha=0.2)),
+    ),
     "sppo_hard": (
         L.get("sppo_hard", beta=0.2),
         lambda pairs: _times(2.0, f.SPPO(pairs, beta=0.2)),
@@ -230,9 +242,9 @@ def paths(table: dict) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("name, backend", cases)
 
 
-def on_both_backends(table: dict) -> pytest.MarkDecorator:
+def on_both_backends(names: Iterable[str]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
-        "name, backend", [(name, b) for name in table for b in ("torch", "triton")]
+        "name, backend", [(name, b) for name in names for b in ("torch", "triton")]
     )
 
 
@@ -332,19 +344,23 @@ FROM_HIDDEN = {
 @on_both_backends(FROM_HIDDEN)
 def test_pairs_from_hidden_states(name: str, backend: str) -> None:
     loss, truth = FROM_HIDDEN[name]
-    assert not preference_faults(loss, truth, seed=len(name), backend=backend)
+    for early in (False, True):
+        assert not preference_faults(loss, truth, len(name), backend, early=early)
 
 
 @on_both_backends(KTO)
 def test_kto_from_hidden_states(name: str, backend: str) -> None:
     truth = functools.partial(f.KTO, **KTO[name])
-    assert not preference_faults(L.KTO(**KTO[name]), truth, seed=len(name), backend=backend)
+    for early in (False, True):
+        assert not preference_faults(L.KTO(**KTO[name]), truth, len(name), backend, early=early)
 
 
-@on_both_backends(SAMPLES)
+@on_both_backends([n for n in SAMPLES if "estimator=k1" not in n and "estimator=k2" not in n])
 def test_groups_from_hidden_states(name: str, backend: str) -> None:
     loss, truth = SAMPLES[name]
-    assert not policy_faults(loss, truth, len(name), backend, old="kl_weight" not in name)
+    old = "kl_weight" not in name
+    for early in (False, True):
+        assert not policy_faults(loss, truth, len(name), backend, old=old, early=early)
 
 
 WEIGHTED = [n for n in SAMPLES if "kl_weight" not in n and "VESPO" not in n]
@@ -354,7 +370,8 @@ WEIGHTED = [n for n in SAMPLES if "kl_weight" not in n and "VESPO" not in n]
 def test_weighted_groups_from_hidden_states(name: str, backend: str) -> None:
     loss, truth = SAMPLES[name]
     weights = "per sequence" if loss.sees_sequences else "per token"
-    assert not policy_faults(loss, truth, len(name), backend, weights=weights)
+    for early in (False, True):
+        assert not policy_faults(loss, truth, len(name), backend, weights=weights, early=early)
 
 
 @pytest.mark.parametrize("weights", ["per sequence", "per token"])

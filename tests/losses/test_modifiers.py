@@ -13,6 +13,7 @@ from losses.shared import inputs_for, scores
 
 from fusedpo import losses
 from fusedpo.losses import (
+    AOT,
     BCO,
     CPO,
     DPO,
@@ -93,7 +94,7 @@ def test_a_worked_weight() -> None:
     gradient of its own."""
     sides = [scores_of([-8.0], [-10.0]), scores_of([-6.0], [-5.0])]
     sides = [
-        replace(s, confidence=torch.tensor([c], dtype=torch.float64))
+        replace(s, confidence=s.logp - s.logp.detach() + c)
         for s, c in zip(sides, (-0.5, -1.0), strict=True)
     ]
     weighted, plain = WPO(DPO()).per_example(*sides), DPO().per_example(*sides)
@@ -160,7 +161,11 @@ def test_equality_and_text() -> None:
     assert 0.8 * DPO() + 0.3 * BCO() + 1.0 * SFT() != MIXED
     assert 0.2 * BCO() + 0.8 * DPO() + 1.0 * SFT() != MIXED
     assert 1.0 * DPO() != DPO()
-    for loss in (MIXED, WPO(MIXED), LengthDesensitized(FDivergence(IPO(), "forward_kl"), 0.3)):
+    for loss in (
+        MIXED,
+        0.5 * WPO(MIXED) + DPO(),
+        LengthDesensitized(FDivergence(IPO(), "forward_kl"), 0.3),
+    ):
         assert eval(repr(loss), vars(losses)) == loss
 
 
@@ -196,6 +201,7 @@ def test_inputs_go_to_the_parts_that_take_them() -> None:
     "make, expected",
     [
         (lambda: DPO() + KTO(), "losses of chosen, rejected"),
+        (lambda: DPO() + losses.ShortToLong(), "losses of chosen, rejected"),
         (lambda: SFT() + LengthDesensitized(DPO()), "wrap the sum"),
         (lambda: DPO() + GRPO(), "unsupported operand"),
         (lambda: DPO() + 1.0, "unsupported operand"),
@@ -217,3 +223,23 @@ def test_inputs_go_to_the_parts_that_take_them() -> None:
 def test_what_does_not_go_together_is_refused(make, expected: str) -> None:
     with pytest.raises((ValueError, TypeError), match=expected):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FDivergence(DPO() + SimPO()), "base: expected a loss with a reference"),
+        (lambda: FDivergence(AOT()), "base: expected a loss of one example at a time"),
+        (lambda: WPO(AOT()), "base: expected a loss of one example at a time"),
+        (lambda: WPO(DPO() + AOT()), "base: expected a loss of one example at a time"),
+        (lambda: Mixture(((1.0, 3),)), r"parts: expected a tuple of \(weight, preference loss\)"),
+    ],
+)
+def test_what_would_be_another_loss_than_it_says_is_refused(make, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
+def test_a_weight_keeps_its_digits() -> None:
+    mixture = (1 / 3) * DPO() + SFT()
+    assert eval(repr(mixture), vars(losses)) == mixture

@@ -71,8 +71,14 @@ def test_every_method_trains_and_logs_its_signals(
 
 
 def test_self_augmented_with_dpo_leaves_out_the_shared_prefix(folder: Path, tmp_path: Path) -> None:
-    metrics = train(folder, tmp_path / "out", "--loss", "sapo", "--base", "dpo", "--beta", "0.3")
-    assert metrics["loss"].startswith("DPO(beta=0.3")
+    """The same held-out numbers with the prefix and without: it cancels."""
+    words = ("--loss", "sapo", "--base", "dpo", "--beta", "0.3", "--segment-length", "2")
+    found = []
+    for more in ((), ("--no-skip-shared-prefix",)):
+        metrics = train(folder, tmp_path / f"out{len(found)}", *words, *more)
+        assert metrics["loss"].startswith("DPO(beta=0.3")
+        found.append([e["eval_rewards/margins"] for e in metrics["log"] if "eval_loss" in e])
+    assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-7)
 
 
 def test_similarities_of_a_column_are_taken_as_they_are(folder: Path, tmp_path: Path) -> None:
