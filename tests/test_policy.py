@@ -79,15 +79,15 @@ def sampled(
         return noisy.masked_fill(labels < 0, torch.nan).float()
 
     advantages = torch.randn(count, generator=g)
-    if count > 1:  # alone it would leave nothing but a KL term that is near 0 itself
-        advantages[count // 2] = 0.0
+    advantages[count // 2] = 0.0
     return {
         "hidden": hidden.requires_grad_(),
         "weight": weight.requires_grad_(),
         "labels": labels,
         "advantages": advantages,
         "old_logprobs": near(0.3),
-        "ref_logprobs": near(0.5),
+        # not near the policy, or the KL term's gradient is all cancellation where nothing else is
+        "ref_logprobs": near(0.3) - 1.5,
         "importance_weights": torch.rand(count, generator=g) + 0.5,
     }
 
