@@ -510,7 +510,8 @@ class _Engine(torch.autograd.Function):
             stats = dict(zip(KEPT, vectors, strict=True))
             hidden_gradient = None
             if assumed is not None:
-                held = _take(ctx, "head", copy=weight.dtype == tiles.acc)
+                in_place = ctx.head.weight is None or weight.dtype == tiles.acc
+                held = _take(ctx, "head", copy=in_place)
                 head = tiles.finish_head(held, ratio(g, assumed))
             else:
                 head = tiles.new_head_gradient(weight=need_weight, bias=need_bias)

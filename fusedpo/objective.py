@@ -18,7 +18,7 @@ from fusedpo import checks
 from fusedpo.head import Head
 from fusedpo.layout import Layout, lay_out
 from fusedpo.logprobs import plan_for, score_with_states
-from fusedpo.losses import Loss, PolicyLoss, PreferenceLoss
+from fusedpo.losses import Input, Loss, PolicyLoss, PreferenceLoss
 from fusedpo.plan import Plan
 from fusedpo.policy import PolicyGroups, PolicyProblem
 from fusedpo.preference import PreferenceGroups, PreferenceProblem, Side
@@ -304,12 +304,14 @@ def policy_loss(
     )
     rows, sequences = layout.rows, layout.sequences
     advantage = _of_tokens("advantages", advantages, layout, hidden)
+    _check_range("advantages", advantage, _FINITE)
     old = None
     if old_logprobs is not None:
         old = _of_tokens("old_logprobs", old_logprobs, layout, hidden, per_sequence=False)
     correction = None
     if importance_weights is not None:
         correction = _of_tokens("importance_weights", importance_weights, layout, hidden)
+        _check_range("importance_weights", correction, replace(_FINITE, low=0.0))
     for name, value in (("advantages", advantages), ("importance_weights", importance_weights)):
         whole = loss.sees_sequences and (name == "advantages" or not loss.absorbs_correction)
         if whole and value is not None and value.shape != (sequences.count,):
@@ -445,6 +447,10 @@ class FusedLoss(torch.nn.Module):
         return ", ".join([repr(self.loss), *(f"{k}={v!r}" for k, v in self.options.items())])
 
 
+_LARGEST = torch.finfo(torch.float64).max
+_FINITE = Input("any number", low=-_LARGEST, high=_LARGEST)
+
+
 def _examples(loss: PreferenceLoss, layout: Layout) -> int:
     """How many examples the sequences are."""
     count, roles = layout.sequences.count, loss.roles
@@ -489,27 +495,30 @@ def _check_inputs(
             value = torch.full((), float(value), dtype=torch.float64, device=hidden.device)
             found[name] = value.expand(examples) if about.per == "example" else value
         else:
-            value = checks.is_tensor(name, value)
-            if value.dtype != torch.bool:
-                value = checks.floating(name, value)
+            value = checks.is_tensor(name, value).detach()
+            if value.is_complex():
+                raise checks.bad_type(name, "real numbers", str(value.dtype))
             if about.per == "example":
                 checks.shaped(name, value, (examples,), "one number a pair,")
             elif not value.numel():
                 raise checks.bad_value(name, "at least one number", str(list(value.shape)))
             checks.same_device(hidden=hidden, **{name: value})
-            found[name] = value.detach()
-        _check_range(name, found[name], about.low, about.high)
+            found[name] = value.double()
+        _check_range(name, found[name], about)
     return found
 
 
-def _check_range(name: str, value: Tensor, low: float, high: float) -> None:
+def _check_range(name: str, value: Tensor, about: Input) -> None:
     """Where reading the numbers does not wait for a device."""
-    if value.device.type != "cpu" or tracing() or value.dtype == torch.bool:
+    if value.device.type != "cpu" or tracing():
         return
-    wrong = ~((value >= low) & (value <= high))
+    wrong = ~((value >= about.low) & (value <= about.high))
+    expected = f"numbers in [{about.low:g}, {about.high:g}]"
+    if about.binary:
+        wrong, expected = (value != 0) & (value != 1), "0 or 1"
     if bool(wrong.any()):
         first = float(value.reshape(-1)[wrong.reshape(-1)][0])
-        raise checks.bad_value(name, f"numbers in [{low:g}, {high:g}]", f"{first:g}")
+        raise checks.bad_value(name, expected, f"{first:g}")
 
 
 def _token_weight(loss: PreferenceLoss, layout: Layout, examples: int) -> Tensor | None:

@@ -121,7 +121,7 @@ class PreferenceProblem:
         """The log-probability of all chosen tokens that are here."""
         sums = self.sequences.sum(logprob)
         chosen = [sums[side.sequences].sum() for side in self.sides if side.role == "chosen"]
-        return sum(chosen[1:], chosen[0]) if chosen else sums.sum() * 0.0
+        return sum(chosen[1:], chosen[0]) if chosen else sums.new_zeros(())
 
     def _scores_of(self, score: Tensor, tail: Tail) -> Scores:
         """[B], from what the tail kernel has summed."""
@@ -165,9 +165,9 @@ class PreferenceGroups:
         borders = [0, *accumulate(by_place)]
         self.starts: Sequence[int] = borders if self.alone else borders[::roles]
         self.runs: Sequence[int] = self.starts if loss.coupling == "margin" else borders
-        unit = torch.ones_like(sequences.index, dtype=torch.float32)
+        unit = torch.ones_like(sequences.index, dtype=torch.float64)
         if loss.coupling == "margin":
-            unit = torch.where(sequences.index < self.examples, 1.0, -1.0)
+            unit = torch.where(sequences.index < self.examples, unit, -unit)
             if loss.averages:
                 unit = unit / sequences.lengths[sequences.index]
         self.unit = unit if problem.token_weight is None else unit * problem.token_weight
@@ -179,7 +179,9 @@ class PreferenceGroups:
         part = self._part(first, last)
         with torch.enable_grad():
             leaf = stats["logprob"].detach().requires_grad_()
-            return torch.autograd.grad(part.evaluate({**stats, "logprob": leaf})[0], leaf)[0]
+            total = part.evaluate({**stats, "logprob": leaf})[0]
+            # of a cross-entropy, responses that are not chosen are no part
+            return torch.autograd.grad(total, leaf)[0] if total.requires_grad else leaf * 0.0
 
     def _part(self, first: int, last: int) -> PreferenceProblem:
         """The problem of groups first .. last."""

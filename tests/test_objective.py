@@ -525,3 +525,72 @@ def test_a_new_loss_needs_nothing_but_its_formula() -> None:
         preference_loss(Exponential(), *args)
     with pytest.raises(ValueError, match=r"pair_weight: expected one number a pair, \[3\]"):
         preference_loss(Exponential(), *args, pair_weight=pair_weight[:2])
+
+
+@pytest.mark.parametrize(
+    "desirable", [torch.tensor([1, 0, 1]), torch.tensor([True, False, True]), [1.0, 0.0, 1.0]]
+)
+def test_labels_of_single_responses_may_be_of_any_kind(desirable: object) -> None:
+    data = batch(0, 3, roles=1)
+    given = torch.tensor(desirable) if isinstance(desirable, list) else desirable
+    args = (losses.KTO(), data["hidden"], data["weight"], data["labels"])
+    ref = {"ref_hidden": data["ref_hidden"]}
+    expected = preference_loss(*args, **ref, desirable=torch.tensor([1.0, 0, 1]), kl=0.1)
+    assert torch.equal(preference_loss(*args, **ref, desirable=given, kl=0.1).loss, expected.loss)
+    with pytest.raises(ValueError, match=r"desirable: expected 0 or 1, got 0\.3"):
+        preference_loss(*args, **ref, desirable=0.3, kl=0.1)
+    with pytest.raises(ValueError, match=r"desirable: expected one number a pair, \[3\]"):
+        preference_loss(*args, **ref, desirable=given[:2], kl=0.1)
+
+
+def test_similarities_of_any_kind_are_numbers() -> None:
+    data = batch(0, 2)
+    loss = losses.SemanticSPPO(beta=0.1)
+    args = (loss, data["hidden"], data["weight"], data["labels"])
+    ref = {"ref_hidden": data["ref_hidden"]}
+    whole = preference_loss(*args, **ref, similarity=torch.tensor([True, False])).loss
+    half = preference_loss(*args, **ref, similarity=torch.tensor([1.0, 0.0]).bfloat16()).loss
+    assert torch.equal(whole, half)
+    with pytest.raises(ValueError, match=r"similarity: expected numbers in \[0, 1\], got 1.5"):
+        preference_loss(*args, **ref, similarity=1.5)
+
+
+@pytest.mark.parametrize("loss", kinds_of_losses(), ids=name_of)
+def test_a_long_response_gives_the_same_gradient_on_every_route(loss: PreferenceLoss) -> None:
+    """In float64, where nothing hides behind rounding: factors wait over many slabs."""
+    if engine.BACKEND == "triton":
+        pytest.skip("the kernels take no float64")
+    data = batch(3, 2, length=60, dtype=torch.float64, roles=len(loss.roles))
+    count = int((data["labels"] >= 0).sum())
+    found = []
+    for route in ("recompute", "retain", "one_pass"):
+        if route == "one_pass" and loss.scope == "batch":
+            continue
+        options = {"scope": loss.scope, "groups": 2, "factors": loss.factors}
+        chosen = plan(count, VOCAB, WIDTH, dtype=torch.float64, route=route, **options)
+        out = preference_loss(
+            loss,
+            data["hidden"],
+            data["weight"],
+            data["labels"],
+            memory_budget=with_tile(chosen, 4, 16),
+            **reference(loss, data),
+        )
+        found.append(torch.autograd.grad(out.loss, (data["hidden"], data["weight"])))
+    for other in found[1:]:
+        assert all(relative(a, b) < 1e-12 for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_bias_alone_may_be_asked_for_twice() -> None:
+    """The gradient that one_pass holds is not scaled in place while it is still needed."""
+    data = batch(0, 2, dtype=torch.bfloat16)
+    bias = torch.zeros(VOCAB, dtype=torch.bfloat16, requires_grad=True)
+    count = int((data["labels"] >= 0).sum())
+    needs = ("hidden", "weight", "bias")
+    chosen = plan(
+        count, VOCAB, WIDTH, dtype=torch.bfloat16, scope="pair", route="one_pass", needs=needs
+    )
+    args = (SimPO(), data["hidden"], data["weight"].detach(), data["labels"])
+    out = preference_loss(*args, bias=bias, memory_budget=chosen)
+    first = torch.autograd.grad(out.loss * 3, bias, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(out.loss * 3, bias)[0])

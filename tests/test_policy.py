@@ -368,6 +368,16 @@ BAD = {
     "loss": ({"loss": fusedpo.losses.DPO()}, TypeError, "loss: expected a policy loss"),
     "shape": ({"advantages": torch.zeros(7)}, ValueError, r"advantages: expected one number"),
     "type": ({"advantages": [1.0, 2.0]}, TypeError, "advantages: expected"),
+    "not a number": (
+        {"advantages": torch.tensor([0.0, torch.nan, 1.0])},
+        ValueError,
+        r"advantages: expected numbers in .*, got nan",
+    ),
+    "negative weights": (
+        {"importance_weights": torch.tensor([1.0, -1.0, 1.0])},
+        ValueError,
+        r"importance_weights: expected numbers in \[0, .*, got -1",
+    ),
     "whole old": ({"old_logprobs": torch.zeros(3)}, ValueError, r"old_logprobs: expected per tok"),
     "no reference": ({"loss": GRPO(kl_weight=0.1)}, ValueError, "ref_logprobs: expected a ref"),
     "useless reference": ({"ref_logprobs": torch.zeros(3, 14)}, ValueError, "ref_logprobs: expec"),

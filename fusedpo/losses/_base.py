@@ -73,6 +73,7 @@ class Input:
         default: its value for every example where it is not given; None: it has to be given.
         low, high: what its values lie in.
         per: one number an ``example``, or ``any`` number of them.
+        binary: whether they are 0 or 1, and nothing between.
     """
 
     meaning: str
@@ -80,6 +81,7 @@ class Input:
     low: float = float("-inf")
     high: float = float("inf")
     per: Literal["example", "any"] = "example"
+    binary: bool = False
 
 
 def pick(which: Tensor, yes: float, no: float) -> Tensor:
@@ -158,7 +160,8 @@ class PreferenceLoss(Loss):
 
     @property
     def scope(self) -> Scope:
-        if self.coupling == "batch":
+        # an added cross-entropy counts every token alike, so that there is no one unit
+        if self.coupling == "batch" or (self.weights_tokens and self.nll_weight):
             return "batch"
         return "sequence" if self.coupling == "response" else "pair"
 

@@ -116,6 +116,9 @@ class Mixture(PreferenceLoss):
     def reward(self, s: Scores) -> Tensor:
         return self.losses[0].reward(s)
 
+    def alignment_reward(self, s: Scores) -> Tensor:
+        return self.losses[0].alignment_reward(s)
+
     def logged_logp(self, s: Scores) -> Tensor:
         return self.losses[0].logged_logp(s)
 

@@ -158,6 +158,10 @@ class FDivergence(_Modifier):
             return self.base.of_response(role, s, **inputs)
         return self.base.of_response(role, self._transformed(s), **inputs)
 
+    def alignment_reward(self, s: Scores) -> Tensor:
+        """[P], the base's at the transformed log-ratio."""
+        return self.base.alignment_reward(s if self._is_plain else self._transformed(s))
+
     def _transformed(self, s: Scores) -> Scores:
         return replace(s, logp=self._score(s.ratio), ref_logp=torch.zeros_like(s.logp))
 

@@ -30,7 +30,9 @@ from fusedpo.losses._base import (
 )
 from fusedpo.scores import Scores
 
-_DESIRABLE = Input("whether the response is desirable: True or 1, False or 0", low=0.0, high=1.0)
+_DESIRABLE = Input(
+    "whether the response is desirable: True or 1, False or 0", low=0.0, high=1.0, binary=True
+)
 _KL = Input(
     "the estimate z0, or log-ratios of mismatched responses, whose mean it is; 0 at least",
     per="any",

@@ -51,6 +51,8 @@ def kinds_of_losses() -> list[PreferenceLoss]:
         WPO(DPO()),
         FDivergence(DPO(beta=0.5), "forward_kl"),
         LengthDesensitized(NCA(beta=0.05)),
+        LengthDesensitized(ORPO()),
+        ShortToLong(1.0 * ORPO()),
         0.8 * DPO() + 0.2 * BCO(beta=0.5) + 0.5 * SFT(),
     ]
 

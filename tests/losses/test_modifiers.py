@@ -21,6 +21,7 @@ from fusedpo.losses import (
     IPO,
     KTO,
     NCA,
+    ORPO,
     SFT,
     SPPO,
     WPO,
@@ -29,6 +30,7 @@ from fusedpo.losses import (
     Mixture,
     PreferenceLoss,
     SemanticSPPO,
+    ShortToLong,
     SimPO,
 )
 
@@ -243,3 +245,14 @@ def test_what_would_be_another_loss_than_it_says_is_refused(make, message: str) 
 def test_a_weight_keeps_its_digits() -> None:
     mixture = (1 / 3) * DPO() + SFT()
     assert eval(repr(mixture), vars(losses)) == mixture
+
+
+def test_aligned_rewards_are_those_of_what_is_wrapped() -> None:
+    short, rejected, long = scores(3, roles=3)
+    plain = ShortToLong(ORPO()).per_example(short, rejected, long)
+    assert torch.equal(ShortToLong(1.0 * ORPO()).per_example(short, rejected, long), plain)
+    inside = ShortToLong(FDivergence(DPO(), "js_divergence"))
+    outside = FDivergence(ShortToLong(DPO()), "js_divergence")
+    assert torch.equal(
+        inside.per_example(short, rejected, long), outside.per_example(short, rejected, long)
+    )
