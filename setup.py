@@ -27,6 +27,9 @@ dev = [
     "mypy>=1.11",
     "build",
     "setuptools>=70",
+    # whose own code the losses are compared with
+    "liger-kernel>=0.8.5",
+    *trl,
 ]
 
 setup(
