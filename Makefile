@@ -17,7 +17,7 @@ test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet torch==2.6.0 numpy pytest hypothesis
 	PYTHONPATH=. .venv-oldest/bin/python -m pytest tests/test_logprobs.py tests/test_autograd.py \
-		tests/test_objective.py tests/test_memory.py tests/test_plan.py tests/test_scores.py \
+		tests/test_objective.py tests/test_policy.py tests/test_memory.py tests/test_plan.py tests/test_scores.py \
 		tests/test_mutants.py tests/test_checks.py tests/losses
 
 lint: .venv/ready

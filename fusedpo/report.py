@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +184,8 @@ def draw_training(
     figure, grid = plt.subplots(
         rows, columns, figsize=(13, 4.2 * rows), layout="constrained", squeeze=False
     )
-    figure.suptitle(title)
+    # a loss within another one takes more than a line
+    figure.suptitle(textwrap.fill(title, 110))
     loss, *panels = grid.flat
     _curve(loss, history.train_losses, "training", _GREY, marker="")
     _curve(loss, history.curve(LOSS), "held out", _BLUE)
