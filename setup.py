@@ -29,6 +29,7 @@ dev = [
     "setuptools>=70",
     # whose own code the losses are compared with
     "liger-kernel>=0.8.5",
+    "peft>=0.19",
     *trl,
 ]
 

@@ -70,6 +70,8 @@ class TokenStats:
         mean_logit: mean of the logits over the vocabulary.
         log_sum_sq_probs: log of the sum of squared probabilities.
         top1: whether no other token has a larger logit than the label.
+        aux_loss: of ``model(..., fused=True)`` only: a scalar, the load-balancing loss of a mixture
+            of experts.
     """
 
     logprob: Tensor | None = None
@@ -78,6 +80,7 @@ class TokenStats:
     mean_logit: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None
     top1: Tensor | None = None
+    aux_loss: Tensor | None = None
 
 
 def linear_logprobs(

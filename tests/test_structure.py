@@ -27,7 +27,7 @@ LAYERS = (
     ("reference",),
     ("objective",),
     ("fusedpo",),  # the package's face, fusedpo/__init__.py
-    ("catalogue", "compare", "recipes"),
+    ("catalogue", "compare", "fused_head", "recipes"),
     ("report",),
     ("trainers",),
     ("cli",),

@@ -19,18 +19,13 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from fusedpo.checks import bad_type, bad_value
+from fusedpo.fused_head import Score, aligned_labels, at_head, evaluating
 from fusedpo.head import Head
-from fusedpo.logprobs import linear_logprobs
 from fusedpo.losses import Loss, PolicyLoss
 from fusedpo.objective import LossOutput, policy_loss
 from fusedpo.recipes.groups import sampled_batch
 from fusedpo.recipes.self_augmented import Settings, generate_segments
-from fusedpo.trainers.transformers import (
-    FusedTrainer,
-    evaluating,
-    hidden_and_head,
-    padding_token,
-)
+from fusedpo.trainers.transformers import FusedTrainer, padding_token
 
 Reward = Callable[[Mapping[str, Any], Sequence[int]], float]
 """From a row of the dataset and the token ids of a response to a number, larger for better."""
@@ -177,17 +172,15 @@ class GroupTrainer(FusedTrainer):
     @torch.no_grad()
     def _logprobs(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """[B, T] of the policy as it is now, aligned with hidden."""
+        score = Score(
+            aligned_labels(batch["labels"]),
+            temperature=self.temperature,
+            memory_budget=self.memory_budget,
+        )
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         with evaluating(model), self.accelerator.autocast():
-            hidden, head = hidden_and_head(model, batch["input_ids"], batch["attention_mask"])
-            labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-            return linear_logprobs(
-                hidden,
-                head.weight,
-                labels,
-                temperature=self.temperature,
-                memory_budget=self.memory_budget,
-                **head.options(),
-            )
+            found, _ = at_head(model, score, **inputs)
+        return found.logprob
 
     def evaluate(
         self,

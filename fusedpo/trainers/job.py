@@ -25,7 +25,7 @@ import torch
 
 from fusedpo.checks import bad_value, in_range, positive
 from fusedpo.compare import Batch, Comparison, compare
-from fusedpo.head import Head
+from fusedpo.fused_head import Score, aligned_labels, at_head, hidden_and_head
 from fusedpo.losses import Loss, PairLoss
 from fusedpo.plan import parse_budget
 from fusedpo.recipes import stdlib_pairs
@@ -42,7 +42,7 @@ from fusedpo.trainers.rows import load
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fusedpo.trainers.transformers import FusedTrainer
+    from fusedpo.trainers.transformers import FusedTrainerMixin
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Autocast = Literal["auto", "none", "bfloat16", "float16"]
@@ -184,7 +184,7 @@ def run(job: TrainJob, console: Console | None = None) -> dict[str, Any]:
         console.print(
             f"model: {type(model).__name__} {job.model}, "
             f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, "
-            f"vocabulary {Head.from_model(model).weight.shape[0]}"
+            f"vocabulary {model.get_output_embeddings().weight.shape[0]}"
         )
         train, held_out = _tokenize_rows(job, *rows, model, tokenizer, console)
         del rows
@@ -226,7 +226,7 @@ def run(job: TrainJob, console: Console | None = None) -> dict[str, Any]:
     return metrics
 
 
-def _train(job: TrainJob, trainer: FusedTrainer, console: Console) -> None:
+def _train(job: TrainJob, trainer: FusedTrainerMixin, console: Console) -> None:
     pairs = trainer.args.train_batch_size * job.accumulation * trainer.args.world_size
     console.print(
         f"training: {job.loss}, {trainer.args.max_steps} steps of {pairs} pairs "
@@ -375,7 +375,7 @@ def _make_trainer(
     train: list[Any],
     held_out: list[Any],
     staging: Path,
-) -> FusedTrainer:
+) -> FusedTrainerMixin:
     from transformers import PrinterCallback, TrainingArguments
 
     use_cpu = job.cpu or not torch.accelerator.is_available()
@@ -433,7 +433,7 @@ def _make_trainer(
     return trainer
 
 
-def _evaluated_at_the_end(trainer: FusedTrainer) -> bool:
+def _evaluated_at_the_end(trainer: FusedTrainerMixin) -> bool:
     step = trainer.state.global_step
     return any(
         entry["step"] == step and any(name.startswith("eval_") for name in entry)
@@ -448,7 +448,7 @@ def _autocast(job: TrainJob, use_cpu: bool) -> str:
     return "bfloat16" if half and job.dtype == "float32" else "none"
 
 
-def _comparison_batch(job: TrainJob, trainer: FusedTrainer, rows: list[Any]) -> Batch:
+def _comparison_batch(job: TrainJob, trainer: FusedTrainerMixin, rows: list[Any]) -> Batch:
     """Some training rows, as the trained model sees them."""
     from fusedpo.trainers.transformers import PreferenceCollator
 
@@ -461,8 +461,7 @@ def _comparison_batch(job: TrainJob, trainer: FusedTrainer, rows: list[Any]) -> 
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
-        head = Head.from_model(model)
+        hidden, head = hidden_and_head(model, **inputs)
         reference = None
         if trainer.ref_model is not None:
             reference = _sequence_logprobs(trainer.ref_model, inputs, batch["labels"])
@@ -480,11 +479,8 @@ def _sequence_logprobs(
     model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor
 ) -> torch.Tensor:
     """[B], summed over the response."""
-    from fusedpo.logprobs import linear_logprobs
-
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
-    head = Head.from_model(model)
-    return linear_logprobs(hidden, head.weight, labels[:, 1:], **head.options()).sum(1)
+    found, _ = at_head(model, Score(aligned_labels(labels)), **inputs)
+    return found.logprob.sum(1)
 
 
 def _check_output(job: TrainJob) -> None:

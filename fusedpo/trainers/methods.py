@@ -20,7 +20,7 @@ from fusedpo.report import PAIR_SIGNALS, Signal
 from fusedpo.trainers.rows import Splits, check_row, tokenize
 
 if TYPE_CHECKING:
-    from fusedpo.trainers.transformers import FusedTrainer
+    from fusedpo.trainers.transformers import FusedTrainerMixin
 
 Passages = tuple[list[stdlib_pairs.Passage], list[stdlib_pairs.Passage]]
 
@@ -111,7 +111,7 @@ class Pairs:
 
     def trainer(
         self, model: Any, args: Any, loss: Loss, train: Any, held_out: Any, **options: Any
-    ) -> FusedTrainer:
+    ) -> FusedTrainerMixin:
         """A trainer on these rows."""
         from fusedpo.trainers.transformers import PreferenceTrainer
 
@@ -179,7 +179,7 @@ class SelfAugmented(Pairs):
 
     def trainer(
         self, model: Any, args: Any, loss: Loss, train: Any, held_out: Any, **options: Any
-    ) -> FusedTrainer:
+    ) -> FusedTrainerMixin:
         from fusedpo.recipes import self_augmented as recipe
         from fusedpo.trainers.self_augmented import (
             MaskSharedPrefix,
@@ -273,7 +273,7 @@ class TwoContexts(Pairs):
 
     def trainer(
         self, model: Any, args: Any, loss: Loss, train: Any, held_out: Any, **options: Any
-    ) -> FusedTrainer:
+    ) -> FusedTrainerMixin:
         from fusedpo.recipes.short_to_long import ShortToLongCollator
 
         assert isinstance(loss, ShortToLong), "the loss decides the method"
@@ -318,7 +318,7 @@ class Sampled(Pairs):
 
     def trainer(
         self, model: Any, args: Any, loss: Loss, train: Any, held_out: Any, **options: Any
-    ) -> FusedTrainer:
+    ) -> FusedTrainerMixin:
         from fusedpo.trainers.groups import GroupTrainer
 
         return GroupTrainer(

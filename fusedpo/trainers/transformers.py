@@ -7,24 +7,36 @@
     trainer.train()
 
 Batches are pairs: the chosen rows, then the rejected rows. A model is entered through its wrapper,
-so that what the wrapper does before and after a forward (DistributedDataParallel, autocast) is
-done, and nothing of the model is changed for longer than one forward.
+so that what the wrapper does before and after a forward (DistributedDataParallel, FSDP, autocast)
+is done; see ``add_fused_head``. A trainer of one's own gets the same by a mixin:
+
+    class MyTrainer(PreferenceTrainerMixin, Trainer): ...
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fusedpo.checks import bad_type, bad_value
+from fusedpo.fused_head import (
+    Score,
+    add_fused_head,
+    aligned_labels,
+    at_head,
+    causal_model,
+    evaluating,
+    hidden_and_head,
+    remove_fused_head,
+)
 from fusedpo.head import Head
+from fusedpo.logprobs import linear_logprobs
 from fusedpo.losses import Loss, PreferenceLoss
 from fusedpo.objective import LossOutput, preference_loss
 from fusedpo.recipes.short_to_long import IGNORED, pad_sequences
@@ -38,33 +50,75 @@ except ImportError as error:
         "fusedpo.trainers.transformers needs transformers: pip install 'fusedpo[demo]'"
     ) from error
 
-# positions that are compared with the model's own logits before the first step
-_VERIFIED = 16
+__all__ = [
+    "FusedTrainer",
+    "FusedTrainerMixin",
+    "PreferenceCollator",
+    "PreferenceTrainer",
+    "PreferenceTrainerMixin",
+    "add_fused_head",
+    "hidden_and_head",
+    "padding_token",
+    "remove_fused_head",
+]
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:  # mixins are bases of none but Trainers
+    _Base = object
+
+# what of a batch is the model's; the rest is the loss's
+_OF_MODEL = ("input_ids", "attention_mask", "position_ids")
 
 
 @dataclass(frozen=True)
 class PreferenceCollator:
-    """Rows of token ids to one batch of 2 P sequences, chosen first, padded on the right.
+    """Rows of token ids to one batch of 2 P sequences, chosen first.
 
     Attributes:
         pad_token_id: fills the rows; masked, so any valid token will do.
         pad_to_multiple_of: round the length up to a multiple of this.
+        packed: one row after the other without padding, told apart by their positions, for models
+            whose attention does so (in transformers FlashAttention, and SDPA since 4.53).
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    packed: bool = False
 
     def __call__(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
-        """input_ids, attention_mask and labels [2 P, T] int64, and each further input [P] fp32.
+        """Labels are those of Hugging Face: labels[t] is token t, -100 on prompt and padding.
 
-        Labels are those of Hugging Face: labels[t] is token t, -100 on prompt and padding.
+        Returns:
+            input_ids, attention_mask and labels [2 P, T] int64; if packed, input_ids, position_ids
+            and labels [1, N] and cu_seqlens [2 P + 1]. Each further input [P] fp32.
         """
         responses = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
         prompts = [row["prompt_ids"] for row in rows] * 2
-        batch = pad_sequences(prompts, responses, self.pad_token_id, self.pad_to_multiple_of)
+        if self.packed:
+            batch = _pack(prompts, responses)
+        else:
+            batch = pad_sequences(prompts, responses, self.pad_token_id, self.pad_to_multiple_of)
         for name in rows[0].get("inputs", {}):
             batch[name] = torch.tensor([row["inputs"][name] for row in rows])
         return batch
+
+
+def _pack(prompts: Sequence[Any], responses: Sequence[Any]) -> dict[str, Tensor]:
+    pairs = list(zip(prompts, responses, strict=True))
+    lengths = torch.tensor([len(p) + len(r) for p, r in pairs])
+    ids = [torch.as_tensor(part) for pair in pairs for part in pair]
+    labels = [
+        part
+        for prompt, response in pairs
+        for part in (torch.full((len(prompt),), IGNORED), torch.as_tensor(response))
+    ]
+    return {
+        "input_ids": torch.cat(ids).long()[None],
+        "position_ids": torch.cat([torch.arange(int(n)) for n in lengths])[None],
+        "labels": torch.cat(labels).long()[None],
+        "cu_seqlens": torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+    }
 
 
 @dataclass
@@ -93,15 +147,42 @@ class _Means:
         return {name: total / pairs for name, total in zip(names, sums, strict=True)}
 
 
-class FusedTrainer(Trainer):
-    """``transformers.Trainer`` on a loss of this library, which subclasses say how to call.
+_Reference = Tensor | tuple[Tensor, Head] | None
 
-    A batch has input_ids, attention_mask and labels [B, T], as ``pad_sequences`` makes them, and
-    what else the loss takes. See ``PreferenceTrainer`` for the arguments.
+
+def _reference_arguments(reference: _Reference, head: Head, labels: Tensor) -> dict[str, Any]:
+    """The reference as arguments of a loss that is computed at this head."""
+    if reference is None:
+        return {}
+    if isinstance(reference, Tensor):
+        return {"ref_logprobs": reference}
+    hidden, own = reference
+    if (own.softcap, own.logit_scale) != (head.softcap, head.logit_scale):
+        with torch.no_grad():
+            found = linear_logprobs(hidden, own.weight, labels, **own.options())
+        return {"ref_logprobs": found}
+    # scored tile for tile as the policy is: equal models have a ratio of exactly 1
+    return {"ref_hidden": hidden, "ref_weight": own.weight, "ref_bias": own.bias}
+
+
+def _aligned(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Labels of what the states at each position predict, [B, T] or packed [1, N]."""
+    aligned = aligned_labels(labels)
+    if cu_seqlens is not None:  # the last token of a sequence predicts nothing
+        aligned[0, cu_seqlens[1:] - 1] = IGNORED
+    return aligned
+
+
+class FusedTrainerMixin(_Base):
+    """What a subclass of ``transformers.Trainer`` needs for a loss of this library.
+
+    Stands before Trainer among the bases. A batch has input_ids, attention_mask and labels [B, T],
+    as ``pad_sequences`` makes them, and what else the loss takes. See ``PreferenceTrainer`` for the
+    arguments.
     """
 
     # the loss is divided by the examples of the whole step, whatever way they are split
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga: bool = True
 
     def __init__(
         self,
@@ -119,6 +200,9 @@ class FusedTrainer(Trainer):
         args.remove_unused_columns = False
         if loss.needs_reference and ref_model is None and not hasattr(model, "disable_adapter"):
             ref_model = copy.deepcopy(model)
+        for each in (model, ref_model):
+            if each is not None:
+                add_fused_head(each, memory_budget=memory_budget)
         super().__init__(model=model, args=args, **options)
         # before transformers 5.19 this says that the loss is scaled, not loss_is_scaled_for_ga
         self.model_accepts_loss_kwargs = True
@@ -129,12 +213,13 @@ class FusedTrainer(Trainer):
                 f"{self.args.n_gpu} devices",
                 "start with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES",
             )
-        if loss.needs_reference and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if ref_model is not None and self._sharded:
             raise bad_value(
-                "loss",
-                "one without a reference under FSDP and DeepSpeed",
-                repr(loss),
-                "train under DistributedDataParallel",
+                "ref_model",
+                "none under FSDP and DeepSpeed, where it would be whole on every device",
+                type(ref_model).__name__,
+                "train adapters, whose reference is the model without them, or a loss without a "
+                "reference, or under DistributedDataParallel",
             )
         self.loss = loss
         self.memory_budget = memory_budget
@@ -142,7 +227,11 @@ class FusedTrainer(Trainer):
         if ref_model is not None:
             self.ref_model = ref_model.requires_grad_(False).eval().to(self.args.device)
         self._train_means, self._eval_means = _Means(), _Means()
-        self._verified = False
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether weights are whole only within a forward."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _examples(self, batch: Mapping[str, Tensor]) -> int:
         """How many examples a batch has."""
@@ -183,81 +272,58 @@ class FusedTrainer(Trainer):
             raise bad_type(
                 "num_items_in_batch", "[2], pairs and chosen tokens of the step, or None", "an int"
             )
-        with self._fused_forward(model):
-            outputs = model(**inputs, step_counts=num_items_in_batch)
-        if model.training:
-            metrics = {**outputs["metrics"], **self._further_metrics()}
-            self._train_means.add(metrics, self._examples(inputs))
-        return (outputs["loss"], outputs["metrics"]) if return_outputs else outputs["loss"]
+        of_model = {name: inputs[name] for name in _OF_MODEL if name in inputs}
+        rest = {name: value for name, value in inputs.items() if name not in of_model}
+        labels = _aligned(rest.pop("labels"), rest.get("cu_seqlens"))
+        reference = self._reference(model, of_model, labels)
+        metrics: dict[str, Tensor] = {}
 
-    @contextlib.contextmanager
-    def _fused_forward(self, model: Any) -> Iterator[None]:
-        """For the time of one call, let the model return the loss rather than logits."""
-        inner = self.accelerator.unwrap_model(model)
-        own = vars(inner).get("forward")
-        inner.forward = functools.partial(self._forward, inner)
-        try:
-            yield
-        finally:
-            if own is None:
-                del inner.forward
-            else:
-                inner.forward = own
-
-    def _forward(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
-        step_counts: Tensor | None,
-        **inputs: Tensor,
-    ) -> dict[str, Any]:
-        # autocast is part of the forward that this one stands in for
-        with self.accelerator.autocast():
-            hidden, head = hidden_and_head(model, input_ids, attention_mask)
-            self._verify_once(model, hidden, head, input_ids, attention_mask)
+        def task(hidden: Tensor, head: Head) -> Tensor:
             output = self._fused_loss(
                 hidden,
                 head,
                 labels,
-                step_counts,
-                shift=True,
+                num_items_in_batch,
                 memory_budget=self.memory_budget,
                 **head.options(),
-                **self._reference(model, input_ids, attention_mask),
-                **inputs,
+                **_reference_arguments(reference, head, labels),
+                **rest,
             )
-        return {"loss": output.loss, "metrics": output.metrics}
+            metrics.update(output.metrics)
+            return output.loss
 
-    def _reference(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-        """The reference's hidden states and head, as arguments of the loss."""
+        loss, aux_loss = at_head(model, task, **of_model)
+        if aux_loss is not None:
+            metrics["aux_loss"] = aux_loss.detach()
+            loss = loss + self._aux_weight(model, inputs, num_items_in_batch) * aux_loss
+        if model.training:
+            of_batch = {**metrics, **self._further_metrics()}
+            self._train_means.add(of_batch, self._examples(inputs))
+        return (loss, metrics) if return_outputs else loss
+
+    def _aux_weight(
+        self, model: Any, batch: Mapping[str, Tensor], step_counts: Tensor | None
+    ) -> float | Tensor:
+        """Of the load-balancing loss of experts: the configuration's, times the batch's share of
+        the step."""
+        config = causal_model(model).config.get_text_config()
+        weight = float(getattr(config, "router_aux_loss_coef", 0.0))
+        return weight if step_counts is None else weight * self._examples(batch) / step_counts[0]
+
+    @torch.no_grad()
+    def _reference(self, model: Any, of_model: Mapping[str, Tensor], labels: Tensor) -> _Reference:
+        """The reference's hidden states and head or, where weights are sharded, its
+        log-probabilities; None without one."""
         if not self.loss.needs_reference:
-            return {}
-        adapters = (
-            contextlib.nullcontext() if self.ref_model is not None else model.disable_adapter()
-        )
-        with torch.no_grad(), adapters, evaluating(self.ref_model or model) as reference:
-            hidden, head = hidden_and_head(reference, input_ids, attention_mask)
-        return {"ref_hidden": hidden, "ref_weight": head.weight, "ref_bias": head.bias}
-
-    def _verify_once(
-        self, model: Any, hidden: Tensor, head: Head, input_ids: Tensor, attention_mask: Tensor
-    ) -> None:
-        """Compare the head with the model's own logits, once: families differ in what they do."""
-        if self._verified:
-            return
-        self._verified = True
-        with torch.no_grad(), evaluating(model):
-            rows = input_ids[:1, :_VERIFIED], attention_mask[:1, :_VERIFIED]
-            hidden, head = hidden_and_head(model, *rows)
-            causal = _causal(model)
-            logits = (
-                type(causal)
-                .forward(causal, input_ids=rows[0], attention_mask=rows[1], use_cache=False)
-                .logits
-            )
-            head.verify(hidden[0], logits[0])
+            return None
+        unwrapped = self.accelerator.unwrap_model(model)
+        subject = self.ref_model or (model if self._sharded else unwrapped)
+        with_it = contextlib.nullcontext() if self.ref_model else unwrapped.disable_adapter()
+        with with_it, evaluating(subject), self.accelerator.autocast():
+            if not self._sharded:
+                return hidden_and_head(subject, **of_model)
+            found, _ = at_head(subject, Score(labels, memory_budget=self.memory_budget), **of_model)
+        return found.logprob
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the training batches since the last time."""
@@ -266,11 +332,16 @@ class FusedTrainer(Trainer):
         super().log(logs, start_time)
 
 
-class PreferenceTrainer(FusedTrainer):
-    """``transformers.Trainer`` on a preference loss.
+class FusedTrainer(FusedTrainerMixin, Trainer):
+    """``transformers.Trainer`` on a loss of this library, which subclasses say how to call."""
+
+
+class PreferenceTrainerMixin(FusedTrainerMixin):
+    """What a subclass of ``transformers.Trainer`` needs for a preference loss; stands before it
+    among the bases.
 
     Args:
-        model: a causal language model with a plain linear head.
+        model: a causal language model; its head is fused, see ``add_fused_head``.
         args: batch sizes count pairs.
         loss: one of ``fusedpo.losses``; for one of other responses than a chosen and a rejected
             one, ``data_collator`` makes the batches (``ShortToLongCollator``).
@@ -282,6 +353,7 @@ class PreferenceTrainer(FusedTrainer):
 
     The metrics of the loss (``rewards/chosen``, ``rewards/margins``, ...) are logged beside
     ``loss`` as means over all pairs since the last time, with the prefix ``eval_`` in evaluation.
+    A mixture of experts whose ``output_router_logits`` is set adds its load-balancing loss.
     """
 
     def __init__(
@@ -305,7 +377,9 @@ class PreferenceTrainer(FusedTrainer):
         )
 
     def _examples(self, batch: Mapping[str, Tensor]) -> int:
-        return int(batch["labels"].shape[0]) // self.roles
+        borders = batch.get("cu_seqlens")
+        count = batch["labels"].shape[0] if borders is None else borders.shape[0] - 1
+        return int(count) // self.roles
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -315,14 +389,19 @@ class PreferenceTrainer(FusedTrainer):
         if not batches:
             return batches, None
         pairs = sum(self._examples(batch) for batch in batches)
-        # the first position is predicted by nothing
-        tokens = sum(
-            int((batch["labels"][: self._examples(batch), 1:] != IGNORED).sum())
-            for batch in batches
-        )
+        tokens = sum(self._chosen_tokens(batch) for batch in batches)
         counts = torch.tensor([pairs, tokens], dtype=torch.float64, device=device)
         # gradients are averaged over the ranks too
         return batches, self.accelerator.reduce(counts, "mean")
+
+    def _chosen_tokens(self, batch: Mapping[str, Tensor]) -> int:
+        labels, borders = (
+            _aligned(batch["labels"], batch.get("cu_seqlens")),
+            batch.get("cu_seqlens"),
+        )
+        examples = self._examples(batch)
+        chosen = labels[:examples] if borders is None else labels[0, : int(borders[examples])]
+        return int((chosen != IGNORED).sum())
 
     def _fused_loss(
         self,
@@ -375,6 +454,10 @@ class PreferenceTrainer(FusedTrainer):
         return output._replace(metrics={**(output.metrics or {}), **found})
 
 
+class PreferenceTrainer(PreferenceTrainerMixin, Trainer):
+    __doc__ = PreferenceTrainerMixin.__doc__
+
+
 def _check(model: Any, loss: Loss, ref_model: Any, options: Mapping[str, Any]) -> None:
     if not isinstance(loss, Loss):
         raise bad_type("loss", "a loss, such as fusedpo.losses.SimPO()", repr(loss))
@@ -393,12 +476,6 @@ def _check(model: Any, loss: Loss, ref_model: Any, options: Mapping[str, Any]) -
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise bad_value("model", "a decoder-only language model", type(model).__name__)
-    if getattr(config, "output_router_logits", False):
-        raise bad_value(
-            "model.config.output_router_logits",
-            "False, as the experts' balancing loss is not added here",
-            "True",
-        )
 
 
 def padding_token(processing_class: Any) -> int:
@@ -408,29 +485,3 @@ def padding_token(processing_class: Any) -> int:
         if (token := getattr(processing_class, name, None)) is not None:
             return int(token)
     return 0
-
-
-def _causal(model: Any) -> Any:
-    """The causal language model below an adapter."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def hidden_and_head(model: Any, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Head]:
-    """Last hidden states [B, T, H] and the head they feed. Looked up anew at every call, as
-    adapters and wrappers come and go."""
-    causal = _causal(model)
-    output = causal.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return output.last_hidden_state, Head.from_model(causal)
-
-
-@contextlib.contextmanager
-def evaluating(model: Any) -> Iterator[Any]:
-    """Without dropout."""
-    if not model.training:
-        yield model
-        return
-    model.eval()
-    try:
-        yield model
-    finally:
-        model.train()

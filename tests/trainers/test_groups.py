@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from fusedpo import linear_logprobs
-from fusedpo.head import Head
+from fusedpo.fused_head import hidden_and_head
 from fusedpo.losses import DPO, GRPO, SoftSequence
 from fusedpo.trainers.groups import GroupTrainer
 
@@ -84,7 +84,7 @@ def test_the_old_log_probabilities_are_the_policys(tmp_path: Path) -> None:
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
     ).last_hidden_state
     labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-    head = Head.from_model(made.model)
+    _, head = hidden_and_head(made.model, input_ids=batch["input_ids"])
     assert torch.equal(batch["old_logprobs"], linear_logprobs(states, head.weight, labels).detach())
 
 

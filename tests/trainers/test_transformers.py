@@ -11,10 +11,24 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration, TrainingArguments
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 from fusedpo.losses import DPO, SimPO
-from fusedpo.trainers.transformers import PreferenceCollator, PreferenceTrainer
+from fusedpo.trainers.transformers import (
+    PreferenceCollator,
+    PreferenceTrainer,
+    PreferenceTrainerMixin,
+    remove_fused_head,
+)
 
 ROWS = tiny.token_rows(7)
 
@@ -228,42 +242,150 @@ def test_given_reference_is_used(tmp_path):
     assert not any(p.requires_grad for p in reference.parameters())
 
 
-def test_adapters_are_left_out_of_the_reference(tmp_path):
+def adapted(targets: list[str]) -> Any:
+    model = get_peft_model(tiny.model(), LoraConfig(target_modules=targets, r=4))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["lm_head"]])
+def test_adapters_are_left_out_of_the_reference(tmp_path, targets):
     """A model that can switch its adapters off is its own reference."""
-    model = tiny.model()
-    switched = []
-
-    class Adapted(type(model)):
-        def disable_adapter(self) -> Any:
-            switched.append(True)
-            return torch.no_grad()
-
-    model.__class__ = Adapted
-    subject = trainer(tmp_path, model, DPO())
+    model = adapted(targets)
+    subject = trainer(tmp_path / "a", model, DPO())
     assert subject.ref_model is None
-    assert subject.evaluate()["eval_rewards/margins"] == 0
-    assert switched
+    plain = adapted(targets)
+    plain.load_state_dict(model.state_dict())
+    reference = trainer(tmp_path / "b", plain.merge_and_unload(), DPO(), ref_model=tiny.model())
+    found, expected = subject.evaluate(), reference.evaluate()
+    for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+    assert found["eval_rewards/margins"] != 0
+
+
+def test_a_reference_with_another_soft_cap_keeps_it(tmp_path):
+    """What is done to the reference's logits is its own affair."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {**tiny.model().config.to_dict(), "head_dim": 8, "model_type": "gemma2"}
+    sizes = {name: sizes[name] for name in sizes if hasattr(Gemma2Config(), name)}
+    torch.manual_seed(3)
+    capped = Gemma2ForCausalLM(Gemma2Config(**{**sizes, "final_logit_softcapping": 2.0}))
+    ids = PreferenceCollator(0)(ROWS)
+    with torch.no_grad():
+        logits = capped(ids["input_ids"], attention_mask=ids["attention_mask"]).logits[:, :-1]
+    labels = ids["labels"][:, 1:]
+    logp = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    logp = (logp * (labels != -100)).sum(1)
+    found = trainer(tmp_path, tiny.model(), DPO(beta=1.0), ref_model=capped).evaluate()
+    chosen = found["eval_logps/chosen"] - found["eval_rewards/chosen"]
+    assert chosen == pytest.approx(float(logp[: len(ROWS)].mean()), rel=1e-5)
+
+
+# other models, batches and trainers
+
+
+def update(subject: Trainer, model: Any) -> torch.Tensor:
+    start = parameters(model)
+    subject.train()
+    return parameters(model) - start
+
+
+def test_packed_batches_equal_padded_ones(tmp_path):
+    """With a cross-entropy, whose denominator counts tokens, and accumulation."""
+    loss, options = SimPO(sft_weight=0.3), {"per_device_train_batch_size": 2}
+    options["gradient_accumulation_steps"] = 3
+    updates = []
+    for packed in (False, True):
+        model = tiny.model()
+        collator = PreferenceCollator(tiny.tokenizer().pad_token_id, packed=packed)
+        batch = collator(ROWS[:2])
+        assert ("cu_seqlens" in batch) == packed
+        folder = tmp_path / str(packed)
+        subject = trainer(folder, model, loss, data_collator=collator, **options)
+        updates.append(update(subject, model))
+    assert same(updates[1], updates[0])
+    assert not same(0.9 * updates[1], updates[0])
+
+
+def test_a_trainer_of_ones_own_by_the_mixin(tmp_path):
+    class Mine(PreferenceTrainerMixin, Trainer):
+        steps = 0
+
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            self.steps += 1
+            return super().training_step(*args, **kwargs)
+
+    whole, own = tiny.model(), tiny.model()
+    expected = trainer(tmp_path, whole)
+    subject = Mine(
+        own,
+        expected.args,
+        loss=SimPO(),
+        train_dataset=ROWS,
+        eval_dataset=ROWS,
+        processing_class=tiny.tokenizer(),
+    )
+    assert torch.equal(update(subject, own), update(expected, whole))
+    assert subject.steps == 1
+
+
+def experts(**config: Any) -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    sizes = tiny.model().config.to_dict()
+    sizes = {k: v for k, v in sizes.items() if k not in ("model_type", "architectures")}
+    return MixtralForCausalLM(MixtralConfig(**{**sizes, "num_local_experts": 4, **config}))
+
+
+def test_experts_add_their_balancing_loss(tmp_path):
+    """In the same share whatever way the pairs of a step are split."""
+    settings = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+    plain, balanced = experts(), experts(**settings)
+    one = trainer(tmp_path / "a", plain, per_device_train_batch_size=4)
+    two = trainer(tmp_path / "b", balanced, per_device_train_batch_size=4)
+    batch = two.data_collator(ROWS[:4])
+    with torch.no_grad():
+        aux = balanced(batch["input_ids"], attention_mask=batch["attention_mask"]).aux_loss
+        alone, found = (t.compute_loss(t.model, batch) for t in (one, two))
+        counts = torch.tensor([8.0, 100.0], dtype=torch.float64)
+        half = two.compute_loss(two.model, batch, num_items_in_batch=counts)
+    assert float(found - alone) == pytest.approx(0.5 * float(aux), rel=1e-4)
+    assert float(half) == pytest.approx(float(found) / 2, rel=1e-6)
+    two.train()
+    assert two.state.log_history[0]["aux_loss"] > 0
 
 
 # what Trainer does beside
 
 
-def test_the_model_is_left_as_it_was(tmp_path):
+def test_the_model_makes_logits_and_text_as_before(tmp_path):
     model = tiny.model()
+    names = set(model.state_dict())
     trainer(tmp_path, model).train()
-    assert "forward" not in vars(model)
     ids = torch.tensor([[1, 5, 6]])
-    assert model(ids).logits.shape == (1, 3, len(tiny.tokenizer()))
-    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape[1] >= 4
+    fused = model(ids).logits
+    text = model.generate(ids, max_new_tokens=2, do_sample=False)
+    assert set(model.state_dict()) == names
+    remove_fused_head(model)
+    assert "forward" not in vars(model)
+    assert torch.equal(model(ids).logits, fused)
+    assert torch.equal(model.generate(ids, max_new_tokens=2, do_sample=False), text)
 
 
-def test_an_interrupted_forward_leaves_the_model_too(tmp_path, monkeypatch):
+def test_an_interrupted_forward_leaves_the_head(tmp_path, monkeypatch):
     model = tiny.model()
     subject = trainer(tmp_path, model)
-    monkeypatch.setattr(subject, "_reference", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    subject.compute_loss(model, subject.data_collator(tiny.token_rows(2)))
+
+    def interrupted(*a: Any, **k: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subject, "_fused_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         subject.train()
-    assert "forward" not in vars(model)
+    assert "forward" not in vars(model.lm_head) and not model.lm_head._forward_hooks
 
 
 def test_resuming_equals_going_on(tmp_path):
@@ -314,19 +436,19 @@ def test_two_processes_equal_one(tmp_path):
 # refusals
 
 
-class Doubling(LlamaForCausalLM):
+class Shifting(LlamaForCausalLM):
     """Does something to its logits that a head's weight does not say."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
-        output.logits = 2 * output.logits
+        output.logits = output.logits + torch.arange(output.logits.shape[-1])
         return output
 
 
 def test_a_head_that_does_more_is_refused(tmp_path):
     model = tiny.model()
-    model.__class__ = Doubling
-    with pytest.raises(ValueError, match="logits that differ"):
+    model.__class__ = Shifting
+    with pytest.raises(ValueError, match="model: expected logits that are"):
         trainer(tmp_path, model).train()
 
 

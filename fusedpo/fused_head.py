@@ -1,0 +1,704 @@
+"""A causal language model's own forward, without its logits.
+
+    add_fused_head(model)
+    stats = model(input_ids, attention_mask=mask, labels=labels, fused=True)
+    loss = -stats.logprob.sum()
+
+The model's forward is run as it is, wrappers and hooks included, up to its head. Where the head
+would make logits [B, T, V] of hidden states [B, T, H], it is called all the same, but does what the
+caller wants done with its input: score labels, or a whole loss. So whatever a family does before
+its head (norms, scales, images, experts) needs no knowledge here, and a head whose weight is
+gathered for its own forward only (FSDP, ZeRO) is gathered.
+
+What a family does *after* its head is found by experiment at the first call: the model's forward is
+run once more, without gradients, with made-up logits in place of the head's, and has to be a soft
+cap and a factor of them; see ``_after_head``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fusedpo.checks import bad_choice, bad_value
+from fusedpo.head import Head
+from fusedpo.kernels.logit_tile import LogitMap
+from fusedpo.logprobs import STATS, TokenStats, linear_token_stats
+from fusedpo.plan import Plan
+
+IGNORED = -100
+
+AtHead = Callable[[Tensor, Head], Any]
+"""What is done with the hidden states [B, T, H] that feed a head, and the head."""
+
+# under which wrappers keep what they wrap: torch.compile, FSDP, DDP and DeepSpeed, checkpointing
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "module", "_checkpoint_wrapped_module")
+_COMPARED = 16  # positions that are compared with the model's own logits
+_TINY, _HUGE = 2.0**-10, 1e4  # made-up logits: where a soft cap does nothing, and where it is all
+
+
+class UnsupportedHead(ValueError):
+    """A model whose logits are not those of a weight, a bias, a soft cap and a factor."""
+
+
+def add_fused_head(
+    model: Any,
+    *,
+    memory_budget: int | float | str | Plan | None = None,
+    backend: str = "auto",
+    unsupported: Literal["raise", "fallback"] = "raise",
+) -> None:
+    """Let ``model(..., labels=labels, fused=True)`` return statistics of the labels, not logits.
+
+    Called that way, the forward takes its usual arguments, wrapped or not, and besides:
+
+        labels: [B, T], unshifted as in Hugging Face, -100 where nothing is scored.
+        shift_labels: [B, T] instead, aligned with the hidden states already.
+        stats: names of what is wanted, of ``fusedpo.logprobs.STATS``; the log-probability if not
+            given.
+        temperature: what the logits are divided by.
+
+    and returns a ``TokenStats`` of tensors [B, T - 1] ([B, T] with shift_labels), with the
+    ``aux_loss`` of a mixture of experts whose router's logits are asked for. ``fused`` may also be
+    a function of the hidden states [B, T, H] and the ``Head``, which is run in place of the head;
+    the forward then returns {"result": what it returned, "aux_loss": a scalar or None}.
+
+    Without ``fused`` the model is as it was: ``generate``, saving, loading, copying and pickling
+    are unchanged, and the state dict has no new keys. Calling this twice changes the options only.
+
+    Args:
+        model: a causal language model of transformers, or one wrapped by PEFT, DDP or the like.
+        memory_budget, backend: as of ``linear_token_stats``.
+        unsupported: what to do where the head turns out not to be a weight, a bias, a soft cap and
+            a factor: raise, at the first call, or make the model's own logits, with one warning.
+
+    Raises:
+        ValueError: if the model has no output embedding, or for an unknown option.
+    """
+    if unsupported not in ("raise", "fallback"):
+        raise bad_choice("unsupported", unsupported, ("raise", "fallback"))
+    causal = causal_model(model)
+    if not callable(getattr(causal, "get_output_embeddings", None)) or (
+        unsupported == "raise" and causal.get_output_embeddings() is None
+    ):
+        raise bad_value(
+            "model", "a causal language model with an output embedding", type(model).__name__
+        )
+    install(causal, FusedForward, memory_budget, backend, unsupported)
+
+
+def install(causal: Any, kind: type[FusedForward], *options: Any) -> None:
+    """Put a forward of this kind in the place of the model's, or of an earlier one."""
+    before = vars(causal).get("forward")
+    original = before.original if isinstance(before, FusedForward) else before
+    causal.forward = kind(causal, original, *options)
+
+
+def remove_fused_head(model: Any) -> None:
+    """Undo ``add_fused_head``. Does nothing to a model that has no fused head.
+
+    Raises:
+        ValueError: if the forward was wrapped since (by ``Accelerator.prepare``, say).
+    """
+    causal = causal_model(model)
+    forward = vars(causal).get("forward")
+    if isinstance(forward, FusedForward):
+        if forward.original is None:
+            del causal.forward
+        else:
+            causal.forward = forward.original
+    elif fused_forward(causal) is not None:
+        raise bad_value(
+            "model",
+            "a forward that was not wrapped since",
+            "one wrapped by accelerate",
+            "first call accelerator.unwrap_model(model, keep_fp32_wrapper=False)",
+        )
+
+
+def causal_model(model: Any) -> Any:
+    """The causal language model below wrappers and adapters."""
+    # a wrapper that passes attributes on has no such method of its own
+    while not hasattr(type(model), "get_output_embeddings"):
+        if hasattr(model, "get_base_model"):  # PEFT
+            model = model.get_base_model()
+            continue
+        children = getattr(model, "_modules", {})
+        names = [name for name in _WRAPPED if name in children]
+        if not names:
+            return model
+        model = children[names[0]]
+    return model
+
+
+def fused_forward(model: Any) -> FusedForward | None:
+    """What ``add_fused_head`` put in the place of the model's forward, if it did."""
+    held = vars(causal_model(model))
+    for name in ("forward", "_original_forward"):  # accelerate wraps the one and keeps the other
+        if isinstance(held.get(name), FusedForward):
+            return held[name]
+    return None
+
+
+def after_head(model: Any, **inputs: Any) -> AfterHead:
+    """What a model does with the output of its head, found on these inputs and verified.
+
+    Raises:
+        UnsupportedHead: if it is more than a soft cap and a factor.
+    """
+    causal = causal_model(model)
+    fused = fused_forward(causal) or FusedForward(causal, vars(causal).get("forward"))
+    return _after_head(causal, fused.forward, (), {**inputs, **fused.settings()})
+
+
+def at_head(model: Any, task: AtHead, **inputs: Any) -> tuple[Any, Tensor | None]:
+    """Run a task at the head of a model that has a fused one, entered through its wrapper.
+
+    Args:
+        model: wrapped or not; with a fused head.
+        task: what to do with hidden states and head. Returns a tree of tensors.
+        inputs: of the model's forward.
+
+    Returns:
+        What the task returned, and the aux_loss of a mixture of experts, or None.
+    """
+    done: list[Any] = []
+
+    def noted(hidden: Tensor, head: Head) -> Any:
+        done.append(task(hidden, head))
+        return done[0]
+
+    output = model(**inputs, fused=noted)
+    if not done:
+        raise bad_value("model", "one with a fused head", type(model).__name__, "add_fused_head")
+    return _uncast(done[0], output["result"]), output["aux_loss"]
+
+
+def _uncast(exact: Any, got: Any) -> Any:
+    """The values that a task returned, with the gradient of what came back through the wrappers.
+
+    A wrapper with mixed precision (FSDP) casts what a forward returns, which would round
+    log-probabilities to bfloat16.
+    """
+
+    def both(value: Any, back: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype == back.dtype:
+            return back
+        back = back.to(value.dtype)
+        return value.detach() + (back - back.detach())
+
+    leaves, structure = pytree.tree_flatten(exact)
+    backs = pytree.tree_leaves(got)
+    return pytree.tree_unflatten([both(*p) for p in zip(leaves, backs, strict=True)], structure)
+
+
+def hidden_and_head(model: Any, **inputs: Any) -> tuple[Tensor, Head]:
+    """The states [B, T, H] that feed a model's head, and the head, verified on these inputs.
+
+    For models whose weights are whole outside of a forward, that is, not under FSDP or ZeRO-3. The
+    model needs no fused head, and is left as it was.
+
+    Raises:
+        UnsupportedHead: if the head is more than a weight, a bias, a soft cap and a factor.
+    """
+    causal = causal_model(model)
+    # what was found of the head stays with the model, if it has a fused one
+    fused = fused_forward(causal) or FusedForward(causal, vars(causal).get("forward"))
+    found, _ = fused.run(lambda hidden, head: (hidden, head), (), inputs, carry=False)
+    return found
+
+
+class FusedForward:
+    """Stands in for a model's forward.
+
+    An object of a class, where a closure would do, so that models are pickled and copied with it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        original: Any = None,
+        memory_budget: int | float | str | Plan | None = None,
+        backend: str = "auto",
+        unsupported: str = "raise",
+    ) -> None:
+        self.model = model
+        self.original = original  # what was in the model's dict; None: its class's forward
+        self.memory_budget = memory_budget
+        self.backend = backend
+        self.unsupported = unsupported
+        self.known: dict[str, AfterHead] = {}
+        self.reason = ""  # why the head is not supported, if it is not
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The forward that this one stands in for."""
+        if self.original is not None:
+            return self.original
+        return type(self.model).forward.__get__(self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # generate() and Trainer read the forward's
+        return inspect.signature(self.forward)
+
+    def __call__(self, *args: Any, fused: bool | AtHead = False, **kwargs: Any) -> Any:
+        # accelerate, when it unwraps a model, makes a method of what is no function
+        if args and args[0] is self.model:
+            args = args[1:]
+        if not fused:
+            return self.forward(*args, **kwargs)
+        if callable(fused):
+            result, aux_loss = self.run(fused, args, kwargs)
+            return {"result": result, "aux_loss": aux_loss}
+        return self.token_stats(args, kwargs)
+
+    def token_stats(self, args: Sequence[Any], kwargs: dict[str, Any]) -> TokenStats:
+        """What ``model(..., fused=True)`` returns."""
+        labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+        stats = kwargs.pop("stats", ("logprob",))
+        temperature = kwargs.pop("temperature", 1.0)
+        if (labels is None) == (shifted is None):
+            got = "neither" if labels is None else "both"
+            raise bad_value("labels", "labels or shift_labels with fused=True", got)
+        aligned = shifted if labels is None else aligned_labels(labels)
+        task = Score(aligned, tuple(stats), temperature, self.memory_budget, self.backend)
+        if self.reason:
+            found, aux_loss = self._by_logits(task, args, kwargs)
+        else:
+            try:
+                found, aux_loss = self.run(task, args, kwargs)
+            except UnsupportedHead as error:
+                if self.unsupported == "raise":
+                    raise
+                warnings.warn(f"{error}; its own logits are made instead", stacklevel=3)
+                self.reason = str(error)
+                found, aux_loss = self._by_logits(task, args, kwargs)
+        if labels is not None:
+            found = on_stats(found, lambda t: t[:, :-1])
+        return replace(found, aux_loss=aux_loss)
+
+    def _by_logits(
+        self, task: Score, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[TokenStats, Tensor | None]:
+        output = self.forward(*args, **kwargs, **self.settings())
+        return task.by_logits(output.logits), getattr(output, "aux_loss", None)
+
+    def run(
+        self, task: AtHead, args: Sequence[Any], kwargs: Mapping[str, Any], *, carry: bool = True
+    ) -> tuple[Any, Tensor | None]:
+        """Run the model's forward with the task in place of the head.
+
+        Args:
+            carry: whether gradients pass through the output of the head's own call, on which
+                wrappers of the head hang their hooks. Without, nothing is copied.
+
+        Returns:
+            What the task returned, and the output's aux_loss.
+        """
+        kwargs = {**kwargs, **self.settings()}
+        scorer = _Scorer.of(self.model)
+        if scorer.name not in self.known:
+            self.known[scorer.name] = _after_head(self.model, self.forward, args, kwargs)
+        after = self.known[scorer.name]
+
+        def at_head(hidden: Tensor) -> Any:
+            states, weight, bias = scorer.inputs(hidden)
+            return task(states, after.head(weight, bias))
+
+        call = _Call(at_head, carry)
+        with scorer.replaced(call, call.hook):
+            output = self.forward(*args, **kwargs)
+        return call.result(), getattr(output, "aux_loss", None)
+
+    def settings(self) -> dict[str, Any]:
+        given = {"use_cache": False, "return_dict": True}
+        parameters = inspect.signature(type(self.model).forward).parameters
+        return {name: value for name, value in given.items() if name in parameters}
+
+
+def aligned_labels(labels: Tensor) -> Tensor:
+    """[B, T] with labels[t] what the states at t predict, from labels as Hugging Face gives them;
+    nothing is predicted at the last position."""
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def on_stats(stats: TokenStats, function: Callable[[Tensor], Tensor]) -> TokenStats:
+    """The statistics with a function applied to each that there is."""
+    found = {f.name: getattr(stats, f.name) for f in fields(stats)}
+    return TokenStats(**{n: None if v is None else function(v) for n, v in found.items()})
+
+
+@dataclass(frozen=True)
+class Score:
+    """At the head: statistics of labels [B, T] that are aligned with the hidden states."""
+
+    labels: Tensor
+    stats: tuple[str, ...] = ("logprob",)
+    temperature: float | Tensor = 1.0
+    memory_budget: int | float | str | Plan | None = None
+    backend: str = "auto"
+
+    def __call__(self, hidden: Tensor, head: Head) -> TokenStats:
+        return linear_token_stats(
+            hidden,
+            head.weight,
+            self.labels.to(hidden.device),
+            stats=self.stats,
+            temperature=self.temperature,
+            memory_budget=self.memory_budget,
+            backend=self.backend,
+            **head.options(),
+        )
+
+    def by_logits(self, logits: Tensor) -> TokenStats:
+        """The same from logits [B, T, V]."""
+        z = logits if logits.dtype == torch.float64 else logits.float()
+        temperature = self.temperature
+        z = z / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
+        logp = z.log_softmax(-1)
+        labels = self.labels.to(z.device)
+        scored = labels != IGNORED
+        target = labels.clamp(min=0)[..., None]
+        own = logp.gather(-1, target)[..., 0]
+        makers: dict[str, Callable[[], Tensor]] = {
+            "logprob": lambda: own,
+            # 0 log 0 = 0, also of tokens that are ruled out
+            "entropy": lambda: -(logp.exp() * logp.clamp(min=-1e4)).sum(-1),
+            "logsumexp": lambda: z.detach().logsumexp(-1),
+            "mean_logit": lambda: z.detach().mean(-1),
+            "log_sum_sq_probs": lambda: (2 * logp.detach()).logsumexp(-1),
+            "top1": lambda: z.gather(-1, target)[..., 0] >= z.amax(-1),
+        }
+        values = {name: makers[name]().masked_fill(~scored, 0) for name in self.stats}
+        return TokenStats(**{name: values.get(name) for name in STATS})
+
+
+class _Call:
+    """What stands in for the head's forward during one forward of the model."""
+
+    def __init__(self, task: Callable[[Tensor], Any], carry: bool) -> None:
+        self.task, self.carry = task, carry
+        self.found: Any = None
+        self.packed: Tensor | None = None
+        self.returned: Tensor | None = None
+        self.calls = 0
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.calls += 1
+        if self.calls > 1:
+            raise UnsupportedHead("model: expected a head that is called once in a forward")
+        self.found = self.task(hidden)
+        carried = self._carried()
+        if not carried:
+            return hidden.new_zeros(1, 1, 1)
+        # one tensor of three dimensions, for the code that takes it for logits
+        self.packed = torch.cat([t.reshape(1, 1, -1) for t in carried], -1)
+        return self.packed
+
+    def hook(self, module: Any, args: Any, output: Tensor) -> None:
+        """What comes out of the head's call, after the hooks of others."""
+        self.returned = output
+
+    def _carried(self) -> list[Tensor]:
+        leaves = pytree.tree_leaves(self.found) if self.carry else []
+        return [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+
+    def result(self) -> Any:
+        if not self.calls:
+            raise UnsupportedHead(
+                "model: expected a forward that calls its output embedding, got one that does not"
+            )
+        carried = self._carried()
+        if not carried:
+            return self.found
+        assert self.packed is not None and self.returned is not None, "the head was called"
+        out = _uncast(self.packed, self.returned).reshape(-1)
+        parts = iter(out.split([t.numel() for t in carried]))
+
+        def back(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                return next(parts).reshape(leaf.shape)
+            return leaf
+
+        return pytree.tree_map(back, self.found)
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """The module whose call makes logits, and what its weight is.
+
+    Attributes:
+        module: takes hidden states [B, T, H] and returns [B, T, V].
+        kind: "linear", or "lora": a linear layer and low-rank adapters.
+        name: tells apart what has to be verified anew.
+    """
+
+    module: Any
+    kind: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {type(self.module).__name__}"
+
+    @classmethod
+    def of(cls, model: Any) -> _Scorer:
+        """Look it up: adapters and wrappers come and go.
+
+        Raises:
+            UnsupportedHead: if the output embedding is none, or of an unknown kind.
+        """
+        module = model.get_output_embeddings()
+        while module is not None:
+            inner = vars(module).get("_modules", {})
+            if "modules_to_save" in inner and "original_module" in inner:  # PEFT trains a copy
+                copies, active = inner["modules_to_save"], module.active_adapters
+                in_use = not module.disable_adapters and active and active[0] in copies
+                module = copies[active[0]] if in_use else inner["original_module"]
+            elif "lora_A" in inner and "base_layer" in inner:
+                if module.disable_adapters or not _active(module) or module.merged:
+                    module = inner["base_layer"]
+                else:
+                    _check_adapters(module)
+                    return cls(module, "lora")
+            else:
+                names = [name for name in _WRAPPED if name in inner]
+                if not names:
+                    break
+                module = inner[names[0]]
+        if module is None:
+            raise UnsupportedHead("model: expected one with an output embedding, got none")
+        _check_linear(module)
+        return cls(module, "linear")
+
+    @property
+    def _attribute(self) -> str:
+        # accelerate's hooks keep the forward that theirs calls
+        return "_old_forward" if "_hf_hook" in vars(self.module) else "forward"
+
+    @property
+    def forward(self) -> Callable[..., Tensor]:
+        """What makes logits of hidden states."""
+        return getattr(self.module, self._attribute)
+
+    @contextmanager
+    def replaced(self, forward: Any, hook: Any = None) -> Iterator[None]:
+        """For a while, have the module do something else, and a hook behind all others."""
+        name = self._attribute
+        own = vars(self.module).get(name)
+        setattr(self.module, name, forward)
+        handle = None if hook is None else self.module.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()
+            if own is None:
+                delattr(self.module, name)
+            else:
+                setattr(self.module, name, own)
+
+    def inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """States, weight and bias of the product that makes the logits. To be asked for within the
+        module's call, as a sharded weight is whole only there."""
+        if self.kind == "linear":
+            return hidden, self.module.weight, self.module.bias
+        # W h + s B A h is one product, of [h, s A h] and [W, B]: a copy of the weight, as many
+        # columns wider as the rank is high, is what an adapted head costs
+        base = self.module.base_layer
+        weights, states = [base.weight], [hidden]
+        for name in _active(self.module):
+            low, high = self.module.lora_A[name], self.module.lora_B[name]
+            dropped = self.module.lora_dropout[name](hidden.to(low.weight.dtype))
+            states.append((low(dropped) * self.module.scaling[name]).to(hidden.dtype))
+            weights.append(high.weight.to(base.weight.dtype))
+        return torch.cat(states, -1), torch.cat(weights, 1), base.bias
+
+
+def _active(module: Any) -> list[str]:
+    return [name for name in module.active_adapters if name in module.lora_A]
+
+
+def _check_adapters(module: Any) -> None:
+    _check_linear(module.base_layer)
+    variants = getattr(module, "lora_variant", {})
+    for name in _active(module):
+        if name in variants or getattr(module, "use_dora", {}).get(name):
+            raise UnsupportedHead(f"model: expected plain LoRA on the head, got {variants or name}")
+        if module.lora_B[name].bias is not None or getattr(module, "fan_in_fan_out", False):
+            raise UnsupportedHead("model: expected LoRA without bias on the head, got one with it")
+
+
+def _check_linear(module: Any) -> None:
+    if getattr(type(module), "forward", None) is not torch.nn.Linear.forward:
+        raise UnsupportedHead(
+            f"model: expected an output embedding that is a torch.nn.Linear, got "
+            f"{type(module).__name__}; merge adapters into the head, or leave it out of adaptation "
+            "and quantisation"
+        )
+    from torch.distributed.tensor import DTensor
+
+    if type(module.weight) not in (Tensor, torch.nn.Parameter, DTensor) and not isinstance(
+        getattr(module.weight, "data", None), DTensor
+    ):
+        raise UnsupportedHead(
+            f"model: expected an output embedding of plain numbers, got a weight of type "
+            f"{type(module.weight).__name__}; leave the head out of quantisation"
+        )
+
+
+@dataclass(frozen=True)
+class AfterHead:
+    """What a model does with the output of its head: softcap tanh(z / softcap) logit_scale of the
+    first ``vocab`` columns."""
+
+    softcap: float | None
+    logit_scale: float
+    vocab: int
+
+    def head(self, weight: Tensor, bias: Tensor | None) -> Head:
+        if weight.shape[0] != self.vocab:
+            weight, bias = weight[: self.vocab], None if bias is None else bias[: self.vocab]
+        return Head(weight, bias, self.softcap, self.logit_scale)
+
+    def apply(self, z: Tensor) -> Tensor:
+        return LogitMap(None, self.softcap, self.logit_scale).apply(z.clone())
+
+
+class _Experiment:
+    """Stands in for the head in one forward, and makes up what comes out of it."""
+
+    def __init__(self, scorer: _Scorer) -> None:
+        self.own_forward = scorer.forward
+        self.hidden: Tensor | None = None
+        self.met: Tensor | None = None  # [rows, V], what the rest of the forward was given
+        self.eps = 0.0  # of the head's own logits
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.met is not None or hidden.dim() != 3:
+            raise UnsupportedHead(
+                "model: expected a head that is called once in a forward, with states [B, T, H], "
+                f"got {list(hidden.shape)}, call {1 if self.met is None else 2}"
+            )
+        self.hidden = hidden[:1, :_COMPARED]
+        own = self.own_forward(self.hidden)
+        self.eps = torch.finfo(own.dtype).eps
+        own = own if own.dtype == torch.float64 else own.float()
+        spread = torch.linspace(-64.0, 64.0, own.shape[-1], dtype=own.dtype, device=own.device)
+        constant = (torch.full_like(spread, value) for value in (_TINY, _HUGE, 0.0))
+        made = torch.stack([*constant, spread, spread.flip(0), spread / 16])
+        self.met = torch.cat([made, own[0]])
+        return self.met[None]
+
+
+def _after_head(
+    model: Any, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> AfterHead:
+    """Find out what a model does with the output of its head, and verify all of it.
+
+    The forward is run once, without gradients. In place of the head's output it meets made-up
+    logits of great range, and the head's own at a few positions. What becomes of the first has to
+    be a soft cap and a factor, in every column; what becomes of the second, the logits that
+    ``Head`` makes of the hidden states.
+    """
+    scorer = _Scorer.of(model)
+    experiment = _Experiment(scorer)
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    # nothing random may differ from what it would be without the experiment
+    with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), evaluating(scorer.module):
+        with scorer.replaced(experiment):
+            try:
+                output = forward(*args, **kwargs)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                if experiment.met is None or isinstance(error, UnsupportedHead):
+                    raise
+                raise UnsupportedHead(
+                    "model: expected one that does nothing to its logits but scale and cap them, "
+                    f"got {type(error).__name__}: {error}"
+                ) from error
+        if experiment.met is None or experiment.hidden is None:
+            raise UnsupportedHead(
+                "model: expected a forward that calls its output embedding, got one that does not"
+            )
+        met, logits, hidden = experiment.met, output.logits, experiment.hidden
+        if logits.shape[:2] != (1, met.shape[0]) or logits.shape[2] > met.shape[1]:
+            raise UnsupportedHead(
+                f"model: expected logits {[1, *met.shape]} that its head made, "
+                f"got {list(logits.shape)}"
+            )
+        eps = max(torch.finfo(logits.dtype).eps, torch.finfo(met.dtype).eps)
+        after = _fit(logits[0], eps, _numbers(model.config))
+        found, met = logits[0].to(met.dtype), met[:, : after.vocab]
+        made = met.shape[0] - hidden.shape[1]
+        _compare(found[:made], after.apply(met[:made]), 16 * eps)
+        states, weight, bias = scorer.inputs(hidden)
+        ours, theirs = after.head(weight, bias).logits(states)[0], found[made:]
+        largest = theirs.abs().amax().clamp(min=1e-30)
+        bound = 8 * max(eps, experiment.eps) + 1e-5
+        _compare(theirs / largest, ours.to(theirs.dtype) / largest, bound)
+    return after
+
+
+def _fit(found: Tensor, eps: float, known: Sequence[float]) -> AfterHead:
+    """Soft cap and factor from what became of a tiny and a huge logit [rows, V].
+
+    known: numbers of the configuration, which are preferred to measured ones.
+    """
+    tiny, huge = (float(found[i].double().median()) for i in (0, 1))
+    factor, limit = tiny / _TINY, huge
+    if not (math.isfinite(factor) and factor > 0 and math.isfinite(limit) and limit > 0):
+        raise UnsupportedHead(
+            f"model: expected logits that are scaled and capped, got {tiny} for {_TINY} and {huge} "
+            f"for {_HUGE}"
+        )
+    capped = limit < 0.99 * factor * _HUGE
+    near = 8 * eps
+    inverse = [1 / v for v in known]
+    factor = _snap(factor if capped else limit / _HUGE, (1.0, *known, *inverse), near)
+    if not capped:
+        return AfterHead(None, factor, found.shape[1])
+    limit = _snap(limit, (*known, *(v * factor for v in known)), near)
+    return AfterHead(limit / factor, factor, found.shape[1])
+
+
+def _snap(value: float, known: Sequence[float], near: float) -> float:
+    closest = min(known, key=lambda v: abs(v - value), default=value)
+    return closest if abs(closest - value) <= near * abs(value) else value
+
+
+def _numbers(config: Any) -> list[float]:
+    """Every positive number of the text model's configuration."""
+    values = vars(config.get_text_config()).values()
+    return [float(v) for v in values if isinstance(v, int | float) and 0 < v < math.inf]
+
+
+def _compare(found: Tensor, expected: Tensor, bound: float) -> None:
+    gap = (found - expected).abs()
+    worst = float((gap / expected.abs().clamp(min=1.0)).amax())
+    if not worst <= bound:
+        raise UnsupportedHead(
+            "model: expected logits that are a weight, a bias, a soft cap and a factor of its "
+            f"hidden states, got some that differ from that by up to {float(gap.amax()):.3g}"
+        )
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[Any]:
+    """Without dropout."""
+    if not model.training:
+        yield model
+        return
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train()
