@@ -46,6 +46,17 @@ _COMPARED = 16  # positions that are compared with the model's own logits
 _TINY, _HUGE = 2.0**-10, 1e4  # made-up logits: where a soft cap does nothing, and where it is all
 
 
+_FIELDS = tuple(f.name for f in fields(TokenStats))
+
+# wrappers look for tensors in what a forward returns, to hang hooks on
+pytree.register_pytree_node(
+    TokenStats,
+    lambda stats: ([getattr(stats, name) for name in _FIELDS], None),
+    lambda values, _: TokenStats(**dict(zip(_FIELDS, values, strict=True))),
+    serialized_type_name="fusedpo.TokenStats",
+)
+
+
 class UnsupportedHead(ValueError):
     """A model whose logits are not those of a weight, a bias, a soft cap and a factor."""
 
@@ -334,8 +345,7 @@ def aligned_labels(labels: Tensor) -> Tensor:
 
 def on_stats(stats: TokenStats, function: Callable[[Tensor], Tensor]) -> TokenStats:
     """The statistics with a function applied to each that there is."""
-    found = {f.name: getattr(stats, f.name) for f in fields(stats)}
-    return TokenStats(**{n: None if v is None else function(v) for n, v in found.items()})
+    return pytree.tree_map(lambda v: None if v is None else function(v), stats)
 
 
 @dataclass(frozen=True)
@@ -578,8 +588,8 @@ class _Experiment:
     """Stands in for the head in one forward, and makes up what comes out of it."""
 
     def __init__(self, scorer: _Scorer) -> None:
-        self.own_forward = scorer.forward
-        self.hidden: Tensor | None = None
+        self.scorer, self.own_forward = scorer, scorer.forward
+        self.product: Tensor | None = None  # [positions, V], what we take for the head's logits
         self.met: Tensor | None = None  # [rows, V], what the rest of the forward was given
         self.eps = 0.0  # of the head's own logits
 
@@ -589,8 +599,11 @@ class _Experiment:
                 "model: expected a head that is called once in a forward, with states [B, T, H], "
                 f"got {list(hidden.shape)}, call {1 if self.met is None else 2}"
             )
-        self.hidden = hidden[:1, :_COMPARED]
-        own = self.own_forward(self.hidden)
+        few = hidden[:1, :_COMPARED]
+        own = self.own_forward(few)
+        # now, as a sharded weight is whole only within the head's call
+        states, weight, bias = self.scorer.inputs(few)
+        self.product = torch.nn.functional.linear(states, weight, bias)[0]
         self.eps = torch.finfo(own.dtype).eps
         own = own if own.dtype == torch.float64 else own.float()
         spread = torch.linspace(-64.0, 64.0, own.shape[-1], dtype=own.dtype, device=own.device)
@@ -625,11 +638,11 @@ def _after_head(
                     "model: expected one that does nothing to its logits but scale and cap them, "
                     f"got {type(error).__name__}: {error}"
                 ) from error
-        if experiment.met is None or experiment.hidden is None:
+        if experiment.met is None or experiment.product is None:
             raise UnsupportedHead(
                 "model: expected a forward that calls its output embedding, got one that does not"
             )
-        met, logits, hidden = experiment.met, output.logits, experiment.hidden
+        met, logits, product = experiment.met, output.logits, experiment.product
         if logits.shape[:2] != (1, met.shape[0]) or logits.shape[2] > met.shape[1]:
             raise UnsupportedHead(
                 f"model: expected logits {[1, *met.shape]} that its head made, "
@@ -638,13 +651,12 @@ def _after_head(
         eps = max(torch.finfo(logits.dtype).eps, torch.finfo(met.dtype).eps)
         after = _fit(logits[0], eps, _numbers(model.config))
         found, met = logits[0].to(met.dtype), met[:, : after.vocab]
-        made = met.shape[0] - hidden.shape[1]
+        made = met.shape[0] - product.shape[0]
         _compare(found[:made], after.apply(met[:made]), 16 * eps)
-        states, weight, bias = scorer.inputs(hidden)
-        ours, theirs = after.head(weight, bias).logits(states)[0], found[made:]
-        largest = theirs.abs().amax().clamp(min=1e-30)
+        ours = after.apply(product[:, : after.vocab].to(found.dtype))
+        largest = ours.abs().amax().clamp(min=1e-30)
         bound = 8 * max(eps, experiment.eps) + 1e-5
-        _compare(theirs / largest, ours.to(theirs.dtype) / largest, bound)
+        _compare(found[made:] / largest, ours / largest, bound)
     return after
 
 
