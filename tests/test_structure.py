@@ -27,7 +27,7 @@ LAYERS = (
     ("reference",),
     ("objective",),
     ("fusedpo",),  # the package's face, fusedpo/__init__.py
-    ("catalogue", "compare", "fused_head", "recipes"),
+    ("catalogue", "compare", "fused_head", "liger", "recipes"),
     ("report",),
     ("trainers",),
     ("cli",),
