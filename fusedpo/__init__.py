@@ -1,6 +1,7 @@
 """Fused preference-optimization losses: from hidden states to the loss, without the logits."""
 
 from fusedpo import losses
+from fusedpo.fused_head import add_fused_head, at_head, hidden_and_head, remove_fused_head
 from fusedpo.head import Head
 from fusedpo.logprobs import TokenStats, linear_logprobs, linear_token_stats
 from fusedpo.objective import FusedLoss, LossOutput, policy_loss, preference_loss
@@ -14,10 +15,14 @@ __all__ = [
     "LossOutput",
     "Plan",
     "TokenStats",
+    "add_fused_head",
+    "at_head",
+    "hidden_and_head",
     "linear_logprobs",
     "linear_token_stats",
     "losses",
     "plan",
     "policy_loss",
     "preference_loss",
+    "remove_fused_head",
 ]

@@ -610,7 +610,8 @@ class _Experiment:
         constant = (torch.full_like(spread, value) for value in (_TINY, _HUGE, 0.0))
         made = torch.stack([*constant, spread, spread.flip(0), spread / 16])
         self.met = torch.cat([made, own[0]])
-        return self.met[None]
+        # some cap their logits in place
+        return self.met.clone()[None]
 
 
 def _after_head(

@@ -24,10 +24,10 @@ LAYERS = (
     ("backend", "head", "losses", "sweeps"),
     ("layout", "operators", "tail"),
     ("logprobs", "policy", "preference"),
-    ("reference",),
+    ("fused_head", "reference"),
     ("objective",),
     ("fusedpo",),  # the package's face, fusedpo/__init__.py
-    ("catalogue", "compare", "fused_head", "liger", "recipes"),
+    ("catalogue", "compare", "liger", "recipes"),
     ("report",),
     ("trainers",),
     ("cli",),

@@ -1,0 +1,433 @@
+"""The losses of this library in TRL's trainers, by name, on TRL's data formats.
+
+    from fusedpo.trainers.trl import FusedDPOConfig, FusedDPOTrainer
+
+    args = FusedDPOConfig("out", fused_loss="s-sppo", fused_loss_args={"beta": 1e-3})
+    FusedDPOTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer).train()
+
+``FusedDPOConfig`` takes any loss of pairs: rows have prompt, chosen and rejected as ever, and the
+loss's further inputs as columns (``win_rate_chosen``, ``similarity``, ...). For ``solopo`` rows
+have the long context in ``long_prompt``. With ``self_augmented=True`` an average of the model
+writes the rejected responses, and rows need prompt and chosen only. ``FusedGRPOConfig`` takes any
+policy loss (``sspo``, ``gspo``, ...) in the place of ``loss_type``. Without ``fused_loss`` both are
+TRL's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fusedpo import losses
+from fusedpo.checks import bad_type, bad_value
+from fusedpo.fused_head import IGNORED, add_fused_head, aligned_labels, at_head, fused_forward
+from fusedpo.head import Head
+from fusedpo.losses import PolicyLoss, PreferenceLoss
+from fusedpo.objective import LossOutput, policy_loss, preference_loss
+
+try:
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.grpo_config import GRPOConfig
+except ImportError as error:
+    raise ImportError("fusedpo.trainers.trl needs TRL: pip install 'fusedpo[trl]'") from error
+
+# what of a batch is the loss's, not the model's
+_NOT_OF_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+_LONG = "long_prompt"
+
+
+@dataclass
+class _ByName:
+    """What is added to TRL's configurations."""
+
+    fused_loss: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of a loss of fusedpo (see `fusedpo losses`) in the place of loss_type."
+        },
+    )
+    fused_loss_args: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Hyperparameters of fused_loss, as a dictionary or as JSON."},
+    )
+
+    def the_loss(self) -> Any:
+        """The loss that was named, or None."""
+        if self.fused_loss is None:
+            if self.fused_loss_args is not None:
+                raise bad_value("fused_loss", "the name of a loss", "None, with fused_loss_args")
+            return None
+        return losses.get(self.fused_loss, **_dictionary("fused_loss_args", self.fused_loss_args))
+
+
+def _dictionary(name: str, given: dict[str, Any] | str | None) -> dict[str, Any]:
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise bad_value(name, "valid JSON", f"{given!r}: {error}") from None
+    if given is not None and not isinstance(given, dict):
+        raise bad_type(name, "a dictionary, or one as JSON", repr(given))
+    return given or {}
+
+
+@dataclass
+class FusedDPOConfig(_ByName, DPOConfig):
+    """TRL's ``DPOConfig``, and the name of a loss of pairs.
+
+    Attributes:
+        fused_loss: see ``fusedpo losses``; takes the place of ``loss_type``, and its
+            hyperparameters that of ``beta`` and the like.
+        fused_loss_args: hyperparameters, as a dictionary or as JSON.
+        self_augmented: whether an average of the model writes the rejected responses; with the
+            loss that ``fused_loss`` names, DPO if none.
+        self_augmented_args: of ``fusedpo.recipes.self_augmented.Settings``.
+    """
+
+    self_augmented: bool = field(
+        default=False,
+        metadata={"help": "Let an average of the model write the rejected responses."},
+    )
+    self_augmented_args: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Settings of the replay buffer and of what is generated, as JSON."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        if self.self_augmented and self.fused_loss is None:
+            self.fused_loss, self.fused_loss_args = "dpo", {"beta": self.beta}
+        loss = self.the_loss()
+        if loss is not None and not isinstance(loss, PreferenceLoss):
+            raise bad_value("fused_loss", "a loss of pairs", repr(loss), "use FusedGRPOConfig")
+        if self.self_augmented and loss is not None and loss.inputs:
+            raise bad_value("fused_loss", "one without inputs of its own", repr(loss))
+
+
+@dataclass
+class FusedGRPOConfig(_ByName, GRPOConfig):
+    """TRL's ``GRPOConfig``, and the name of a policy loss.
+
+    TRL's ``beta`` is the weight of the KL term of any loss, and ``use_bias_correction_kl`` says
+    which estimator it has.
+
+    Attributes:
+        fused_loss: see ``fusedpo losses``; takes the place of ``loss_type``, and its
+            hyperparameters that of ``epsilon`` and the like.
+        fused_loss_args: hyperparameters, as a dictionary or as JSON.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        loss = self.the_loss()
+        if loss is None:
+            return
+        if not isinstance(loss, PolicyLoss):
+            raise bad_value("fused_loss", "a policy loss", repr(loss), "use FusedDPOConfig")
+        if loss.kl_weight != self.beta:
+            raise bad_value("kl_weight", f"beta, {self.beta}", str(loss.kl_weight), "set beta")
+        unused = {"top_entropy_quantile": 1.0, "off_policy_mask_threshold": None}
+        for name, default in unused.items():
+            if getattr(self, name, default) != default:
+                raise bad_value(name, f"{default} with fused_loss", str(getattr(self, name)))
+
+    def the_loss(self) -> Any:
+        loss = super().the_loss()
+        if isinstance(loss, PolicyLoss) and self.beta and not loss.kl_weight:
+            estimator: Any = "k3_corrected" if self.use_bias_correction_kl else "k3"
+            loss = replace(loss, kl_weight=self.beta, kl_estimator=estimator)
+        return loss
+
+
+if TYPE_CHECKING:
+    _Base = Any
+else:
+    _Base = object
+
+
+class LossOfPairs(_Base):  # type: ignore[misc]
+    """For a subclass of TRL's ``DPOTrainer``: the loss that its configuration names."""
+
+    fused_loss: PreferenceLoss | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        config = kwargs.get("args", args[2] if len(args) > 2 else None)
+        loss = config.the_loss() if isinstance(config, FusedDPOConfig) else None
+        if loss is None:
+            super().__init__(*args, **kwargs)
+            return
+        self.fused_loss = loss
+        super().__init__(*args, **kwargs)
+        if not loss.needs_reference:
+            self.ref_model = None
+        names = (*loss.inputs, *_long_columns(loss))
+        self._further_columns = names
+        plain: Any = self.data_collator  # type: ignore[has-type]
+        self.data_collator = _Collator(plain, tuple(loss.inputs), len(loss.roles))
+        if self.args.self_augmented:
+            _augment(self)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        for name in getattr(self, "_further_columns", ()):
+            if name not in self._signature_columns:
+                self._signature_columns.append(name)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
+        loss = self.fused_loss
+        if loss is None:
+            return super()._prepare_dataset(dataset, processing_class, args, name)
+        columns = dataset.column_names
+        if args.self_augmented and columns and "rejected" not in columns:
+            # what stands here is not trained on
+            dataset = dataset.map(lambda row: {"rejected": row["chosen"]})
+        for column, about in loss.inputs.items():
+            if about.default is None and column not in columns:
+                raise bad_value(
+                    f"{name} dataset", f"a column {column!r}: {about.meaning}", str(columns)
+                )
+        prepared = super()._prepare_dataset(dataset, processing_class, args, name)
+        if not _long_columns(loss) or "long_prompt_ids" in prepared.column_names:
+            return prepared
+        if _LONG not in columns:
+            raise bad_value(f"{name} dataset", f"a column {_LONG!r}", str(columns))
+        longer = dataset.map(lambda row: {"prompt": row[_LONG]})
+        longer = super()._prepare_dataset(longer, processing_class, args, name)
+        return prepared.add_column("long_prompt_ids", list(longer["prompt_ids"]))
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        loss = self.fused_loss
+        if loss is None:
+            return super()._compute_loss(model, inputs, return_outputs)
+        if return_outputs:
+            raise bad_value("compute_metrics", "None with fused_loss, as no logits are made", "one")
+        extra = {name: inputs[name] for name in loss.inputs if name in inputs}
+        apart = (*_NOT_OF_MODEL, *extra)
+        of_model = {name: value for name, value in inputs.items() if name not in apart}
+        of_model["use_cache"] = False
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
+        reference = self._reference_of(model, inputs, of_model, labels)
+        if self.aux_loss_enabled:
+            of_model["output_router_logits"] = True
+        found: list[LossOutput] = []
+
+        def task(hidden: Tensor, head: Head) -> Tensor:
+            output = preference_loss(
+                loss,
+                hidden,
+                head.weight,
+                aligned_labels(labels),
+                ref_logprobs=reference,
+                **_options(self),
+                **head.options(),
+                **extra,
+            )
+            found.append(output)
+            return output.loss
+
+        value, aux_loss = at_head(model, task, **of_model)
+        mode = "train" if self.model.training else "eval"
+        if mode == "train":
+            tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum()
+            self._total_train_tokens += int(tokens) // getattr(self, "_tp_size", 1)
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        if self.aux_loss_enabled and aux_loss is not None:
+            value = value + self.router_aux_loss_coef * aux_loss
+            found[0].metrics["aux_loss"] = aux_loss.detach()
+        _note(self, mode, found[0].metrics)
+        return value
+
+    def _reference_of(
+        self, model: Any, inputs: dict[str, Any], of_model: dict[str, Any], labels: Tensor
+    ) -> Tensor | None:
+        """Log-probabilities under the reference, per token or per sequence, or None."""
+        loss = self.fused_loss
+        if loss is None or not loss.needs_reference:
+            return None
+        if self.precompute_ref_logps:
+            return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        from trl.models.utils import disable_gradient_checkpointing
+        from trl.trainer.utils import use_adapter
+
+        options = self.args.gradient_checkpointing_kwargs
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, options):
+            if self.ref_model is None:
+                inner = self.accelerator.unwrap_model(self.model)
+                with use_adapter(inner, "ref" if "ref" in inner.peft_config else None):
+                    found = self.model(**of_model, labels=labels, fused_lm_head=True)
+            else:
+                found = self.ref_model(**of_model, labels=labels, fused_lm_head=True)
+        # nothing is predicted at the last position
+        return torch.nn.functional.pad(found.log_probs, (0, 1))
+
+
+class LossOfGroups(_Base):  # type: ignore[misc]
+    """For a subclass of TRL's ``GRPOTrainer``: the policy loss that its configuration names."""
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
+        loss = self.args.the_loss() if isinstance(self.args, FusedGRPOConfig) else None
+        if loss is None:
+            return super()._compute_loss(model, inputs)
+        mode = "train" if self.model.training else "eval"
+        mask = inputs["completion_mask"]
+        scored = mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        before = inputs["prompt_ids"].shape[1]
+        labels = ids.clone()
+        labels[:, :before] = IGNORED
+        labels[:, before:] = labels[:, before:].masked_fill(scored == 0, IGNORED)
+        of_model = {
+            "input_ids": ids,
+            "attention_mask": torch.cat([inputs["prompt_mask"], mask], 1),
+            "use_cache": False,
+        }
+        if self.aux_loss_enabled:
+            of_model["output_router_logits"] = True
+
+        def placed(values: Tensor | None) -> Tensor | None:
+            """[B, T] from values of the completion [B, C]: position t predicts token t + 1."""
+            if values is None or values.dim() == 1:
+                return values
+            if values.shape[1] == 1:
+                return values[:, 0]
+            return torch.nn.functional.pad(values, (before - 1, 1))
+
+        advantages = placed(inputs["advantages"])
+        assert advantages is not None, "TRL makes them"
+        share = self.current_gradient_accumulation_steps if mode == "train" else 1
+        counts: dict[str, Any] = {}
+        if loss.aggregation == "token_mean":
+            tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+            if mode == "train":
+                tokens = tokens * share / self.args.steps_per_generation
+            counts["num_tokens"] = tokens
+        else:
+            counts["num_items"] = ids.shape[0] * share
+            if loss.entropy_bonus:
+                counts["num_tokens"] = scored.sum().clamp(min=1) * share
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        found: list[LossOutput] = []
+
+        def task(hidden: Tensor, head: Head) -> Tensor:
+            output = policy_loss(
+                loss,
+                hidden,
+                head.weight,
+                aligned_labels(labels),
+                advantages=advantages,
+                old_logprobs=placed(inputs.get("old_per_token_logps")),
+                ref_logprobs=placed(inputs.get("ref_per_token_logps")) if loss.kl_weight else None,
+                importance_weights=(
+                    placed(inputs["importance_sampling_ratio"]) if corrected else None
+                ),
+                log_entropy=True,
+                temperature=self.temperature,
+                **counts,
+                **_options(self),
+                **head.options(),
+            )
+            found.append(output)
+            return output.loss
+
+        value, aux_loss = at_head(model, task, **of_model)
+        if self.aux_loss_enabled and aux_loss is not None:
+            value = value + self.router_aux_loss_coef * aux_loss / share
+            found[0].metrics["aux_loss"] = aux_loss.detach()
+        _note(self, mode, found[0].metrics)
+        return value
+
+
+def _options(trainer: Any) -> dict[str, Any]:
+    """What ``patch`` was told, of the head that the trainer's model has."""
+    fused = fused_forward(trainer.accelerator.unwrap_model(trainer.model))
+    if fused is None:
+        add_fused_head(trainer.model)
+        return {}
+    return {"memory_budget": fused.memory_budget, "backend": fused.backend}
+
+
+def _note(trainer: Any, mode: str, metrics: Mapping[str, Tensor]) -> None:
+    """Into TRL's record, as means over the ranks."""
+    names = list(metrics)
+    values = torch.stack([metrics[name].float() for name in names])
+    means = trainer.accelerator.reduce(values, "mean").tolist()
+    for name, mean in zip(names, means, strict=True):
+        trainer._metrics[mode][name].append(mean)
+
+
+def _long_columns(loss: PreferenceLoss) -> tuple[str, ...]:
+    return ("long_prompt_ids",) if len(loss.roles) > 2 else ()
+
+
+@dataclass(frozen=True)
+class _Collator:
+    """TRL's collator, and after it the loss's further inputs and long rows.
+
+    Attributes:
+        collator: makes input_ids, attention_mask and completion_mask [2 P, T].
+        inputs: columns of one number a row.
+        roles: responses of an example.
+    """
+
+    collator: Callable[[Sequence[Any]], dict[str, Any]]
+    inputs: tuple[str, ...]
+    roles: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(rows)
+        if self.roles > 2:
+            longer = [{**row, "prompt_ids": row["long_prompt_ids"]} for row in rows]
+            batch = _beside(batch, self.collator(longer), (self.roles - 2) * len(rows))
+        for name in self.inputs:
+            if name in rows[0]:
+                batch[name] = torch.tensor([float(row[name]) for row in rows])
+        return batch
+
+
+def _beside(short: dict[str, Any], longer: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The first rows of the longer batch below the short one, padded to one length."""
+    found = dict(short)
+    width = max(short["input_ids"].shape[1], longer["input_ids"].shape[1])
+    for name in ("input_ids", "attention_mask", "completion_mask"):
+        parts = short[name], longer[name][:rows]
+        # masked, so any token will do
+        padded = [torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in parts]
+        found[name] = torch.cat(padded)
+    counts = found["completion_mask"].sum(1)
+    if not torch.equal(counts[:rows], counts[-rows:]):
+        raise bad_value(
+            "max_length",
+            "room for the whole response after the long prompt",
+            "responses that are cut there and not after the short one",
+            "raise max_length, or shorten the long prompts",
+        )
+    return found
+
+
+def _augment(trainer: Any) -> None:
+    """Train on pairs that an average of the model makes of the dataset's responses."""
+    from fusedpo.recipes.self_augmented import SelfAugmented, Settings
+    from fusedpo.trainers.self_augmented import SelfAugmentedCallback, SelfAugmentedDataset
+
+    given = trainer.args.self_augmented_args
+    settings = Settings(**_dictionary("self_augmented_args", given))
+    tokenizer = trainer.processing_class
+    rows = [
+        {"prompt_ids": row["prompt_ids"], "chosen_ids": row["chosen_ids"]}
+        for row in trainer.train_dataset
+    ]
+    source = SelfAugmented(
+        trainer.accelerator.unwrap_model(trainer.model),
+        rows,
+        settings,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        rank=trainer.accelerator.process_index,
+    )
+    trainer.train_dataset = SelfAugmentedDataset(source)
+    trainer.add_callback(SelfAugmentedCallback(trainer.train_dataset, ref_model=trainer.ref_model))

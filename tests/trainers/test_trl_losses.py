@@ -1,0 +1,310 @@
+"""The losses of this library in TRL's trainers: TRL's own numbers where TRL has the loss, and the
+loss of the very batch where it has not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, HfArgumentParser
+
+pytest.importorskip("trl")
+
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+
+from fusedpo import losses, policy_loss, preference_loss
+from fusedpo.fused_head import aligned_labels, hidden_and_head
+from fusedpo.trainers.trl import (
+    FusedDPOConfig,
+    FusedDPOTrainer,
+    FusedGRPOConfig,
+    FusedGRPOTrainer,
+)
+
+COMMON = {
+    "max_steps": 3,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "learning_rate": 1e-2,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+ROWS = tiny.text_rows(12)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Any]:
+    """TRL loads its reference from where the model came from."""
+    folder = tiny.save(tmp_path_factory.mktemp("model"))
+    return lambda: AutoModelForCausalLM.from_pretrained(folder)
+
+
+def history(trainer: Any) -> list[dict[str, float]]:
+    trainer.train()
+    timed = ("runtime", "per_second", "time")
+    return [
+        {k: v for k, v in entry.items() if not any(word in k for word in timed)}
+        for entry in trainer.state.log_history
+    ]
+
+
+def pairs(model: Any, folder: Path, trainer: Any, config: Any, rows: Any = ROWS, **options: Any):
+    torch.manual_seed(0)
+    return trainer(
+        model=model,
+        args=config(str(folder), **COMMON, **options),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny.tokenizer(),
+    )
+
+
+def letters(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(text) % 5) for text in completions]
+
+
+def groups(model: Any, folder: Path, trainer: Any, config: Any, **options: Any):
+    torch.manual_seed(0)
+    settings = {
+        "num_generations": 4,
+        "num_iterations": 2,
+        "temperature": 0.7,
+        "max_completion_length": 8,
+        **options,
+    }
+    return trainer(
+        model=model,
+        args=config(str(folder), **COMMON, **settings),
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS]),
+        processing_class=tiny.tokenizer(),
+        reward_funcs=letters,
+    )
+
+
+def same(ours: list[dict[str, float]], theirs: list[dict[str, float]], bound: float = 2e-5) -> bool:
+    """Whether all that both log agrees, but for what equal policies make a toss-up."""
+    for own, other in zip(ours, theirs, strict=True):
+        for name in own.keys() & other.keys() - {"rewards/accuracies"}:
+            if abs(own[name] - other[name]) > bound * max(1.0, abs(other[name])):
+                return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("loss", "hyperparameters", "theirs"),
+    [
+        ("dpo", {"beta": 0.3}, {"beta": 0.3}),
+        ("ipo", '{"beta": 0.3}', {"beta": 0.3, "loss_type": ["ipo"]}),
+        ("hinge", {"beta": 0.3}, {"beta": 0.3, "loss_type": ["hinge"]}),
+        ("dpo", None, {"gradient_accumulation_steps": 2}),
+        ("dpo", None, {"precompute_ref_log_probs": True}),
+    ],
+)
+def test_pairs_equal_trl_where_it_has_the_loss(
+    model, tmp_path, loss: str, hyperparameters: Any, theirs: dict[str, Any]
+) -> None:
+    shared = {k: v for k, v in theirs.items() if k not in ("beta", "loss_type")}
+    named = {"fused_loss": loss, "fused_loss_args": hyperparameters, **shared}
+    plain = history(pairs(model(), tmp_path, DPOTrainer, DPOConfig, **theirs))
+    found = history(pairs(model(), tmp_path, FusedDPOTrainer, FusedDPOConfig, **named))
+    assert same(found, plain)
+    for name in ("rewards/margins", "rewards/accuracies", "logps/chosen", "num_tokens"):
+        assert name in found[0] and name in plain[0]
+    halved = [{**entry, "loss": 0.9 * entry.get("loss", 1.0)} for entry in found]
+    assert not same(halved, plain)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        ("grpo", {"beta": 0.04, "gradient_accumulation_steps": 2}),
+        ("grpo", {"beta": 0.04, "use_bias_correction_kl": False}),
+        ("dapo", {"gradient_accumulation_steps": 2}),
+        ("dr_grpo", {}),
+        ("cispo", {"epsilon_high": 5.0}),
+    ],
+)
+def test_groups_equal_trl_where_it_has_the_loss(
+    model, tmp_path, loss: str, options: dict[str, Any]
+) -> None:
+    theirs = {"loss_type": loss, **options}
+    plain = history(groups(model(), tmp_path, GRPOTrainer, GRPOConfig, **theirs))
+    given: dict[str, Any] = {}
+    if loss == "dr_grpo":
+        given = {"max_completion_length": 8}
+    if loss == "cispo":
+        given = {"epsilon_high": 5.0}
+    if loss == "dapo":
+        given = {"epsilon_high": 0.2}
+    named = {**options, "fused_loss": loss, "fused_loss_args": given}
+    found = history(groups(model(), tmp_path, FusedGRPOTrainer, FusedGRPOConfig, **named))
+    assert same(found, plain)
+    assert "entropy" in found[0]
+    assert any(entry.get("reward_std", 0) > 0 for entry in found)
+
+
+def recorded(trainer: Any) -> list[tuple[dict[str, Any], float]]:
+    """Every batch of a training run and its loss; the model does not move."""
+    seen: list[tuple[dict[str, Any], float]] = []
+    inner = trainer._compute_loss
+
+    def noting(model: Any, inputs: dict[str, Any], *rest: Any) -> Any:
+        loss = inner(model, inputs, *rest)
+        seen.append((inputs, float(loss)))
+        return loss
+
+    trainer._compute_loss = noting
+    trainer.args.learning_rate = 0.0
+    trainer.train()
+    return seen
+
+
+def expected_of_pairs(model: Any, loss: Any, batch: dict[str, Any], reference: Any) -> float:
+    of_model = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    labels = aligned_labels(batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100))
+    extra = {name: batch[name] for name in loss.inputs if name in batch}
+    with torch.no_grad():
+        hidden, head = hidden_and_head(model, **of_model)
+        if loss.needs_reference:
+            states, own = hidden_and_head(reference, **of_model)
+            extra |= {"ref_hidden": states, "ref_weight": own.weight}
+        return float(preference_loss(loss, hidden, head.weight, labels, **extra).loss)
+
+
+COLUMNS = {
+    "sppo": {"win_rate_chosen": 0.9, "win_rate_rejected": 0.2},
+    "s-sppo": {"win_rate_chosen": 0.9, "win_rate_rejected": 0.2, "similarity": 0.6},
+    "simpo": {},
+    "solopo": {},
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_other_losses_are_those_of_the_batch(model, tmp_path, name: str) -> None:
+    rows = []
+    for i, row in enumerate(ROWS):
+        numbers = {column: value - 0.01 * i for column, value in COLUMNS[name].items()}
+        rows.append({**row, **numbers, "long_prompt": "red cat sun " + row["prompt"]})
+    policy, reference = model(), tiny.model(seed=1)
+    options = {"fused_loss": name}
+    torch.manual_seed(0)
+    loss = losses.get(name)
+    subject = FusedDPOTrainer(
+        model=policy,
+        ref_model=reference if loss.needs_reference else None,
+        args=FusedDPOConfig(str(tmp_path), **COMMON, **options),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny.tokenizer(),
+    )
+    assert loss.needs_reference or subject.ref_model is None
+    seen = recorded(subject)
+    assert len(seen) == 3
+    for batch, found in seen:
+        assert batch["input_ids"].shape[0] == (12 if name == "solopo" else 8)
+        for column in COLUMNS[name]:
+            assert batch[column].shape == (4,)
+        assert found == pytest.approx(expected_of_pairs(policy, loss, batch, reference), rel=1e-5)
+    if name == "solopo":
+        assert "gap" in " ".join(subject.state.log_history[0])
+
+
+def test_soft_sequences_are_those_of_the_batch(model, tmp_path) -> None:
+    """SSPO, on samples of an earlier policy."""
+    policy = model()
+    options = {"fused_loss": "sspo", "fused_loss_args": {"tau_neg": 1.2}}
+    subject = groups(policy, tmp_path, FusedGRPOTrainer, FusedGRPOConfig, **options)
+    for inputs, found in recorded(subject):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        before = inputs["prompt_ids"].shape[1]
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, :before] = -100
+        with torch.no_grad():
+            hidden, head = hidden_and_head(policy, input_ids=ids, attention_mask=mask)
+            old = inputs.get("old_per_token_logps")
+            if old is not None:
+                old = torch.nn.functional.pad(old, (before - 1, 1))
+            loss = policy_loss(
+                losses.get("sspo", tau_neg=1.2),
+                hidden,
+                head.weight,
+                labels,
+                shift=True,
+                advantages=inputs["advantages"],
+                old_logprobs=old,
+                temperature=0.7,
+            ).loss
+        assert found == pytest.approx(float(loss), rel=1e-4, abs=1e-6)
+
+
+def test_the_model_writes_its_own_rejected_responses(model, tmp_path) -> None:
+    rows = [{"prompt": row["prompt"], "chosen": row["chosen"]} for row in ROWS]
+    options = {"self_augmented": True, "beta": 0.5, "self_augmented_args": {"segment_length": 4}}
+    subject = pairs(model(), tmp_path, FusedDPOTrainer, FusedDPOConfig, rows, **options)
+    found = history(subject)
+    assert "buffer/reuse" in found[0] and subject.fused_loss == losses.DPO(beta=0.5)
+    source = subject.train_dataset.source
+    assert source.average.updates == 3
+    for own, average in zip(
+        subject.ref_model.parameters(), source.average.module.parameters(), strict=True
+    ):
+        assert torch.equal(own, average)
+
+
+def test_without_a_name_the_trainer_is_trls(model, tmp_path) -> None:
+    plain = history(pairs(model(), tmp_path, DPOTrainer, DPOConfig))
+    found = history(pairs(model(), tmp_path, FusedDPOTrainer, FusedDPOConfig))
+    assert same(found, plain)
+    assert found[0].keys() == plain[0].keys()
+
+
+def test_configurations_are_parsed_from_the_command_line() -> None:
+    words = ["--output_dir", "x", "--fused_loss", "simpo", "--fused_loss_args"]
+    (config,) = HfArgumentParser(FusedDPOConfig).parse_args_into_dataclasses(
+        [*words, json.dumps({"beta": 2.5}), "--use_cpu", "--bf16", "False"]
+    )
+    assert config.the_loss() == losses.SimPO(beta=2.5)
+    (config,) = HfArgumentParser(FusedGRPOConfig).parse_args_into_dataclasses(
+        ["--output_dir", "x", "--fused_loss", "gspo", "--use_cpu", "--bf16", "False"]
+    )
+    assert config.the_loss() == losses.GSPO()
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "error", "text"),
+    [
+        (FusedDPOConfig, {"fused_loss": "grpo"}, ValueError, "a loss of pairs"),
+        (FusedDPOConfig, {"fused_loss": "simpoo"}, ValueError, "loss: expected one of"),
+        (FusedDPOConfig, {"fused_loss_args": {}, "fused_loss": 3}, ValueError, "loss"),
+        (FusedDPOConfig, {"fused_loss_args": {"beta": 1}}, ValueError, "fused_loss: expected"),
+        (
+            FusedDPOConfig,
+            {"fused_loss": "dpo", "fused_loss_args": "{"},
+            ValueError,
+            "fused_loss_args: expected valid JSON",
+        ),
+        (FusedGRPOConfig, {"fused_loss": "dpo"}, ValueError, "a policy loss"),
+        (
+            FusedGRPOConfig,
+            {"fused_loss": "sspo", "top_entropy_quantile": 0.2},
+            ValueError,
+            "top_entropy_quantile: expected 1.0",
+        ),
+    ],
+)
+def test_wrong_names_are_refused(tmp_path, config, options, error, text) -> None:
+    with pytest.raises(error, match=text):
+        config(str(tmp_path), **{**COMMON, "per_device_train_batch_size": 8}, **options)
+
+
+def test_a_missing_column_is_named(model, tmp_path) -> None:
+    with pytest.raises(ValueError, match="a column 'long_prompt'"):
+        pairs(model(), tmp_path, FusedDPOTrainer, FusedDPOConfig, fused_loss="solopo")
