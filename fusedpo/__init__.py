@@ -1,6 +1,6 @@
 """Fused preference-optimization losses: from hidden states to the loss, without the logits."""
 
-from fusedpo import losses
+from fusedpo import distributed, losses
 from fusedpo.fused_head import add_fused_head, at_head, hidden_and_head, remove_fused_head
 from fusedpo.head import Head
 from fusedpo.logprobs import TokenStats, linear_logprobs, linear_token_stats
@@ -17,6 +17,7 @@ __all__ = [
     "TokenStats",
     "add_fused_head",
     "at_head",
+    "distributed",
     "hidden_and_head",
     "linear_logprobs",
     "linear_token_stats",

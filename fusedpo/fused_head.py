@@ -22,7 +22,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -44,17 +44,6 @@ AtHead = Callable[[Tensor, Head], Any]
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "module", "_checkpoint_wrapped_module")
 _COMPARED = 16  # positions that are compared with the model's own logits
 _TINY, _HUGE = 2.0**-10, 1e4  # made-up logits: where a soft cap does nothing, and where it is all
-
-
-_FIELDS = tuple(f.name for f in fields(TokenStats))
-
-# wrappers look for tensors in what a forward returns, to hang hooks on
-pytree.register_pytree_node(
-    TokenStats,
-    lambda stats: ([getattr(stats, name) for name in _FIELDS], None),
-    lambda values, _: TokenStats(**dict(zip(_FIELDS, values, strict=True))),
-    serialized_type_name="fusedpo.TokenStats",
-)
 
 
 class UnsupportedHead(ValueError):
@@ -109,9 +98,19 @@ def add_fused_head(
 
 def install(causal: Any, kind: type[FusedForward], *options: Any) -> None:
     """Put a forward of this kind in the place of the model's, or of an earlier one."""
-    before = vars(causal).get("forward")
-    original = before.original if isinstance(before, FusedForward) else before
-    causal.forward = kind(causal, original, *options)
+    before, earlier = vars(causal).get("forward"), fused_forward(causal)
+    if earlier is None:
+        causal.forward = kind(causal, before, *options)
+    elif _function(before) is earlier:
+        causal.forward = kind(causal, earlier.original, *options)
+    else:  # what wraps it holds on to it
+        earlier.__class__ = kind
+        kind.__init__(earlier, causal, earlier.original, *options)
+
+
+def _function(forward: Any) -> Any:
+    # accelerate, when it unwraps a model, makes a method of what is no function
+    return getattr(forward, "__func__", forward)
 
 
 def remove_fused_head(model: Any) -> None:
@@ -121,7 +120,7 @@ def remove_fused_head(model: Any) -> None:
         ValueError: if the forward was wrapped since (by ``Accelerator.prepare``, say).
     """
     causal = causal_model(model)
-    forward = vars(causal).get("forward")
+    forward = _function(vars(causal).get("forward"))
     if isinstance(forward, FusedForward):
         if forward.original is None:
             del causal.forward
@@ -155,8 +154,9 @@ def fused_forward(model: Any) -> FusedForward | None:
     """What ``add_fused_head`` put in the place of the model's forward, if it did."""
     held = vars(causal_model(model))
     for name in ("forward", "_original_forward"):  # accelerate wraps the one and keeps the other
-        if isinstance(held.get(name), FusedForward):
-            return held[name]
+        found = _function(held.get(name))
+        if isinstance(found, FusedForward):
+            return found
     return None
 
 
@@ -296,12 +296,12 @@ class FusedForward:
                 found, aux_loss = self._by_logits(task, args, kwargs)
         if labels is not None:
             found = on_stats(found, lambda t: t[:, :-1])
-        return replace(found, aux_loss=aux_loss)
+        return found._replace(aux_loss=aux_loss)
 
     def _by_logits(
         self, task: Score, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[TokenStats, Tensor | None]:
-        output = self.forward(*args, **kwargs, **self.settings())
+        output = self.forward(*args, **{**kwargs, **self.settings()})
         return task.by_logits(output.logits), getattr(output, "aux_loss", None)
 
     def run(
@@ -324,6 +324,7 @@ class FusedForward:
 
         def at_head(hidden: Tensor) -> Any:
             states, weight, bias = scorer.inputs(hidden)
+            call.width = weight.shape[0]
             return task(states, after.head(weight, bias))
 
         call = _Call(at_head, carry)
@@ -402,17 +403,25 @@ class _Call:
         self.packed: Tensor | None = None
         self.returned: Tensor | None = None
         self.calls = 0
+        self.width = 1  # of the vocabulary
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.calls += 1
+        if args or kwargs:  # adapters by row, say
+            raise UnsupportedHead(
+                "model: expected a head that is called with hidden states alone, got "
+                f"{[*kwargs] or len(args)} besides"
+            )
         if self.calls > 1:
             raise UnsupportedHead("model: expected a head that is called once in a forward")
         self.found = self.task(hidden)
         carried = self._carried()
         if not carried:
-            return hidden.new_zeros(1, 1, 1)
-        # one tensor of three dimensions, for the code that takes it for logits
-        self.packed = torch.cat([t.reshape(1, 1, -1) for t in carried], -1)
+            return hidden.new_zeros(1, 1, self.width)
+        # as wide as the vocabulary, for the code that takes it for logits
+        flat = torch.cat([t.reshape(-1) for t in carried])
+        padded = torch.nn.functional.pad(flat, (0, -len(flat) % self.width))
+        self.packed = padded.view(1, -1, self.width)
         return self.packed
 
     def hook(self, module: Any, args: Any, output: Tensor) -> None:
@@ -433,7 +442,8 @@ class _Call:
             return self.found
         assert self.packed is not None and self.returned is not None, "the head was called"
         out = _uncast(self.packed, self.returned).reshape(-1)
-        parts = iter(out.split([t.numel() for t in carried]))
+        sizes = [t.numel() for t in carried]
+        parts = iter(out[: sum(sizes)].split(sizes))
 
         def back(leaf: Any) -> Any:
             if isinstance(leaf, Tensor) and leaf.requires_grad:
@@ -542,6 +552,8 @@ def _check_adapters(module: Any) -> None:
     _check_linear(module.base_layer)
     variants = getattr(module, "lora_variant", {})
     for name in _active(module):
+        if not isinstance(module.lora_A[name], torch.nn.Linear):
+            raise UnsupportedHead(f"model: expected LoRA on the head, got {type(module).__name__}")
         if name in variants or getattr(module, "use_dora", {}).get(name):
             raise UnsupportedHead(f"model: expected plain LoRA on the head, got {variants or name}")
         if module.lora_B[name].bias is not None or getattr(module, "fan_in_fan_out", False):
@@ -557,12 +569,16 @@ def _check_linear(module: Any) -> None:
         )
     from torch.distributed.tensor import DTensor
 
-    if type(module.weight) not in (Tensor, torch.nn.Parameter, DTensor) and not isinstance(
-        getattr(module.weight, "data", None), DTensor
+    # not as module.weight: what is asked for outside of its module's call DeepSpeed gathers, and
+    # from then on for the whole of the model's forward and backward
+    weight = module._parameters.get("weight")
+    weight = module.weight if weight is None else weight
+    if type(weight) not in (Tensor, torch.nn.Parameter, DTensor) and not isinstance(
+        getattr(weight, "data", None), DTensor
     ):
         raise UnsupportedHead(
             f"model: expected an output embedding of plain numbers, got a weight of type "
-            f"{type(module.weight).__name__}; leave the head out of quantisation"
+            f"{type(weight).__name__}; leave the head out of quantisation"
         )
 
 
@@ -591,9 +607,15 @@ class _Experiment:
         self.scorer, self.own_forward = scorer, scorer.forward
         self.product: Tensor | None = None  # [positions, V], what we take for the head's logits
         self.met: Tensor | None = None  # [rows, V], what the rest of the forward was given
+        self.given: Tensor | None = None  # the copy of it that was given
         self.eps = 0.0  # of the head's own logits
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            raise UnsupportedHead(
+                "model: expected a head that is called with hidden states alone, got "
+                f"{[*kwargs] or len(args)} besides"
+            )
         if self.met is not None or hidden.dim() != 3:
             raise UnsupportedHead(
                 "model: expected a head that is called once in a forward, with states [B, T, H], "
@@ -610,8 +632,10 @@ class _Experiment:
         constant = (torch.full_like(spread, value) for value in (_TINY, _HUGE, 0.0))
         made = torch.stack([*constant, spread, spread.flip(0), spread / 16])
         self.met = torch.cat([made, own[0]])
-        # some cap their logits in place
-        return self.met.clone()[None]
+        self.given = self.met.clone()
+        # from here on, so that logits that something learned took part in can be told
+        torch.set_grad_enabled(True)
+        return self.given[None]
 
 
 def _after_head(
@@ -627,37 +651,57 @@ def _after_head(
     scorer = _Scorer.of(model)
     experiment = _Experiment(scorer)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    # nothing random may differ from what it would be without the experiment
+    buffers = [(b, b.clone()) for b in model.buffers() if b.device.type != "meta"]
+    # nothing may differ from what it would be without the experiment
     with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), evaluating(scorer.module):
-        with scorer.replaced(experiment):
-            try:
+        try:
+            with scorer.replaced(experiment):
                 output = forward(*args, **kwargs)
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                if experiment.met is None or isinstance(error, UnsupportedHead):
-                    raise
-                raise UnsupportedHead(
-                    "model: expected one that does nothing to its logits but scale and cap them, "
-                    f"got {type(error).__name__}: {error}"
-                ) from error
-        if experiment.met is None or experiment.product is None:
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if experiment.met is None or isinstance(error, UnsupportedHead):
+                raise
+            raise UnsupportedHead(
+                "model: expected one that does nothing to its logits but scale and cap them, "
+                f"got {type(error).__name__}: {error}"
+            ) from error
+        finally:
+            torch.set_grad_enabled(False)
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+            # autocast may keep weights that were cast without gradients
+            torch.clear_autocast_cache()
+        met, product = experiment.met, experiment.product
+        if met is None or product is None or experiment.given is None:
             raise UnsupportedHead(
                 "model: expected a forward that calls its output embedding, got one that does not"
             )
-        met, logits, product = experiment.met, output.logits, experiment.product
-        if logits.shape[:2] != (1, met.shape[0]) or logits.shape[2] > met.shape[1]:
+        if not torch.equal(met, experiment.given):
             raise UnsupportedHead(
-                f"model: expected logits {[1, *met.shape]} that its head made, "
-                f"got {list(logits.shape)}"
+                "model: expected one that leaves its head's output as it is, got one that writes "
+                "into it"
+            )
+        logits = getattr(output, "logits", None)
+        rows, vocab = met.shape
+        if logits is None or logits.shape[:-1] != (1, rows) or logits.shape[-1] > vocab:
+            got = "none" if logits is None else list(logits.shape)
+            raise UnsupportedHead(
+                f"model: expected logits {[1, rows, vocab]} that its head made, got {got}"
+            )
+        if logits.requires_grad:
+            raise UnsupportedHead(
+                "model: expected logits that nothing is learned of behind their head, got some "
+                "that depend on a parameter"
             )
         eps = max(torch.finfo(logits.dtype).eps, torch.finfo(met.dtype).eps)
         after = _fit(logits[0], eps, _numbers(model.config))
-        found, met = logits[0].to(met.dtype), met[:, : after.vocab]
-        made = met.shape[0] - product.shape[0]
-        _compare(found[:made], after.apply(met[:made]), 16 * eps)
-        ours = after.apply(product[:, : after.vocab].to(found.dtype))
-        largest = ours.abs().amax().clamp(min=1e-30)
-        bound = 8 * max(eps, experiment.eps) + 1e-5
-        _compare(found[made:] / largest, ours / largest, bound)
+        found, made = logits[0].to(met.dtype), rows - product.shape[0]
+        expected = after.apply(met[:made, : after.vocab])
+        # of its own size each, so that nothing may be added, however small
+        _compare(found[:made], expected, expected.abs(), 8 * eps)
+        theirs = found[made:]
+        ours = after.apply(product[:, : after.vocab].to(met.dtype))
+        _compare(theirs, ours, theirs.abs().amax(), 8 * max(eps, experiment.eps) + 1e-5)
     return after
 
 
@@ -674,7 +718,9 @@ def _fit(found: Tensor, eps: float, known: Sequence[float]) -> AfterHead:
             f"for {_HUGE}"
         )
     capped = limit < 0.99 * factor * _HUGE
-    near = 8 * eps
+    if capped:  # a tiny logit is capped a little, too
+        factor = limit * math.atanh(tiny / limit) / _TINY
+    near = 2 * eps
     inverse = [1 / v for v in known]
     factor = _snap(factor if capped else limit / _HUGE, (1.0, *known, *inverse), near)
     if not capped:
@@ -694,10 +740,9 @@ def _numbers(config: Any) -> list[float]:
     return [float(v) for v in values if isinstance(v, int | float) and 0 < v < math.inf]
 
 
-def _compare(found: Tensor, expected: Tensor, bound: float) -> None:
+def _compare(found: Tensor, expected: Tensor, size: Tensor, bound: float) -> None:
     gap = (found - expected).abs()
-    worst = float((gap / expected.abs().clamp(min=1.0)).amax())
-    if not worst <= bound:
+    if not bool((gap <= bound * size).all()):
         raise UnsupportedHead(
             "model: expected logits that are a weight, a bias, a soft cap and a factor of its "
             f"hidden states, got some that differ from that by up to {float(gap.amax()):.3g}"

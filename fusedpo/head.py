@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fusedpo import checks
+from fusedpo.distributed import VocabShard, checked_group, is_dtensor, local_head
+from fusedpo.scored import tracing
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -17,16 +22,48 @@ class Head:
     logit_scale.
 
     Attributes:
-        weight: [V, H].
-        bias: [V] or None.
+        weight: [V, H]; with a vocab_group this rank's slice of it; or a DTensor.
+        bias: [V] or None, likewise.
         softcap: bound of the logits, or None.
         logit_scale: factor of the logits, after softcap.
+        vocab_group: the ranks whose slices make up the vocabulary, or None.
+        shard: those slices, once ``local`` has looked.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
     logit_scale: float = 1.0
+    vocab_group: ProcessGroup | None = None
+    shard: VocabShard | None = field(default=None, repr=False)
+
+    def local(self, prefix: str = "", labels: object = None) -> Head:
+        """The head with plain tensors, this rank's, and the slices of the vocabulary known.
+
+        labels: what is to be the same on every rank of a DTensor's mesh.
+        """
+        if self.vocab_group is None and not is_dtensor(self.weight) and not is_dtensor(self.bias):
+            return self
+        if tracing():
+            raise checks.bad_value(
+                "vocab_group",
+                "a whole head of plain tensors inside torch.compile",
+                "one in slices, or a DTensor",
+                "call the loss outside of the graph, under torch.compiler.disable",
+            )
+        group = checked_group("vocab_group", self.vocab_group)
+        weight, bias, shard = local_head(self.weight, self.bias, group, prefix, labels)
+        return replace(self, weight=weight, bias=bias, shard=shard)
+
+    @property
+    def vocab(self) -> int:
+        """Entries of the whole vocabulary."""
+        return self.weight.shape[0] if self.shard is None else self.shard.total
+
+    @property
+    def widest(self) -> int:
+        """Entries of the largest slice: what every rank plans for."""
+        return self.weight.shape[0] if self.shard is None else self.shard.largest
 
     def check(self, hidden: object, prefix: str = "") -> None:
         """Raise a TypeError or ValueError unless this head fits hidden [..., H]."""
@@ -37,7 +74,8 @@ class Head:
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments that carry this head into the public functions, weight apart."""
-        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        found = {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        return found if self.vocab_group is None else {**found, "vocab_group": self.vocab_group}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The full logits [..., V], fp32 (fp64 for fp64 inputs): the naive program, for checks."""

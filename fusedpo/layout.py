@@ -6,19 +6,22 @@ Letters: B sequences, T positions of a padded row, N scored tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fusedpo import checks
 from fusedpo.backend import resolve
+from fusedpo.distributed import SequenceParts
 from fusedpo.head import Head
 from fusedpo.scored import (
     Fault,
     assert_on_device,
     border_fault,
+    count_parts,
     count_scored,
     label_fault,
     temperature_faults,
@@ -27,6 +30,9 @@ from fusedpo.scored import (
 )
 from fusedpo.scores import Sequences
 from fusedpo.sweeps import Rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ class Layout:
         labels: aligned with hidden.
         rows: the scored tokens; in a graph that is traced, every position.
         sequences: of the rows.
-        counts: scored tokens of each sequence, or None in a graph, where numbers are not known.
+        counts: scored tokens of each sequence, here or elsewhere, or None in a graph, where
+            numbers are not known.
         backend: the one that is used; as it was given in a graph.
     """
 
@@ -49,9 +56,10 @@ class Layout:
 
     @property
     def last_rows(self) -> Tensor:
-        """[B], the row of each sequence's last scored token."""
+        """[B], the row of each sequence's last scored token; [K], of those where it is here."""
         if self.rows.scored is None:
-            return self.sequences.starts + self.sequences.lengths - 1
+            last = self.sequences.starts + self.sequences.here - 1
+            return last if self.sequences.parts is None else last[self.sequences.parts.last_here]
         places = torch.arange(self.rows.targets.shape[0], device=self.labels.device)
         none = torch.zeros_like(self.sequences.starts)
         found = torch.where(self.rows.scored, places, 0)
@@ -62,7 +70,9 @@ class Layout:
         """[N], how many scored tokens of its sequence a row comes after."""
         starts = self.sequences.starts[self.sequences.index]
         if self.rows.scored is None:
-            return torch.arange(self.rows.count, device=self.labels.device) - starts
+            here = torch.arange(self.rows.count, device=self.labels.device) - starts
+            parts = self.sequences.parts
+            return here if parts is None else here + parts.before[self.sequences.index]
         before = self.rows.scored.long().cumsum(0) - self.rows.scored.long()
         return before - before[starts]
 
@@ -97,19 +107,21 @@ def lay_out(
     num_scored: Sequence[int] | None,
     backend: str,
     empty: bool,
+    sequence_group: ProcessGroup | None = None,
 ) -> Layout:
     """Check head, labels, borders and temperature, and find the scored tokens.
 
     Args:
         empty: whether a sequence may be without scored tokens. Checked here in a graph only, where
             it has to be asserted on the device.
+        sequence_group: the ranks that share the sequences, or None.
     """
     head.check(hidden)
     labels = checks.label_tensor(
         labels, hidden, ignore_index, unshifted="pass shift=True with both at full length"
     )
-    borders, faults = _borders(labels, cu_seqlens)
-    faults.append(label_fault(labels, head.weight.shape[0], ignore_index))
+    borders, faults = _borders(labels, cu_seqlens, empty=sequence_group is not None)
+    faults.append(label_fault(labels, head.vocab, ignore_index))
     if shift:
         labels = _shifted(labels, borders, ignore_index)
     faults += temperature_faults(temperature, labels, ignore_index)
@@ -118,14 +130,26 @@ def lay_out(
         rows = Rows.all_of(labels, ignore_index)
         return Layout(labels, rows, _traced_sequences(rows, borders, empty), None, backend)
     backend = resolve(backend, hidden)
+    if sequence_group is not None:
+        every, rank = count_parts(
+            labels, ignore_index, faults, sequence_group, borders=borders, num_scored=num_scored
+        )
+        rows = Rows.of(labels, ignore_index, sum(every[rank]))
+        parts = SequenceParts.of(sequence_group, every, labels.device)
+        here = _sequences(rows, borders, every[rank])
+        counts = [sum(of) for of in zip(*every, strict=True)]
+        lengths = to_device(torch.tensor(counts), labels.device)
+        return Layout(labels, rows, replace(here, lengths=lengths, parts=parts), counts, backend)
     counts = count_scored(labels, ignore_index, faults, borders=borders, num_scored=num_scored)
     rows = Rows.of(labels, ignore_index, sum(counts))
     return Layout(labels, rows, _sequences(rows, borders, counts), counts, backend)
 
 
-def _borders(labels: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, list[Fault]]:
+def _borders(
+    labels: Tensor, cu_seqlens: Tensor | None, *, empty: bool
+) -> tuple[Tensor, list[Fault]]:
     """[B + 1] int64, where each sequence starts among the flattened positions; and what of it is
-    still to be looked at."""
+    still to be looked at. empty: whether one may be without any position."""
     if cu_seqlens is None:
         if labels.dim() != 2:
             raise checks.bad_value(
@@ -143,7 +167,7 @@ def _borders(labels: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, list[Fa
     if labels.dim() != 1 and not (labels.dim() == 2 and labels.shape[0] == 1):
         raise checks.bad_value("labels", "[N] or [1, N] with cu_seqlens", str(list(labels.shape)))
     borders = to_device(cu_seqlens.long(), labels.device)
-    return borders, [border_fault(borders, labels.numel())]
+    return borders, [border_fault(borders, labels.numel(), empty=empty)]
 
 
 def _shifted(labels: Tensor, borders: Tensor, ignore_index: int) -> Tensor:

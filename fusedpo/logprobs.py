@@ -27,8 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,11 +52,13 @@ from fusedpo.sweeps import (
     ratio,
 )
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 STATS = ("logprob", "entropy", "logsumexp", "mean_logit", "log_sum_sq_probs", "top1")
 
 
-@dataclass(frozen=True)
-class TokenStats:
+class TokenStats(NamedTuple):
     """Per-token statistics of a language-model head, each shaped like the labels; None: not asked
     for.
 
@@ -96,6 +97,7 @@ def linear_logprobs(
     memory_budget: int | float | str | Plan | None = None,
     backend: str = "auto",
     num_scored: int | None = None,
+    vocab_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Log-probability of each label under a language-model head, without holding the logits.
 
@@ -110,7 +112,9 @@ def linear_logprobs(
 
     Args:
         hidden: [..., H], the head's inputs; float64, float32, bfloat16 or float16.
-        weight: [V, H], the head's weight; same dtype as hidden unless under autocast.
+        weight: [V, H], the head's weight; same dtype as hidden unless under autocast. A DTensor
+            with ``Shard(0)`` on a mesh of one dimension brings its group along: see vocab_group.
+            (One that FSDP has sharded is no such head: pass weight.full_tensor().)
         labels: [...], int64 or int32, already aligned: labels[t] is the token that hidden[t]
             predicts.
         bias: [V] or None.
@@ -126,6 +130,14 @@ def linear_logprobs(
             Triton kernels where they can run.
         num_scored: how many labels are not ignored, if the caller knows it. On a GPU that is the
             one number that a call waits for; with it, wrong labels are asserted on the device.
+        vocab_group: the ranks of a vocabulary-parallel head. weight [V_local, H] and bias [V_local]
+            are then this rank's slice of the vocabulary; slices follow each other in the order of
+            the group and may differ in size. Everything else, labels in the whole vocabulary among
+            it, is the same on every rank, and so are the result and the gradient of hidden; the
+            gradients of weight and bias are the slice's. Costs one all-gather of a few numbers a
+            token, and one all-reduce of [N, H] in full precision for the gradient of hidden; and,
+            once a weight tensor, an exchange of the sizes, which is read. ``memory_budget`` is each
+            rank's. Not inside torch.compile.
 
     Returns:
         Shaped like labels, fp32 (fp64 for fp64 inputs); exactly 0 where ignored.
@@ -133,7 +145,7 @@ def linear_logprobs(
     Raises:
         TypeError, ValueError: for a wrong argument, before any work, naming it.
     """
-    head = Head(weight, bias, softcap, logit_scale)
+    head = Head(weight, bias, softcap, logit_scale, vocab_group).local(labels=labels)
     rows, options = _prepare(
         hidden, head, labels, temperature, ignore_index, memory_budget, backend, num_scored
     )
@@ -156,6 +168,7 @@ def linear_token_stats(
     memory_budget: int | float | str | Plan | None = None,
     backend: str = "auto",
     num_scored: int | None = None,
+    vocab_group: ProcessGroup | None = None,
 ) -> TokenStats:
     """Per-token statistics of a language-model head, without holding the logits.
 
@@ -179,12 +192,12 @@ def linear_token_stats(
     for name in stats:
         if name not in STATS:
             raise checks.bad_choice("stats", name, STATS)
-    head = Head(weight, bias, softcap, logit_scale)
+    head = Head(weight, bias, softcap, logit_scale, vocab_group).local(labels=labels)
     rows, options = _prepare(
         hidden, head, labels, temperature, ignore_index, memory_budget, backend, num_scored
     )
     values = score(hidden, head, rows, stats=tuple(s for s in STATS if s in stats), **options)
-    found = {f.name: getattr(values, f.name) for f in fields(values)}
+    found = values._asdict()
     return TokenStats(**{k: None if v is None else rows.scatter(v) for k, v in found.items()})
 
 
@@ -202,7 +215,7 @@ def _prepare(
     head.check(hidden)
     labels = checks.label_tensor(labels, hidden, ignore_index)
     faults = [
-        label_fault(labels, head.weight.shape[0], ignore_index),
+        label_fault(labels, head.vocab, ignore_index),
         *temperature_faults(temperature, labels, ignore_index),
     ]
     options = {"temperature": temperature, "memory_budget": memory_budget, "backend": backend}
@@ -245,13 +258,18 @@ def plan_for(
     reordered: the rows may yet be put into another order.
     """
     entropy_gradient = "entropy" in stats and "entropy" in differentiable
-    vocab, width = head.weight.shape
+    vocab, width = head.widest, head.weight.shape[1]
+    shards = 1 if head.shard is None else len(head.shard.sizes)
     if isinstance(memory_budget, Plan):
         given = memory_budget
         have = (rows.count, vocab, width, hidden.dtype)
         if (given.tokens, given.vocab, given.hidden, given.dtype) != have:
             raise checks.bad_value(
                 "memory_budget", f"a plan for tokens, vocab, hidden, dtype = {have}", str(given)
+            )
+        if given.shards != shards:
+            raise checks.bad_value(
+                "memory_budget", f"a plan for shards={shards}", f"one for shards={given.shards}"
             )
         missing = {*needs_of(hidden, head)} - given.needs
         if missing or ("entropy" in stats and not given.entropy):
@@ -293,6 +311,7 @@ def plan_for(
         gathered=reordered or gathers(hidden, rows),
         device=hidden.device,
         backend=resolve(backend, hidden),
+        shards=shards,
     )
 
 
@@ -350,7 +369,7 @@ def score_with_states(
     if rows.scored is not None:
         found = _traced(hidden, head, rows, tuple(stats), temperature, memory_budget, backend)
         if "entropy" not in differentiable and found.entropy is not None:
-            found = replace(found, entropy=found.entropy.detach())
+            found = found._replace(entropy=found.entropy.detach())
         if states is None:
             return found, None
         rows_of_states = hidden.reshape(-1, hidden.shape[-1])[states]
@@ -387,6 +406,7 @@ def score_with_states(
         states=states,
         operand=operand_dtype(hidden),
         backend=resolved,
+        shard=head.shard,
     )
     values = _Engine.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, call

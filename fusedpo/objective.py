@@ -9,12 +9,13 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fusedpo import checks
+from fusedpo.distributed import checked_group
 from fusedpo.head import Head
 from fusedpo.layout import Layout, lay_out
 from fusedpo.logprobs import plan_for, score_with_states
@@ -24,6 +25,9 @@ from fusedpo.policy import PolicyGroups, PolicyProblem
 from fusedpo.preference import PreferenceGroups, PreferenceProblem, Side
 from fusedpo.reference import check_reference, reference_logprobs
 from fusedpo.scored import tracing
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ def preference_loss(
     memory_budget: int | float | str | Plan | None = None,
     backend: str = "auto",
     num_scored: Sequence[int] | None = None,
+    vocab_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
     **inputs: Tensor | float,
 ) -> LossOutput:
     """A preference loss and its gradients, from hidden states, without the logits.
@@ -102,6 +108,20 @@ def preference_loss(
             linear_logprobs.
         num_scored: the scored tokens of each sequence, B numbers, if the caller knows them. On a
             GPU they are what a call waits for; with them, wrong labels are asserted on the device.
+        vocab_group: the ranks of a vocabulary-parallel head, as in linear_logprobs; ref_weight and
+            ref_bias are then slices over the same ranks, of sizes of their own.
+        sequence_group: the ranks that share the sequences: each passes its own tokens of every
+            sequence, hidden [B, T_local, H] or packed with its own ``cu_seqlens``, with labels that
+            were shifted before they were cut (Hugging Face's ``shift_labels``). Parts follow each
+            other in the order of the ranks, which matters to losses that look at positions only
+            (LengthDesensitized, and SemanticSPPO's last states). A rank may have no scored token of
+            a sequence, or none at all. Whatever is per token is the rank's own; whatever is per
+            sequence or pair, and the counts that are not given, are of the whole, and the same on
+            every rank, as are loss, per_example and metrics. hidden's gradient is that of the whole
+            loss. A parameter's is the part of this rank's tokens: the parts have to be **added up**
+            over the group. Where a wrapper averages over these ranks (DDP, FSDP), multiply the loss
+            by their number. Costs an all-gather of B counts, which is read, and some all-reduces
+            of B numbers; rules the route one_pass out. Not inside torch.compile.
         inputs: further tensors or numbers, as the loss declares them (``loss.inputs``), [P] each
             but for KTO's ``kl``. Detached here.
 
@@ -113,7 +133,8 @@ def preference_loss(
     """
     if not isinstance(loss, PreferenceLoss):
         raise checks.bad_type("loss", "a preference loss, such as fusedpo.losses.DPO()", repr(loss))
-    head = Head(weight, bias, softcap, logit_scale)
+    head = Head(weight, bias, softcap, logit_scale, vocab_group).local(labels=labels)
+    shared = _sequence_group(sequence_group, head, shift)
     layout = lay_out(
         hidden,
         head,
@@ -125,6 +146,7 @@ def preference_loss(
         num_scored=num_scored,
         backend=backend,
         empty=False,
+        sequence_group=shared,
     )
     examples = _examples(loss, layout)
     given = _check_inputs(loss, inputs, examples, hidden)
@@ -154,7 +176,7 @@ def preference_loss(
             memory_budget,
             stats=stats,
             differentiable=("logprob",),
-            scope=loss.scope,
+            scope=loss.scope if shared is None else "batch",
             groups=layout.sequences.count if alone else examples,
             factors=loss.factors,
             backend=layout.backend,
@@ -173,6 +195,7 @@ def preference_loss(
         and loss.tail is not None
         and token_weight is None
         and not given
+        and shared is None
     )
     problem = PreferenceProblem(
         loss=loss,
@@ -221,6 +244,8 @@ def preference_loss(
         states=layout.last_rows if loss.uses_states else None,
     )
     by_name = {name: getattr(found, name) for name in stats}
+    if states is not None and sequences.parts is not None:
+        states = sequences.parts.of_last(states)
     total_loss, per_example, scores, of_states = problem.evaluate(by_name, states)
     logprob = by_name["logprob"].detach()
     return LossOutput(
@@ -257,6 +282,8 @@ def policy_loss(
     memory_budget: int | float | str | Plan | None = None,
     backend: str = "auto",
     num_scored: Sequence[int] | None = None,
+    vocab_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
 ) -> LossOutput:
     """A policy-gradient loss on sampled responses and its gradients, without the logits.
 
@@ -279,7 +306,8 @@ def policy_loss(
         num_items: responses of the whole optimizer step, for a loss that is a mean over responses.
         num_tokens: scored tokens of the whole optimizer step, for a loss that is a mean over tokens
             or has an entropy bonus.
-        cu_seqlens, shift, ..., num_scored: as in preference_loss.
+        cu_seqlens, shift, ..., sequence_group: as in preference_loss. A loss of whole responses
+            adds an all-reduce of B numbers in the backward.
 
     Returns:
         A LossOutput. Only its ``loss`` is differentiable.
@@ -289,7 +317,8 @@ def policy_loss(
     """
     if not isinstance(loss, PolicyLoss):
         raise checks.bad_type("loss", "a policy loss, such as fusedpo.losses.GRPO()", repr(loss))
-    head = Head(weight, bias, softcap, logit_scale)
+    head = Head(weight, bias, softcap, logit_scale, vocab_group).local(labels=labels)
+    shared = _sequence_group(sequence_group, head, shift)
     layout = lay_out(
         hidden,
         head,
@@ -301,6 +330,7 @@ def policy_loss(
         num_scored=num_scored,
         backend=backend,
         empty=True,
+        sequence_group=shared,
     )
     rows, sequences = layout.rows, layout.sequences
     advantage = _of_tokens("advantages", advantages, layout, hidden)
@@ -365,14 +395,19 @@ def policy_loss(
             memory_budget,
             stats=stats,
             differentiable=differentiable,
-            scope=loss.scope,
+            scope=loss.scope if shared is None else "batch",
             groups=max(1, sequences.count),
             backend=layout.backend,
         )
     behind = reference_logprobs(
         reference, rows, temperature, memory_budget, planned, layout.backend
     )
-    kernel = layout.backend == "triton" and layout.counts is not None and loss.tail is not None
+    kernel = (
+        layout.backend == "triton"
+        and layout.counts is not None
+        and loss.tail is not None
+        and shared is None
+    )
     problem = PolicyProblem(
         loss=loss,
         sequences=sequences,
@@ -449,6 +484,35 @@ class FusedLoss(torch.nn.Module):
 
 _LARGEST = torch.finfo(torch.float64).max
 _FINITE = Input("any number", low=-_LARGEST, high=_LARGEST)
+
+
+def _sequence_group(group: Any, head: Head, shift: bool) -> ProcessGroup | None:
+    """The ranks that share the sequences, checked; None for none or one."""
+    if group is None:
+        return None
+    if tracing():
+        raise checks.bad_value(
+            "sequence_group",
+            "None inside torch.compile",
+            "a group",
+            "call the loss outside of the graph, under torch.compiler.disable",
+        )
+    if shift:
+        raise checks.bad_value(
+            "shift",
+            "False beside sequence_group",
+            "True",
+            "shift the labels before they are cut: a part's last token predicts the next part's "
+            "first",
+        )
+    shared = checked_group("sequence_group", group)
+    if shared is not None and head.shard is not None and shared is head.shard.group:
+        raise checks.bad_value(
+            "sequence_group",
+            "another group than vocab_group, whose ranks have the same tokens",
+            "the same group",
+        )
+    return shared
 
 
 def _examples(loss: PreferenceLoss, layout: Layout) -> int:

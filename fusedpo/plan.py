@@ -77,6 +77,8 @@ class Plan:
         tokens, vocab, hidden, dtype, needs, entropy: the problem this plan is for.
         fused: the one product of ``forward`` and the fold of its tiles are one kernel, and the
             logits are nowhere in memory.
+        shards: ranks that share the vocabulary. ``vocab`` is then that of the largest slice, and
+            the plan is the same on all of them.
     """
 
     route: Route
@@ -97,6 +99,7 @@ class Plan:
     needs: frozenset[Needs]
     entropy: bool
     fused: bool = False
+    shards: int = 1
 
     @property
     def bytes(self) -> int:
@@ -177,9 +180,16 @@ class _Problem:
     gathered: bool
     backend: Backend
     on_cpu: bool
+    shards: int = 1
     wide: bool = True
     back: tuple[int, int] | None = None  # the backward's tile; None: the forward's
     slab: int = 0  # rows; 0: those of the tile
+
+    @property
+    def is_whole_output(self) -> bool:
+        """Whether the hidden gradient can be summed up in the output: its dtype is that of sums,
+        and it has a row for each scored token and no other."""
+        return self.hidden_size == self.acc and not self.gathered
 
     def tile_bytes(
         self, n: int, v: int, *, gradient: bool, full_rows: bool = False
@@ -207,13 +217,24 @@ class _Problem:
         }
 
     def row_bytes(self) -> int:
-        """Vectors over the scored tokens: targets, positions, and about nine statistics."""
-        return self.tokens * (16 + 9 * self.acc)
+        """Vectors over the scored tokens: targets, positions, and about nine statistics.
+
+        In slices of a vocabulary: also targets within this one, and the statistics of all.
+        """
+        own = self.tokens * (16 + 9 * self.acc)
+        if self.shards == 1:
+            return own
+        gathered = (self.shards + 1) * (4 + self.entropy_value) + 3 * self.shards
+        return own + self.tokens * (8 + gathered * self.acc)
 
 
 def _unit_bytes(p: _Problem, n: int) -> int:
-    """Running product of a row block with the weight; some target rows, and their multiple."""
-    return (n + 2 * min(n, FINISHED_ROWS)) * p.hidden * p.acc
+    """Running product of a row block with the weight; some target rows, and their multiple.
+
+    In slices of a vocabulary all row blocks wait for the others' statistics: see _partial.
+    """
+    running = n if p.shards == 1 else 0
+    return (running + 2 * min(n, FINISHED_ROWS)) * p.hidden * p.acc
 
 
 def _waiting(p: _Problem) -> dict[str, int]:
@@ -221,6 +242,24 @@ def _waiting(p: _Problem) -> dict[str, int]:
     if "hidden" in p.needs and p.hidden_size < p.acc and p.wide:
         return {"held hidden gradient": p.tokens * p.hidden * p.acc}
     return {}
+
+
+def _partial(p: _Problem, *, waits: bool = True) -> dict[str, int]:
+    """A slice's part of the hidden gradient, until those of all slices have been added up.
+
+    That needs full precision; what waits so, or an output that is so, serves. waits: whether there
+    may be something waiting.
+    """
+    held = bool(_waiting(p)) and waits
+    if p.shards == 1 or "hidden" not in p.needs or held or p.is_whole_output:
+        return {}
+    return {"partial hidden gradient": p.tokens * p.hidden * p.acc}
+
+
+def _steps(p: _Problem, rows: int, v: int) -> dict[str, int]:
+    """How far each tile's exponentials of these rows have to be brought, until it is known."""
+    tiles = -(-p.vocab // v)
+    return {"waiting steps": tiles * rows * p.acc} if p.shards > 1 else {}
 
 
 def _forward(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
@@ -234,7 +273,7 @@ def _fused_forward(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
 
 def _frozen(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
     tile = p.tile_bytes(n, v, gradient=True)
-    return 2, {**tile, "row products": _unit_bytes(p, n), **_waiting(p)}
+    return 2, {**tile, "row products": _unit_bytes(p, n), **_waiting(p), **_partial(p)}
 
 
 def _weight_sweep(p: _Problem, n: int, v: int, *, absorbed: bool) -> dict[str, int]:
@@ -264,18 +303,19 @@ def _recompute(p: _Problem, n: int, v: int, *, split: bool = False) -> tuple[int
     if not p.entropy:
         # the hidden gradient is formed in the forward, the head's in the backward, when nothing
         # waits any more
-        forward = {**tile, **_waiting(p)}
+        forward = {**tile, **_waiting(p), **_partial(p)}
         if "hidden" in p.needs:
             forward["row products"] = _unit_bytes(p, n)
         return products, max(forward, sweep, key=_total)
     # the gradient through the entropy forms the hidden gradient anew
     products += (not head) + ("hidden" in p.needs)
     if "hidden" in p.needs:
-        whole = p.tokens if p.hidden_size < p.acc or p.gathered else 0
-        rows = n if split or not head else whole
+        whole = 0 if p.is_whole_output else p.tokens
+        rows = n if (split or not head) and p.shards == 1 else whole
         sweep["hidden gradient"] = rows * p.hidden * p.acc
     unit = {"row products": _unit_bytes(p, n)} if "hidden" in p.needs else {}
-    return products, max({**tile, **unit, **_waiting(p)}, {**sweep, **_waiting(p)}, key=_total)
+    forward = {**tile, **unit, **_waiting(p), **_partial(p)}
+    return products, max(forward, {**sweep, **_waiting(p)}, key=_total)
 
 
 def _split(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
@@ -290,6 +330,8 @@ def _retain(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
         **_weight_sweep(p, *(p.back or (n, v)), absorbed=False),
         "retained jacobian": p.tokens * padded(p.vocab) * p.operand,
         "row products": n * p.hidden * p.acc if "hidden" in p.needs else 0,
+        **_partial(p, waits=False),
+        **_steps(p, p.tokens, v),
     }
     if p.back is not None and (p.gathered or p.hidden_size != p.operand):
         buffers["hidden rows"] = p.back[0] * p.hidden * p.operand
@@ -308,6 +350,8 @@ def _one_pass(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
         "row products": n * p.hidden * (2 * p.acc) if "hidden" in p.needs else 0,
         "weight gradient accumulators": accumulators * p.vocab * p.hidden * p.acc,
         **_waiting(p),
+        **_partial(p),
+        **_steps(p, slab, v),
     }
     buffers["weight gradient slice"] = 0
     if p.gathered or p.hidden_size != p.operand:
@@ -417,6 +461,7 @@ def plan(
     backend: Backend = "torch",
     route: Route | None = None,
     fused: bool | None = None,
+    shards: int = 1,
 ) -> Plan:
     """Choose the cheapest route that fits a memory budget.
 
@@ -443,6 +488,7 @@ def plan(
         device: where it will run; ``"cpu"`` or any other.
         backend: ``"torch"`` or ``"triton"``; kernels need fewer temporaries.
         route: take this route rather than the cheapest one.
+        shards: ranks that share the vocabulary; ``vocab`` is then that of the largest slice.
         fused: whether ``forward`` is to be one kernel without logits in memory, which only the
             Triton backend has. None: only if no tile fits the budget, since its log-probabilities
             are summed in another order than those of the other routes.
@@ -460,6 +506,7 @@ def plan(
         ("hidden", hidden, 1),
         ("groups", groups, 1),
         ("factors", factors, 1),
+        ("shards", shards, 1),
     )
     for name, size, least in sizes:
         if isinstance(size, bool) or not isinstance(size, int):
@@ -498,6 +545,7 @@ def plan(
         gathered=gathered,
         backend=backend,
         on_cpu=on_cpu,
+        shards=shards,
     )
     rows, cols = _choose_tile(p, allowed, _LARGEST_TILE["cpu" if on_cpu else "other"])
     eligible = _eligible(p)
@@ -532,6 +580,7 @@ def plan(
                 needs=wanted,
                 entropy=p.entropy_value,
                 fused=way is _fused_forward,
+                shards=shards,
             )
             candidates.append(((products, not wide, rank, chosen.bytes), chosen))
     if not candidates:

@@ -70,6 +70,8 @@ class PolicyProblem:
             if self.scored is not None:
                 entropy = torch.where(self.scored, entropy, 0)
             total = total - self.entropy_weight * entropy.sum()
+        if self.sequences.parts is not None:
+            total = self.sequences.parts.sum(total)
         return total.to(logprob.dtype), per_sequence.to(logprob.dtype)
 
     def per_token(self, t: Tokens) -> Tensor:

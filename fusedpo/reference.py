@@ -87,22 +87,21 @@ def check_reference(
             bias=None if head.bias is None else head.bias.detach(),
         )
     else:
-        checks.is_tensor("ref_weight", ref_weight)
-        if ref_bias is not None:
-            checks.is_tensor("ref_bias", ref_bias)
-        ref_head = replace(
-            head, weight=ref_weight.detach(), bias=None if ref_bias is None else ref_bias.detach()
-        )
+        ref_head = replace(head, weight=ref_weight, bias=ref_bias, shard=None).local("ref_")
+        weight, bias = checks.is_tensor("ref_weight", ref_head.weight), ref_head.bias
+        if bias is not None:
+            bias = checks.is_tensor("ref_bias", bias).detach()
+        ref_head = replace(ref_head, weight=weight.detach(), bias=bias)
     ref_head.check(ref_hidden, prefix="ref_")
     checks.shaped(
         "ref_hidden", ref_hidden[..., 0], labels.shape, "the shape of hidden without its last axis"
     )
     checks.same_device(hidden=hidden, ref_hidden=ref_hidden)
-    if ref_head.weight.shape[0] < head.weight.shape[0]:
+    if ref_head.vocab < head.vocab:
         raise checks.bad_value(
             "ref_weight",
-            f"a vocabulary of at least {head.weight.shape[0]}, the policy's",
-            str(ref_head.weight.shape[0]),
+            f"a vocabulary of at least {head.vocab}, the policy's",
+            str(ref_head.vocab),
         )
     return Reference(hidden=ref_hidden.detach(), head=ref_head)
 
@@ -127,10 +126,12 @@ def reference_logprobs(
     with torch.no_grad():
         own = memory_budget
         if policy_plan is not None:
-            if (*head.weight.shape, hidden.dtype) == (
+            shards = 1 if head.shard is None else len(head.shard.sizes)
+            if (head.widest, head.weight.shape[1], hidden.dtype, shards) == (
                 policy_plan.vocab,
                 policy_plan.hidden,
                 policy_plan.dtype,
+                policy_plan.shards,
             ):
                 # the policy's own tiles: equal models then agree to the last bit
                 own = replace(policy_plan, route="forward")

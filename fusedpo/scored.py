@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fusedpo import checks
+from fusedpo.distributed import gather, get_rank
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def tracing() -> bool:
@@ -40,12 +45,7 @@ def count_scored(
     promised = None
     if num_scored is not None:
         promised = _whole_numbers(num_scored, 1 if borders is None else borders.shape[0] - 1)
-    running = torch.nn.functional.pad((labels.reshape(-1) != ignore_index).cumsum(0), (1, 0))
-    if borders is None:
-        counts = running[-1:]
-    else:
-        at = running[borders.clamp(0, labels.numel())]  # a border beyond is a fault of its own
-        counts = at[1:] - at[:-1]
+    counts = _counted(labels, ignore_index, borders)
     found = torch.stack([fault for fault, _ in faults])
     if promised is not None and labels.is_cuda:
         told = to_device(torch.tensor(promised), labels.device)
@@ -56,11 +56,60 @@ def count_scored(
         if is_fault:
             raise error()
     read: list[int] = values[len(faults) :]
-    if promised is not None and promised != read:
+    if promised is not None:
+        _check_promise(promised, read, ignore_index)
+    return read
+
+
+def count_parts(
+    labels: Tensor,
+    ignore_index: int,
+    faults: Sequence[Fault],
+    group: ProcessGroup,
+    *,
+    borders: Tensor,
+    num_scored: Sequence[int] | None = None,
+) -> tuple[list[list[int]], int]:
+    """Of sequences that the ranks of a group share: how many labels of each are scored, by rank;
+    and which rank this is.
+
+    What has to be raised on one rank is raised on all. One all-gather, which is read.
+    """
+    counts = _counted(labels, ignore_index, borders)
+    found = torch.stack([fault for fault, _ in faults])
+    every = gather(torch.cat((found.long(), counts)), group).tolist()
+    own = get_rank(group)
+    for is_fault, (_, error) in zip(every[own], faults, strict=False):
+        if is_fault:
+            raise error()
+    wrong = [rank for rank, values in enumerate(every) if any(values[: len(faults)])]
+    if wrong:
+        raise checks.bad_value(
+            "labels, temperature or cu_seqlens",
+            "right values on all ranks of sequence_group",
+            f"a wrong one on rank {wrong[0]} of it",
+            "see that rank's own error",
+        )
+    read = [values[len(faults) :] for values in every]
+    if num_scored is not None:
+        _check_promise(_whole_numbers(num_scored, len(read[own])), read[own], ignore_index)
+    return read, own
+
+
+def _counted(labels: Tensor, ignore_index: int, borders: Tensor | None) -> Tensor:
+    """[1], how many labels are scored; or of each sequence [B]."""
+    running = torch.nn.functional.pad((labels.reshape(-1) != ignore_index).cumsum(0), (1, 0))
+    if borders is None:
+        return running[-1:]
+    at = running[borders.clamp(0, labels.numel())]  # a border beyond is a fault of its own
+    return at[1:] - at[:-1]
+
+
+def _check_promise(promised: list[int], read: list[int], ignore_index: int) -> None:
+    if promised != read:
         raise checks.bad_value(
             "num_scored", f"the number of labels that are not {ignore_index}, {read}", str(promised)
         )
-    return read
 
 
 _WRONG_VALUE = (
@@ -106,9 +155,9 @@ def temperature_faults(
     return [(wrong.any(), error)]
 
 
-def border_fault(borders: Tensor, positions: int) -> Fault:
-    """borders [B + 1] have to rise from 0 to the number of positions."""
-    inner = (borders.diff() <= 0).any()
+def border_fault(borders: Tensor, positions: int, *, empty: bool = False) -> Fault:
+    """borders [B + 1] have to rise from 0 to the number of positions; or, empty, not to fall."""
+    inner = (borders.diff() < (0 if empty else 1)).any()
     wrong = (borders[0] != 0) | (borders[-1] != positions) | inner
 
     def error() -> ValueError:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusedpo.distributed import SequenceParts
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -17,24 +19,44 @@ class Sequences:
 
     Attributes:
         index: [N] int64, the sequence of each scored token.
-        lengths: [B] int64, scored tokens of each sequence.
+        lengths: [B] int64, scored tokens of each sequence, here or elsewhere.
         starts: [B] int64, the first of its tokens; they follow each other.
+        parts: which of the tokens are here, if other ranks have others; None: all.
     """
 
     index: Tensor
     lengths: Tensor
     starts: Tensor
+    parts: SequenceParts | None = None
+
+    @property
+    def here(self) -> Tensor:
+        """[B] int64, scored tokens of each sequence that are here."""
+        return self.lengths if self.parts is None else self.parts.lengths
 
     @property
     def count(self) -> int:
         return self.lengths.shape[0]
 
-    def sum(self, values: Tensor) -> Tensor:
+    def sum(self, values: Tensor, *, same: bool = True) -> Tensor:
         """[B] fp64, the sum of values [N] over each sequence.
 
         Not rounded to fp32: a reference is yet to be subtracted, which over tens of thousands of
         tokens is a small difference of large sums.
+
+        Args:
+            same: whether every rank that has tokens of the sequences makes the same of the sums,
+                rather than something of its own tokens.
         """
+        sums = self._sum_here(values)
+        return sums if self.parts is None else self.parts.sum(sums, same=same)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of values [N], a number."""
+        found = values.sum()
+        return found if self.parts is None else self.parts.sum(found)
+
+    def _sum_here(self, values: Tensor) -> Tensor:
         values = values.double()
         if values.is_cuda and not torch.compiler.is_compiling():
             return self._sum_in_order(values)
@@ -45,7 +67,7 @@ class Sequences:
         """Likewise where index_add would add in any order, so that results repeat."""
         order = self.starts.argsort()
         # unsafe: without a look at the lengths, for which it would wait
-        sums = torch.segment_reduce(values, "sum", lengths=self.lengths[order], unsafe=True)
+        sums = torch.segment_reduce(values, "sum", lengths=self.here[order], unsafe=True)
         return torch.zeros_like(sums).index_copy(0, order, sums)
 
     def sum_by_kernel(self, values: Tensor) -> Tensor:
@@ -146,18 +168,18 @@ class Tokens:
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of values over each token's sequence."""
-        return self.sequences.sum(values)[self.sequences.index]
+        return self.sequences.sum(values, same=False)[self.sequences.index]
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of values over each token's sequence."""
-        means = self.sequences.sum(values) / self.sequences.lengths.clamp(min=1)
-        return means[self.sequences.index]
+        sums = self.sequences.sum(values, same=False)
+        return (sums / self.sequences.lengths.clamp(min=1))[self.sequences.index]
 
     def average(self, values: Tensor) -> Tensor:
         """The mean over all tokens, a number; 0 without any."""
         if self.scored is not None:
             values = torch.where(self.scored, values, 0)
-        return values.sum() / self.sequences.lengths.sum().clamp(min=1)
+        return self.sequences.total(values) / self.sequences.lengths.sum().clamp(min=1)
 
     def average_of_sequences(self, values: Tensor) -> Tensor:
         """The mean over all sequences of what their tokens share, a number."""

@@ -7,6 +7,12 @@ log-probability with respect to the logits, but for one factor a row: see kernel
 What is done to a tile is a backend's, chosen by the call; the products and the order of everything
 are the same for all.
 
+Of a vocabulary in slices, one on each rank of a group, V and J are this rank's. The statistics of
+the rows of a pass are merged over the group once they are complete, and so is the gradient with
+respect to the hidden states: one collective each, never one a tile. Where exponentials are stored
+before that (retain, one_pass) they are then still to be brought to the common shift: by a power of
+two, and what is left of the factor goes to the row's other numbers.
+
 What a sweep allocates is what fusedpo.plan counts; a buffer added here is to be added there.
 """
 
@@ -20,8 +26,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fusedpo.distributed import VocabShard
 from fusedpo.kernels import logit_tile
-from fusedpo.kernels.logit_tile import LogitMap, RowStats, power_of_two
+from fusedpo.kernels.logit_tile import MOST_STEPS, LogitMap, RowStats, power_of_two
 from fusedpo.plan import FINISHED_ROWS, Backend, Needs, Plan, padded
 
 _TORCH = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2])
@@ -167,6 +174,7 @@ class Call:
     differentiable: tuple[str, ...] = DIFFERENTIABLE
     groups: Groups | None = None
     states: Tensor | None = None  # [K] rows whose hidden states are wanted too
+    shard: VocabShard | None = None  # of the vocabulary; None: all of it is here
 
 
 def _blocks(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
@@ -217,6 +225,11 @@ class Tiles:
         self.kernels = _kernels(call.backend)
         self.gain = _FP16_GAIN if call.operand == torch.float16 else 1.0
         self.vocab, self.width = weight.shape
+        self.shard = call.shard
+        # beyond this slice where another has it
+        self.targets = call.rows.targets
+        if self.shard is not None:
+            self.targets = self.targets - self.shard.offset
         self.count = call.rows.count
         self.flat = _flat(hidden)
 
@@ -313,7 +326,8 @@ class Tiles:
         for name in dict.fromkeys((*KEPT, *self.call.stats)):
             if name == "mean_logit":
                 assert stats.plain is not None, "start_stats() asks for it"
-                found[name] = stats.plain / self.vocab
+                whole = self.vocab if self.shard is None else self.shard.total
+                found[name] = stats.plain / whole
             else:
                 found[name] = getattr(stats, name)
         return found
@@ -387,6 +401,31 @@ class Tiles:
         else:
             out[positions[start:stop]] = values.to(out.dtype)
 
+    # over the slices of a vocabulary
+
+    def merge(self, stats: RowStats) -> Tensor | None:
+        """Statistics of this slice become those of the whole vocabulary, in place.
+
+        Returns [n], what sums of this slice are still to be multiplied with; None: nothing.
+        """
+        return None if self.shard is None else self.shard.merge(stats)
+
+    def partial(self, unit: Tensor | None) -> Tensor | None:
+        """Memory [N, H] in full precision for this slice's part of dlogp/dhidden: unit, if it is
+        that; None without slices, whose parts have to be added up."""
+        if unit is None or self.shard is None:
+            return None
+        whole = not self.unit_is_output or self.rows.positions is None
+        return unit if whole and unit.dtype == self.acc else self.empty(self.count, self.width)
+
+    def add_up(self, partial: Tensor | None, unit: Tensor | None) -> None:
+        """The sum of all slices' parts into unit."""
+        if partial is None or unit is None or self.shard is None:
+            return
+        self.shard.add_up(partial)
+        if partial is not unit:
+            self.write_rows(unit, 0, self.count, partial)
+
     # the forward sweeps
 
     def sweep_forward(self, unit: Tensor | None) -> dict[str, Tensor]:
@@ -395,18 +434,29 @@ class Tiles:
             return self.fused_forward()
         everything = self.start_stats()
         buffer, narrow = self.tile(), None if unit is None else self.narrow_tile()
+        # what has to wait for the statistics of the whole vocabulary
+        waiting = self.partial(unit)
         for r in self.row_blocks():
             hidden, n = self.hidden_rows(*r), r[1] - r[0]
             stats = everything.of(slice(*r))
             # sum over non-target entries of exp(z - shift) slope W, relative to the shift so far
-            rest = None if unit is None else self.zeros(n, self.width)
+            rest = None
+            if waiting is not None:
+                rest = waiting[slice(*r)].zero_()
+            elif unit is not None:
+                rest = self.zeros(n, self.width)
             for c in self.col_blocks():
                 x = buffer[:n, : c[1] - c[0]]
                 e = None if unit is None else x if narrow is None else narrow[:n, : c[1] - c[0]]
                 self.fold_tile(x, hidden, r, c, stats, e, rest)
-            if unit is not None and rest is not None:
+            if unit is not None and rest is not None and waiting is None:
                 self.finish(unit, rest, stats, r)
             del hidden, rest  # before the next block's are made
+        rescale = self.merge(everything)
+        if waiting is not None:
+            for r in self.row_blocks():
+                self.finish_partial(waiting[slice(*r)], everything.of(slice(*r)), r, rescale)
+            self.add_up(waiting, unit)
         return self.results(everything)
 
     def fused_forward(self) -> dict[str, Tensor]:
@@ -420,7 +470,7 @@ class Tiles:
         found = product_fold(
             flat,
             self.weight,
-            self.rows.targets,
+            self.targets,
             positions=positions,
             bias=self.bias,
             softcap=self.call.softcap,
@@ -429,16 +479,21 @@ class Tiles:
             squares="log_sum_sq_probs" in asked,
             mean="mean_logit" in asked,
         )
+        target = found["target"]
+        if self.shard is not None:
+            here = (self.targets >= 0) & (self.targets < self.vocab)
+            target = target.masked_fill(~here, -torch.inf)
         stats = RowStats(
             peak=found["peak"],
             shift=found["peak"].masked_fill(found["peak"] == -torch.inf, 0.0),
             steps=torch.zeros_like(found["peak"]),
             total=found["total"],
-            target=found["target"],
+            target=target,
             weighted=found.get("weighted"),
             squares=found.get("squares"),
             plain=found.get("plain"),
         )
+        self.merge(stats)
         return self.results(stats)
 
     def fold_tile(
@@ -457,7 +512,7 @@ class Tiles:
         """
         weight, head = self.weight_rows(*c), self.logit_map(r, c)
         _product(x, hidden, weight.T, add=False)
-        targets = self.rows.targets[slice(*r)]
+        targets = self.targets[slice(*r)]
         moved = rest if c[0] else None
         self.kernels.fold(x, head, targets, c[0], stats, out=e, gain=self.gain, rest=moved)
         if rest is not None and e is not None:
@@ -471,7 +526,6 @@ class Tiles:
         r: tuple[int, int],
     ) -> None:
         """dlogp/dhidden of a finished row block into unit, from its sum over non-target entries."""
-        factor = row_factor(stats.logprob, stats.total)
         positions = self.rows.positions
         if not self.unit_is_output:
             unit, positions = unit[slice(*r)], None
@@ -479,37 +533,96 @@ class Tiles:
             unit = unit[slice(*r)]
         else:
             positions = positions[slice(*r)]
+        factor = row_factor(stats.logprob, stats.total)
         self.kernels.finish(
             rest,
             self.scaled(-factor / self.gain, *r),
             self.weight,
-            self.rows.targets[slice(*r)],
-            self.scaled(factor * self.own_entry(stats, r), *r),
+            self.targets[slice(*r)],
+            self.scaled(factor * self.own_entry(stats.total, stats.target, r), *r),
             unit,
             positions,
             block=FINISHED_ROWS,
         )
 
-    def own_entry(self, stats: RowStats, r: tuple[int, int]) -> Tensor:
-        """What J holds at the targets, negated, [n]: the total times softcap's slope."""
-        slope = self.logit_map(r, (0, self.vocab)).slope(stats.target)
-        return stats.total if slope is None else stats.total * slope
-
-    def full_row_jacobian(
-        self, out: Tensor, tile: Tensor | None, hidden: Tensor, r: tuple[int, int], stats: RowStats
+    def finish_partial(
+        self, rest: Tensor, stats: RowStats, r: tuple[int, int], rescale: Tensor | None
     ) -> None:
-        """J of a row block, all of its vocabulary, into out [n, V]; its statistics into stats."""
-        steps = []
-        for c in self.col_blocks():
+        """Likewise this slice's part of it, in place."""
+        assert rescale is not None, "slices have been merged"
+        factor, targets = row_factor(stats.logprob, stats.total), self.targets[slice(*r)]
+        here = (targets >= 0) & (targets < self.vocab)
+        own = factor * self.own_entry(stats.total, stats.target, r)
+        self.kernels.finish(
+            rest,
+            self.scaled(-factor * rescale[slice(*r)] / self.gain, *r),
+            self.weight,
+            targets.clamp(0, self.vocab - 1),
+            self.scaled(torch.where(here, own, 0.0), *r),
+            rest,
+            None,
+            block=FINISHED_ROWS,
+        )
+
+    def own_entry(self, total: Tensor, target: Tensor, r: tuple[int, int]) -> Tensor:
+        """What J holds at the targets, negated, [n]: the total times softcap's slope."""
+        slope = self.logit_map(r, (0, self.vocab)).slope(target)
+        return total if slope is None else total * slope
+
+    def full_rows_of_exponentials(
+        self,
+        out: Tensor,
+        tile: Tensor | None,
+        hidden: Tensor,
+        r: tuple[int, int],
+        stats: RowStats,
+        steps: Tensor,
+    ) -> None:
+        """What J is made of in a row block, all of its vocabulary, into out [n, V]; its statistics
+        into stats; how far each tile's are from the first shift into steps [tiles, n]."""
+        for i, c in enumerate(self.col_blocks()):
             e = out[:, slice(*c)]
             x = e if tile is None else tile[: r[1] - r[0], : c[1] - c[0]]
             self.fold_tile(x, hidden, r, c, stats, e)
-            steps.append(stats.steps.clone())
-        narrow = self.row_gain(stats.total)
+            steps[i] = stats.steps
+
+    def new_steps(self, rows: int) -> Tensor:
+        return self.empty(-(-self.vocab // self.plan.cols), rows)
+
+    def leave(self, stats: RowStats, rescale: Tensor | None) -> tuple[Tensor | float, Tensor]:
+        """How J differs from the merged statistics, and the steps at which it is, [n].
+
+        J's shift is whole steps from where the slice's exponentials are, so that bringing them
+        there is exact. J is then what it would be at the common shift over a number in [1, 2).
+        """
+        if rescale is None:
+            return 1.0, stats.steps
+        half, exponent = torch.frexp(rescale)
+        # 0: nothing here, or nothing that counts beside the others
+        none = rescale == 0
+        down = (1 - exponent).to(self.acc).masked_fill(none, 2.0 * MOST_STEPS)
+        return (2 * half).masked_fill(none, 1.0), stats.steps + down
+
+    def settle(
+        self,
+        out: Tensor,
+        r: tuple[int, int],
+        target: Tensor,
+        total: Tensor,
+        steps: Tensor,
+        last: Tensor,
+    ) -> None:
+        """Rows of exponentials become J.
+
+        Args:
+            out: [n, V]. target, total: [n], the targets' logits and what J adds up to.
+            steps: [tiles, n], where each tile's exponentials are; last: [n], where J's are.
+        """
+        narrow = self.row_gain(total)
         # powers of two
-        factors = power_of_two(torch.stack(steps) - stats.steps) * (narrow / self.gain)
-        own = -self.own_entry(stats, r) * narrow
-        self.kernels.settle(out, self.rows.targets[slice(*r)], own, factors, self.plan.cols)
+        factors = power_of_two(steps - last) * (narrow / self.gain)
+        own = -self.own_entry(total, target, r) * narrow
+        self.kernels.settle(out, self.targets[slice(*r)], own, factors, self.plan.cols)
 
     def row_gain(self, total: Tensor) -> Tensor | float:
         """Powers of two [n] that keep J within the range of the products' dtype; |J| <= total."""
@@ -527,13 +640,44 @@ class Tiles:
         return out
 
     def sweep_retain(self, kept: Tensor) -> dict[str, Tensor]:
-        """Statistics of all rows, and J into kept [N, V]."""
+        """Statistics of all rows, and J into kept [N, V].
+
+        Of a slice of a vocabulary, the shift and the total are those of its J.
+        """
         everything = self.start_stats()
+        over = self.rows_of_jacobian(kept, (0, self.count), self.hidden_rows, everything)
+        found = self.results(everything)
+        if isinstance(over, Tensor):
+            found["shift"] = everything.shift + over.log()
+            found["total"] = everything.total / over
+        return found
+
+    def rows_of_jacobian(
+        self,
+        out: Tensor,
+        b: tuple[int, int],
+        hidden_rows: Callable[[int, int], Tensor],
+        everything: RowStats,
+    ) -> Tensor | float:
+        """J of rows b into out, over a number that is returned, 1 or [n]; their statistics into
+        everything, merged over all slices."""
         tile = None if self.operand == self.acc else self.tile()
-        for r in self.row_blocks():
-            stats = everything.of(slice(*r))
-            self.full_row_jacobian(kept[slice(*r)], tile, self.hidden_rows(*r), r, stats)
-        return self.results(everything)
+        # of a row block that is settled at once, or of all rows, which wait for the other slices
+        waiting = None if self.shard is None else self.new_steps(b[1] - b[0])
+        for r in self.row_blocks(*b):
+            own, stats = slice(r[0] - b[0], r[1] - b[0]), everything.of(slice(*r))
+            steps = self.new_steps(r[1] - r[0]) if waiting is None else waiting[:, own]
+            self.full_rows_of_exponentials(out[own], tile, hidden_rows(*r), r, stats, steps)
+            if waiting is None:
+                self.settle(out[own], r, stats.target, stats.total, steps, stats.steps)
+        stats = everything.of(slice(*b))
+        over, last = self.leave(stats, self.merge(stats))
+        if waiting is not None:
+            total = stats.total / over
+            for r in self.row_blocks(*b):
+                own = slice(r[0] - b[0], r[1] - b[0])
+                self.settle(out[own], r, stats.target[own], total[own], waiting[:, own], last[own])
+        return over
 
     def sweep_one_pass(
         self, unit: Tensor | None, out: HeadGradient, groups: Groups
@@ -541,28 +685,32 @@ class Tiles:
         """Statistics of all rows; dlogp/dhidden into unit, the head's gradient into out.
 
         Returns also the gradient [N] that the head's was formed with.
+
+        A group's gradient has to be known when its last row has been scored, so the slices of a
+        vocabulary are merged slab by slab.
         """
         everything = self.start_stats()
         upstream = self.zeros(self.count)
         slab_buffer = self.full_rows(min(self.plan.slab, self.count))
-        tile = None if self.operand == self.acc else self.tile()
+        partial_unit = self.partial(unit)
         # accumulators of runs that wait for the rest of their group, and those that are free: with
         # a single group the output itself
         waiting: list[tuple[slice, HeadGradient]] = []
         spare = [out] if len(groups.starts) == 2 else []
         for b in _blocks(0, self.count, self.plan.slab):
             z, hidden = slab_buffer[: b[1] - b[0]], self.hidden_rows(*b)
-            for r in self.row_blocks(*b):
-                own = slice(r[0] - b[0], r[1] - b[0])
-                self.full_row_jacobian(z[own], tile, hidden[own], r, everything.of(slice(*r)))
+            over = self.rows_of_jacobian(z, b, _part_of(hidden, b[0]), everything)
             stats = everything.of(slice(*b))
-            factor = self.factor(stats.logprob, stats.total)
+            factor = self.factor(stats.logprob, stats.total / over)
             if unit is not None:
                 for r in self.row_blocks(*b):
                     own = slice(r[0] - b[0], r[1] - b[0])
                     products = self.row_products(z[own])
                     products.mul_(self.scaled(-factor[own], *r)[:, None])
-                    self.write_unit(unit, r, products)
+                    if partial_unit is not None:
+                        partial_unit[slice(*r)] = products
+                    else:
+                        self.write_unit(unit, r, products)
                     del products
             for first, last, start, stop, ends in _pieces(groups.starts, *b):
                 if not ends:
@@ -594,6 +742,7 @@ class Tiles:
                 within = slice(start - b[0], stop - b[0])
                 coefficient = -self.scaled(upstream[start:stop] * factor[within], start, stop)
                 self.add_head_gradient(out, z[within], hidden[within], coefficient)
+        self.add_up(partial_unit, unit)
         return self.results(everything), upstream
 
     def units(self, groups: Groups, everything: RowStats, rows: slice) -> Tensor:
@@ -681,7 +830,7 @@ class Tiles:
                 self.kernels.jacobian(
                     x,
                     self.logit_map(r, c),
-                    self.rows.targets[slice(*r)],
+                    self.targets[slice(*r)],
                     c[0],
                     stats["shift"][slice(*r)],
                     own.own,
@@ -777,9 +926,17 @@ class Tiles:
         factor = self.factor(stats["logprob"], stats["total"])
         coefficient = -self.scaled(upstream * factor, 0, self.count)
         if hidden_gradient is not None:
+            partial = self.partial(hidden_gradient)
             for r in self.row_blocks():
                 rows = self.row_products(kept[slice(*r)])
-                self.write_rows(hidden_gradient, *r, rows.mul_(coefficient[slice(*r), None]))
+                rows.mul_(coefficient[slice(*r), None])
+                if partial is not None:
+                    partial[slice(*r)] = rows
+                else:
+                    self.write_rows(hidden_gradient, *r, rows)
+                del rows
+            self.add_up(partial, hidden_gradient)
+            del partial
         if not self.count:
             return
         gain = None
@@ -806,19 +963,27 @@ class Tiles:
     ) -> Tensor | None:
         """Gradients of sum(g logp + e entropy): the head's into head; returns the hidden [P, H]."""
         out = accumulated = None
+        apart = self.plan.split or not head.wanted
         if need_hidden:
             out = self.new_hidden_gradient()
-        if out is not None and (self.plan.split or not head.wanted):
+            if self.shard is not None or not apart:
+                in_place = out.dtype == self.acc and self.rows.positions is None
+                accumulated = out if in_place else self.empty(self.count, self.width)
+        if out is not None and apart:
             for r in self.row_blocks():
-                part = self.empty(r[1] - r[0], self.width)
+                if accumulated is not None:
+                    part = accumulated[slice(*r)]
+                else:
+                    part = self.empty(r[1] - r[0], self.width)
                 self.sweep_head(stats, g, e, HeadGradient(None, None), part, r)
-                self.write_rows(out, *r, part)
-        elif out is not None:
-            in_place = out.dtype == self.acc and self.rows.positions is None
-            accumulated = out if in_place else self.empty(self.count, self.width)
+                if accumulated is None:
+                    self.write_rows(out, *r, part)
         if head.wanted:
-            self.sweep_head(stats, g, e, head, accumulated)
-            if out is not None and accumulated is not None and accumulated is not out:
+            self.sweep_head(stats, g, e, head, None if apart else accumulated)
+        if out is not None and accumulated is not None:
+            if self.shard is not None:
+                self.shard.add_up(accumulated)
+            if accumulated is not out:
                 self.write_rows(out, 0, self.count, accumulated)
         return out
 
@@ -894,6 +1059,11 @@ def ratio(g: Tensor, a: Tensor) -> Tensor:
     g, a = g.double(), a.double()
     square = torch.dot(a, a)
     return torch.where(square == 0, 0.0, torch.dot(g, a) / square)
+
+
+def _part_of(hidden: Tensor, begin: int) -> Callable[[int, int], Tensor]:
+    """Rows start .. stop of hidden, whose first row is row ``begin``."""
+    return lambda start, stop: hidden[start - begin : stop - begin]
 
 
 def _pieces(

@@ -50,7 +50,7 @@ from torch import Tensor
 LOWEST = -1e4
 
 # a rise by more steps than this leaves nothing of what was summed before, in any dtype
-_MOST_STEPS = 126
+MOST_STEPS = 126
 
 _LOG_2 = math.log(2.0)
 
@@ -231,7 +231,7 @@ def fold(
     Args:
         x: [n, v] products of vocabulary entries start .. start + v; overwritten.
         head: what makes logits of them.
-        target: [n] int64, the target's index in the whole vocabulary.
+        target: [n] int64, the target's index in the whole vocabulary; it need not be in it.
         start: first vocabulary entry of the tile.
         stats: running statistics of these rows; updated.
         out: [n, v] of any floating dtype, may be x: exp(z - shift) times softcap's slope, 0 at the
@@ -251,12 +251,12 @@ def fold(
     unseen = stats.peak == -torch.inf
     torch.maximum(stats.peak, z.amax(1), out=stats.peak)
     rise = ((stats.peak - stats.shift) / _LOG_2).ceil().clamp(min=0.0)
-    anew = unseen | (rise > _MOST_STEPS)
+    anew = unseen | (rise > MOST_STEPS)
     before = stats.shift.clone()
     peak = stats.peak.masked_fill(stats.peak == -torch.inf, 0.0)
     torch.where(anew, peak, before + rise * _LOG_2, out=stats.shift)
     # beyond the range of power_of_two: what is left of the past is 0
-    stats.steps.add_(rise.masked_fill(anew, 2.0 * _MOST_STEPS))
+    stats.steps.add_(rise.masked_fill(anew, 2.0 * MOST_STEPS))
     rescale = power_of_two(-rise).masked_fill(anew, 0.0)
 
     e = z.sub_(stats.shift[:, None])
@@ -293,14 +293,16 @@ def settle(
 
     Args:
         block: [n, V], what ``fold`` left in ``out``, tile beside tile.
-        target: [n] int64.
+        target: [n] int64; one outside of the block's columns is left alone.
         own: [n], the entry at the target.
         factors: [tiles, n], powers of two.
         columns: columns of each tile but the last.
     """
     for i, factor in enumerate(factors):
         block[:, i * columns : (i + 1) * columns].mul_(factor[:, None].to(block.dtype))
-    block.scatter_(1, target[:, None], own[:, None].to(block.dtype))
+    local, inside = _locate(target, 0, block.shape[1])
+    entry = torch.where(inside, own[:, None].to(block.dtype), block.gather(1, local))
+    block.scatter_(1, local, entry)
 
 
 def jacobian(

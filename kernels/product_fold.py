@@ -440,7 +440,8 @@ def product_fold(
     Args:
         hidden: [P, H] fp32, bf16 or fp16; any row stride, entries of a row side by side.
         weight: [V, H], likewise, of the same dtype.
-        target: [n] int64, from 0 to V - 1.
+        target: [n] int64, from 0 to V - 1; elsewhere for a row whose target is not among these
+            entries, whose "target" is then without meaning.
         positions: [n] int64, the row of hidden for each row; None: all P, in order.
         bias: [V] of any floating dtype, or None.
         softcap: a number, or None for none.

@@ -20,6 +20,7 @@ from fusedpo import catalogue, losses
 LAYERS = (
     ("kernels",),
     ("checks",),
+    ("distributed",),
     ("plan", "scored", "scores"),
     ("backend", "head", "losses", "sweeps"),
     ("layout", "operators", "tail"),
