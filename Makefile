@@ -2,7 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest lint bench bench-gpu clean
+TRL_VERSIONS := 0.29.1 1.8.0 1.12.0 1.13.0 1.14.2
+
+.PHONY: demo test test-oldest test-trl test-zero lint bench bench-gpu clean
 
 # threads that spin while they wait bring two cores to a crawl as soon as anything else runs
 demo: export OMP_WAIT_POLICY = passive
@@ -19,6 +21,28 @@ test-oldest:
 	PYTHONPATH=. .venv-oldest/bin/python -m pytest tests/test_logprobs.py tests/test_autograd.py \
 		tests/test_objective.py tests/test_policy.py tests/test_memory.py tests/test_plan.py tests/test_scores.py \
 		tests/test_mutants.py tests/test_checks.py tests/losses
+
+# earlier versions of TRL, each in a folder of its own, with what it needs and the newest does not
+test-trl: .venv/ready
+	@failed=; for version in $(TRL_VERSIONS); do \
+		folder=build/trl/$$version; \
+		[ -e $$folder/ready ] || { rm -rf $$folder && $(BIN)/python -m pip install --quiet --no-deps \
+			--target $$folder trl==$$version requests charset-normalizer idna urllib3 certifi \
+			&& touch $$folder/ready; } || exit 1; \
+		FUSEDPO_TRL=$$version PYTHONPATH=$$folder $(BIN)/python -m pytest -q -s tests/trl_versions \
+			|| failed="$$failed $$version"; \
+	done; [ -z "$$failed" ] || { echo "failed with TRL$$failed"; exit 1; }
+
+# gradients under DeepSpeed's ZeRO on two processes; DeepSpeed in a folder of its own, nothing compiled
+test-zero: .venv/ready build/deepspeed/ready
+	FUSEDPO_TEST_ZERO=1 PYTHONPATH=build/deepspeed $(BIN)/python -m pytest tests/zero
+
+build/deepspeed/ready:
+	rm -rf build/deepspeed
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-deps \
+		--target build/deepspeed deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 \
+		ninja==1.13.2 py-cpuinfo==9.0.0
+	touch $@
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -6,7 +6,9 @@ from setuptools import setup
 
 here = Path(__file__).parent
 
-trl = ["trl>=1.16"]
+trl = ["trl>=0.29"]
+# what losses and speed are compared with
+peers = ["liger-kernel>=0.8.5", "trl>=1.16"]
 demo = [
     "transformers>=5.0",
     "accelerate>=1.0",
@@ -16,7 +18,7 @@ demo = [
     "matplotlib>=3.8",
     "rich>=13",
 ]
-bench = ["liger-kernel>=0.8.5", "matplotlib>=3.8", "rich>=13", *trl]
+bench = ["matplotlib>=3.8", "rich>=13", *peers]
 # encoders that are more than a transformer with mean pooling
 semantic = ["sentence-transformers>=3", "transformers>=5.0"]
 dev = [
@@ -27,10 +29,8 @@ dev = [
     "mypy>=1.11",
     "build",
     "setuptools>=70",
-    # whose own code the losses are compared with
-    "liger-kernel>=0.8.5",
     "peft>=0.19",
-    *trl,
+    *peers,
 ]
 
 setup(

@@ -17,10 +17,11 @@ come from, in the version of TRL that is installed:
   would make logits;
 - 1.14: the per-token function behind ``use_liger_kernel=True``;
 - 0.29 to 1.13: the Liger classes behind ``use_liger_kernel=True``. DPO and KTO follow Liger's
-  metrics there, as TRL does with that flag.
+  metrics there, as TRL does with that flag. What TRL leaves out there is not: soft caps and factors
+  of the head, KTO's class weights and, under adapters, its reference.
 
 A model whose head is not a weight, a bias, a soft cap and a factor makes its own logits, with one
-warning.
+warning; so does, up to 1.13, an option that TRL would ignore with the flag.
 """
 
 from __future__ import annotations
@@ -150,9 +151,16 @@ def patch(memory_budget: Budget = None, backend: str = "auto", *, quiet: bool = 
 
 def unpatch() -> None:
     """Undo ``patch``. Trainers that were built meanwhile keep what they have."""
+    ours = {}
     while _replaced:
         last = _replaced.pop()
+        ours[id(getattr(last.owner, last.name))] = last.original
         setattr(last.owner, last.name, last.original)
+    # modules of TRL that were imported meanwhile have ours under the name they imported
+    for module in [m for name, m in sys.modules.items() if name.split(".")[0] == "trl"]:
+        for name, value in list(vars(module).items()):
+            if id(value) in ours:
+                setattr(module, name, ours[id(value)])
 
 
 @contextlib.contextmanager
@@ -777,6 +785,20 @@ class _Fused:
         self._fusedpo_options = _Options(memory_budget, backend)
         with patched(memory_budget, backend):
             super().__init__(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with self._while_it_works():
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self._while_it_works():
+            return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
+    def _while_it_works(self) -> contextlib.AbstractContextManager[None]:
+        """Up to 1.14, functions of TRL's are looked up in every step."""
+        if hasattr(importlib.import_module("trl.trainer.utils"), "FusedCausalLMOutput"):
+            return contextlib.nullcontext()
+        return patched(self._fusedpo_options.memory_budget, self._fusedpo_options.backend)
 
 
 class FusedDPOTrainer(_Fused, LossOfPairs, _trainer("dpo")):  # type: ignore[misc]

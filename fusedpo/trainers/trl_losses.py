@@ -31,6 +31,7 @@ from fusedpo.losses import PolicyLoss, PreferenceLoss
 from fusedpo.objective import LossOutput, policy_loss, preference_loss
 
 try:
+    import trl.trainer.utils
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.grpo_config import GRPOConfig
 except ImportError as error:
@@ -62,6 +63,10 @@ class _ByName:
             if self.fused_loss_args is not None:
                 raise bad_value("fused_loss", "the name of a loss", "None, with fused_loss_args")
             return None
+        if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
+            raise bad_value(
+                "fused_loss", "None with TRL before 1.15", self.fused_loss, "update TRL"
+            )
         return losses.get(self.fused_loss, **_dictionary("fused_loss_args", self.fused_loss_args))
 
 

@@ -1,0 +1,229 @@
+"""Earlier versions of TRL, patched: the same numbers as without.
+
+Run by ``make test-trl``, which puts one version after the other into a folder of its own. What is
+compared with is TRL without Liger; patched, ``use_liger_kernel=True`` is set, as these versions
+want it for DPO, KTO and GRPO.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("trl")
+
+import peft
+import torch
+import trl
+from trainers import trl_runs
+from trainers.trl_runs import Run, Tall, classes, differences, plain, update_difference
+
+from fusedpo.trainers import trl as ours
+
+VERSION = os.environ.get("FUSEDPO_TRL")
+if not VERSION:
+    pytest.skip("FUSEDPO_TRL names no version of TRL: see make test-trl", allow_module_level=True)
+if trl.__version__ != VERSION:
+    pytest.exit(f"expected TRL {VERSION}, got {trl.__version__} in {Path(trl.__file__).parent}", 2)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+NUMBER = tuple(int(part) for part in VERSION.split(".")[:2])
+LIGER_CLASSES = NUMBER < (1, 14)
+BUDGET, TALLEST = "64KiB", 24
+FLAGGED = ("dpo", "kto", "grpo")
+FAMILIES = ("llama", "gemma2", "cohere", "granite", "tied")
+# with the flag these are of other positions (DPO) or sums (KTO)
+OTHER_MEANING = {
+    f"{mode}logits/{side}" for mode in ("", "eval_") for side in ("chosen", "rejected")
+}
+DPO = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
+    *("aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+KINDS = {
+    "dpo": DPO,
+    "kto": ("kto",) if LIGER_CLASSES else ("kto", "apo_zero_unpaired"),
+    "cpo": ("sigmoid", "hinge", "ipo", "simpo", "alphapo"),
+    "grpo": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "exo_pair": {"label_smoothing": 0.1},
+    "robust": {"label_smoothing": 0.1},
+    "discopop": {"discopop_tau": 0.1},
+    "alphapo": {"cpo_alpha": 0.0, "alpha": 0.3},
+    "luspo": {"importance_sampling_level": "sequence"},
+}
+# Liger's layers need a GPU
+LAYERS = ("rope", "rms_norm", "layer_norm", "swiglu", "geglu")
+NO_LAYERS = dict.fromkeys((*LAYERS, "cross_entropy", "fused_linear_cross_entropy"), False)
+worst: dict[str, tuple[float, str]] = {}
+
+
+def known(method: str, kind: str) -> bool:
+    """Whether this version's trainer knows a type of loss, and lets it through with the flag."""
+    if kind == "luspo" and NUMBER < (1, 0):
+        return False  # its ratios are of whole responses, which the flag does not take there
+    return any(f'"{kind}"' in inspect.getsource(inspect.getmodule(c)) for c in classes(method))
+
+
+CASES = [(method, kind) for method, kinds in KINDS.items() for kind in kinds if known(method, kind)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table() -> Iterator[None]:
+    """Say which version this is, and at the end how far it is from plain."""
+    print(f"\nTRL {trl.__version__}, imported from {Path(trl.__file__).parent}")
+    yield
+    print("\n| case | worst relative difference | of |\n|---|---|---|")
+    for case, (gap, name) in worst.items():
+        print(f"| {case} | {gap:.1e} | {name} |")
+
+
+def fused(method: str, family: Any = "llama", tallest: float = TALLEST, **given: Any) -> Run:
+    if method in FLAGGED:
+        given |= {"use_liger_kernel": True, "liger_kernel_config": NO_LAYERS}
+    tall = Tall()
+    with ours.patched(memory_budget=BUDGET):
+        found = trl_runs.run(method, family, watch=tall, **given)
+    assert tall.rows <= tallest, f"a float tensor of {tall.rows} rows of the vocabulary"
+    return found
+
+
+def check(case: str, reference: Run, found: Run, everything: bool = False) -> None:
+    """The metrics that both have, and what was learned."""
+    pairs = list(zip(reference.logs, found.logs, strict=True))
+    missing: set[str] = set()
+    kept: tuple[list[Any], list[Any]] = ([], [])
+    for a, b in pairs:
+        missing |= a.keys() - b.keys()
+        names = a.keys() & b.keys() - (set() if everything else OTHER_MEANING)
+        kept[0].append({name: a[name] for name in names})
+        kept[1].append({name: b[name] for name in names})
+    assert not everything or not missing
+    gaps = differences(Run(kept[0]), Run(kept[1]))
+    gaps["what was learned"] = update_difference(reference, found) / 5
+    assert {"loss", "grad_norm"} <= gaps.keys()
+    largest = max(gaps, key=gaps.__getitem__)
+    worst[case] = (gaps[largest], largest)
+    bad = {name: gap for name, gap in gaps.items() if not gap <= 2e-4}
+    assert not bad, f"these differ by more than 2e-4: {bad}"
+
+
+@pytest.mark.parametrize("method, kind", CASES)
+def test_every_loss(method, kind):
+    given = {"loss_type": kind, **OPTIONS.get(kind, {})}
+    # GRPO makes the logits of its old and reference log-probabilities itself
+    tallest = 1e9 if method == "grpo" and LIGER_CLASSES else TALLEST
+    found = fused(method, tallest=tallest, **given)
+    check(f"{method} {kind}", plain(method, **given), found, everything=method not in FLAGGED)
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "cpo", "orpo", "grpo"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family, method):
+    tallest = 1e9 if method == "grpo" and LIGER_CLASSES else TALLEST
+    found = fused(method, family, tallest)
+    check(f"{method} {family}", plain(method, family), found, everything=method not in FLAGGED)
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "cpo", "orpo"])
+@pytest.mark.parametrize("mode", ["eval", "accumulation", "autocast"])
+def test_every_mode(mode, method):
+    given: dict[str, Any] = {"evaluated": True}
+    if mode == "accumulation":
+        given = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}
+    if mode == "autocast":
+        given = {"bf16": True}
+        reference, found = plain(method, **given), fused(method, **given)
+        pairs = zip(reference.logs[:3], found.logs[:3], strict=True)
+        for a, b in pairs:
+            assert abs(a["loss"] - b["loss"]) <= 2e-2 * max(1, abs(a["loss"]))
+            assert abs(a["grad_norm"] - b["grad_norm"]) <= 5e-2 * max(1, abs(a["grad_norm"]))
+        return
+    reference, found = plain(method, **given), fused(method, **given)
+    check(f"{method} {mode}", reference, found, everything=method not in FLAGGED)
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "cpo", "orpo", "grpo"])
+def test_classes(method):
+    """The same without patching, on a head with a factor, of which TRL says nothing to Liger."""
+    given: dict[str, Any] = {"evaluated": True} if method != "grpo" else {}
+    reference = plain(method, "granite", **given)
+    cls = getattr(ours, f"Fused{method.upper()}Trainer")
+    if method in FLAGGED:
+        given |= {"use_liger_kernel": True, "liger_kernel_config": NO_LAYERS}
+    found = trl_runs.run(method, "granite", trainer_class=cls, memory_budget=BUDGET, **given)
+    check(f"{method} class, granite", reference, found, everything=method not in FLAGGED)
+    assert not ours._replaced
+
+
+@pytest.mark.skipif(NUMBER == (1, 13), reason="1.13 refuses them with use_liger_kernel")
+def test_kto_class_weights():
+    given = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
+    check("kto class weights", plain("kto", **given), fused("kto", **given))
+
+
+ADAPTED = ("cpo", "orpo") if NUMBER < (1, 0) else ("dpo", "kto", "cpo", "orpo")
+
+
+@pytest.mark.parametrize("method", ADAPTED)
+def test_lora(method):
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False
+    )
+    given = {"peft_config": config}
+    found = fused(method, **given)
+    check(f"{method} lora", plain(method, **given), found, everything=method not in FLAGGED)
+
+
+IGNORED = {
+    "forward_kl": ({"f_divergence_type": "forward_kl"}, NUMBER < (1, 12)),
+    "ld_alpha": ({"ld_alpha": 0.5}, LIGER_CLASSES),
+    "use_weighting": ({"use_weighting": True, "learning_rate": 10.0}, LIGER_CLASSES),
+}
+
+
+@pytest.mark.parametrize("name", [name for name, (_, ignored) in IGNORED.items() if ignored])
+def test_options_that_trl_ignores_with_the_flag(name):
+    """TRL's own loss, with its logits, and one warning."""
+    given = IGNORED[name][0]
+    said, found = warned("dpo", **given)
+    assert len(said) == 1 and name.replace("forward_kl", "f_divergence_type") in said[0]
+    check(f"dpo {name}, by TRL's logits", plain("dpo", **given), found, everything=True)
+
+
+def shifted_head() -> Any:
+    """A model that does something else to its logits."""
+    made = trl_runs.model()
+    made.__class__ = _Shifted
+    return made
+
+
+class _Shifted(trl_runs.transformers.LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits + torch.linspace(0, 1, output.logits.shape[-1])
+        return output
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "cpo", "orpo"])
+def test_unknown_head(method):
+    said, found = warned(method, shifted_head)
+    assert len(said) == 1, said
+    reference = plain(method, shifted_head)
+    check(f"{method} unknown head, by its own logits", reference, found, everything=True)
+
+
+def warned(method: str, family: Any = "llama", **given: Any) -> tuple[list[str], Run]:
+    with warnings.catch_warnings(record=True) as caught, pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("always")
+        patch.setattr(trl_runs, "quiet", warnings.catch_warnings)
+        found = fused(method, family, tallest=1e9, **given)
+    return [str(w.message) for w in caught if "its own logits" in str(w.message)], found
