@@ -37,6 +37,10 @@ examples:
     fusedpo train --model owner/name --dataset pairs.jsonl --loss dpo --save-steps 100 --output out
     ... the same again, and --resume
 
+  on two GPUs, logging to a tracker (any that transformers knows), see docs/training.md:
+    torchrun --nproc_per_node 2 -m fusedpo train --model ./my-model --dataset pairs.jsonl \
+        --report-to wandb --run-name first --output out
+
   the five methods, each with data of its own making (demo) or yours:
     fusedpo train --loss sspo|s-sppo|sapo|solopo|simpo --model demo --dataset demo --output out
 
@@ -45,11 +49,23 @@ examples:
 """
 
 
+class _Misuse(ValueError):
+    """A command line that cannot be read."""
+
+    def __init__(self, program: str, message: str) -> None:
+        super().__init__(message)
+        self.program = program
+
+
 class _Parser(argparse.ArgumentParser):
     """Errors in one line, with near matches for what was not understood."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(_USER_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        raise _Misuse(self.prog, f"{message} (see {self.prog} --help)")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if jobs.ranks().first:
+            super()._print_message(message, file)
 
     def refuse(self, words: Sequence[str]) -> NoReturn:
         """Words that no option took; the value after an unknown option is one of them."""
@@ -60,24 +76,34 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is 0, 2 for a user's error, 130 for an interruption."""
+    """Run the command; the exit code is 0, 2 for a user's error, 130 for an interruption.
+
+    Of several processes the first one alone prints, but for what another one alone knows.
+    """
+    ranks = jobs.ranks()
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         with _terminable():
             return _run(argv)
     except KeyboardInterrupt:
-        print("fusedpo train: interrupted; no incomplete output was left", file=sys.stderr)
+        if ranks.first:
+            print("fusedpo train: interrupted; no incomplete output was left", file=sys.stderr)
         return _INTERRUPTED
+    except jobs.ToldByFirst:
+        ranks.leave()
+        return _USER_ERROR
     except Exception as error:
-        if not _is_for_the_user(error):
+        if not jobs.is_for_the_user(error):
             raise
-        print(f"fusedpo train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        program = error.program if isinstance(error, _Misuse) else "fusedpo train"
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        ranks.leave()
         return _USER_ERROR
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM, as from a job scheduler, clean up like any other way out."""
+    """Let SIGTERM and SIGHUP clean up like any other way out."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -85,24 +111,31 @@ def _terminable() -> Iterator[None]:
     def leave(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {}
+    for number in jobs.TERMINATING:
+        # nohup ignores SIGHUP
+        if signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _is_for_the_user(error: Exception) -> bool:
-    """Whether this package raised it on purpose; anything else is a bug and keeps its traceback."""
-    if not isinstance(error, (ValueError, TypeError, OSError, ImportError)):
-        return False
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("fusedpo")
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run(argv: list[str]) -> int:
+    with jobs.ranks().together():
+        job = _job(argv)
+    if job is None:
+        if jobs.ranks().first:
+            _print_losses()
+        return 0
+    jobs.run(job)
+    return 0
+
+
+def _job(argv: list[str]) -> jobs.TrainJob | None:
+    """What to train; None: nothing, the losses are to be listed."""
     chosen = _chosen(argv)
     parser, train = _parsers(chosen)
     parsed, unknown = parser.parse_known_args(argv)
@@ -110,14 +143,12 @@ def _run(argv: list[str]) -> int:
         train.refuse(unknown)
     given = vars(parsed)
     if given.pop("command") == "losses":
-        _print_losses()
-        return 0
+        return None
     del given["loss"]
     given.pop("base", None)
     given["loss"], given["method"] = chosen.make(given)
     given["output"] = Path(given["output"]).expanduser().resolve()
-    jobs.run(jobs.TrainJob(**given))
-    return 0
+    return jobs.TrainJob(**given)
 
 
 # papers share acronyms; on the command line this one is the method that writes its own pairs
@@ -203,6 +234,7 @@ def _parsers(chosen: _Chosen) -> tuple[_Parser, _Parser]:
     _add_required(train)
     _add_training(train, chosen.method)
     _add_machine(train)
+    _add_tracking(train)
     for name, part in chosen.parts:
         _add_settings(train, name, part)
     commands.add_parser("losses", help="list the losses and what they are made of")
@@ -274,7 +306,9 @@ def _add_training(parser: argparse.ArgumentParser, method: type[methods.Pairs]) 
     add("--evaluations", int, f"how many after the start ({_default('evaluations')})")
     add("--save-steps", int, "steps between checkpoints in OUTPUT-checkpoints (default: none)")
     group.add_argument(
-        "--resume", action="store_true", help="go on from the newest of these checkpoints"
+        "--resume",
+        action="store_true",
+        help="go on from the newest of these checkpoints, with as many processes as wrote it",
     )
     add("--seed", int, f"of weights, split and order ({_default('seed')})")
     group.add_argument(
@@ -307,6 +341,27 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         help="recompute the layers in the backward pass rather than keep them",
     )
     group.add_argument("--cpu", action="store_true", help="do not use an accelerator")
+
+
+def _add_tracking(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("tracking")
+    group.add_argument(
+        "--report-to",
+        type=_names,
+        metavar="NAME[,NAME]",
+        help="trackers that transformers knows and that are installed, such as tensorboard, "
+        "trackio, wandb, mlflow (default: none)",
+    )
+    group.add_argument(
+        "--run-name",
+        metavar="NAME",
+        help="how the trackers are to call the run (default: the name of OUTPUT)",
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = (name.strip() for name in text.split(","))
+    return tuple(name for name in names if name and name != "none")
 
 
 def _default(name: str) -> str:

@@ -195,6 +195,8 @@ MISTAKES = {
     "no file": (["--dataset", "none.jsonl"], "dataset: expected a file, .*, which does not exist"),
     "no model": (["--model", "./none"], "model: expected a folder .*, which is not a folder"),
     "no checkpoint": (["--resume"], "resume: expected a checkpoint in .*, got none"),
+    "tracker": (["--report-to", "wandbb"], "report_to: expected one of .*did you mean 'wandb'"),
+    "second tracker": (["--report-to", "none,x"], "report_to: expected one of .* got 'x'"),
     "fraction": (["--eval-fraction", "1"], "eval_fraction: expected a number between 0 and 1"),
 }
 
@@ -279,6 +281,37 @@ def test_every_loss_offers_its_hyperparameters(name, capsys):
     told = capsys.readouterr().out
     assert f"the loss {losses.available()[name].__name__}:" in told
     assert "examples:" in told and "--memory-budget" in told
+
+
+def test_an_unknown_command_is_one_line(capsys):
+    assert main(["tran"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fusedpo: error: ") and error.count("\n") == 1, error
+
+
+def test_one_name_for_the_trackers_is_refused_from_python(tmp_path):
+    with pytest.raises(ValueError, match=r"report_to: expected a sequence .* \['wandb'\]"):
+        TrainJob("demo", "demo", tmp_path, losses.SimPO(), report_to="wandb")
+
+
+LAUNCHES = {
+    "deepspeed": ([], {"ACCELERATE_USE_DEEPSPEED": "true"}, "FSDP, got DeepSpeed; leave"),
+    "a reference": (["--loss", "dpo"], {"ACCELERATE_USE_FSDP": "true"}, "reference, got FSDP"),
+    "samples": (["--loss", "sspo"], {"ACCELERATE_USE_FSDP": "true"}, "writes, got FSDP"),
+    "own pairs": (["--loss", "sapo"], {"ACCELERATE_USE_FSDP": "true"}, "writes, got FSDP"),
+    "logits": (["--compare"], {"ACCELERATE_USE_FSDP": "true"}, "compare: expected False"),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_launch_that_cannot_train_is_refused(name, folder, tmp_path, monkeypatch, capsys):
+    more, variables, message = LAUNCHES[name]
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    assert main(arguments(folder, tmp_path / "out", *quick(*more))) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1, error
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_is_a_module_too():

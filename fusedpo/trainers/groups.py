@@ -12,6 +12,7 @@ A plain loop that shows policy losses at work. TRL's GRPOTrainer has vLLM, tools
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from fusedpo.head import Head
 from fusedpo.losses import Loss, PolicyLoss
 from fusedpo.objective import LossOutput, policy_loss
 from fusedpo.recipes.groups import sampled_batch
-from fusedpo.recipes.self_augmented import Settings, generate_segments
+from fusedpo.recipes.self_augmented import Settings, generate_segments, read_file, write_file
 from fusedpo.trainers.transformers import FusedTrainer, padding_token
 
 Reward = Callable[[Mapping[str, Any], Sequence[int]], float]
@@ -46,6 +47,11 @@ class GroupTrainer(FusedTrainer):
         temperature: of sampling, and of the log-probabilities that are trained on.
         eval_prompts: how many held-out prompts evaluation samples for.
         ref_model, memory_budget, options: as in PreferenceTrainer.
+
+    Each of several processes samples for its own prompts, and differently; metrics and rewards are
+    means over all of them, and evaluation shares the held-out prompts out. Weights have to be
+    whole, so that every process can sample by itself: not under FSDP and DeepSpeed. Samples that
+    further updates are to use are part of a checkpoint.
 
     Logged beside ``loss`` and the metrics of the loss: ``reward`` and ``reward_std`` (within
     groups), ``completions/mean_length``; in evaluation ``eval_reward``.
@@ -89,6 +95,13 @@ class GroupTrainer(FusedTrainer):
         super().__init__(
             model, args, loss=loss, ref_model=ref_model, memory_budget=memory_budget, **options
         )
+        if self._sharded:
+            raise bad_value(
+                "args",
+                "whole weights, for every process to sample by itself",
+                "FSDP or DeepSpeed",
+                "use DistributedDataParallel",
+            )
         self.reward = reward
         self.group_size, self.max_new_tokens = group_size, max_new_tokens
         self.updates, self.eval_prompts = updates, eval_prompts
@@ -121,8 +134,17 @@ class GroupTrainer(FusedTrainer):
             self._left = self.updates
         self._left -= 1
         batch = {name: value for name, value in self._sampled.items() if name != "rewards"}
-        loss = super().compute_loss(model, batch)
+        loss = super().compute_loss(model, batch, num_items_in_batch=self._counts(batch))
         return (loss, {}) if return_outputs else loss
+
+    def _counts(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Responses and their tokens, [2], averaged over the processes as gradients are."""
+        if self.args.world_size == 1:
+            return None
+        tokens = (aligned_labels(batch["labels"]) != -100).sum()
+        own = torch.stack([torch.full_like(tokens, self._examples(batch)), tokens])
+        counts: Tensor = self.accelerator.reduce(own.double(), "mean")
+        return counts
 
     def _further_metrics(self) -> dict[str, Tensor]:
         rewards = self._sampled["rewards"].view(-1, self.group_size)
@@ -140,6 +162,14 @@ class GroupTrainer(FusedTrainer):
         step_counts: Tensor | None,
         **arguments: Any,
     ) -> LossOutput:
+        if step_counts is not None:
+            assert isinstance(self.loss, PolicyLoss), "checked when this was made"
+            of_tokens = self.loss.aggregation == "token_mean"
+            responses, tokens = step_counts.unbind()
+            if not of_tokens:
+                arguments["num_items"] = responses
+            if of_tokens or self.loss.entropy_bonus:
+                arguments["num_tokens"] = tokens
         return policy_loss(
             self.loss, hidden, head.weight, labels, temperature=self.temperature, **arguments
         )
@@ -194,15 +224,40 @@ class GroupTrainer(FusedTrainer):
         if not rows:
             raise bad_value("eval_dataset", "at least one row", "none")
         inner = self.accelerator.unwrap_model(self.model)
-        responses = self._generate(inner, [row["prompt_ids"] for row in rows], -1)
-        rewards = [self.reward(row, r) for row, r in zip(rows, responses, strict=True)]
+        own = rows[self.args.process_index :: self.args.world_size]
+        # there may be fewer prompts than processes
+        responses = self._generate(inner, [row["prompt_ids"] for row in own], -1) if own else []
+        rewards = [float(self.reward(row, r)) for row, r in zip(own, responses, strict=True)]
+        sums = [sum(rewards), float(sum(map(len, responses)))]
+        if self.args.world_size > 1:
+            both = torch.tensor(sums, dtype=torch.float64, device=self.args.device)
+            sums = self.accelerator.reduce(both, "sum").tolist()
         found = {
-            f"{metric_key_prefix}_reward": sum(rewards) / len(rewards),
-            f"{metric_key_prefix}_completions/mean_length": sum(map(len, responses)) / len(rows),
+            f"{metric_key_prefix}_reward": sums[0] / len(rows),
+            f"{metric_key_prefix}_completions/mean_length": sums[1] / len(rows),
         }
         self.log(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Also what of the samples is left to train on; the trainer's state is written last."""
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        kept = self._sampled if self._left else {}
+        write_file(self._samples(folder), kept, {"left": self._left})
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = self._samples(Path(resume_from_checkpoint))
+        # without it, as from another trainer, the first step samples
+        if path.is_file():
+            tensors, meta = read_file(path)
+            self._left = meta["left"]
+            self._sampled = {name: t.to(self.args.device) for name, t in tensors.items()}
+
+    def _samples(self, folder: Path) -> Path:
+        return folder / f"samples-{self.args.process_index}.safetensors"
 
 
 def _as_they_are(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -6,24 +6,29 @@ run(TrainJob("meta-llama/Llama-3.2-1B", "pairs.jsonl", Path("out"), SimPO()))
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import importlib.util
 import json
 import math
 import os
+import pickle
 import random
 import shutil
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
+from torch import Tensor
 
-from fusedpo.checks import bad_value, in_range, positive
+from fusedpo.checks import bad_choice, bad_value, in_range, positive
 from fusedpo.compare import Batch, Comparison, compare
 from fusedpo.fused_head import Score, aligned_labels, at_head, hidden_and_head
 from fusedpo.losses import Loss, PairLoss
@@ -36,7 +41,15 @@ from fusedpo.report import (
     draw_training,
     training_table,
 )
-from fusedpo.trainers.methods import TUNED, Defaults, Pairs, TwoContexts, method_of
+from fusedpo.trainers.methods import (
+    TUNED,
+    Defaults,
+    Pairs,
+    Sampled,
+    SelfAugmented,
+    TwoContexts,
+    method_of,
+)
 from fusedpo.trainers.rows import load
 
 if TYPE_CHECKING:
@@ -53,6 +66,148 @@ METRICS = "metrics.json"
 
 
 _VOCAB = 8192
+
+T = TypeVar("T")
+
+# as from a job scheduler, and from a terminal that is closed, where there is such a thing
+TERMINATING = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+
+# that of torchrun and accelerate first, then those of MPI's launchers
+_RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+_WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# one process may read, tokenize or compare for as long as it takes; one that is gone is noticed
+_PATIENCE = datetime.timedelta(days=7)
+
+
+class ToldByFirst(ValueError):
+    """An error that ends the run on every process and is the first one's to tell the user."""
+
+
+class Ranks:
+    """The processes of one launch, and what they agree on beside the training itself.
+
+    They have a group of their own on the CPU. A process that ends closes its connections, which
+    ends the wait of the others with an error.
+
+    Attributes:
+        rank: of this process; 0 prints, draws and saves.
+        size: how many there are.
+        agreed: whether this process is to end with an error that every process knows of.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size = _first_set(_RANK, 0), _first_set(_WORLD, 1)
+        self.agreed = False
+        self._group: Any = None
+        self._store: Any = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, which all call this; anything that can be pickled."""
+        if self.size == 1:
+            return [value]
+        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = [int(size) for size in self._gathered(torch.tensor([len(data)]))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(data)] = data
+        found = self._gathered(padded)
+        return [
+            pickle.loads(each[:size].numpy().tobytes())
+            for each, size in zip(found, sizes, strict=True)
+        ]
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails on one process fails on all of them, so that none waits for another.
+
+        The first process raises its own error, or else that of another one. What is raised on the
+        others says the same, and the first alone is to tell; a bug is raised where it is too.
+        """
+        if self.size == 1:
+            yield
+            return
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            own = error
+        told = None if own is None else (is_for_the_user(own), str(own) or type(own).__name__)
+        try:
+            failures = {i: each for i, each in enumerate(self.gather(told)) if each is not None}
+        except RuntimeError:
+            # a process is gone, which is the lesser news
+            if own is not None:
+                raise own from None
+            raise
+        if not failures:
+            return
+        # some raise and some do not: a caller learns from this that all of them end
+        self.agreed = True
+        if own is not None and (self.first or not is_for_the_user(own)):
+            raise own
+        rank, (for_the_user, message) = next(iter(failures.items()))
+        if not for_the_user:
+            raise RuntimeError(f"process {rank} failed: {message}") from own
+        if not self.first:
+            raise ToldByFirst(message) from own
+        raise ValueError(f"process {rank}: {message}")
+
+    def of_first(self, make: Callable[[], T]) -> T:
+        """What the first process makes, on all of them."""
+        made: Any = None
+        with self.together():
+            made = make() if self.first else None
+        found: T = self.gather(made)[0]
+        return found
+
+    def leave(self) -> None:
+        """Wait for the others where all end with an error, so that each has its own exit code.
+
+        A launcher terminates the rest as soon as one process fails.
+        """
+        if self.size == 1 or not self.agreed:
+            return
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with contextlib.suppress(RuntimeError):
+            self.gather(None)
+
+    def _gathered(self, tensor: Tensor) -> list[Tensor]:
+        """Tensors of one shape."""
+        if self._group is None:
+            dist: Any = torch.distributed
+            where = dist.rendezvous("env://", self.rank, self.size)
+            self._store, _, _ = next(where)
+            own = dist.PrefixStore("fusedpo", self._store)
+            self._group = dist.ProcessGroupGloo(own, self.rank, self.size, _PATIENCE)
+        found = [torch.empty_like(tensor) for _ in range(self.size)]
+        self._group.allgather([found], [tensor]).wait()
+        return found
+
+
+def _first_set(names: Sequence[str], otherwise: int) -> int:
+    return next((int(os.environ[name]) for name in names if os.environ.get(name)), otherwise)
+
+
+@functools.cache
+def ranks() -> Ranks:
+    """Those of this launch."""
+    return Ranks()
+
+
+def is_for_the_user(error: Exception) -> bool:
+    """Whether this package raised it on purpose; anything else is a bug and keeps its traceback."""
+    if not isinstance(error, (ValueError, TypeError, OSError, ImportError)):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("fusedpo")
 
 
 @dataclass(frozen=True)
@@ -77,7 +232,10 @@ class TrainJob:
         autocast: compute dtype over float32 weights; ``auto``: bfloat16 where a GPU has it.
         gradient_checkpointing: recompute the layers in the backward pass.
         save_steps: steps between checkpoints, 0 for none. They go beside ``output``.
-        resume: go on from the last checkpoint.
+        resume: go on from the last checkpoint, with as many processes as wrote it.
+        report_to: trackers that transformers knows, such as "wandb"; what they write beside their
+            own places goes beside ``output`` too, see ``logs``.
+        run_name: how trackers are to call the run; None: the name of ``output``.
         compare: afterwards run one batch with full logits too; None: if model and dataset are
             ``demo``.
         cpu: do not use an accelerator.
@@ -104,6 +262,8 @@ class TrainJob:
     gradient_checkpointing: bool = False
     save_steps: int = 0
     resume: bool = False
+    report_to: Sequence[str] = ()
+    run_name: str | None = None
     compare: bool | None = None
     cpu: bool = False
     seed: int = 0
@@ -121,6 +281,9 @@ class TrainJob:
         if not 0 < self.eval_fraction < 1:
             raise bad_value("eval_fraction", "a number between 0 and 1", f"{self.eval_fraction:g}")
         parse_budget(self.memory_budget)
+        if isinstance(self.report_to, str):
+            got = repr(self.report_to)
+            raise bad_value("report_to", "a sequence of names", got, f"write [{got}]")
         if self.compare and not self._comparable:
             raise bad_value("compare", "False for a loss that is not of pairs alone", "True")
         self.way.check(self.loss)
@@ -153,9 +316,19 @@ class TrainJob:
     def checkpoints(self) -> Path:
         return self.output.parent / f"{self.output.name}-checkpoints"
 
+    @property
+    def logs(self) -> Path:
+        """Where a tracker of files, such as TensorBoard, writes."""
+        if self.save_steps:
+            return self.checkpoints
+        return self.output.parent / f"{self.output.name}-logs"
+
 
 def run(job: TrainJob, console: Console | None = None) -> dict[str, Any]:
     """Train, save, and report to the console and to ``job.output``.
+
+    Under torchrun or accelerate every process calls this with the same job. The first one prints,
+    draws and saves; one that cannot do its part ends all of them.
 
     Returns:
         What was written to metrics.json.
@@ -163,35 +336,46 @@ def run(job: TrainJob, console: Console | None = None) -> dict[str, Any]:
     Raises:
         ValueError, TypeError, OSError: for a job that cannot be done, before training starts.
     """
-    _require("transformers", "accelerate", "tokenizers", "datasets", "matplotlib", "rich")
+    all_ranks = ranks()
+    with all_ranks.together():
+        _require("transformers", "accelerate", "tokenizers", "datasets", "matplotlib", "rich")
+        _check_launch(job)
     from rich.console import Console
 
     from fusedpo.trainers.progress import Progress
 
     started = time.perf_counter()
-    main = int(os.environ.get("RANK", "0")) == 0
+    if console is None or not all_ranks.first:
+        console = Console(quiet=not all_ranks.first)
     # a log file has no width of its own, and 80 columns would break the lines
-    console = console or Console(quiet=not main)
     if not console.is_terminal:
         console.width = max(console.width, 120)
     _quiet()
-    _check_output(job)
+    with all_ranks.together():
+        trackers = _trackers(job)
+    checkpoint = all_ranks.of_first(lambda: _check_folders(job, all_ranks.size))
     # rows before the model: a mistake in them is found in seconds
-    rows = _read_rows(job)
-    with _staging(job.output) as staging:
+    with all_ranks.together():
+        rows = _read_rows(job)
+    with _staging(job.output, all_ranks) as staging:
         torch.manual_seed(job.seed)
-        model, tokenizer = _load_model(job)
+        with all_ranks.together():
+            model, tokenizer = _load_model(job)
         console.print(
             f"model: {type(model).__name__} {job.model}, "
             f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, "
             f"vocabulary {model.get_output_embeddings().weight.shape[0]}"
         )
-        train, held_out = _tokenize_rows(job, *rows, model, tokenizer, console)
+        with all_ranks.together():
+            train, held_out = _tokenize_rows(job, *rows, model, tokenizer, console)
         del rows
-        trainer = _make_trainer(job, model, tokenizer, train, held_out, staging)
+        with all_ranks.together():
+            trainer = _make_trainer(job, model, tokenizer, train, held_out, staging)
+        _check_held_out(all_ranks, trainer)
         with Progress(console, job.way.signals) as progress:
-            trainer.add_callback(progress)
-            _train(job, trainer, console)
+            for callback in (progress, *trackers):
+                trainer.add_callback(callback)
+            _train(job, trainer, checkpoint, console)
         history = History.from_log(trainer.state.log_history)
         console.print(training_table(history, job.way.signals))
         metrics = {
@@ -200,40 +384,54 @@ def run(job: TrainJob, console: Console | None = None) -> dict[str, Any]:
             "loss": repr(job.loss),
             "training_pairs": len(train),
             "held_out_pairs": len(held_out),
+            "processes": all_ranks.size,
             "seconds": round(time.perf_counter() - started, 1),
             "log": trainer.state.log_history,
             "versions": _versions(),
         }
         folder = staging / "model"
+        if trainer.is_fsdp_enabled:
+            # checkpoints may be of shards; this is for transformers to load
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(str(folder))
-        if main:
-            # a pickle with this machine's paths, of use to nobody else
-            (folder / "training_args.bin").unlink(missing_ok=True)
-            title = f"{job.loss}: {len(train)} training pairs, {len(held_out)} held out"
-            draw_training(folder / "training.png", history, title, job.way.signals)
-            _write_json(folder / METRICS, metrics)
-            _publish(folder, job.output, staging)
-            console.print(f"saved: {job.output}, with training.png and {METRICS}")
-    if main and job.compares:
-        comparison = compare(_comparison_batch(job, trainer, train))
-        console.print(comparison_table(comparison))
-        _add_comparison(job.output, metrics, comparison)
-        console.print(f"saved: {job.output / 'comparison.png'}")
+        with all_ranks.together():
+            if all_ranks.first:
+                # a pickle with this machine's paths, of use to nobody else
+                (folder / "training_args.bin").unlink(missing_ok=True)
+                title = f"{job.loss}: {len(train)} training pairs, {len(held_out)} held out"
+                draw_training(folder / "training.png", history, title, job.way.signals)
+                _write_json(folder / METRICS, metrics)
+                _publish(folder, job.output, staging)
+                console.print(f"saved: {job.output}, with training.png and {METRICS}")
+    with all_ranks.together():
+        if job.compares and trainer.is_fsdp_enabled:
+            console.print("comparison: left out under FSDP, where no process has the whole head")
+        elif job.compares and all_ranks.first:
+            comparison = compare(_comparison_batch(job, trainer, train))
+            console.print(comparison_table(comparison))
+            _add_comparison(job.output, metrics, comparison)
+            console.print(f"saved: {job.output / 'comparison.png'}")
+    if all_ranks.first and job.report_to and not job.save_steps:
+        # empty, where no tracker wrote a file there
+        with contextlib.suppress(OSError):
+            job.logs.rmdir()
     console.print(f"done in {time.perf_counter() - started:.0f} s")
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     return metrics
 
 
-def _train(job: TrainJob, trainer: FusedTrainerMixin, console: Console) -> None:
-    pairs = trainer.args.train_batch_size * job.accumulation * trainer.args.world_size
+def _train(
+    job: TrainJob, trainer: FusedTrainerMixin, checkpoint: str | None, console: Console
+) -> None:
+    world = trainer.args.world_size
+    pairs = trainer.args.train_batch_size * job.accumulation * world
     console.print(
         f"training: {job.loss}, {trainer.args.max_steps} steps of {pairs} pairs "
-        f"on {trainer.args.device}"
+        f"on {trainer.args.device}" + (f", {world} processes" if world > 1 else "")
     )
     try:
-        trainer.train(resume_from_checkpoint=_last_checkpoint(job) if job.resume else None)
+        trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         if job.save_steps:
             console.print(f"checkpoints: {job.checkpoints}; go on from the last one with --resume")
@@ -378,18 +576,20 @@ def _make_trainer(
 ) -> FusedTrainerMixin:
     from transformers import PrinterCallback, TrainingArguments
 
-    use_cpu = job.cpu or not torch.accelerator.is_available()
+    use_cpu = job.cpu or _asked("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     autocast = _autocast(job, use_cpu)
     batch_size = job.batch_size or job.defaults.batch_size
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = ranks().size
     epoch = math.ceil(math.ceil(len(train) / (batch_size * world)) / job.accumulation)
     steps = job.max_steps
     if steps is None and job.epochs is None:
         steps = job.defaults.max_steps
     if steps is None:
         steps = math.ceil((job.epochs or job.defaults.epochs) * epoch)
+    lasting = job.save_steps or job.report_to
     args = TrainingArguments(
-        output_dir=str(job.checkpoints if job.save_steps else staging / "trainer"),
+        output_dir=str(job.logs if lasting else staging / "trainer"),
+        run_name=job.run_name or job.output.name,
         learning_rate=job.learning_rate or job.defaults.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(job.warmup * steps),
@@ -404,7 +604,8 @@ def _make_trainer(
         ddp_find_unused_parameters=False,
         # nothing is gained where there is no copy to a device
         dataloader_pin_memory=not use_cpu,
-        eval_on_start=True,
+        # a run that goes on has evaluated then
+        eval_on_start=not job.resume,
         eval_strategy="steps",
         eval_steps=math.ceil(steps / job.evaluations),
         logging_steps=max(1, steps // 60),
@@ -412,6 +613,7 @@ def _make_trainer(
         logging_nan_inf_filter=False,
         save_strategy="steps" if job.save_steps else "no",
         save_steps=job.save_steps or steps,
+        # the trackers are added last, so that they get what other callbacks add to the logs
         report_to="none",
         disable_tqdm=True,
         seed=job.seed,
@@ -483,8 +685,67 @@ def _sequence_logprobs(
     return found.logprob.sum(1)
 
 
-def _check_output(job: TrainJob) -> None:
-    """Refuse now what could not be written after hours of training."""
+def _asked(name: str) -> bool:
+    """Whether this variable of accelerate's is on."""
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
+def _check_launch(job: TrainJob) -> None:
+    """Refuse ways to launch that cannot train this job."""
+    alone = not any(os.environ.get(name) for name in _RANK)
+    if alone and _asked("ACCELERATE_USE_CPU") and os.environ.get("MASTER_ADDR"):
+        raise bad_value(
+            "accelerate launch",
+            "a launcher of several processes",
+            "one process, as --cpu starts whatever --num_processes says",
+            "torchrun --nproc_per_node N -m fusedpo train --cpu ..., or accelerate launch "
+            "--multi_gpu --num_processes N -m fusedpo train --cpu ...",
+        )
+    if _asked("ACCELERATE_USE_DEEPSPEED"):
+        raise bad_value(
+            "accelerate launch",
+            "DistributedDataParallel or FSDP",
+            "DeepSpeed",
+            "leave --use_deepspeed out, or use PreferenceTrainer in a script of your own",
+        )
+    if not _asked("ACCELERATE_USE_FSDP"):
+        return
+    remedy = "leave --use_fsdp out, for DistributedDataParallel"
+    if isinstance(job.way, (SelfAugmented, Sampled)):
+        got = f"FSDP, with {type(job.way).__name__}"
+        raise bad_value("accelerate launch", "whole weights for a model that writes", got, remedy)
+    if job.loss.needs_reference:
+        got = f"FSDP, with {type(job.loss).__name__}"
+        remedy += ", or take a loss without one, such as simpo"
+        raise bad_value("accelerate launch", "whole weights for a loss's reference", got, remedy)
+    if job.compare:
+        raise bad_value("compare", "False under FSDP, where no process has the head", "True")
+
+
+def _trackers(job: TrainJob) -> list[Any]:
+    """The callbacks of the trackers, each of which says now what it is missing."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    made = []
+    for name in job.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise bad_choice("report_to", name, sorted(INTEGRATION_TO_CALLBACK))
+        try:
+            made.append(INTEGRATION_TO_CALLBACK[name]())
+        except (RuntimeError, ImportError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise bad_value(
+                "report_to", "a tracker that is installed", f"{name!r} ({reason})"
+            ) from error
+    return made
+
+
+def _check_folders(job: TrainJob, processes: int) -> str | None:
+    """Refuse now what could not be written after hours of training.
+
+    Returns:
+        The checkpoint to go on from, if that is asked for.
+    """
     output = job.output
     if output.exists() and not output.is_dir():
         raise bad_value("output", "a folder to make", f"{output}, which is a file")
@@ -495,36 +756,96 @@ def _check_output(job: TrainJob) -> None:
             f"{output}, which holds other files",
             "choose another name",
         )
-    if job.resume:
-        _last_checkpoint(job)
+    return _last_checkpoint(job, processes) if job.resume else None
 
 
-def _last_checkpoint(job: TrainJob) -> str:
-    """The newest whole checkpoint; the trainer's state is what it writes last."""
-    whole = [path.parent for path in job.checkpoints.glob("checkpoint-*/trainer_state.json")]
-    if not whole:
+def _last_checkpoint(job: TrainJob, processes: int) -> str:
+    """The newest checkpoint that every process has written whole."""
+    # the trainer's state is what the first process writes last
+    found = [path.parent for path in job.checkpoints.glob("checkpoint-*/trainer_state.json")]
+    found.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    by = {path: _written_by(path) for path in found}
+    whole = [path for path in found if by[path] == processes and job.way.is_saved(path, processes)]
+    if whole:
+        return str(whole[0])
+    others = sorted({count for count in by.values() if count not in (0, processes)})
+    if others:
         raise bad_value(
             "resume",
-            f"a checkpoint in {job.checkpoints}",
-            "none",
-            "checkpoints are written with save_steps",
+            f"a checkpoint of {_processes(processes)} in {job.checkpoints}",
+            f"checkpoints of {' and '.join(map(str, others))}",
+            "go on with as many processes as wrote it",
         )
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
+    raise bad_value(
+        "resume",
+        f"a checkpoint in {job.checkpoints}",
+        "none",
+        "checkpoints are written with save_steps",
+    )
+
+
+def _written_by(checkpoint: Path) -> int:
+    """How many processes wrote a checkpoint: each leaves its random state."""
+    if (checkpoint / "rng_state.pth").is_file():
+        return 1
+    return len(list(checkpoint.glob("rng_state_*.pth")))
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
+
+
+def _check_held_out(all_ranks: Ranks, trainer: FusedTrainerMixin) -> None:
+    """Processes with different numbers of rows would wait for each other in evaluation."""
+    with all_ranks.together():
+        held_out: Any = trainer.eval_dataset
+        sizes = all_ranks.gather(len(held_out))
+        if len(set(sizes)) > 1:
+            counts = ", ".join(map(str, sizes))
+            raise bad_value(
+                "held-out rows",
+                "the same on every process",
+                f"{counts} of them",
+                "processes of one run need the same files and the same kind of device",
+            )
 
 
 @contextlib.contextmanager
-def _staging(output: Path) -> Iterator[Path]:
-    """A folder beside the output, so that it can be renamed there; removed in any case."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        got = f"{output} ({error.strerror})"
-        raise bad_value("output", "a folder that can be made", got) from error
+def _staging(output: Path, all_ranks: Ranks) -> Iterator[Path]:
+    """A folder beside the output, so that it can be renamed there; removed in any case.
+
+    The first process makes and removes it; the others know its name.
+    """
+
+    def make() -> Path:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        except OSError as error:
+            got = f"{output} ({error.strerror})"
+            raise bad_value("output", "a folder that can be made", got) from error
+
+    folder = all_ranks.of_first(make)
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if all_ranks.first:
+            with _undisturbed():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without signals: a launcher sends one when another process fails, whatever is under way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, *TERMINATING)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _publish(folder: Path, output: Path, staging: Path) -> None:

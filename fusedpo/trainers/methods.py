@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusedpo.checks import bad_value, in_range, positive
@@ -109,6 +110,10 @@ class Pairs:
         done = tokenize(rows, tokenizer, max_length)
         return Tokenized(done.rows, done.dropped, done.truncated)
 
+    def is_saved(self, checkpoint: Path, processes: int) -> bool:
+        """Whether every process has written to a checkpoint what the method goes on from."""
+        return True
+
     def trainer(
         self, model: Any, args: Any, loss: Loss, train: Any, held_out: Any, **options: Any
     ) -> FusedTrainerMixin:
@@ -156,7 +161,9 @@ class Semantic(Pairs):
 class SelfAugmented(Pairs):
     """Pairs that an average of the policy makes, by writing a segment of each response anew.
 
-    Held-out pairs are made likewise, by the policy as it is at the start.
+    Each of several processes writes pairs of its own rows into a buffer of its own, with an average
+    that is the same on all of them. Held-out pairs are made likewise, by the policy as it is at the
+    start: every process makes all of them, the same ones.
     """
 
     signals: ClassVar[tuple[Signal, ...]] = (
@@ -176,6 +183,14 @@ class SelfAugmented(Pairs):
     skip_shared_prefix: bool = hyperparameter(
         True, "leave out the tokens that both responses begin with, where they cancel", flag
     )
+
+    def is_saved(self, checkpoint: Path, processes: int) -> bool:
+        folder = checkpoint / "self_augmented"
+        return all(
+            (folder / f"{name}-{rank}.safetensors").is_file()
+            for rank in range(processes)
+            for name in ("self_augmented", "ahead")
+        )
 
     def trainer(
         self, model: Any, args: Any, loss: Loss, train: Any, held_out: Any, **options: Any
@@ -201,7 +216,7 @@ class SelfAugmented(Pairs):
         pad = tokenizer.pad_token_id
         pad = tokenizer.eos_token_id if pad is None else pad
         ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
-        source = recipe.SelfAugmented(model, train, settings, **ids)
+        source = recipe.SelfAugmented(model, train, settings, rank=args.process_index, **ids)
         by_itself = recipe.SelfAugmented(
             model, held_out, replace(settings, seed=args.seed + 1), **ids
         )
@@ -312,6 +327,11 @@ class Sampled(Pairs):
     max_new_tokens: int = hyperparameter(48, "of a response", whole(1))
     updates: int = hyperparameter(2, "optimizer steps on one batch of samples", whole(1))
     temperature: float = hyperparameter(1.0, "of sampling", positive)
+
+    def is_saved(self, checkpoint: Path, processes: int) -> bool:
+        return all(
+            (checkpoint / f"samples-{rank}.safetensors").is_file() for rank in range(processes)
+        )
 
     def check(self, loss: Loss) -> None:
         assert isinstance(loss, PolicyLoss), "the loss decides the method"

@@ -1,6 +1,8 @@
 """Self-Augmented Preference Optimization inside ``transformers.Trainer`` and what is built on it.
 
-    source = SelfAugmented(model, rows, eos_token_id=2, pad_token_id=0)
+    source = SelfAugmented(
+        model, rows, eos_token_id=2, pad_token_id=0, rank=args.process_index
+    )
     dataset = SelfAugmentedDataset(source)
     trainer = PreferenceTrainer(
         model, args, loss=DPO(), train_dataset=dataset, processing_class=tokenizer
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
@@ -161,6 +164,11 @@ class SelfAugmentedCallback(TrainerCallback):
     resumed run needs, finds it there again, and adds ``source.statistics()`` to what is logged.
     The statistics reach the log history, and callbacks that were added after this one.
 
+    On several processes the source of each has its ``rank``: every process makes and keeps pairs of
+    the rows that its own batches have, and its part of a checkpoint beside those of the others. The
+    average is the same everywhere, as parameters are; rank 0 alone saves it. What is logged is the
+    mean over processes, and for counts of segments the sum. Weights have to be whole.
+
     Args:
         dataset: what the trainer trains on.
         ref_model: overwritten with the average after every step if given.
@@ -182,7 +190,15 @@ class SelfAugmentedCallback(TrainerCallback):
         self.resume_from = resume_from
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        average = self.dataset.source.average
+        source = self.dataset.source
+        if source.rank != args.process_index:
+            raise bad_value(
+                "rank",
+                f"SelfAugmented(..., rank={args.process_index}) on this process",
+                str(source.rank),
+                "give args.process_index",
+            )
+        average = source.average
         # a trainer moves its model when it is made
         average.to(next(kwargs["model"].parameters()).device)
         self.dataset.restart()
@@ -207,7 +223,7 @@ class SelfAugmentedCallback(TrainerCallback):
         logs = kwargs["logs"]
         if "loss" not in logs:
             return
-        found = self.dataset.source.statistics()
+        found = _over_processes(self.dataset.source.statistics(), args)
         logs.update(found)
         # a copy of the logs is there already
         state.log_history[-1].update(found)
@@ -227,6 +243,18 @@ class SelfAugmentedCallback(TrainerCallback):
             f"{self.folder}: expected this folder in the checkpoint of step {state.global_step}, "
             f"got none in {', '.join(map(str, found))}; give SelfAugmentedCallback(resume_from=...)"
         )
+
+
+def _over_processes(statistics: dict[str, float], args: Any) -> dict[str, float]:
+    """Means, and the sum of what is counted."""
+    if args.world_size == 1:
+        return statistics
+    totals = torch.tensor([*statistics.values()], dtype=torch.float32, device=args.device)
+    torch.distributed.all_reduce(totals)
+    return {
+        name: total if name == "segment/identical" else total / args.world_size
+        for name, total in zip(statistics, totals.tolist(), strict=True)
+    }
 
 
 def _name(state: Any) -> str:

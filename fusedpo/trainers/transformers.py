@@ -136,7 +136,8 @@ class _Means:
 
     def take(self, accelerator: Any) -> dict[str, float]:
         """The means over all ranks; empties this."""
-        if not self.pairs:
+        # a process may have had repeated rows alone, and has its part in the sum all the same
+        if not self.sums:
             return {}
         names = list(self.sums)
         totals = torch.stack(
@@ -431,10 +432,31 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
     ) -> tuple[Tensor, None, None]:
         """The loss of a batch; there are no logits to return."""
         inputs = self._prepare_inputs(inputs)
+        count, kept = self._examples(inputs), self._not_repeated(self._examples(inputs))
+        if 0 < kept < count and "cu_seqlens" not in inputs:
+            inputs = self._first(inputs, kept, count)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, metrics = self.compute_loss(model, inputs, return_outputs=True)
-        self._eval_means.add({"loss": loss, **metrics}, self._examples(inputs))
+        self._eval_means.add({"loss": loss, **metrics}, kept)
         return loss.detach(), None, None
+
+    def _not_repeated(self, count: int) -> int:
+        """How many examples of a batch are not there to give every process as many.
+
+        In the last round accelerate fills the batches with rows of the first ones.
+        """
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return count
+        before = self.args.process_index * self.args.eval_batch_size
+        return min(max(state.remainder - before, 0), count)
+
+    def _first(self, inputs: Mapping[str, Tensor], kept: int, count: int) -> dict[str, Tensor]:
+        """The first examples of a batch, which is of one role's rows after the other's."""
+        return {
+            name: value.view(-1, count, *value.shape[1:])[:, :kept].flatten(0, 1)
+            for name, value in inputs.items()
+        }
 
     def evaluation_loop(
         self,
