@@ -108,9 +108,23 @@ def install(causal: Any, kind: type[FusedForward], *options: Any) -> None:
         kind.__init__(earlier, causal, earlier.original, *options)
 
 
+class _OfModel:
+    """What accelerate makes methods of: the fused forward of the model that it is called with, so
+    that a copy of a model that was prepared runs its own weights."""
+
+    def __init__(self, forward: FusedForward) -> None:
+        self.forward = forward
+
+    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        return (fused_forward(model) or self.forward)(*args, **kwargs)
+
+
 def _function(forward: Any) -> Any:
-    # accelerate, when it unwraps a model, makes a method of what is no function
-    return getattr(forward, "__func__", forward)
+    """What a method was made of, as accelerate does when it unwraps a model; or what it is."""
+    if isinstance(forward, FusedForward):
+        return forward
+    function = getattr(forward, "__func__", forward)
+    return function.forward if isinstance(function, _OfModel) else function
 
 
 def remove_fused_head(model: Any) -> None:
@@ -256,6 +270,11 @@ class FusedForward:
         if self.original is not None:
             return self.original
         return type(self.model).forward.__get__(self.model)
+
+    @property
+    def __func__(self) -> _OfModel:
+        # accelerate wraps the functions of methods, and closures over anything else
+        return _OfModel(self)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -468,7 +487,9 @@ class _Scorer:
 
     @property
     def name(self) -> str:
-        return f"{self.kind} {type(self.module).__name__}"
+        # not of the weight, which may be sharded
+        base = getattr(self.module, "base_layer", self.module)
+        return f"{self.kind} {type(self.module).__name__} {base.out_features}"
 
     @classmethod
     def of(cls, model: Any) -> _Scorer:
@@ -657,7 +678,7 @@ def _after_head(
         try:
             with scorer.replaced(experiment):
                 output = forward(*args, **kwargs)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except Exception as error:
             if experiment.met is None or isinstance(error, UnsupportedHead):
                 raise
             raise UnsupportedHead(

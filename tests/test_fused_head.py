@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from oracles import relative
 from torch import Tensor, nn
@@ -1155,3 +1156,53 @@ def test_data_parallel() -> None:
         assert not differences(mine, truth, 1e-5)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_copy_of_a_prepared_model_runs_its_own_weights():
+    """Accelerate keeps the forward it wraps in what it makes; a copy must not run the original."""
+    from accelerate import Accelerator
+
+    model = tiny.model()
+    add_fused_head(model)
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    ids = torch.tensor([[1, 5, 6, 7]])
+    before = prepared(ids, labels=ids, fused=True).logprob
+    twin = copy.deepcopy(prepared)
+    assert torch.equal(twin(ids, labels=ids, fused=True).logprob, before)
+    with torch.no_grad():
+        for parameter in prepared.parameters():
+            parameter.mul_(0.5)
+    assert torch.equal(twin(ids, labels=ids, fused=True).logprob, before)
+    assert torch.equal(twin(ids).logits, twin.forward(ids).logits)
+    assert not torch.equal(prepared(ids, labels=ids, fused=True).logprob, before)
+    twin(ids, labels=ids, fused=True).logprob.sum().backward()
+    assert all(p.grad is None for p in prepared.parameters())
+    assert all(p.grad is not None for p in twin.parameters())
+
+
+def test_a_head_of_another_width_is_looked_at_anew():
+    model = tiny.model()
+    add_fused_head(model)
+    ids = torch.tensor([[1, 5, 6, 7]])
+    model(ids, labels=ids, fused=True)
+    model.resize_token_embeddings(model.config.vocab_size + 64)
+    found = model(ids, labels=ids, fused=True).logprob
+    logp = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    assert (found - logp).abs().max() < 1e-5
+
+
+def test_any_failure_behind_the_head_is_made_up_for():
+    class Particular(type(tiny.model())):  # type: ignore[misc]
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            assert output.logits.shape[1] != 10, "made-up rows and four positions"
+            return output
+
+    model = tiny.model()
+    model.__class__ = Particular
+    add_fused_head(model, unsupported="fallback")
+    ids = torch.tensor([[1, 5, 6, 7]])
+    with pytest.warns(UserWarning, match="got AssertionError"):
+        found = model(ids, labels=ids, fused=True).logprob
+    logp = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    assert (found - logp).abs().max() < 1e-5

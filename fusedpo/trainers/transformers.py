@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from fusedpo.checks import bad_type, bad_value
 from fusedpo.fused_head import (
@@ -32,6 +33,7 @@ from fusedpo.fused_head import (
     at_head,
     causal_model,
     evaluating,
+    fused_forward,
     hidden_and_head,
     remove_fused_head,
 )
@@ -67,8 +69,8 @@ if TYPE_CHECKING:
 else:  # mixins are bases of none but Trainers
     _Base = object
 
-# what of a batch is the model's; the rest is the loss's
-_OF_MODEL = ("input_ids", "attention_mask", "position_ids")
+# what of a batch is the loss's, beside its own inputs; the rest is the model's
+_OF_LOSS = ("labels", "cu_seqlens", "advantages", "old_logprobs", "importance_weights")
 
 
 @dataclass(frozen=True)
@@ -160,10 +162,16 @@ def _reference_arguments(reference: _Reference, head: Head, labels: Tensor) -> d
     hidden, own = reference
     if (own.softcap, own.logit_scale) != (head.softcap, head.logit_scale):
         with torch.no_grad():
-            found = linear_logprobs(hidden, own.weight, labels, **own.options())
+            aligned = labels.to(hidden.device)
+            found = linear_logprobs(hidden, own.weight, aligned, **own.options())
         return {"ref_logprobs": found}
     # scored tile for tile as the policy is: equal models have a ratio of exactly 1
     return {"ref_hidden": hidden, "ref_weight": own.weight, "ref_bias": own.bias}
+
+
+def moved(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The same, with its tensors on the device."""
+    return {n: v.to(device) if isinstance(v, Tensor) else v for n, v in values.items()}
 
 
 def _aligned(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -199,10 +207,15 @@ class FusedTrainerMixin(_Base):
         args = args or TrainingArguments()
         # rows are not the arguments of model.forward
         args.remove_unused_columns = False
+        datasets = (options.get("train_dataset"), options.get("eval_dataset"))
+        if any(isinstance(each, IterableDataset) for each in datasets):
+            # else one process makes batches for all, and cuts them between chosen and rejected
+            config: Any = args.accelerator_config
+            config.dispatch_batches = False
         if loss.needs_reference and ref_model is None and not hasattr(model, "disable_adapter"):
             ref_model = copy.deepcopy(model)
         for each in (model, ref_model):
-            if each is not None:
+            if each is not None and (memory_budget is not None or fused_forward(each) is None):
                 add_fused_head(each, memory_budget=memory_budget)
         super().__init__(model=model, args=args, **options)
         # before transformers 5.19 this says that the loss is scaled, not loss_is_scaled_for_ga
@@ -223,10 +236,14 @@ class FusedTrainerMixin(_Base):
                 "reference, or under DistributedDataParallel",
             )
         self.loss = loss
-        self.memory_budget = memory_budget
+        fused = fused_forward(model)
+        self.memory_budget = memory_budget if fused is None else fused.memory_budget
         self.ref_model = None
         if ref_model is not None:
-            self.ref_model = ref_model.requires_grad_(False).eval().to(self.args.device)
+            self.ref_model = ref_model.requires_grad_(False).eval()
+            placed = ("hf_device_map", "quantization_method")
+            if all(getattr(ref_model, name, None) is None for name in placed):
+                self.ref_model.to(self.args.device)
         self._train_means, self._eval_means = _Means(), _Means()
 
     @property
@@ -273,22 +290,23 @@ class FusedTrainerMixin(_Base):
             raise bad_type(
                 "num_items_in_batch", "[2], pairs and chosen tokens of the step, or None", "an int"
             )
-        of_model = {name: inputs[name] for name in _OF_MODEL if name in inputs}
-        rest = {name: value for name, value in inputs.items() if name not in of_model}
+        of_loss = {*_OF_LOSS, *self.loss.inputs}
+        rest = {name: value for name, value in inputs.items() if name in of_loss}
+        of_model = {name: value for name, value in inputs.items() if name not in of_loss}
         labels = _aligned(rest.pop("labels"), rest.get("cu_seqlens"))
         reference = self._reference(model, of_model, labels)
         metrics: dict[str, Tensor] = {}
 
         def task(hidden: Tensor, head: Head) -> Tensor:
+            # with a model split over devices the head may be on another one than the batch
+            given = {**rest, "labels": labels, "step_counts": num_items_in_batch}
+            given |= _reference_arguments(reference, head, labels)
             output = self._fused_loss(
                 hidden,
                 head,
-                labels,
-                num_items_in_batch,
                 memory_budget=self.memory_budget,
                 **head.options(),
-                **_reference_arguments(reference, head, labels),
-                **rest,
+                **moved(given, hidden.device),
             )
             metrics.update(output.metrics)
             return output.loss

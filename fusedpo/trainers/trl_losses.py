@@ -29,9 +29,11 @@ from fusedpo.fused_head import IGNORED, add_fused_head, aligned_labels, at_head,
 from fusedpo.head import Head
 from fusedpo.losses import PolicyLoss, PreferenceLoss
 from fusedpo.objective import LossOutput, policy_loss, preference_loss
+from fusedpo.trainers.transformers import moved
 
 try:
     import trl.trainer.utils
+    from datasets import Dataset
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.grpo_config import GRPOConfig
 except ImportError as error:
@@ -39,7 +41,19 @@ except ImportError as error:
 
 # what of a batch is the loss's, not the model's
 _NOT_OF_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
-_LONG = "long_prompt"
+_LONG, _NUMBER = "long_prompt", "row_number"
+# of a batch of responses to images, as TRL passes them on
+_OF_IMAGES = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
 
 
 @dataclass
@@ -110,8 +124,23 @@ class FusedDPOConfig(_ByName, DPOConfig):
         loss = self.the_loss()
         if loss is not None and not isinstance(loss, PreferenceLoss):
             raise bad_value("fused_loss", "a loss of pairs", repr(loss), "use FusedGRPOConfig")
-        if self.self_augmented and loss is not None and loss.inputs:
+        if loss is None:
+            return
+        _refuse(
+            self,
+            ld_alpha=None,
+            use_weighting=False,
+            f_divergence_type="reverse_kl",
+            label_smoothing=0.0,
+            loss_weights=None,
+        )
+        if self.self_augmented and loss.inputs:
             raise bad_value("fused_loss", "one without inputs of its own", repr(loss))
+        by_pair = loss.needs_reference and not loss.weights_tokens and len(loss.roles) == 2
+        if self.self_augmented or not by_pair:
+            _refuse(self, precompute_ref_log_probs=False)
+        if not loss.needs_reference:
+            _refuse(self, sync_ref_model=False)
 
 
 @dataclass
@@ -136,17 +165,39 @@ class FusedGRPOConfig(_ByName, GRPOConfig):
             raise bad_value("fused_loss", "a policy loss", repr(loss), "use FusedDPOConfig")
         if loss.kl_weight != self.beta:
             raise bad_value("kl_weight", f"beta, {self.beta}", str(loss.kl_weight), "set beta")
-        unused = {"top_entropy_quantile": 1.0, "off_policy_mask_threshold": None}
-        for name, default in unused.items():
-            if getattr(self, name, default) != default:
-                raise bad_value(name, f"{default} with fused_loss", str(getattr(self, name)))
+        _refuse(
+            self,
+            top_entropy_quantile=1.0,
+            off_policy_mask_threshold=None,
+            entropy_coef=0.0,
+            use_adaptive_entropy=False,
+            delta=None,
+            importance_sampling_level="token",
+        )
+        whole = loss.sees_sequences and not loss.absorbs_correction
+        corrected = self.use_vllm and getattr(self, "vllm_importance_sampling_correction", False)
+        mode = getattr(self, "vllm_importance_sampling_mode", "")
+        if whole and corrected and str(mode).startswith("token"):
+            raise bad_value(
+                "vllm_importance_sampling_mode", "sequence_truncate or sequence_mask", mode
+            )
 
     def the_loss(self) -> Any:
         loss = super().the_loss()
         if isinstance(loss, PolicyLoss) and self.beta and not loss.kl_weight:
-            estimator: Any = "k3_corrected" if self.use_bias_correction_kl else "k3"
-            loss = replace(loss, kl_weight=self.beta, kl_estimator=estimator)
+            loss = replace(loss, kl_weight=self.beta)
+            if "kl_estimator" not in _dictionary("fused_loss_args", self.fused_loss_args):
+                estimator: Any = "k3_corrected" if self.use_bias_correction_kl else "k3"
+                loss = replace(loss, kl_estimator=estimator)
         return loss
+
+
+def _refuse(config: Any, **defaults: Any) -> None:
+    """Raise if an option that has no part in ``fused_loss`` was set."""
+    for name, default in defaults.items():
+        if (got := getattr(config, name, default)) != default:
+            remedy = "see fused_loss_args for what the loss takes"
+            raise bad_value(name, f"{default} with this fused_loss", str(got), remedy)
 
 
 if TYPE_CHECKING:
@@ -167,8 +218,14 @@ class LossOfPairs(_Base):  # type: ignore[misc]
             super().__init__(*args, **kwargs)
             return
         self.fused_loss = loss
+        model = kwargs.get("model", args[0] if args else None)
+        adapted = kwargs.get("peft_config") is not None or hasattr(model, "get_base_model")
+        unneeded = not loss.needs_reference and not adapted
+        if unneeded and len(args) < 2 and kwargs.get("ref_model") is None:
+            # else TRL would load one
+            kwargs["ref_model"] = torch.nn.Identity()
         super().__init__(*args, **kwargs)
-        if not loss.needs_reference:
+        if unneeded:
             self.ref_model = None
         names = (*loss.inputs, *_long_columns(loss))
         self._further_columns = names
@@ -187,23 +244,38 @@ class LossOfPairs(_Base):  # type: ignore[misc]
         loss = self.fused_loss
         if loss is None:
             return super()._prepare_dataset(dataset, processing_class, args, name)
-        columns = dataset.column_names
-        if args.self_augmented and columns and "rejected" not in columns:
+        # of a stream that was mapped they are not known
+        columns = dataset.column_names or list(next(iter(dataset)))
+        if args.self_augmented and "rejected" not in columns and "rejected_ids" not in columns:
             # what stands here is not trained on
             dataset = dataset.map(lambda row: {"rejected": row["chosen"]})
         for column, about in loss.inputs.items():
             if about.default is None and column not in columns:
-                raise bad_value(
-                    f"{name} dataset", f"a column {column!r}: {about.meaning}", str(columns)
-                )
-        prepared = super()._prepare_dataset(dataset, processing_class, args, name)
-        if not _long_columns(loss) or "long_prompt_ids" in prepared.column_names:
-            return prepared
+                expected = f"a column {column!r}: {about.meaning}"
+                raise bad_value(f"{name} dataset", expected, str(columns))
+        if not _long_columns(loss) or "long_prompt_ids" in columns:
+            return super()._prepare_dataset(dataset, processing_class, args, name)
         if _LONG not in columns:
             raise bad_value(f"{name} dataset", f"a column {_LONG!r}", str(columns))
-        longer = dataset.map(lambda row: {"prompt": row[_LONG]})
-        longer = super()._prepare_dataset(longer, processing_class, args, name)
-        return prepared.add_column("long_prompt_ids", list(longer["prompt_ids"]))
+        if not isinstance(dataset, Dataset):
+            raise bad_type(f"{name} dataset", "a datasets.Dataset", type(dataset).__name__)
+        # TRL drops rows that do not fit, of either kind: what is left of both belongs together
+        numbered = dataset.add_column(_NUMBER, list(range(len(dataset))))
+        longer = numbered.map(lambda row: {"prompt": row[_LONG]})
+        prepared, longer = (
+            super(LossOfPairs, self)._prepare_dataset(each, processing_class, args, name)
+            for each in (numbered, longer)
+        )
+        long_ids = dict(zip(longer[_NUMBER], longer["prompt_ids"], strict=True))
+        prepared = prepared.filter(lambda row: row[_NUMBER] in long_ids)
+        return prepared.map(lambda row: {"long_prompt_ids": long_ids[row[_NUMBER]]})
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        # there are no logits to return
+        only = prediction_loss_only or self.fused_loss is not None
+        return super().prediction_step(model, inputs, only, ignore_keys)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         loss = self.fused_loss
@@ -222,15 +294,14 @@ class LossOfPairs(_Base):  # type: ignore[misc]
         found: list[LossOutput] = []
 
         def task(hidden: Tensor, head: Head) -> Tensor:
+            given = {"labels": aligned_labels(labels), "ref_logprobs": reference, **extra}
             output = preference_loss(
                 loss,
                 hidden,
                 head.weight,
-                aligned_labels(labels),
-                ref_logprobs=reference,
                 **_options(self),
                 **head.options(),
-                **extra,
+                **moved(given, hidden.device),
             )
             found.append(output)
             return output.loss
@@ -291,19 +362,23 @@ class LossOfGroups(_Base):  # type: ignore[misc]
             "attention_mask": torch.cat([inputs["prompt_mask"], mask], 1),
             "use_cache": False,
         }
+        if inputs.get("num_images") is not None:
+            raise bad_value("fused_loss", "None with images in the prompts", repr(loss))
+        of_model |= {n: inputs[n] for n in _OF_IMAGES if inputs.get(n) is not None}
         if self.aux_loss_enabled:
             of_model["output_router_logits"] = True
 
-        def placed(values: Tensor | None) -> Tensor | None:
-            """[B, T] from values of the completion [B, C]: position t predicts token t + 1."""
-            if values is None or values.dim() == 1:
+        def placed(values: Tensor | None, *, whole: bool = False) -> Tensor | None:
+            """[B, T] from values of the completion [B, C]: position t predicts token t + 1.
+
+            whole: or [B] from one number a response, [B] or [B, 1].
+            """
+            if values is None or (whole and values.dim() == 1):
                 return values
-            if values.shape[1] == 1:
+            if whole and values.shape[1] == 1:
                 return values[:, 0]
             return torch.nn.functional.pad(values, (before - 1, 1))
 
-        advantages = placed(inputs["advantages"])
-        assert advantages is not None, "TRL makes them"
         share = self.current_gradient_accumulation_steps if mode == "train" else 1
         counts: dict[str, Any] = {}
         if loss.aggregation == "token_mean":
@@ -319,22 +394,26 @@ class LossOfGroups(_Base):  # type: ignore[misc]
         found: list[LossOutput] = []
 
         def task(hidden: Tensor, head: Head) -> Tensor:
+            given = {
+                "labels": aligned_labels(labels),
+                "advantages": placed(inputs["advantages"], whole=True),
+                "old_logprobs": placed(inputs.get("old_per_token_logps")),
+            }
+            if loss.kl_weight:
+                given["ref_logprobs"] = placed(inputs["ref_per_token_logps"])
+            if corrected:
+                ratio = inputs["importance_sampling_ratio"]
+                given["importance_weights"] = placed(ratio, whole=True)
             output = policy_loss(
                 loss,
                 hidden,
                 head.weight,
-                aligned_labels(labels),
-                advantages=advantages,
-                old_logprobs=placed(inputs.get("old_per_token_logps")),
-                ref_logprobs=placed(inputs.get("ref_per_token_logps")) if loss.kl_weight else None,
-                importance_weights=(
-                    placed(inputs["importance_sampling_ratio"]) if corrected else None
-                ),
                 log_entropy=True,
                 temperature=self.temperature,
-                **counts,
+                **moved(counts, hidden.device),
                 **_options(self),
                 **head.options(),
+                **moved(given, hidden.device),
             )
             found.append(output)
             return output.loss

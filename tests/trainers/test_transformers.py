@@ -27,6 +27,7 @@ from fusedpo.trainers.transformers import (
     PreferenceCollator,
     PreferenceTrainer,
     PreferenceTrainerMixin,
+    add_fused_head,
     remove_fused_head,
 )
 
@@ -355,6 +356,42 @@ def test_experts_add_their_balancing_loss(tmp_path):
     assert float(half) == pytest.approx(float(found) / 2, rel=1e-6)
     two.train()
     assert two.state.log_history[0]["aux_loss"] > 0
+
+
+def test_what_is_not_the_losss_goes_to_the_model(tmp_path):
+    """A collator may add what the model takes."""
+    model, plain = tiny.model(), PreferenceCollator(tiny.tokenizer().pad_token_id)
+    seen = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+
+    def collate(rows: Any) -> dict[str, torch.Tensor]:
+        batch = plain(rows)
+        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
+        return batch
+
+    trainer(tmp_path, model, data_collator=collate).train()
+    assert all(positions is not None for positions in seen)
+
+
+def test_options_of_the_fused_head_stay(tmp_path):
+    model = tiny.model()
+    add_fused_head(model, memory_budget="1MiB", unsupported="fallback")
+    assert trainer(tmp_path, model).memory_budget == "1MiB"
+    assert trainer(tmp_path, model, memory_budget="2MiB").memory_budget == "2MiB"
+
+
+def test_streams_are_not_cut_between_chosen_and_rejected(tmp_path):
+    from datasets import Dataset
+
+    rows = [
+        {name: row[name].tolist() for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+        for row in ROWS
+    ]
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    subject = trainer(tmp_path, rows=stream)
+    assert subject.args.accelerator_config.dispatch_batches is False
 
 
 # what Trainer does beside

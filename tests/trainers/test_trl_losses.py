@@ -308,3 +308,100 @@ def test_wrong_names_are_refused(tmp_path, config, options, error, text) -> None
 def test_a_missing_column_is_named(model, tmp_path) -> None:
     with pytest.raises(ValueError, match="a column 'long_prompt'"):
         pairs(model(), tmp_path, FusedDPOTrainer, FusedDPOConfig, fused_loss="solopo")
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "name"),
+    [
+        (FusedDPOConfig, {"fused_loss": "dpo", "ld_alpha": 0.3}, "ld_alpha"),
+        (FusedDPOConfig, {"fused_loss": "dpo", "use_weighting": True}, "use_weighting"),
+        (FusedDPOConfig, {"fused_loss": "dpo", "label_smoothing": 0.1}, "label_smoothing"),
+        (
+            FusedDPOConfig,
+            {"fused_loss": "simpo", "precompute_ref_log_probs": True},
+            "precompute_ref_log_probs",
+        ),
+        (
+            FusedDPOConfig,
+            {"self_augmented": True, "precompute_ref_log_probs": True},
+            "precompute_ref_log_probs",
+        ),
+        (FusedDPOConfig, {"fused_loss": "simpo", "sync_ref_model": True}, "sync_ref_model"),
+        (FusedGRPOConfig, {"fused_loss": "sspo", "entropy_coef": 0.1}, "entropy_coef"),
+        (FusedGRPOConfig, {"fused_loss": "grpo", "delta": 2.0}, "delta"),
+        (
+            FusedGRPOConfig,
+            {"fused_loss": "grpo", "importance_sampling_level": "sequence"},
+            "importance_sampling_level",
+        ),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(tmp_path, config, options, name) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected .* with this fused_loss"):
+        config(str(tmp_path), **{**COMMON, "per_device_train_batch_size": 8}, **options)
+
+
+def test_a_kl_estimator_of_ones_own_stays(tmp_path) -> None:
+    settings = {**COMMON, "per_device_train_batch_size": 8}
+    named = {"fused_loss": "grpo", "beta": 0.04}
+    config = FusedGRPOConfig(
+        str(tmp_path), **settings, **named, fused_loss_args={"kl_estimator": "k2"}
+    )
+    assert config.the_loss() == losses.GRPO(kl_weight=0.04, kl_estimator="k2")
+
+
+def test_no_reference_is_loaded_where_none_is_needed(tmp_path) -> None:
+    """TRL would look for the folder that the model came from; this one came from none."""
+    subject = pairs(tiny.model(), tmp_path, FusedDPOTrainer, FusedDPOConfig, fused_loss="simpo")
+    assert subject.ref_model is None
+    assert history(subject)[0]["loss"] > 0
+
+
+def test_long_prompts_that_do_not_fit_are_left_out_with_their_rows(model, tmp_path) -> None:
+    rows = [
+        {**row, "long_prompt": "sun " * (60 if i == 1 else 2) + row["prompt"]}
+        for i, row in enumerate(ROWS)
+    ]
+    options = {"fused_loss": "solopo", "max_length": 32}
+    subject = pairs(model(), tmp_path, FusedDPOTrainer, FusedDPOConfig, rows, **options)
+    data = subject.train_dataset
+    assert len(data) == len(ROWS) - 1
+    tokenizer = tiny.tokenizer()
+    for row in data:
+        short, longer = row["prompt_ids"], row["long_prompt_ids"]
+        assert len(longer) > len(short)
+        text, whole = (tokenizer.decode(i, skip_special_tokens=True) for i in (short, longer))
+        assert whole == f"sun sun {text}"
+
+
+def test_streams(model, tmp_path) -> None:
+    rows = [{**row, "win_rate_chosen": 0.8} for row in ROWS]
+    stream = Dataset.from_list(rows).to_iterable_dataset().map(lambda row: row)
+    assert stream.column_names is None
+
+    def trainer(name: str) -> Any:
+        return FusedDPOTrainer(
+            model=model(),
+            args=FusedDPOConfig(str(tmp_path), **COMMON, fused_loss=name),
+            train_dataset=stream,
+            processing_class=tiny.tokenizer(),
+        )
+
+    assert len(history(trainer("sppo"))) == 4
+    with pytest.raises(ValueError, match="a column 'long_prompt'"):
+        trainer("solopo")
+
+
+def test_completions_of_one_token(model, tmp_path) -> None:
+    options = {"max_completion_length": 1, "beta": 0.04}
+    plain = groups(model(), tmp_path, GRPOTrainer, GRPOConfig, loss_type="grpo", **options)
+    ours = groups(
+        model(), tmp_path, FusedGRPOTrainer, FusedGRPOConfig, fused_loss="grpo", **options
+    )
+    assert same(history(ours), history(plain))
+
+
+def test_prediction_has_no_logits(model, tmp_path) -> None:
+    subject = pairs(model(), tmp_path, FusedDPOTrainer, FusedDPOConfig, fused_loss="simpo")
+    found = subject.predict(subject.train_dataset)
+    assert found.predictions is None and found.metrics["test_loss"] > 0
