@@ -174,6 +174,11 @@ def fused_forward(model: Any) -> FusedForward | None:
     return None
 
 
+def _forward_of(causal: Any) -> FusedForward:
+    """The model's, which keeps what is found of its head; or else one that is not put into it."""
+    return fused_forward(causal) or FusedForward(causal, vars(causal).get("forward"))
+
+
 def after_head(model: Any, **inputs: Any) -> AfterHead:
     """What a model does with the output of its head, found on these inputs and verified.
 
@@ -181,7 +186,7 @@ def after_head(model: Any, **inputs: Any) -> AfterHead:
         UnsupportedHead: if it is more than a soft cap and a factor.
     """
     causal = causal_model(model)
-    fused = fused_forward(causal) or FusedForward(causal, vars(causal).get("forward"))
+    fused = _forward_of(causal)
     return _after_head(causal, fused.forward, (), {**inputs, **fused.settings()})
 
 
@@ -235,9 +240,7 @@ def hidden_and_head(model: Any, **inputs: Any) -> tuple[Tensor, Head]:
     Raises:
         UnsupportedHead: if the head is more than a weight, a bias, a soft cap and a factor.
     """
-    causal = causal_model(model)
-    # what was found of the head stays with the model, if it has a fused one
-    fused = fused_forward(causal) or FusedForward(causal, vars(causal).get("forward"))
+    fused = _forward_of(causal_model(model))
     found, _ = fused.run(lambda hidden, head: (hidden, head), (), inputs, carry=False)
     return found
 

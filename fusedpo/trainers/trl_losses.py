@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fusedpo import losses
 from fusedpo.checks import bad_type, bad_value
-from fusedpo.fused_head import IGNORED, add_fused_head, aligned_labels, at_head, fused_forward
+from fusedpo.fused_head import IGNORED, aligned_labels, at_head, fused_forward
 from fusedpo.head import Head
 from fusedpo.losses import PolicyLoss, PreferenceLoss
 from fusedpo.objective import LossOutput, policy_loss, preference_loss
@@ -429,9 +429,7 @@ class LossOfGroups(_Base):  # type: ignore[misc]
 def _options(trainer: Any) -> dict[str, Any]:
     """What ``patch`` was told, of the head that the trainer's model has."""
     fused = fused_forward(trainer.accelerator.unwrap_model(trainer.model))
-    if fused is None:
-        add_fused_head(trainer.model)
-        return {}
+    assert fused is not None, "the trainer was built while TRL was patched"
     return {"memory_budget": fused.memory_budget, "backend": fused.backend}
 
 
