@@ -50,8 +50,7 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 bench: .venv/bench
-	$(BIN)/python -m benchmarks.speed
-	$(BIN)/python -m benchmarks.memory
+	$(BIN)/fusedpo bench --quick
 
 # with a GPU: tests, benchmarks and tiles on it, in less than ten minutes
 bench-gpu: .venv/bench

@@ -42,16 +42,22 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    # kernels/ is a top-level folder, installed as fusedpo.kernels; fusedpo/kernels.py explains how
-    # it is found from a checkout.
+    # kernels/ and benchmarks/ are top-level folders, installed below fusedpo; fusedpo/kernels.py
+    # explains how they are found from a checkout.
     packages=[
         "fusedpo",
+        "fusedpo.commands",
         "fusedpo.losses",
         "fusedpo.recipes",
         "fusedpo.trainers",
         "fusedpo.kernels",
+        "fusedpo.benchmarks",
     ],
-    package_dir={"fusedpo": "fusedpo", "fusedpo.kernels": "kernels"},
+    package_dir={
+        "fusedpo": "fusedpo",
+        "fusedpo.kernels": "kernels",
+        "fusedpo.benchmarks": "benchmarks",
+    },
     package_data={"fusedpo": ["py.typed"]},
     install_requires=["torch>=2.6", "numpy>=1.24", "triton; platform_system == 'Linux'"],
     extras_require={"trl": trl, "demo": demo, "bench": bench, "semantic": semantic, "dev": dev},

@@ -1,4 +1,4 @@
-"""What does a GPU say? ``python -m benchmarks.gpu``
+"""What does a GPU say? ``python -m fusedpo.benchmarks.gpu``
 
 Everything is a ratio to something timed in the same rounds. Sections:
 
@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks import measure
-from benchmarks.shapes import GPU, Shape
+from fusedpo.benchmarks import measure
+from fusedpo.benchmarks.shapes import GPU, Shape
 
 if TYPE_CHECKING:
-    from benchmarks.section import Section, Setting
+    from fusedpo.benchmarks.section import Section, Setting
 
 # seconds of each section; together under seven minutes
 SECONDS = {"routes": 120.0, "tail": 40.0, "kernels": 70.0, "shapes": 110.0, "memory": 50.0}
@@ -42,7 +42,7 @@ _QUICK = Shape(pairs=4, tokens=256, hidden=2048, vocab=32_000)
 
 def setting_of(device: str, *, quick: bool, dry: bool) -> Setting:
     # the kernels are defined here, which is when Triton looks whether to interpret them
-    from benchmarks.section import Setting
+    from fusedpo.benchmarks.section import Setting
     from fusedpo.kernels.timing import Clock
 
     if dry:
@@ -73,7 +73,7 @@ def setting_of(device: str, *, quick: bool, dry: bool) -> Setting:
 
 
 def sections() -> Mapping[str, Callable[..., Section]]:
-    from benchmarks import kernels, routes
+    from fusedpo.benchmarks import kernels, routes
 
     return {
         "routes": routes.routes,
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
+        prog="python -m fusedpo.benchmarks.gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

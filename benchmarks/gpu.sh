@@ -3,12 +3,13 @@
 #
 #     benchmarks/gpu.sh [--dry-run]
 #
-#     part      what                                             leaves in $OUT (build/gpu)
-#     tests     tests/gpu: the engine on the device              tests.log
-#     kernels   tests/kernels: the kernels, compiled             kernels.log
-#     bench     python -m benchmarks.gpu                         bench.log, gpu.json
-#     tune      python -m fusedpo.kernels.tune, if time is left  tune.log, tune.json
-#     memory    python -m benchmarks.memory, if time is left     memory.log
+#     part        what                                             leaves in $OUT (build/gpu)
+#     tests       tests/gpu: the engine on the device              tests.log
+#     kernels     tests/kernels: the kernels, compiled             kernels.log
+#     bench       python -m fusedpo.benchmarks.gpu                 bench.log, gpu.json
+#     tune        python -m fusedpo.kernels.tune, if time is left  tune.log, tune.json
+#     budget, length, references, precision: python -m fusedpo.benchmarks.PART --quick, if time is
+#                 left                                             PART.log, PART.png, MACHINE.json
 #
 # A part that fails or runs out of time does not stop the next one. It is named in the last lines,
 # and the exit status is 1.
@@ -18,8 +19,8 @@
 # the other, and those programs are missing in the tables. Where nothing can be installed, unpack
 # wheels into a folder and name it in PYTHONPATH. The repository need not be installed.
 #
-# --dry-run tries every part on the CPU at tiny sizes, in Triton's interpreter; no number of it means
-# anything.
+# --dry-run tries the parts on the CPU at tiny sizes, in Triton's interpreter; no number of it means
+# anything. Of those from budget on, which are one program at heart, it tries the first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -82,18 +83,25 @@ if [ -n "$dry" ]; then
     part tests 120 1 "${pytest[@]}" tests/gpu
     part kernels 60 1 "${pytest[@]}" "${elsewhere[@]}" tests/kernels/test_tail.py \
         -k "links_with_their_options"
-    part bench 120 1 "$python" -m benchmarks.gpu --dry-run --json "$out/gpu.json"
+    part bench 120 1 "$python" -m fusedpo.benchmarks.gpu --dry-run --json "$out/gpu.json"
     part tune 60 1 "$python" -m fusedpo.kernels.tune --dry-run --json "$out/tune.json"
-    part memory 60 1 "$python" -m benchmarks.memory --threads 1 --shape 64,16,512 --budgets 8 \
-        --json "$out/gpu.json"
+    tiny=(--device cpu --threads 1 --quick --shapes 64,16,512 --seconds 1)
+    part budget 60 1 "$python" -m fusedpo.benchmarks.budget "${tiny[@]}" \
+        --peers full_logits fusedpo --output "$out"
 else
     export FUSEDPO_TEST_DEVICE=cuda
     part tests 120 1 "${pytest[@]}" tests/gpu
     part kernels 80 1 "${pytest[@]}" "${elsewhere[@]}" tests/kernels
-    part bench 340 60 "$python" -m benchmarks.gpu --seconds 290 --json "$out/gpu.json"
+    part bench 340 60 "$python" -m fusedpo.benchmarks.gpu --seconds 290 --json "$out/gpu.json"
     part tune 60 40 "$python" -m fusedpo.kernels.tune --seconds 25 --rounds 10 \
         --json "$out/tune.json"
-    part memory 90 75 "$python" -m benchmarks.memory --device cuda --json "$out/gpu.json"
+    # those that compile nothing of their own: there is no time for it
+    quick=(--device cuda --quick --seconds 5 --output "$out"
+        --peers full_logits linear_cross_entropy trl liger fusedpo)
+    part budget 90 60 "$python" -m fusedpo.benchmarks.budget "${quick[@]}"
+    part length 90 60 "$python" -m fusedpo.benchmarks.length "${quick[@]}"
+    part references 60 45 "$python" -m fusedpo.benchmarks.references "${quick[@]}"
+    part precision 60 45 "$python" -m fusedpo.benchmarks.precision "${quick[@]}"
 fi
 
 echo

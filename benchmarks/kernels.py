@@ -1,25 +1,30 @@
-"""The kernels one by one, each against its own floor, and the tail against PyTorch's.
+"""How near does each kernel come to what bandwidth and products allow?
 
-A floor is what bytes, over the bandwidth of a copy, and operations, over the speed of a cuBLAS
-product, allow; both are measured in the same rounds. Kernels are timed in a CUDA graph, so that
-launches do not count, on buffers in turn that no cache holds together.
+A kernel's floor is what its bytes take at the bandwidth of a copy, or its operations at the speed
+of the same product at full size, whichever is more; both are measured in the same rounds. On a GPU
+the kernels are the Triton ones, timed in a CUDA graph, so that launches do not count; on the CPU
+they are PyTorch's definitions of them. Buffers come in turn, so that none is in a cache because of
+the last call; where a cache is large enough for all of them, a share of the floor exceeds 1.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import routes
-from benchmarks.section import Section, Setting, Verdict, number, quotient
-from benchmarks.shapes import MIB, make_inputs
 from fusedpo import losses
-from fusedpo.kernels.timing import Deadline, Measured
+from fusedpo.benchmarks import measure, routes, sweep
+from fusedpo.benchmarks.section import Section, Setting, Verdict, number, quotient
+from fusedpo.benchmarks.shapes import GPU, MIB, Inputs, Shape, head_of, make_inputs
+from fusedpo.kernels.timing import Clock, Deadline, Measured
 from fusedpo.losses import _gates, _links
+from fusedpo.sweeps import _product
 
 TAIL_MICROSECONDS = 40.0
 TAIL_SPEEDUP = 8.0
@@ -27,37 +32,144 @@ TAIL_SPEEDUP = 8.0
 _ROTATED_BYTES = 256 * MIB
 _COPY_BYTES = 1024 * MIB
 
+COLUMNS = ("kernel", "shape", "us", "floor us", "of the floor", "bound by")
+
+
+@dataclass(frozen=True)
+class Question:
+    """As those of benchmarks/sweep.py, of kernels instead of programs."""
+
+    name: str
+    title: str
+    ask: Callable[[sweep.Options], dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel at one shape: what it has to move and to compute, and how it is called."""
+    """A kernel at one shape: what it has to move and to compute, and how it is called.
+
+    Attributes:
+        against: the product whose speed is its operations' floor.
+        once: long enough to be timed alone.
+    """
 
     name: str
     what: str
     bytes: float
     call: Callable[[int], object]
     flop: float = 0.0
-    once: bool = False  # long enough to be timed alone
+    against: str = "hidden W^T"
+    once: bool = False
+
+
+def ask(options: sweep.Options) -> dict[str, Any]:
+    """Measure every kernel at every shape, and return what is to be saved."""
+    answer: dict[str, Any] = {
+        "question": QUESTION.name,
+        "kind": "kernels",
+        "title": QUESTION.title,
+        "machine": measure.machine(options.device, options.threads),
+        "quick": options.quick,
+        "rows": [],
+        "ran_out": [],
+        "wrong": [],
+    }
+    wanted = _shapes(options)
+    with sweep.progress(QUESTION.title, len(wanted)) as advance:
+        for shape in wanted:
+            advance(str(shape))
+            section = kernels(_setting(options, shape), Deadline(options.seconds_a_point))
+            answer["rows"] += [{"shape": str(shape), **row} for row in section.rows]
+            answer["ran_out"] += section.ran_out
+            answer["wrong"] += section.wrong
+    return answer
+
+
+def _shapes(options: sweep.Options) -> Sequence[Shape]:
+    if options.shapes:
+        return options.shapes
+    if options.on_cpu:
+        return (head_of("pythia-70m", 512 if options.quick else 1024),)
+    return (replace(GPU, tokens=256) if options.quick else GPU,)
+
+
+def _setting(options: sweep.Options, shape: Shape) -> Setting:
+    return Setting(
+        Clock(options.device),
+        shape,
+        getattr(torch, options.dtype_name),
+        rounds=3 if options.quick else 15,
+        calls=4 if options.on_cpu else 16,
+        rows=(),
+        vocabularies=(),
+        peers=(),
+        tail=(32, 512),
+    )
+
+
+def table(answer: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows, in words."""
+    several = len({row["shape"] for row in answer["rows"]}) > 1
+    lines = [[*([row["shape"]] if several else []), *_cells(row)] for row in answer["rows"]]
+    blank = ["", *"-" * 3] if not several else ["", "", *"-" * 3]
+    lines += [["WRONG", *blank, what] for what in answer["wrong"]]
+    lines += [[what, *blank, "no time was left for it"] for what in answer["ran_out"]]
+    return [*(["at"] if several else []), *COLUMNS], lines
+
+
+def plot(answer: dict[str, Any]) -> Any:
+    """A bar for each kernel's share of its floor's speed, a panel for each shape."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in answer["rows"] if row.get("share_of_floor") is not None]
+    groups = list(dict.fromkeys(row["shape"] for row in rows)) or [""]
+    longest = max(sum(row["shape"] == group for row in rows) for group in groups)
+    figure = Figure(figsize=(1.0 + 7.5 * len(groups), 1.6 + 0.36 * longest), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.96))
+    figure.suptitle(answer["title"])
+    for group, axes in zip(groups, figure.subplots(1, len(groups), squeeze=False)[0], strict=True):
+        own = [row for row in rows if row["shape"] == group]
+        colours = ["#1f77b4" if row["bound_by"] == "bytes" else "#d62728" for row in own]
+        bars = axes.barh(
+            [f"{row['name']} ({row['what']})" for row in own],
+            [row["share_of_floor"] for row in own],
+            color=colours,
+        )
+        labels = [
+            f"{row['share_of_floor']:.2f}: {1e6 * row['seconds']:,.0f} us, "
+            f"floor {1e6 * row['floor_seconds']:,.0f} by {row['bound_by']}"
+            for row in own
+        ]
+        axes.axvline(1.0, color="0.4", lw=1, zorder=0)
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axes.bar_label(bars, labels, padding=3, fontsize=7, bbox=behind)
+        # room for the words behind the longest bar
+        axes.set_xlim(0, 1.6 * max([1.0, *(row["share_of_floor"] for row in own)]))
+        axes.tick_params(axis="y", labelsize=8)
+        axes.invert_yaxis()
+        axes.set(title=group, xlabel="floor / time; 1 is the floor")
+        axes.title.set_fontsize(9)
+    return figure
 
 
 def kernels(setting: Setting, deadline: Deadline) -> Section:
     """Every kernel's time over its floor, and what gathering rows costs of a step."""
     shape = setting.shape
-    section = Section(
-        f"kernels, {shape}, {str(setting.dtype)[6:]}",
-        ("kernel", "shape", "us", "floor us", "of the floor", "bound by"),
-    )
+    section = Section(f"kernels, {shape}, {str(setting.dtype)[6:]}", COLUMNS)
     inputs = make_inputs(routes.case_of(setting, shape))
     bare = routes.bare_products(setting, inputs)
-    step = routes.Way("recompute", "triton").step(setting, shape, inputs)
-    found = [*_streams(setting), *_products(setting), *_rows(setting)]
-    size = (_bytes(setting, _COPY_BYTES),)
-    source = torch.randint(256, size, dtype=torch.uint8, device=setting.device)
-    target = torch.empty_like(source)
+    found = [
+        *_streams(setting),
+        *_tile_products(setting, inputs),
+        *_fused_products(setting, inputs),
+        *_rows(setting),
+    ]
+    words = torch.randint(2**62, (_bytes(setting, _COPY_BYTES) // 8,), device=setting.device)
+    target = torch.empty_like(words)
     functions: dict[str, Callable[[], object]] = {
-        "copy": lambda: target.copy_(source),
-        "product": bare["hidden W^T"],
-        "step": step,
+        "copy": lambda: target.copy_(words),
+        **bare,
+        "step": _way(setting).step(setting, shape, inputs),
     }
     missing: dict[str, str] = {}
     for kernel in found:
@@ -71,24 +183,56 @@ def kernels(setting: Setting, deadline: Deadline) -> Section:
             missing[kernel.name] = f"{type(error).__name__}: {str(error).splitlines()[:1]}"
     times_of = setting.clock.interleaved(functions, setting.rounds, deadline)
 
-    bandwidth = quotient(2.0 * source.numel(), times_of["copy"].median)
-    speed = quotient(routes.flop(shape), times_of["product"].median)
-    section.rows.append({"name": "copy", "bytes_per_second": bandwidth})
-    section.rows.append({"name": "product", "flop_per_second": speed})
-    section.table.append(["copy", f"{source.numel() / MIB:.0f} MiB", "", "", "", ""])
-    section.table[-1][2] = number(times_of["copy"].median, 1e6, 1)
-    section.table[-1][5] = f"{number(bandwidth, 1e-12)} TB/s"
-    section.table.append(["product", "hidden W^T", "", "", "", ""])
-    section.table[-1][2] = number(times_of["product"].median, 1e6, 1)
-    section.table[-1][5] = f"{number(speed, 1e-12, 0)} TFLOP/s"
+    bandwidth = quotient(2.0 * words.nbytes, times_of["copy"].median)
+    speeds = {name: quotient(routes.flop(shape), times_of[name].median) for name in bare}
+    _add(
+        section,
+        name="copy",
+        what=f"{words.nbytes / MIB:.0f} MiB",
+        seconds=times_of["copy"].median,
+        bytes_per_second=bandwidth,
+    )
+    for name, speed in speeds.items():
+        _add(
+            section,
+            name=name,
+            what=f"{shape.positions} x {shape.vocab} x {shape.hidden}",
+            seconds=times_of[name].median,
+            flop_per_second=speed,
+        )
     for kernel in found:
         if kernel.name in missing:
             section.wrong.append(f"{kernel.name}: {missing[kernel.name]}")
         elif kernel.name in times_of:
             per_call = 1 if kernel.once else setting.calls
-            _report(section, kernel, times_of[kernel.name], per_call, bandwidth, speed)
+            taken = times_of[kernel.name]
+            _report(section, kernel, taken, per_call, bandwidth, speeds[kernel.against])
     _share_of_a_step(section, times_of, setting.calls)
     return section
+
+
+def _add(section: Section, **row: Any) -> None:
+    section.add(row, *_cells(row))
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """A row in words."""
+    note = row.get("missing") or row.get("bound_by") or ""
+    if row.get("bytes_per_second"):
+        note = f"{number(row['bytes_per_second'], 1e-9, 1)} GB/s"
+    elif row.get("flop_per_second"):
+        note = f"{number(row['flop_per_second'], 1e-9, 0)} GFLOP/s"
+    elif row.get("share_of_step"):
+        share, step = row["share_of_step"], row["step_seconds"]
+        note = f"{100 * share:.2f} % of {1e3 * step:.1f} ms"
+    return [
+        row["name"],
+        row["what"],
+        number(row["seconds"], 1e6, 1),
+        number(row.get("floor_seconds"), 1e6, 1),
+        number(row.get("share_of_floor")),
+        note,
+    ]
 
 
 def _report(
@@ -104,26 +248,17 @@ def _report(
     seconds = quotient(taken.median, calls)
     by_bytes, by_flop = quotient(kernel.bytes, bandwidth), quotient(kernel.flop, speed)
     floor = max(by_bytes or 0.0, by_flop or 0.0) or None
-    share = quotient(floor, seconds)
-    bound = "products" if (by_flop or 0.0) > (by_bytes or 0.0) else "bytes"
-    section.add(
-        {
-            "name": kernel.name,
-            "what": kernel.what,
-            "seconds": seconds,
-            "bytes": kernel.bytes,
-            "flop": kernel.flop,
-            "floor_seconds": floor,
-            "share_of_floor": share,
-            "bound_by": bound,
-            "missing": taken.missing,
-        },
-        kernel.name,
-        kernel.what,
-        number(seconds, 1e6, 1),
-        number(floor, 1e6, 1),
-        number(share),
-        taken.missing or bound,
+    _add(
+        section,
+        name=kernel.name,
+        what=kernel.what,
+        seconds=seconds,
+        bytes=kernel.bytes,
+        flop=kernel.flop,
+        floor_seconds=floor,
+        share_of_floor=quotient(floor, seconds),
+        bound_by="products" if (by_flop or 0.0) > (by_bytes or 0.0) else "bytes",
+        missing=taken.missing,
     )
 
 
@@ -131,40 +266,58 @@ def _share_of_a_step(section: Section, times: dict[str, Measured], calls: int) -
     step = times["step"].median
     moved = [times[name].median for name in ("row gather", "row scatter") if name in times]
     seconds = sum(m for m in moved if m is not None) / calls if moved else None
-    share = quotient(seconds, step)
-    section.add(
-        {
-            "name": "row gather and scatter, of a step",
-            "seconds": seconds,
-            "step_seconds": step,
-            "share_of_step": share,
-        },
-        "row gather and scatter",
-        "of a step by recompute",
-        number(seconds, 1e6, 1),
-        "",
-        "",
-        "-" if share is None else f"{100 * share:.2f} % of {1e3 * (step or 0.0):.1f} ms",
+    _add(
+        section,
+        name="row gather and scatter, of a step",
+        what="by recompute",
+        seconds=seconds,
+        step_seconds=step,
+        share_of_step=quotient(seconds, step),
     )
 
 
+def _by_triton(setting: Setting) -> bool:
+    # a dry run tries the kernels in Triton's interpreter
+    return setting.cuda or setting.dry
+
+
+def _module(setting: Setting) -> ModuleType:
+    """The kernels of the tile."""
+    if _by_triton(setting):
+        from fusedpo.kernels import logit_tile_triton
+
+        return logit_tile_triton
+    from fusedpo.kernels import logit_tile
+
+    return logit_tile
+
+
+def _way(setting: Setting) -> routes.Way:
+    """The step whose tiles the kernels work on."""
+    return routes.Way("recompute", "triton" if _by_triton(setting) else "torch")
+
+
 def _bytes(setting: Setting, full: int) -> int:
-    return full if setting.cuda else 4096
+    if setting.cuda:
+        return full
+    # a CPU takes a hundred times as long for them
+    return 4096 if setting.dry else full // 4
 
 
 def _copies(setting: Setting, make: Callable[[], Tensor]) -> list[Tensor]:
     first = make()
-    count = -(-_bytes(setting, _ROTATED_BYTES) // first.nbytes) if setting.cuda else 2
+    tiny = setting.dry and not setting.cuda
+    count = 2 if tiny else -(-_bytes(setting, _ROTATED_BYTES) // first.nbytes)
     return [first, *(make() for _ in range(min(count, 8) - 1))]
 
 
 def _streams(setting: Setting) -> list[Kernel]:
     """The kernels that work on a tile of the plan, and what finishes its rows."""
-    from fusedpo.kernels import logit_tile_triton as kernels
     from fusedpo.kernels.logit_tile import LogitMap, RowStats
 
+    kernels = _module(setting)
     shape, device, dtype = setting.shape, setting.device, setting.dtype
-    chosen = routes.Way("recompute", "triton").plan(setting, shape)
+    chosen = _way(setting).plan(setting, shape)
     n, v = min(chosen.rows, shape.positions), min(chosen.cols, shape.vocab)
     back_n, back_v = min(chosen.back_rows, shape.positions), min(chosen.back_cols, shape.vocab)
     x = _copies(setting, lambda: torch.randn(n, v, device=device))
@@ -215,20 +368,69 @@ def _streams(setting: Setting) -> list[Kernel]:
     ]
 
 
-def _products(setting: Setting) -> list[Kernel]:
+def _tile_products(setting: Setting, inputs: Inputs) -> list[Kernel]:
+    """The three products as the sweeps make them, one tile after the other of the vocabulary."""
+    shape, device, dtype = setting.shape, setting.device, setting.dtype
+    chosen = _way(setting).plan(setting, shape)
+    n, v = min(chosen.rows, shape.positions), min(chosen.cols, shape.vocab)
+    back_n, back_v = min(chosen.back_rows, shape.positions), min(chosen.back_cols, shape.vocab)
+    hidden, weight = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach()
+    logits = torch.empty(n, v, device=device)
+    jacobian = torch.rand(n, v, device=device).to(dtype)
+    back_jacobian = torch.rand(back_n, back_v, device=device).to(dtype)
+    rest = torch.zeros(n, shape.hidden, device=device)
+    head = torch.zeros(back_v, shape.hidden, device=device)
+    places, back_places = shape.positions // n, shape.positions // back_n
+    tiles = shape.vocab // v
+
+    def slices(i: int, size: int, count: int) -> slice:
+        return slice(size * (i % count), size * (i % count + 1))
+
+    def forward(i: int) -> None:
+        rows, cols = slices(i, n, places), slices(i, v, tiles)
+        _product(logits, hidden[rows], weight[cols].T, add=False)
+
+    def of_hidden(i: int) -> None:
+        _product(rest, jacobian, weight[slices(i, v, tiles)], add=True)
+
+    def of_weight(i: int) -> None:
+        _product(head, back_jacobian.T, hidden[slices(i, back_n, back_places)], add=True)
+
+    def made(name: str, n: int, v: int, entries: float, call: Callable[[int], None]) -> Kernel:
+        flop = 2.0 * n * v * shape.hidden
+        what = f"{n} x {v} x {shape.hidden}"
+        return Kernel(f"{name}, a tile", what, entries, call, flop=flop, against=name)
+
+    half, h = dtype.itemsize, shape.hidden
+    # operands are read; results are written, and read before if they are added up
+    return [
+        made("hidden W^T", n, v, half * (n + v) * h + 4.0 * n * v, forward),
+        made("J W", n, v, half * (n * v + v * h) + 8.0 * n * h, of_hidden),
+        made(
+            "J^T hidden",
+            back_n,
+            back_v,
+            half * (back_n * back_v + back_n * h) + 8.0 * back_v * h,
+            of_weight,
+        ),
+    ]
+
+
+def _fused_products(setting: Setting, inputs: Inputs) -> list[Kernel]:
+    if not _by_triton(setting):
+        return []  # PyTorch has no such thing
     from fusedpo.kernels.product_fold import product_fold
 
     shape = setting.shape
-    hidden, weight, labels = make_inputs(routes.case_of(setting, shape))
-    flat, target = hidden.detach().flatten(0, 1), labels.flatten()
+    hidden, weight = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach()
+    target = inputs.labels.flatten()
     entries = shape.positions * shape.hidden + shape.vocab * shape.hidden
-    what = f"{shape.positions} x {shape.vocab} x {shape.hidden}"
     return [
         Kernel(
             "product_fold",
-            what,
+            f"{shape.positions} x {shape.vocab} x {shape.hidden}",
             entries * setting.dtype.itemsize,
-            lambda i: product_fold(flat, weight.detach(), target),
+            lambda i: product_fold(hidden, weight, target),
             flop=routes.flop(shape),
             once=True,
         )
@@ -246,6 +448,7 @@ def _rows(setting: Setting) -> list[Kernel]:
     moved = 2 * values.nbytes
     what = f"{len(positions)} of {n} x {width}"
     problem = tail_problems(setting)["SimPO"]
+    by_tail = problem.by_kernel if _by_triton(setting) else problem.by_torch
 
     def gather(i: int) -> Tensor:
         return states[i % len(states)][positions]
@@ -261,7 +464,7 @@ def _rows(setting: Setting) -> list[Kernel]:
             f"{2 * setting.tail[0]} x {setting.tail[1]}",
             # read twice; its gradient cleared and written
             4.0 * 4 * problem.logprob.numel(),
-            lambda i: problem.by_kernel(),
+            lambda i: by_tail(),
         ),
     ]
 
@@ -428,3 +631,23 @@ def _difference(problem: TailProblem) -> float:
         size = float(truth.double().norm())
         gaps.append(float((mine.double() - truth.double()).norm()) / max(size, 1e-300))
     return float(torch.tensor(gaps).max())  # NaN, if one is
+
+
+QUESTION = Question("kernels", (__doc__ or "").splitlines()[0], ask)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m fusedpo.benchmarks.kernels``"""
+    parser = sweep.parser(__doc__, "python -m fusedpo.benchmarks.kernels")
+    given = parser.parse_args(arguments)
+    try:
+        options = sweep.options_of(given)
+    except ValueError as error:
+        parser.error(str(error))
+    answer = ask(options)
+    sweep.report(answer, options)
+    return int(bool(answer["wrong"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

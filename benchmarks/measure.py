@@ -11,17 +11,23 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, TypeVar
 
 import torch
 
+T = TypeVar("T")
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
 
 # With these, glibc hands every large block back to the system the moment it is freed. By default it
 # learns to keep blocks of up to 32 MiB, and a peak then counts memory that nobody holds.
@@ -64,19 +70,19 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for round_ in range(-warmup, repeats):
         for name in rotated(list(functions), round_):
-            taken = _timed(functions[name], device)
+            taken = timed(functions[name], device)
             if round_ >= 0:
                 seconds[name].append(taken)
     return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
 
 
-def rotated(names: Sequence[str], round_: int) -> list[str]:
-    start = round_ % len(names)
+def rotated(names: Sequence[T], round_: int) -> list[T]:
+    start = round_ % max(1, len(names))
     order = [*names[start:], *names[:start]]
     return order[::-1] if round_ % 2 else order
 
 
-def _timed(function: Callable[[], object], device: str) -> float:
+def timed(function: Callable[[], object], device: str) -> float:
     gc.collect()
     gc.disable()
     try:
@@ -109,9 +115,9 @@ def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     filler = _settle_high_water_mark()
-    before = _status_bytes("VmHWM")
+    before = status_bytes("VmHWM")
     function()
-    peak = _status_bytes("VmHWM") - before
+    peak = status_bytes("VmHWM") - before
     del filler
     return peak
 
@@ -127,11 +133,11 @@ def _settle_high_water_mark() -> list[torch.Tensor]:
         Path("/proc/self/clear_refs").write_text("5")
         return []
     except OSError:
-        missing = _status_bytes("VmHWM") - _status_bytes("VmRSS")
+        missing = status_bytes("VmHWM") - status_bytes("VmRSS")
         return [torch.ones(max(0, missing), dtype=torch.uint8)]
 
 
-def _status_bytes(name: str) -> int:
+def status_bytes(name: str) -> int:
     """A size from /proc/self/status. Not getrusage: its ru_maxrss starts from the parent's."""
     try:
         status = Path("/proc/self/status").read_text()
@@ -144,6 +150,15 @@ def _status_bytes(name: str) -> int:
     return int(match[1]) * 1024
 
 
+def available_bytes() -> int:
+    """Memory that a process could still take without swapping; 0 where nothing says so."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
 def machine(device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
     """What a number depends on besides the code: processor, threads, versions, commit."""
     cuda = torch.device(device).type == "cuda"
@@ -154,7 +169,7 @@ def machine(device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(device) if cuda else None,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("torch", "triton", "trl", "liger-kernel")},
+        "versions": {name: _version(name) for name in PACKAGES},
         **_commit(),
         # of others, as nothing has been measured yet: timings on a busy machine are worth little
         "load": os.getloadavg()[0],
@@ -214,44 +229,78 @@ def _commit() -> dict[str, Any]:
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
 
-def save(question: str, answer: Mapping[str, Any], path: Path | None = None) -> Path:
-    """Write one question's answer into the machine's file, beside its other answers."""
-    if path is None:
-        about = answer["machine"]
-        name = about["gpu"] or f"{about['cpu']} {about['threads']} threads"
-        path = RESULTS / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
-    answers = json.loads(path.read_text()) if path.exists() else {}
+def file_name(about: Mapping[str, Any]) -> str:
+    """Of the results of a machine."""
+    name = about["gpu"] or f"{about['cpu']} {about['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    """The whole file or, if anything comes between, the one that was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**answers, question: answer}, indent=1) + "\n")
+    data = content.encode() if isinstance(content, str) else content
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
     return path
 
 
-def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table: first column to the left, numbers to the right."""
+def save(question: str, answer: Mapping[str, Any], path: Path | None = None) -> Path:
+    """Write one question's answer into the machine's file, beside its other answers."""
+    if path is None:
+        path = RESULTS / file_name(answer["machine"])
+    try:
+        answers = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        # a file that is no longer JSON is kept, for somebody to look at
+        path.replace(path.with_suffix(".damaged"))
+        answers = {}
+    return write(path, json.dumps({**answers, question: answer}, indent=1) + "\n")
+
+
+def show(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    stream: TextIO | None = None,
+) -> None:
+    """Print a table: words to the left, numbers to the right."""
     rows = [list(row) for row in rows]
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        _show_plain(title, columns, rows)
+        _show_plain(title, columns, rows, stream or sys.stdout)
         return
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
+        table.add_column(column, justify="right" if are_numbers(row[i] for row in rows) else "left")
     for row in rows:
         table.add_row(*row)
-    console = Console()
+    console = Console(file=stream or sys.stdout)
     # a log file has no width of its own, and a table cut to 80 columns hides its numbers
     console.width = console.width if console.is_terminal else 160
     console.print(table)
 
 
-def _show_plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def are_numbers(cells: Iterable[str]) -> bool:
+    return all(not cell or cell == "-" or cell.lstrip("-")[0].isdigit() for cell in cells)
+
+
+def _show_plain(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO
+) -> None:
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
-    print(title)
+    print(title, file=stream)
     for row in [columns, *rows]:
         cells = [
             cell.rjust(w) if i else cell.ljust(w)
             for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ]
-        print("  ".join(cells))
+        print("  ".join(cells), file=stream)

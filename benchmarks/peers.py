@@ -1,14 +1,15 @@
-"""The programs compared, each as the same function: inputs in, scalar SimPO loss out.
+"""The programs compared, each as the same function: a case and its inputs in, a scalar loss out.
 
 Every peer is called the way its own library calls it, with its own defaults; one that can be told
 how much memory to use is told what fusedpo is told. A test holds each to the same loss and the same
-gradients, so that only speed and memory differ.
+gradients, so that only speed, memory and precision differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
@@ -16,38 +17,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.shapes import IGNORE_INDEX, Case, Inputs
+from fusedpo.benchmarks.formulas import FORMULAS, Tokens
+from fusedpo.benchmarks.shapes import IGNORE_INDEX, TINY, Case, Inputs, make_inputs
 
-BETA, GAMMA = 2.0, 0.5
-
-Loss = Callable[[Inputs, int | None], Tensor]
-"""``loss(inputs, memory_budget) -> scalar``; peers without a budget ignore it."""
-
-
-def simpo(logprobs: Tensor, labels: Tensor) -> Tensor:
-    """SimPO from per-token log-probabilities: chosen rows first, then rejected."""
-    scored = labels != IGNORE_INDEX
-    mean = (logprobs * scored).sum(-1) / scored.sum(-1)
-    chosen, rejected = mean.chunk(2)
-    return -F.logsigmoid(BETA * (chosen - rejected) - GAMMA).mean()
+Logprobs = Callable[[Case, Tensor, Tensor, Tensor], Tensor]
+"""``logprobs(case, hidden [B, T, H], weight, labels [B, T]) -> [B, T]``; what it gives for ignored
+labels does not matter, as long as it is finite."""
 
 
-def full_logits(inputs: Inputs, memory_budget: int | None = None) -> Tensor:
-    hidden, weight, labels = inputs
-    logprobs = F.linear(hidden, weight).log_softmax(-1, dtype=logits_dtype(hidden))
-    taken = logprobs.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return simpo(taken, labels)
+class Unsupported(Exception):
+    """What a peer cannot do, in a few words."""
 
 
 def logits_dtype(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-def linear_cross_entropy(inputs: Inputs, memory_budget: int | None = None) -> Tensor:
-    hidden, weight, labels = inputs
-    rows = None  # its own choice; at a large vocabulary that is 8 rows, and some ten times slower
-    if memory_budget is not None:
-        rows = max(1, memory_budget // (weight.shape[0] * weight.element_size()))
+# per token
+
+
+def full_logits(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    logprobs = F.linear(hidden, weight).log_softmax(-1, dtype=logits_dtype(hidden))
+    return logprobs.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+
+
+def linear_cross_entropy(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    rows = None  # its own choice; at a large vocabulary that is 8 rows
+    if case.budget is not None:
+        rows = max(1, case.budget // (weight.shape[0] * weight.element_size()))
     losses = F.linear_cross_entropy(
         hidden.flatten(0, 1),
         weight,
@@ -56,29 +53,14 @@ def linear_cross_entropy(inputs: Inputs, memory_budget: int | None = None) -> Te
         ignore_index=IGNORE_INDEX,
         options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows),
     )
-    return simpo(-losses.view_as(labels), labels)
+    return -losses.view_as(labels)
 
 
-def liger(inputs: Inputs, memory_budget: int | None = None) -> Tensor:
-    from liger_kernel.chunked_loss import LigerFusedLinearSimPOLoss
-
-    loss = LigerFusedLinearSimPOLoss(
-        ignore_index=IGNORE_INDEX,
-        beta=BETA,
-        gamma=GAMMA,
-        compute_nll_loss=False,
-        compiled=False,
-    )
-    value, _ = loss(inputs.weight, inputs.hidden, inputs.labels)
-    return value
-
-
-def trl(inputs: Inputs, memory_budget: int | None = None) -> Tensor:
+def trl(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """As ``trl.trainer.utils.add_fused_lm_head``: scored positions where Triton runs, else all."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction, _use_triton
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-    hidden, weight, labels = inputs
     mask = labels != IGNORE_INDEX
     compact = _use_triton(hidden.device)
     logprobs = ChunkedLogProbFunction.apply(
@@ -93,17 +75,155 @@ def trl(inputs: Inputs, memory_budget: int | None = None) -> Tensor:
         ("log_probs",),
     )[0]
     if compact:
-        logprobs = logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs)
-    else:
-        logprobs = logprobs.view(mask.shape).masked_fill(~mask, 0)
-    return simpo(logprobs, labels)
+        return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs)
+    return logprobs.view(mask.shape).masked_fill(~mask, 0)
 
 
-def fusedpo(inputs: Inputs, memory_budget: int | None = None) -> Tensor:
+def liger_scaled(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Function
+
+    flat, targets = hidden.flatten(0, 1), labels.flatten()
+    found = Function.apply(flat, weight, targets, 1.0, IGNORE_INDEX)
+    losses = found[0] if isinstance(found, tuple) else found
+    return -losses.view_as(labels)
+
+
+def cut_cross_entropy(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Its kernels on a GPU; elsewhere what it has there, the same in torch.compile."""
+    from cut_cross_entropy import linear_cross_entropy as function
+
+    impl = "cce" if hidden.is_cuda else "torch_compile"
+    if hidden.is_cuda and hidden.dtype == torch.float32:
+        raise Unsupported("bf16 and fp16 only on a GPU")
+    return -function(hidden, weight, labels, ignore_index=IGNORE_INDEX, reduction="none", impl=impl)
+
+
+def fusedpo_logprobs(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     import fusedpo
 
-    loss = fusedpo.losses.SimPO(beta=BETA, gamma=GAMMA)
-    return fusedpo.preference_loss(loss, *inputs, memory_budget=memory_budget).loss
+    return fusedpo.linear_logprobs(hidden, weight, labels, memory_budget=case.budget)
+
+
+# whole losses
+
+
+def by_formula(logprobs: Logprobs, case: Case, inputs: Inputs) -> Tensor:
+    """The loss of a peer that has log-probabilities only, its reference by the same function."""
+    ref = inputs.ref_logprobs
+    scored = inputs.labels != IGNORE_INDEX
+    if inputs.ref_hidden is not None and inputs.ref_weight is not None:
+        with torch.no_grad():
+            found = logprobs(case, inputs.ref_hidden, inputs.ref_weight, inputs.labels)
+            ref = (found * scored).sum(-1)
+    taken = logprobs(case, inputs.hidden, inputs.weight, inputs.labels)
+    return FORMULAS[case.loss](Tokens(taken, scored, ref, inputs))
+
+
+@cache
+def _compiled(case: Case) -> Callable[[Inputs], Tensor]:
+    # what was compiled for other shapes counts towards a limit, and then nothing is compiled
+    torch._dynamo.reset()
+
+    def loss(inputs: Inputs) -> Tensor:
+        return by_formula(full_logits, case, inputs)
+
+    return torch.compile(loss, dynamic=False)
+
+
+def compiled(case: Case, inputs: Inputs) -> Tensor:
+    return _compiled(case)(inputs)
+
+
+def liger(case: Case, inputs: Inputs) -> Tensor:
+    """Liger's chunked losses; compiled, as they are by default, where a compiler is there."""
+    from liger_kernel import chunked_loss as its
+
+    if case.reference == "precomputed":
+        raise Unsupported("has no precomputed reference")
+    options = {"ignore_index": IGNORE_INDEX, "compiled": case.device != "cpu"}
+    hidden, weight, labels = inputs[:3]
+    reference = {"ref_input": inputs.ref_hidden, "ref_weight": inputs.ref_weight}
+    if case.loss == "simpo":
+        module = its.LigerFusedLinearSimPOLoss(
+            beta=2.0, gamma=0.5, compute_nll_loss=False, **options
+        )
+        return module(weight, hidden, labels)[0]
+    if case.loss == "dpo":
+        # averaged over tokens it would be another loss
+        module = its.LigerFusedLinearDPOLoss(beta=0.1, use_ref_model=True, **options)
+        return module(weight, hidden, labels, **reference)[0]
+    if case.loss == "orpo":
+        module = its.LigerFusedLinearORPOLoss(beta=0.1, **options)
+        return module(weight, hidden, labels)[0]
+    if case.loss == "kto":
+        module = its.LigerFusedLinearKTOLoss(beta=0.1, use_ref_model=True, **options)
+        desirable = torch.arange(len(labels), device=labels.device) < len(labels) // 2
+        return module(hidden, weight, labels, preference_labels=desirable, **reference)[0]
+    raise Unsupported(f"has no such loss: {case.loss}")
+
+
+def liger_cross_entropy(case: Case, inputs: Inputs) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    if case.loss != "sft":
+        raise Unsupported("gives one number for all tokens: SFT only")
+    module = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX)
+    return module(inputs.weight, inputs.hidden.flatten(0, 1), inputs.labels.flatten())
+
+
+def quack(case: Case, inputs: Inputs) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    if case.loss != "sft":
+        raise Unsupported("gives one number for all tokens: SFT only")
+    flat, labels = inputs.hidden.flatten(0, 1), inputs.labels.flatten()
+    return chunked_linear_cross_entropy(
+        flat, inputs.weight, labels, ignore_index=IGNORE_INDEX, reduction="mean"
+    )
+
+
+def fusedpo(case: Case, inputs: Inputs) -> Tensor:
+    import fusedpo
+    from fusedpo import losses
+
+    hidden, weight, labels = inputs[:3]
+    if case.loss == "sspo":
+        assert inputs.advantages is not None
+        return fusedpo.policy_loss(
+            losses.SoftSequence(),
+            hidden,
+            weight,
+            labels,
+            advantages=inputs.advantages,
+            old_logprobs=inputs.old_logprobs,
+            memory_budget=case.budget,
+        ).loss
+    extra = {}
+    if case.loss == "kto":
+        extra["desirable"] = torch.arange(len(labels), device=labels.device) < len(labels) // 2
+        extra["kl"] = torch.zeros((), device=labels.device)
+    loss = {
+        "sft": losses.SFT(),
+        "simpo": losses.SimPO(beta=2.0, gamma=0.5),
+        "dpo": losses.DPO(beta=0.1),
+        "orpo": losses.ORPO(beta=0.1),
+        "kto": losses.KTO(beta=0.1),
+    }[case.loss]
+    if case.loss == "sft":
+        # of all rows, as the others have it, and not of chosen ones
+        logprobs = fusedpo.linear_logprobs(hidden, weight, labels, memory_budget=case.budget)
+        return -logprobs.sum() / (labels != IGNORE_INDEX).sum()
+    return fusedpo.preference_loss(
+        loss,
+        hidden,
+        weight,
+        labels,
+        ref_hidden=inputs.ref_hidden,
+        ref_weight=inputs.ref_weight,
+        ref_logprobs=inputs.ref_logprobs,
+        memory_budget=case.budget,
+        **extra,
+    ).loss
 
 
 @dataclass(frozen=True)
@@ -112,15 +232,27 @@ class Peer:
 
     Attributes:
         label: its name in tables.
-        loss: the adapter.
         package: the distribution it comes from.
         needs: a dotted name that has to exist for it to run.
+        logprobs: its log-probabilities per token, if it has them.
+        loss: the whole loss, if that is not the formula over its log-probabilities.
+        budgeted: whether it can be told how much memory to use.
+        compiles: whether its first call at a shape compiles.
     """
 
     label: str
-    loss: Loss
     package: str
     needs: str
+    logprobs: Logprobs | None = None
+    loss: Callable[[Case, Inputs], Tensor] | None = None
+    budgeted: bool = False
+    compiles: bool = False
+
+    def __call__(self, case: Case, inputs: Inputs) -> Tensor:
+        if self.loss is not None:
+            return self.loss(case, inputs)
+        assert self.logprobs is not None, "a peer has one or the other"
+        return by_formula(self.logprobs, case, inputs)
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None if it can."""
@@ -128,7 +260,8 @@ class Peer:
         try:
             getattr(import_module(module), name)
         except (ImportError, AttributeError) as error:
-            return f"{self.label}: {self.needs} not found ({error})"
+            reason = str(error).splitlines()[0]
+            return f"not installed (pip install {self.package}): {reason}"
         return None
 
     @property
@@ -139,32 +272,75 @@ class Peer:
             return None
 
 
+_LINEAR = "torch.nn.functional.linear"
 PEERS: dict[str, Peer] = {
-    "full_logits": Peer("full logits", full_logits, "torch", "torch.nn.functional.linear"),
-    "liger": Peer(
-        "Liger-Kernel",
-        liger,
-        "liger-kernel",
-        "liger_kernel.chunked_loss.LigerFusedLinearSimPOLoss",
-    ),
-    "trl": Peer(
-        "TRL chunked",
-        trl,
-        "trl",
-        "trl.kernels.chunked_logprob.ChunkedLogProbFunction",
+    "full_logits": Peer("full logits", "torch", _LINEAR, full_logits),
+    "compiled": Peer(
+        "full logits, torch.compile", "torch", _LINEAR, full_logits, compiled, compiles=True
     ),
     "linear_cross_entropy": Peer(
         "torch linear_cross_entropy",
-        linear_cross_entropy,
         "torch",
         "torch.nn.LinearCrossEntropyOptions",
+        linear_cross_entropy,
+        budgeted=True,
     ),
-    "fusedpo": Peer("fusedpo", fusedpo, "fusedpo", "fusedpo.preference_loss"),
+    "trl": Peer("TRL chunked", "trl", "trl.kernels.chunked_logprob.ChunkedLogProbFunction", trl),
+    "liger": Peer(
+        "Liger chunked loss",
+        "liger-kernel",
+        "liger_kernel.chunked_loss.LigerFusedLinearSimPOLoss",
+        loss=liger,
+    ),
+    "liger_scaled": Peer(
+        "Liger scaled cross-entropy",
+        "liger-kernel",
+        "liger_kernel.ops.LigerFusedLinearScaledCrossEntropyFunction",
+        liger_scaled,
+    ),
+    "liger_cross_entropy": Peer(
+        "Liger cross-entropy",
+        "liger-kernel",
+        "liger_kernel.transformers.LigerFusedLinearCrossEntropyLoss",
+        loss=liger_cross_entropy,
+    ),
+    "cut_cross_entropy": Peer(
+        "cut-cross-entropy",
+        "cut-cross-entropy",
+        "cut_cross_entropy.linear_cross_entropy",
+        cut_cross_entropy,
+    ),
+    "quack": Peer(
+        "QuACK",
+        "quack-kernels",
+        "quack.linear_cross_entropy.chunked_linear_cross_entropy",
+        loss=quack,
+    ),
+    "fusedpo": Peer(
+        "fusedpo", "fusedpo", "fusedpo.preference_loss", fusedpo_logprobs, fusedpo, budgeted=True
+    ),
 }
+OURS = "fusedpo"
+BASELINE = "full_logits"
 
 
 def step(case: Case, inputs: Inputs) -> Tensor:
     """Forward and backward of the case's peer; gradients land in the inputs."""
-    loss = PEERS[case.peer].loss(inputs, case.budget)
+    loss = PEERS[case.peer](case, inputs)
     loss.backward()
     return loss.detach()
+
+
+def why_not(case: Case) -> str | None:
+    """Why the case's peer cannot do it, tried at a tiny size; None if it can."""
+    peer = PEERS[case.peer]
+    if (missing := peer.missing()) is not None:
+        return missing
+    tiny = replace(case.at(TINY), budget=None)
+    try:
+        step(tiny, make_inputs(tiny))
+    except Unsupported as error:
+        return str(error)
+    except Exception as error:  # another library's failure is a line of the table, not its end
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return None

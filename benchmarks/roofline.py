@@ -1,6 +1,6 @@
 """What a GPU's bandwidth and speed allow: floors of the kernels, and predictions for the routes.
 
-    python -m benchmarks.roofline [--write]
+    python -m fusedpo.benchmarks.roofline [--write]
 
 Arithmetic only: bytes and floating-point operations are counted from the shapes and from the plan,
 and divided by what an H200 was measured to move and multiply. Nothing here was measured on this
@@ -130,8 +130,8 @@ def page() -> str:
     lines = [
         "# Roofline",
         "",
-        "Written by `python -m benchmarks.roofline --write`. Arithmetic, not measurement: bytes",
-        "and operations counted from the shapes, over what an H200 was measured to move",
+        "Written by `python -m fusedpo.benchmarks.roofline --write`. Arithmetic, not measurement:",
+        "bytes and operations counted from the shapes, over what an H200 was measured to move",
         f"({BANDWIDTH / 1e12:g} TB/s) and to multiply in bf16 ({SPEED / 1e12:g} TFLOP/s). Shapes:",
         f"{TOKENS} tokens, hidden size {HIDDEN}, vocabulary {VOCAB},",
         "bf16 inputs, fp32 logits.",

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 import fusedpo
-from benchmarks import roofline, speed
-from benchmarks.peers import BETA, GAMMA, PEERS, step
-from benchmarks.section import Section, Setting, Verdict, number, quotient
-from benchmarks.shapes import MIB, Case, Inputs, Shape, make_inputs
+from fusedpo.benchmarks import roofline
+from fusedpo.benchmarks.peers import PEERS, step, why_not
+from fusedpo.benchmarks.section import Section, Setting, Verdict, number, quotient
+from fusedpo.benchmarks.shapes import MIB, Case, Inputs, Shape, make_inputs
 from fusedpo.kernels.timing import Deadline, Measured
 from fusedpo.plan import Backend, Plan, Route
 
@@ -76,7 +76,7 @@ class Way:
         """counted: the number of scored tokens is handed over, so that nothing waits for it."""
         with torch.set_grad_enabled(self.route != "forward"):
             return fusedpo.preference_loss(
-                fusedpo.losses.SimPO(beta=BETA, gamma=GAMMA),
+                fusedpo.losses.SimPO(beta=2.0, gamma=0.5),
                 inputs.hidden,
                 inputs.weight if self.trains_head else inputs.weight.detach(),
                 inputs.labels,
@@ -230,7 +230,7 @@ def routes(setting: Setting, deadline: Deadline) -> Section:
     missing = {}
     for peer in setting.peers:
         case = case_of(setting, shape, peer)
-        if reason := speed.why_not(case):
+        if reason := why_not(case):
             missing[PEERS[peer].label] = reason
         elif deadline.over:
             section.ran_out.append(PEERS[peer].label)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure
-from benchmarks.shapes import Shape
+from fusedpo.benchmarks import measure
+from fusedpo.benchmarks.shapes import Shape
 from fusedpo.kernels.timing import Clock
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from fusedpo.footprint import HEADS
+
 IGNORE_INDEX = -100
 MIB = 2**20
+
+Reference = Literal["none", "same call", "precomputed"]
+"""Where a loss with a reference has it from: states scored in the same call, or numbers."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """``pairs`` pairs of ``tokens`` tokens a side, before a head of ``vocab`` x ``hidden``."""
+    """``pairs`` pairs of ``tokens`` tokens a response, before a head of ``vocab`` x ``hidden``."""
 
     pairs: int
     tokens: int
@@ -33,25 +38,52 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str, pairs: int = 2) -> Shape:
-        """From ``"N,H,V"``; N is cut into two pairs."""
-        positions, hidden, vocab = (int(part) for part in text.split(","))
-        if positions % (2 * pairs):
+        """From ``"N,H,V"`` or ``"N,MODEL"``; N is cut into two pairs."""
+        first, *rest = text.split(",")
+        if len(rest) == 1 and rest[0] in HEADS:
+            hidden, vocab = HEADS[rest[0]].hidden, HEADS[rest[0]].vocab
+        elif len(rest) == 2 and all(_is_count(part) for part in rest):
+            hidden, vocab = map(int, rest)
+        else:
             raise ValueError(
-                f"N: expected a multiple of {2 * pairs} ({pairs} pairs), got {positions}"
+                f"--shapes: expected N,H,V or N,MODEL, got {text!r}; "
+                f"models: {', '.join(sorted(HEADS))}"
             )
-        return cls(pairs, positions // (2 * pairs), hidden, vocab)
+        if not _is_count(first) or int(first) % (2 * pairs):
+            raise ValueError(
+                f"--shapes: N: expected a multiple of {2 * pairs} ({pairs} pairs), got {first!r}"
+            )
+        return cls(pairs, int(first) // (2 * pairs), hidden, vocab)
+
+    def shorter(self) -> Shape:
+        """An eighth of the tokens, for a step that only warms up."""
+        return replace(self, tokens=max(1, self.tokens // 8))
+
+
+def _is_count(text: str) -> bool:
+    return text.strip().isdecimal() and int(text) > 0
+
+
+def head_of(model: str, positions: int, pairs: int = 2) -> Shape:
+    """The head of a model, by its name."""
+    found = HEADS[model]
+    return Shape(pairs, positions // (2 * pairs), found.hidden, found.vocab)
 
 
 TINY = Shape(pairs=2, tokens=5, hidden=16, vocab=300)
 QUICK = Shape(pairs=2, tokens=64, hidden=128, vocab=8192)
-SPEED = Shape(pairs=2, tokens=256, hidden=512, vocab=50_257)
-MEMORY = Shape(pairs=4, tokens=512, hidden=128, vocab=65_536)
 GPU = Shape(pairs=4, tokens=1024, hidden=4096, vocab=128_256)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One peer at one shape. Plain values only, so that it can be handed to another process."""
+    """One peer at one shape. Plain values only, so that it can be handed to another process.
+
+    Attributes:
+        masked: share of each response's positions, at its start, that are not scored.
+        budget: bytes for programs that take a budget; None: what they do by themselves.
+        loss: a name in benchmarks/formulas.py.
+    """
 
     peer: str
     shape: Shape
@@ -60,6 +92,11 @@ class Case:
     frozen: bool = False
     masked: float = 0.0
     budget: int | None = None
+    loss: str = "simpo"
+    reference: Reference = "none"
+
+    def __post_init__(self) -> None:
+        assert self.reference in get_args(Reference), self.reference
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -79,6 +116,11 @@ class Case:
     def logits_bytes(self) -> int:
         return self.shape.positions * self.shape.vocab * self.torch_dtype.itemsize
 
+    @property
+    def flop(self) -> float:
+        """Of one product over all positions."""
+        return 2.0 * self.shape.positions * self.shape.vocab * self.shape.hidden
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -91,30 +133,62 @@ class Case:
 
 
 class Inputs(NamedTuple):
-    hidden: Tensor  # [2 * pairs, tokens, H], chosen first, then rejected
+    """What a loss is computed from; B = 2 * pairs rows, chosen first, then rejected.
+
+    ref_hidden and ref_weight, or ref_logprobs [B], are there as the case's reference has them;
+    old_logprobs and advantages are for losses of sampled responses.
+    """
+
+    hidden: Tensor  # [B, T, H]
     weight: Tensor  # [V, H]
-    labels: Tensor  # [2 * pairs, tokens], already aligned
+    labels: Tensor  # [B, T], already aligned
+    ref_hidden: Tensor | None = None  # [B, T, H]
+    ref_weight: Tensor | None = None  # [V, H]
+    ref_logprobs: Tensor | None = None  # [B]
+    old_logprobs: Tensor | None = None  # [B, T]
+    advantages: Tensor | None = None  # [B]
 
     def for_case(self, case: Case) -> Inputs:
-        """Leaves of their own on the same storage, asking for the case's gradients."""
-        labels = self.labels
+        """Leaves of their own on the same storage, asking for the case's gradients.
+
+        All are tensors of their own: some programs leave marks on those that they are given.
+        """
+        own = Inputs(*(None if t is None else t.detach() for t in self))
+        labels = own.labels
         if case.masked_tokens:
             labels = labels.clone()
             labels[:, : case.masked_tokens] = IGNORE_INDEX
-        return Inputs(
-            self.hidden.detach().requires_grad_(),
-            self.weight.detach().requires_grad_(not case.frozen),
-            labels,
+        same_call = case.reference == "same call"
+        return own._replace(
+            hidden=own.hidden.requires_grad_(),
+            weight=own.weight.requires_grad_(not case.frozen),
+            labels=labels,
+            ref_hidden=own.ref_hidden if same_call else None,
+            ref_weight=own.ref_weight if same_call else None,
+            ref_logprobs=own.ref_logprobs if case.reference == "precomputed" else None,
         )
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Random inputs for the case, with logits of about unit size."""
+    """Random inputs for the case, with logits of about unit size.
+
+    The reference has the policy's head, as it has under LoRA, and states a little off the policy's.
+    """
     shape = case.shape
     generator = torch.Generator(case.device).manual_seed(seed)
     options: dict[str, Any] = {"device": case.device, "generator": generator}
     size = (2 * shape.pairs, shape.tokens)
     hidden = torch.randn(*size, shape.hidden, dtype=case.torch_dtype, **options)
     weight = torch.randn(shape.vocab, shape.hidden, dtype=case.torch_dtype, **options)
+    weight.mul_(shape.hidden**-0.5)
     labels = torch.randint(shape.vocab, size, **options)
-    return Inputs(hidden, weight.mul_(shape.hidden**-0.5), labels).for_case(case)
+    found = Inputs(hidden, weight, labels)
+    if case.reference == "same call":
+        noise = torch.randn(*size, shape.hidden, dtype=case.torch_dtype, **options)
+        found = found._replace(ref_hidden=noise.mul_(0.1).add_(hidden), ref_weight=weight)
+    elif case.reference == "precomputed":
+        typical = -float(torch.tensor(shape.vocab).log()) * shape.tokens
+        found = found._replace(ref_logprobs=typical + torch.randn(size[0], **options))
+    advantages = torch.randn(size[0], **options)
+    old = torch.randn(*size, **options).mul_(0.1).sub_(float(torch.tensor(shape.vocab).log()))
+    return found._replace(advantages=advantages, old_logprobs=old).for_case(case)

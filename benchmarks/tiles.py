@@ -1,4 +1,4 @@
-"""Which tile is worth having? ``python -m benchmarks.tiles``
+"""Which tile is worth having? ``python -m fusedpo.benchmarks.tiles``
 
 Forward and backward of one SimPO loss by every route, with the tile of logits forced. The largest
 tiles in fusedpo/plan.py were chosen from this table; tiles at which a second-level cache overflows,
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import measure
-from benchmarks.peers import step
-from benchmarks.shapes import GPU, SPEED, Case, Inputs, Shape, make_inputs
 from fusedpo import losses, plan, preference_loss
+from fusedpo.benchmarks import measure
+from fusedpo.benchmarks.peers import step
+from fusedpo.benchmarks.shapes import GPU, Case, Inputs, Shape, head_of, make_inputs
 from fusedpo.plan import Plan
 
 ROUTES = ("recompute", "retain", "one_pass")
@@ -44,15 +44,15 @@ def forced(case: Case, route: str, rows: int, cols: int) -> Plan:
 
 def run_with(inputs: Inputs, chosen: Plan) -> Callable[[], None]:
     def run() -> None:
-        loss = losses.SimPO()
-        preference_loss(loss, *inputs, memory_budget=chosen).loss.backward()
+        loss = losses.SimPO(beta=2.0, gamma=0.5)
+        preference_loss(loss, *inputs[:3], memory_budget=chosen).loss.backward()
         inputs.hidden.grad = inputs.weight.grad = None
 
     return run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tiles", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fusedpo.benchmarks.tiles", description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", help="default: float32 on the CPU, bfloat16 elsewhere")
     parser.add_argument("--shape", type=Shape.parse, metavar="N,H,V")
@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     on_cpu = torch.device(options.device).type == "cpu"
     dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
-    case = Case("full_logits", options.shape or (SPEED if on_cpu else GPU), dtype, options.device)
+    usual = head_of("pythia-70m", 1024) if on_cpu else GPU
+    case = Case("full_logits", options.shape or usual, dtype, options.device)
     inputs = make_inputs(case)
 
     def full_logits() -> None:

@@ -255,7 +255,7 @@ def plan_for(
 ) -> Plan:
     """The plan of a call: the user's own, if one was given and is for this problem.
 
-    reordered: the rows may yet be put into another order.
+    reordered: ``one_pass`` would put the rows into another order.
     """
     entropy_gradient = "entropy" in stats and "entropy" in differentiable
     vocab, width = head.widest, head.weight.shape[1]
@@ -308,7 +308,8 @@ def plan_for(
         entropy=entropy_gradient,
         entropy_value="entropy" in stats,
         softcap=head.softcap is not None,
-        gathered=reordered or gathers(hidden, rows),
+        gathered=gathers(hidden, rows),
+        reordered=reordered,
         device=hidden.device,
         backend=resolve(backend, hidden),
         shards=shards,

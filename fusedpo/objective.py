@@ -164,27 +164,16 @@ def preference_loss(
         ref_bias,
     )
 
-    stats = ("logprob", *loss.stats)
+    wanted = plan_options(loss, layout.sequences.count, shared=shared is not None)
+    stats = wanted["stats"]
     planned: Plan | None = None
     if layout.counts is not None:
-        alone = loss.coupling == "response"
-        roles = len(loss.roles)
         planned = plan_for(
-            hidden,
-            head,
-            layout.rows,
-            memory_budget,
-            stats=stats,
-            differentiable=("logprob",),
-            scope=loss.scope if shared is None else "batch",
-            groups=layout.sequences.count if alone else examples,
-            factors=loss.factors,
-            backend=layout.backend,
-            reordered=examples > 1 and roles > 1 and loss.scope == "pair",
+            hidden, head, layout.rows, memory_budget, backend=layout.backend, **wanted
         )
-        if planned.route == "one_pass" and examples > 1 and not alone:
+        if planned.route == "one_pass" and examples > 1 and loss.coupling != "response":
             # an example's rows side by side, so that its gradient is known as early as can be
-            layout = layout.by_example(roles)
+            layout = layout.by_example(len(loss.roles))
 
     sequences, rows = layout.sequences, layout.rows
     token_weight = _token_weight(loss, layout, examples)
@@ -254,6 +243,38 @@ def preference_loss(
         metrics=problem.metrics(logprob, scores, of_states),
         logprobs=rows.scatter(logprob),
     )
+
+
+def plan_options(
+    loss: Loss, sequences: int, *, shared: bool = False, log_entropy: bool = False
+) -> dict[str, Any]:
+    """What decides a plan and comes from the loss: keyword arguments of ``plan_for``.
+
+    Args:
+        loss: a preference or policy loss.
+        sequences: responses of the call.
+        shared: whether several ranks have parts of each sequence.
+        log_entropy: whether the entropy is wanted for a metric.
+    """
+    if isinstance(loss, PolicyLoss):
+        bonus = bool(loss.entropy_bonus)
+        return {
+            "stats": ("logprob", "entropy") if bonus or log_entropy else ("logprob",),
+            "differentiable": ("logprob", "entropy") if bonus else ("logprob",),
+            "scope": "batch" if shared else loss.scope,
+            "groups": max(1, sequences),
+        }
+    assert isinstance(loss, PreferenceLoss), "there is no third kind"
+    roles = len(loss.roles)
+    examples = sequences // roles
+    return {
+        "stats": ("logprob", *loss.stats),
+        "differentiable": ("logprob",),
+        "scope": "batch" if shared else loss.scope,
+        "groups": sequences if loss.coupling == "response" else examples,
+        "factors": loss.factors,
+        "reordered": examples > 1 and roles > 1 and loss.scope == "pair",
+    }
 
 
 def policy_loss(
@@ -384,21 +405,11 @@ def policy_loss(
         ref_bias,
     )
 
-    stats = ("logprob", "entropy") if loss.entropy_bonus or log_entropy else ("logprob",)
-    differentiable = ("logprob", "entropy") if loss.entropy_bonus else ("logprob",)
+    wanted = plan_options(loss, sequences.count, shared=shared is not None, log_entropy=log_entropy)
+    stats, differentiable = wanted["stats"], wanted["differentiable"]
     planned: Plan | None = None
     if layout.counts is not None:
-        planned = plan_for(
-            hidden,
-            head,
-            rows,
-            memory_budget,
-            stats=stats,
-            differentiable=differentiable,
-            scope=loss.scope if shared is None else "batch",
-            groups=max(1, sequences.count),
-            backend=layout.backend,
-        )
+        planned = plan_for(hidden, head, rows, memory_budget, backend=layout.backend, **wanted)
     behind = reference_logprobs(
         reference, rows, temperature, memory_budget, planned, layout.backend
     )

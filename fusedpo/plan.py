@@ -126,6 +126,21 @@ class Plan:
         )
 
 
+class BudgetTooSmall(ValueError):
+    """No route fits the budget.
+
+    Attributes:
+        least: bytes with which one would.
+    """
+
+    def __init__(self, message: str, least: int) -> None:
+        super().__init__(message)
+        self.least = least
+
+    def __reduce__(self) -> tuple[type[BudgetTooSmall], tuple[str, int]]:
+        return type(self), (str(self), self.least)
+
+
 def parse_budget(budget: int | float | str | None) -> int:
     """Bytes from a number, a text such as ``"512MiB"`` or ``"1.5 GB"``, or None: the default."""
     if budget is None:
@@ -457,6 +472,7 @@ def plan(
     entropy_value: bool = False,
     softcap: bool = False,
     gathered: bool = True,
+    reordered: bool = False,
     device: str | torch.device = "cpu",
     backend: Backend = "torch",
     route: Route | None = None,
@@ -485,6 +501,8 @@ def plan(
         entropy_value: whether the entropy is wanted.
         softcap: whether the head caps its logits.
         gathered: whether some positions are ignored, so that rows have to be gathered.
+        reordered: whether ``one_pass`` has to put them into another order, as it does with the rows
+            of several pairs.
         device: where it will run; ``"cpu"`` or any other.
         backend: ``"torch"`` or ``"triton"``; kernels need fewer temporaries.
         route: take this route rather than the cheapest one.
@@ -497,8 +515,8 @@ def plan(
         The plan. ``str(plan)`` is one readable line. It can be passed on as ``memory_budget``.
 
     Raises:
-        ValueError: if no route fits, with the least that would; if ``route`` cannot serve the
-            needs.
+        BudgetTooSmall: a ValueError, if no route fits, with the least that would.
+        ValueError: if ``route`` cannot serve the needs.
     """
     sizes = (
         ("tokens", tokens, 0),
@@ -559,7 +577,8 @@ def plan(
                 continue
             # the last choice, as a policy scored otherwise would not agree to the last bit
             rank += 100 * (way is _fused_forward)
-            products, buffers = way(replace(q, wide=wide), rows, cols)
+            copied = gathered or (reordered and name == "one_pass")
+            products, buffers = way(replace(q, wide=wide, gathered=copied), rows, cols)
             back_rows, back_cols = q.back or (rows, cols)
             chosen = Plan(
                 route=name,
@@ -588,11 +607,12 @@ def plan(
     fitting = [c for c in candidates if c[1].bytes <= allowed]
     if not fitting:
         fewest = min(c.bytes for _, c in candidates)
-        raise bad_value(
+        told = bad_value(
             "memory_budget",
             f"at least {format_bytes(fewest)} ({fewest} bytes) for {tokens} tokens, "
             f"vocabulary {vocab}, hidden {hidden}",
             format_bytes(allowed),
             "raise it, or score fewer tokens in a call",
         )
+        raise BudgetTooSmall(str(told), fewest)
     return min(fitting, key=lambda c: c[0])[1]

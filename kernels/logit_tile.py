@@ -151,7 +151,9 @@ class RowStats:
     @property
     def logprob(self) -> Tensor:
         """log-probability of the target, [n], never above 0; NaN for a target of +inf."""
-        logprob = torch.nn.functional.logsigmoid(self.target - self.rest)
+        # target and shift first: their difference is no larger than it has to be, where the sum of
+        # shift and logarithm is rounded to the size of the logits
+        logprob = torch.nn.functional.logsigmoid((self.target - self.shift) - self.total.log())
         return logprob.masked_fill(self.target == torch.inf, torch.nan)
 
     @property

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import itertools
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -16,20 +20,23 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+from fusedpo.benchmarks import gpu, kernels, measure, sweep, worker
+from fusedpo.benchmarks.formulas import FORMULAS, WITH_REFERENCE
+from fusedpo.benchmarks.peers import PEERS, Unsupported, by_formula, full_logits, step, why_not
+from fusedpo.benchmarks.shapes import MIB, TINY, Case, Inputs, Shape, head_of, make_inputs
 
-from benchmarks import gpu, measure, memory, speed
-from benchmarks.peers import PEERS, full_logits, step
-from benchmarks.shapes import MIB, TINY, Case, Inputs, Shape, make_inputs
-
+ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-5
+
+on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
 def oracle(case: Case) -> dict[str, Tensor | None]:
     """Loss and gradients in float64, by the definition."""
-    inputs = make_inputs(case)
-    exact = Inputs(inputs.hidden.double(), inputs.weight.double(), inputs.labels).for_case(case)
-    loss = full_logits(exact)
+    exact = Inputs(
+        *(x.double() if x is not None and x.is_floating_point() else x for x in make_inputs(case))
+    ).for_case(case)
+    loss = by_formula(full_logits, case, exact)
     loss.backward()
     return {"loss": loss.detach(), "hidden": exact.hidden.grad, "weight": exact.weight.grad}
 
@@ -47,22 +54,58 @@ def agree(got: dict[str, Tensor | None], want: dict[str, Tensor | None]) -> bool
         if exact is None or value is None:
             if exact is not value:
                 return False
-        elif (value.double() - exact).norm() > TOLERANCE * exact.norm():
+        # said so that NaN does not pass
+        elif not (value.double() - exact).norm() <= TOLERANCE * exact.norm():
             return False
     return True
 
 
+REFERENCED = [
+    (loss, reference)
+    for loss in FORMULAS
+    for reference in (("same call", "precomputed") if loss in WITH_REFERENCE else ("none",))
+]
+
+
 @pytest.mark.parametrize("masked", [0.0, 0.4], ids=["all scored", "masked"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize(("loss", "reference"), REFERENCED)
 @pytest.mark.parametrize("peer", PEERS)
-def test_every_peer_computes_the_same(peer: str, frozen: bool, masked: float) -> None:
-    missing = PEERS[peer].missing()
-    if missing:
+def test_every_peer_computes_the_same(
+    peer: str, loss: str, reference: str, frozen: bool, masked: float
+) -> None:
+    if missing := PEERS[peer].missing():
         pytest.skip(missing)
-    case = Case(peer, TINY, frozen=frozen, masked=masked)
+    case = Case(peer, TINY, frozen=frozen, masked=masked, loss=loss, reference=reference)
     want = oracle(case)
     assert (want["weight"] is None) == frozen
-    assert agree(result(case), want)
+    try:
+        # what a compiler makes of it takes seconds a case, and has a test of its own
+        with torch.compiler.set_stance("force_eager"):
+            got = result(case)
+    except Unsupported as error:
+        assert peer not in ("full_logits", "compiled", "fusedpo")
+        assert why_not(case) == str(error)
+        pytest.skip(str(error))
+    assert agree(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.compiled
+def test_what_is_compiled_computes_the_same() -> None:
+    case = Case("compiled", TINY, masked=0.4, loss="dpo", reference="same call")
+    if reason := why_not(case):
+        pytest.skip(reason)
+    assert agree(result(case), oracle(case))
+
+
+@pytest.mark.parametrize("budget", [64 * 1024, 16 * MIB])
+@pytest.mark.parametrize("peer", [name for name, peer in PEERS.items() if peer.budgeted])
+def test_a_budget_changes_nothing_of_what_is_computed(peer: str, budget: int) -> None:
+    if missing := PEERS[peer].missing():
+        pytest.skip(missing)
+    case = Case(peer, Shape(2, 40, 16, 3000), budget=budget)
+    assert agree(result(case), oracle(case))
 
 
 def test_a_wrong_peer_is_found_out() -> None:
@@ -70,11 +113,22 @@ def test_a_wrong_peer_is_found_out() -> None:
     want = oracle(case)
     assert agree(want, want)
     assert not agree({**want, "loss": want["loss"] * 1.001}, want)
+    assert not agree({**want, "loss": want["loss"] * math.nan}, want)
     for name in ("hidden", "weight"):
         missing_chunk = want[name].clone()
         missing_chunk[:1] = 0
         for wrong in (None, torch.zeros_like(want[name]), 0.9 * want[name], missing_chunk):
             assert not agree({**want, name: wrong}, want)
+
+
+def test_the_losses_differ() -> None:
+    """Or a peer that computes another one would pass for this one."""
+    found = [
+        oracle(Case("full_logits", TINY, masked=0.4, loss=loss, reference=reference))
+        for loss, reference in REFERENCED
+    ]
+    for a, b in itertools.combinations(found, 2):
+        assert not agree(a, b)
 
 
 def test_masked_positions_are_the_start_of_every_sequence() -> None:
@@ -83,6 +137,25 @@ def test_masked_positions_are_the_start_of_every_sequence() -> None:
     assert (labels[:, :2] == -100).all()
     assert (labels[:, 2:] >= 0).all()
     assert case.scored == (labels != -100).sum()
+
+
+def test_inputs_have_the_reference_that_the_case_has() -> None:
+    for reference, expected in (
+        ("none", (False, False)),
+        ("same call", (True, False)),
+        ("precomputed", (False, True)),
+    ):
+        inputs = make_inputs(Case("full_logits", TINY, reference=reference, frozen=True))
+        assert (inputs.ref_hidden is not None, inputs.ref_logprobs is not None) == expected
+        assert inputs.hidden.requires_grad and not inputs.weight.requires_grad
+
+
+def test_a_case_goes_through_json() -> None:
+    case = Case("trl", TINY, masked=0.5, budget=7, loss="dpo", reference="same call")
+    assert Case.from_json(json.loads(json.dumps(case.to_json()))) == case
+
+
+# the ruler
 
 
 def test_interleaving_runs_everything_once_a_round_in_changing_order() -> None:
@@ -102,7 +175,7 @@ def test_timing_takes_the_median() -> None:
     assert timing.quartiles == (2.0, 5.0)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@on_linux
 @pytest.mark.parametrize("resettable", [True, False])
 def test_peak_sees_what_was_held_and_freed(
     resettable: bool, monkeypatch: pytest.MonkeyPatch
@@ -123,79 +196,506 @@ def test_peak_sees_what_was_held_and_freed(
     assert measure.peak_bytes(function) == pytest.approx(64 * MIB, abs=4 * MIB)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_fresh_process_measures_the_logits() -> None:
-    case = Case("full_logits", Shape(pairs=1, tokens=256, hidden=16, vocab=32_768))
-    peak = memory.fresh_peak(case)
+@pytest.fixture(autouse=True)
+def quick_collections() -> Iterator[None]:
+    """Garbage is collected before anything is timed; what all the imports left takes long."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    yield
+    if worker._server is not None:
+        worker._server.kill()
+        worker._server.wait()
+
+
+@on_linux
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_fresh_process_measures_the_logits(frozen: bool) -> None:
+    shape = Shape(pairs=1, tokens=256, hidden=16, vocab=32_768)
+    case = Case("full_logits", shape, frozen=frozen)
+    peak = worker.fresh_peak(case, threads=1)
     inputs = make_inputs(case)
-    assert peak.gradients == inputs.hidden.nbytes + inputs.weight.nbytes
+    assert peak.gradients == inputs.hidden.nbytes + (0 if frozen else inputs.weight.nbytes)
     # log-probabilities, their gradient and that of the logits live at a time
     assert peak.total == pytest.approx(3 * case.logits_bytes, abs=16 * MIB)
+    assert peak.products == (2.0 if frozen else 3.0)
 
 
-def test_a_failing_worker_says_why() -> None:
+@on_linux
+def test_a_failing_worker_says_why_and_the_next_one_measures() -> None:
     with pytest.raises(RuntimeError, match="no_such_peer"):
-        memory.fresh_peak(Case("no_such_peer", TINY))
+        worker.fresh_peak(Case("no_such_peer", TINY))
+    assert worker.fresh_peak(Case("full_logits", TINY)).total >= 0
+
+
+@on_linux
+@pytest.mark.parametrize("what", ["tokens", "vocab"])
+def test_out_of_memory_is_told_apart(what: str) -> None:
+    """Of the inputs, and of the logits."""
+    absurd = {"tokens": {"tokens": 2**34}, "vocab": {"tokens": 2**20, "vocab": 2**22}}[what]
+    case = Case("full_logits", replace(TINY, **{"hidden": 1, **absurd}))
+    with pytest.raises(worker.OutOfMemory, match="out of memory"):
+        worker.fresh_peak(case, threads=1)
+    assert worker.fresh_peak(Case("full_logits", TINY)).total >= 0
+
+
+@on_linux
+def test_a_killed_measurement_is_out_of_memory() -> None:
+    """As the system ends a process when there is no more."""
+    worker.fresh_peak(Case("full_logits", TINY))
+    server = worker._server
+    long = Case("full_logits", Shape(2, 512, 512, 30_000))
+
+    def kill(*_: object) -> None:
+        children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+
+    before = signal.signal(signal.SIGALRM, kill)
+    signal.setitimer(signal.ITIMER_REAL, 0.3, 0.1)
+    try:
+        with pytest.raises(worker.OutOfMemory):
+            worker.fresh_peak(long, threads=1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert worker.fresh_peak(Case("full_logits", TINY)).total >= 0
+
+
+@pytest.mark.slow
+@on_linux
+def test_an_interrupted_measurement_is_not_taken_for_the_next() -> None:
+    worker.fresh_peak(Case("full_logits", TINY))
+    long = Case("full_logits", Shape(2, 512, 512, 30_000))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            worker.fresh_peak(long, threads=1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert worker.fresh_peak(Case("full_logits", TINY)).gradients < MIB
 
 
 def test_a_peer_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("liger", TINY)
     absent = replace(PEERS["liger"], needs="no_such_package.loss")
     monkeypatch.setitem(PEERS, "liger", absent)
-    assert "no_such_package" in speed.why_not(case)
+    assert "no_such_package" in why_not(case)
 
-    def broken(inputs: Inputs, memory_budget: int | None = None) -> Tensor:
-        raise ValueError("not on this device")
+    def broken(case: Case, inputs: Inputs) -> Tensor:
+        raise ValueError("not on this device\nand more")
 
     monkeypatch.setitem(PEERS, "liger", replace(PEERS["full_logits"], loss=broken))
-    assert "not on this device" in speed.why_not(case)
+    assert why_not(case) == "ValueError: not on this device"
 
 
-def test_speed_reports_every_scenario_and_saves_beside_other_answers(tmp_path: Path) -> None:
+def test_a_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "deep" / "answer.json"
+    assert measure.write(path, "before").read_text() == "before"
+    assert path.stat().st_mode & 0o777 == 0o644
+
+    def interrupted(self: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "replace", interrupted)
+        measure.write(path, "after")
+    assert path.read_text() == "before"
+    assert list(path.parent.iterdir()) == [path]
+    measure.write(path, b"after")
+    assert path.read_bytes() == b"after"
+
+
+def test_answers_are_saved_beside_others(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
-    measure.save("memory", {"machine": {}, "rows": []}, path)
-    arguments = ["--quick", "--shape", "40,16,300", "--repeats", "1", "--peers", "full_logits"]
-    threads = torch.get_num_threads()
-    assert speed.main([*arguments, "--json", str(path)]) == 0
-    torch.set_num_threads(threads)
-    answers = json.loads(path.read_text())
-    assert answers["memory"]["rows"] == []
-    rows = answers["speed"]["rows"]
-    assert [row["scenario"] for row in rows] == list(speed.SCENARIOS)
-    assert all(row["median_seconds"] > 0 and row["ratio_to_full_logits"] == 1 for row in rows)
-    assert {"cpu", "threads", "versions", "commit", "dirty"} <= answers["speed"]["machine"].keys()
+    measure.save("one", {"rows": [1]}, path)
+    measure.save("two", {"rows": [2]}, path)
+    measure.save("one", {"rows": [3]}, path)
+    assert json.loads(path.read_text()) == {"one": {"rows": [3]}, "two": {"rows": [2]}}
 
 
-def test_bounds_are_checked() -> None:
-    rows = [
-        speed.Row("trainable", Case("full_logits", TINY), measure.Timing((1.0,))),
-        speed.Row("trainable", Case("fusedpo", TINY), measure.Timing((1.1,))),
-        speed.Row("half masked", Case("fusedpo", TINY), measure.Timing((0.5,))),
+def test_tables_are_shown_with_and_without_rich(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("title", ("program", "ms"), [["full logits", "12"], ["fusedpo", "-"]])
+    measure.show(*arguments)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    measure.show(*arguments)
+    shown = capsys.readouterr().out
+    for word in ("title", "program", "ms", "full logits", "12", "fusedpo"):
+        assert shown.count(word) == 2
+    measure.show(*arguments, stream=sys.stderr)
+    assert capsys.readouterr().out == ""
+
+
+# a question, from its options to its files
+
+
+def points(options: sweep.Options) -> list[sweep.Point]:
+    return [
+        sweep.Point("SimPO", shape.positions, options.case(shape))
+        for shape in (Shape(2, 8, 16, 300), Shape(2, 16, 16, 300))
     ]
-    held = {verdict["what"]: verdict["held"] for verdict in speed.check(rows)}
-    assert held["fusedpo trainable / full logits trainable"] is False
-    assert held["fusedpo half masked / fusedpo trainable"] is True
-    assert held["fusedpo trainable / Liger-Kernel trainable"] is None
 
 
-def test_budget_verdicts() -> None:
-    case = Case("fusedpo", TINY, budget=64 * MIB)
-    assert memory.Row(case, "frozen", 60 * MIB, 67 * MIB).foretold
-    assert not memory.Row(case, "frozen", 60 * MIB, 69 * MIB).foretold
-    assert memory.Row(case, "frozen", 60 * MIB, 94 * MIB).kept
-    assert not memory.Row(case, "frozen", 60 * MIB, 95 * MIB).kept
+ENTRIES = (
+    sweep.Entry("full_logits"),
+    sweep.Entry("fusedpo", budget=MIB),
+    sweep.Entry("fusedpo", "fusedpo, smallest budget", "least", timed=False),
+)
+QUESTION = sweep.Question(
+    "tiny", "Is anything measured?", "scored tokens", points, lambda options: ENTRIES
+)
+ARGUMENTS = ["--threads", "1", "--seconds", "0.05"]
+
+
+@on_linux
+def test_a_question_is_asked_and_its_answer_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*ARGUMENTS, "--output", str(tmp_path / "new")]
+    assert sweep.main(QUESTION, arguments) == 0
+    shown = capsys.readouterr()
+    (path,) = (tmp_path / "new").glob("*.json")
+    assert {p.name for p in path.parent.iterdir()} == {path.name, "tiny.png"}
+    answer = json.loads(path.read_text())["tiny"]
+    assert {"cpu", "threads", "versions", "commit", "dirty"} <= answer["machine"].keys()
+    rows = answer["rows"]
+    assert [(row["x"], row["entry"]) for row in rows] == [
+        (x, entry.name) for x in (32, 64) for entry in ENTRIES
+    ]
+    for row in rows:
+        assert row["missing"] is None and row["extra_bytes"] >= 0 and row["predicted_bytes"] > 0
+        assert len(row["seconds"]) <= 15
+        if row["entry"] != ENTRIES[2].name:
+            assert row["median_seconds"] == pytest.approx(
+                measure.Timing(tuple(row["seconds"])).median, abs=1e-6
+            )
+    assert [row["products"] for row in rows[:3]] == [3.0, 3.0, 4.0]
+    least = sweep.workload(Case.from_json(rows[2]["case"])).plan()
+    assert least.bytes <= least.budget < MIB
+    for word in ("Is anything measured?", "scored tokens", "full logits", "smallest", "written to"):
+        assert word in shown.out
+    assert (path.parent / "tiny.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@on_linux
+def test_json_has_stdout_to_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*ARGUMENTS, "--json", "--output", str(tmp_path), "--peers", "full_logits"]
+    assert sweep.main(QUESTION, arguments) == 0
+    shown = capsys.readouterr()
+    answer = json.loads(shown.out)
+    assert {row["entry"] for row in answer["rows"]} == {"full logits"}
+    assert "Is anything measured?" in shown.err
+
+
+def answer_of(**reasons: str | None) -> dict:
+    """An answer with a point, where the baseline takes two seconds and the others three."""
+    rows = []
+    for peer, missing in {"full_logits": None, **reasons}.items():
+        row = sweep.Row("SimPO", 32, PEERS[peer].label, Case(peer, TINY), missing=missing)
+        if missing is None:
+            row.seconds = (2.0,) if peer == "full_logits" else (3.0, 3.0)
+            row.extra, row.products = 3 * MIB, 3.0
+        rows.append(row.to_json())
+    return {"axis": "tokens", "unit": " t", "rows": rows}
+
+
+def test_a_table_has_times_ratios_bytes_and_reasons() -> None:
+    columns, lines = sweep.table(answer_of(fusedpo=None))
+    shown = [dict(zip(columns[1:-1], line[1:-1], strict=True)) for line in lines]
+    assert shown[0] == {
+        "tokens": "32 t",
+        "program": "full logits",
+        "ms": "2000",
+        "x full logits": "1.00",
+        "extra MiB": "3.0",
+        "products": "3.0",
+    }
+    assert shown[1]["x full logits"] == "1.50" and shown[1]["ms"] == "3000"
+    assert all(len(line) == len(columns) for line in lines)
+
+
+@pytest.fixture
+def measured_at_once(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception]:
+    """Memory costs no process here; what is put in for a peer is raised in place of its number."""
+    raised: dict[str, Exception] = {}
+
+    def fresh_peak(case: Case, threads: int) -> worker.Peak:
+        if case.peer in raised:
+            raise raised[case.peer]
+        return worker.Peak(MIB, 0, 3.0, loss=1.0)
+
+    monkeypatch.setattr(sweep, "fresh_peak", fresh_peak)
+    return raised
+
+
+def test_what_fails_is_a_row_with_its_reason(
+    measured_at_once: dict[str, Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(case: Case, inputs: Inputs) -> Tensor:
+        if case.shape != TINY:
+            raise RuntimeError("too long\nfor this")
+        return full_logits(case, inputs.hidden, inputs.weight, inputs.labels).sum()
+
+    monkeypatch.setitem(PEERS, "trl", replace(PEERS["full_logits"], label="late", loss=late))
+    broken = replace(PEERS["full_logits"], label="absent", needs="no_such_package.loss")
+    monkeypatch.setitem(PEERS, "quack", broken)
+    monkeypatch.setitem(PEERS, "liger", replace(PEERS["full_logits"], label="large"))
+    measured_at_once["liger"] = worker.OutOfMemory("out of memory")
+    monkeypatch.setitem(PEERS, "compiled", replace(PEERS["full_logits"], label="gone"))
+    measured_at_once["compiled"] = RuntimeError("compiled: the measuring process is gone")
+    names = ("full_logits", "trl", "quack", "liger", "compiled", "fusedpo")
+    question = replace(QUESTION, entries=lambda options: [sweep.Entry(name) for name in names])
+    answer = question.ask(sweep.Options(threads=1, seconds=0.02))
+    rows = {row["entry"]: row for row in answer["rows"] if row["x"] == 32}
+    assert [row["x"] for row in answer["rows"]] == [32] * 6 + [64] * 6
+    for name in ("full logits", "fusedpo"):
+        assert rows[name]["missing"] is None and rows[name]["median_seconds"] > 0
+    assert rows["late"]["missing"] == "RuntimeError: too long"
+    assert "no_such_package" in rows["absent"]["missing"]
+    assert rows["large"]["missing"] == "out of memory"
+    assert "is gone" in rows["gone"]["missing"]
+    for name in ("late", "absent", "large", "gone"):
+        assert rows[name]["median_seconds"] is None
+    # in words and in a plot too, with or without a number
+    columns, lines = sweep.table(answer)
+    assert all(len(line) == len(columns) for line in lines)
+
+
+def test_what_computes_another_loss_has_no_numbers(
+    measured_at_once: dict[str, Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {"full_logits": 1.0, "fusedpo": 1.0 + 1e-5, "trl": 1.01, "compiled": math.nan}
+    for name in ("trl", "compiled"):
+        same = replace(PEERS["full_logits"], label=name)
+        monkeypatch.setitem(PEERS, name, same)
+    monkeypatch.setattr(
+        sweep, "fresh_peak", lambda case, threads: worker.Peak(MIB, 0, 3.0, losses[case.peer])
+    )
+    question = replace(QUESTION, entries=lambda options: [sweep.Entry(name) for name in losses])
+    answer = question.ask(sweep.Options(threads=1, seconds=0.02))
+    for row in answer["rows"]:
+        if row["case"]["peer"] in ("full_logits", "fusedpo"):
+            assert row["missing"] is None and row["median_seconds"] > 0
+        else:
+            assert "another loss" in row["missing"]
+            assert row["median_seconds"] is None and row["extra_bytes"] is None
+
+
+def test_what_fails_after_the_first_round_stops_nothing(
+    measured_at_once: dict[str, Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = itertools.count()
+
+    def at_last(case: Case, inputs: Inputs) -> Tensor:
+        if case.shape != TINY and next(calls) == 1:
+            raise RuntimeError("no more memory")
+        return by_formula(full_logits, case, inputs)
+
+    monkeypatch.setitem(PEERS, "trl", replace(PEERS["full_logits"], label="late", loss=at_last))
+    entries = [sweep.Entry("full_logits"), sweep.Entry("trl")]
+    question = replace(QUESTION, entries=lambda options: entries)
+    answer = question.ask(sweep.Options(threads=1, seconds=1.0))
+    assert [row["entry"] for row in answer["rows"]] == ["full logits", "late"] * 2
+    assert "no more memory" in answer["rows"][1]["missing"]
+    assert answer["rows"][0]["median_seconds"] > 0
+
+
+def test_without_the_baseline_there_are_no_ratios(
+    measured_at_once: dict[str, Exception], tmp_path: Path
+) -> None:
+    measured_at_once["full_logits"] = worker.OutOfMemory("out of memory")
+    options = sweep.Options(threads=1, seconds=0.02, output=tmp_path)
+    answer = QUESTION.ask(options)
+    assert {sweep.ratio(row, answer["rows"]) for row in answer["rows"]} == {None}
+    sweep.report(answer, options)
+    assert (tmp_path / "tiny.png").exists()
+
+
+def test_what_takes_too_long_is_timed_once(
+    measured_at_once: dict[str, Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = iter([1.0, 0.001] * 1000)
+    monkeypatch.setattr(measure, "timed", lambda function, device: next(taken))
+    rows = [sweep.Row("g", 1, PEERS[p].label, Case(p, TINY)) for p in ("full_logits", "fusedpo")]
+    sweep._time(rows, sweep.Options(seconds=1.5), lambda what: None)
+    assert rows[0].seconds == (1.0,)
+    assert len(rows[1].seconds) > 1
+
+
+@pytest.mark.parametrize("when", ["memory", "time"])
+def test_an_interrupt_leaves_the_files_as_they_were(
+    when: str,
+    measured_at_once: dict[str, Exception],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = [*ARGUMENTS, "--output", str(tmp_path)]
+    assert sweep.main(QUESTION, arguments) == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    if when == "memory":
+        measured_at_once["fusedpo"] = KeyboardInterrupt()
+    else:
+        calls = itertools.count()
+
+        def interrupted(*arguments: object) -> float:
+            if next(calls) == 4:
+                raise KeyboardInterrupt
+            return 0.01
+
+        monkeypatch.setattr(measure, "timed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.main(QUESTION, arguments)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_answer_is_saved_before_it_is_shown(
+    measured_at_once: dict[str, Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "show", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.main(QUESTION, [*ARGUMENTS, "--output", str(tmp_path)])
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["tiny"]["rows"]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
 
 
 def test_shapes_are_read_from_text() -> None:
     assert Shape.parse("1024,512,50257") == Shape(2, 256, 512, 50_257)
-    with pytest.raises(ValueError, match="multiple of 4"):
-        Shape.parse("1023,512,50257")
+    assert Shape.parse("1024,pythia-70m") == head_of("pythia-70m", 1024)
+    for text, words in {
+        "1023,512,50257": "multiple of 4",
+        "0,512,50257": "multiple of 4",
+        "x,512,50257": "multiple of 4",
+        "-4,512,50257": "multiple of 4",
+        "1024,512": "expected N,H,V or N,MODEL",
+        "1024": "expected N,H,V or N,MODEL",
+        "1024,512,x": "expected N,H,V or N,MODEL",
+        "1024,0,300": "expected N,H,V or N,MODEL",
+        "1024,512,0": "expected N,H,V or N,MODEL",
+        "1024,no-such-model": "models: .*pythia-70m",
+        "": "expected N,H,V or N,MODEL",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            Shape.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "nowhere"], "--device: expected cpu or cuda, got 'nowhere'"),
+        (["--device", "meta"], "--device: expected cpu or cuda, got 'meta'"),
+        (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--seconds", "0"], "--seconds: expected a positive number, got 0"),
+        (["--seconds", "nan"], "--seconds: expected a positive number, got nan"),
+        (["--shapes", "3,4"], "--shapes: expected N,H,V or N,MODEL, got '3,4'"),
+        (["--output", __file__], "--output: expected a folder"),
+        (["--output", f"{__file__}/below"], "--output: expected a folder"),
+    ],
+)
+def test_options_are_checked_before_anything_is_measured(arguments: list[str], words: str) -> None:
+    threads = torch.get_num_threads()
+    with pytest.raises(ValueError, match=words):
+        sweep.options_of(sweep.parser(None).parse_args(arguments))
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="--device: expected one that is there, got cuda"):
+        sweep.options_of(sweep.parser(None).parse_args(["--device", "cuda:1"]))
+
+
+def test_the_baseline_is_among_the_peers_in_any_case() -> None:
+    given = sweep.parser(None).parse_args(["--peers", "fusedpo", "--threads", "1"])
+    assert sweep.options_of(given).peers == ("full_logits", "fusedpo")
+
+
+# the kernels one by one
+
+
+@pytest.fixture
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_COPY_BYTES", MIB)
+    monkeypatch.setattr(kernels, "_ROTATED_BYTES", MIB)
+
+
+def test_kernels_have_floors_on_the_cpu_too(
+    small_buffers: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*ARGUMENTS, "--quick", "--json", "--output", str(tmp_path)]
+    assert kernels.main([*arguments, "--shapes", "32,16,300", "64,16,300"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["kind"] == answer["question"] == "kernels"
+    assert not answer["wrong"] and not answer["ran_out"]
+    rows = {row["name"]: row for row in answer["rows"] if row["shape"] == str(Shape(2, 8, 16, 300))}
+    assert len(rows) * 2 == len(answer["rows"])
+    expected = {"fold, statistics only", "fold, exponentials", "settle, all moved", "jacobian"}
+    expected |= {"finish", "row gather", "row scatter", "tail, SimPO"}
+    products = ("hidden W^T", "J W", "J^T hidden")
+    assert expected | {"copy", *products} | {f"{p}, a tile" for p in products} <= rows.keys()
+    bandwidth = rows["copy"]["bytes_per_second"]
+    for name in expected:
+        assert rows[name]["floor_seconds"] == pytest.approx(rows[name]["bytes"] / bandwidth)
+    for name in products:
+        tile = rows[f"{name}, a tile"]
+        by_flop = tile["flop"] / rows[name]["flop_per_second"]
+        assert tile["floor_seconds"] == pytest.approx(max(by_flop, tile["bytes"] / bandwidth))
+        assert tile["share_of_floor"] == pytest.approx(tile["floor_seconds"] / tile["seconds"])
+    for found in (answer, {**answer, "rows": list(rows.values())}):
+        columns, lines = kernels.table({**found, "wrong": ["finish: NaN"], "ran_out": ["fold"]})
+        assert len(lines) == len(found["rows"]) + 2
+        assert all(len(line) == len(columns) for line in lines)
+        assert "finish: NaN" in lines[-2] and lines[-1][0] == "fold"
+    bars = [bar for axes in kernels.plot(answer).axes for bar in axes.patches]
+    assert len(bars) == sum(row.get("share_of_floor") is not None for row in answer["rows"])
+    assert (tmp_path / "kernels.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_kernels_on_the_cpu_are_those_of_its_own_backend(
+    small_buffers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusedpo.kernels import logit_tile
+
+    called = []
+    for name in ("fold", "settle", "jacobian", "finish"):
+        real = getattr(logit_tile, name)
+
+        def counted(*args: object, name: str = name, real=real, **options: object) -> None:
+            called.append(name)
+            real(*args, **options)
+
+        monkeypatch.setattr(logit_tile, name, counted)
+    shape = Shape(2, 8, 16, 300)
+    kernels.QUESTION.ask(sweep.Options(quick=True, threads=1, seconds=0.01, shapes=(shape,)))
+    assert set(called) == {"fold", "settle", "jacobian", "finish"}
+
+
+def test_options_of_the_kernels_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        kernels.main(["--threads", "0"])
+    assert stopped.value.code == 2
+    assert "--threads: expected at least 1" in capsys.readouterr().err
 
 
 # the evidence for a machine with a GPU, tried without one
 
-ROOT = Path(__file__).resolve().parent.parent
 without_gpu = pytest.mark.skipif(
     torch.cuda.is_available() or not sys.platform.startswith("linux"),
     reason="the dry run is for machines with Triton and without a GPU",
@@ -232,7 +732,7 @@ in_one_process = pytest.mark.xdist_group("dry run of gpu.sh")
 @in_one_process
 def test_the_dry_run_names_every_part(dry_run: Path) -> None:
     last = (dry_run / "stdout").read_text(encoding="utf-8").splitlines()[-5:]
-    parts = ["tests", "kernels", "bench", "tune", "memory"]
+    parts = ["tests", "kernels", "bench", "tune", "budget"]
     assert [line.split(": passed")[0] for line in last] == parts
     log = (dry_run / "tests.log").read_text(encoding="utf-8")
     assert " passed" in log and "is about CUDA devices alone" in log
@@ -261,7 +761,18 @@ def test_the_dry_run_goes_through_every_section(dry_run: Path) -> None:
         assert routes[f"{route}, triton"]["product_seconds"] == pytest.approx(expected)
     assert [v["at_most"] for v in answer["routes"]["verdicts"]] == [1.10, 1.12, 1.12, 1.20, 1.12]
     assert {row["loss"] for row in answer["tail"]["rows"]} == {"DPO", "SimPO", "soft gate"}
-    assert answers["memory"]["rows"]
+
+
+@pytest.mark.slow
+@without_gpu
+@in_one_process
+def test_the_dry_run_asks_a_question_as_well(dry_run: Path) -> None:
+    (found,) = dry_run.glob("*-1-threads.json")
+    answers = json.loads(found.read_text(encoding="utf-8"))
+    rows = answers["budget"]["rows"]
+    assert {row["case"]["peer"] for row in rows} == {"full_logits", "fusedpo"}
+    assert not any(row["missing"] for row in rows)
+    assert (dry_run / "budget.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.slow
@@ -288,7 +799,7 @@ def test_a_part_that_fails_is_named_and_stops_nothing(tmp_path: Path) -> None:
     last = done.stdout.splitlines()[-5:]
     assert last[0].startswith("tests: FAILED with status 3")
     assert all(": passed in " in line for line in last[1:])
-    assert "ran -m benchmarks.gpu" in (tmp_path / "out" / "bench.log").read_text()
+    assert "ran -m fusedpo.benchmarks.gpu" in (tmp_path / "out" / "bench.log").read_text()
 
 
 def test_the_whole_takes_less_than_ten_minutes() -> None:
@@ -338,7 +849,7 @@ class PretendedGraph:
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     """A setting on the CPU that takes itself for a GPU, to run what is done on one alone."""
-    from benchmarks import kernels
+    from fusedpo.benchmarks import kernels
     from fusedpo.kernels import timing
 
     setting = gpu.setting_of("cpu", quick=False, dry=True)
@@ -424,7 +935,7 @@ def test_a_section_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_route_that_computes_something_else_is_found_out() -> None:
-    from benchmarks import routes
+    from fusedpo.benchmarks import routes
 
     good = {"loss": 1e-3, "hidden": 5e-3, "weight": 5e-3}
     assert not routes.faults("x", good)
@@ -438,7 +949,7 @@ def test_a_route_that_computes_something_else_is_found_out() -> None:
 
 
 def test_targets_are_met_or_missed() -> None:
-    from benchmarks.section import Verdict
+    from fusedpo.benchmarks.section import Verdict
 
     assert Verdict("x", 1.1, at_most=1.1).met and not Verdict("x", 1.11, at_most=1.1).met
     assert Verdict("x", 8.0, at_least=8.0).met and not Verdict("x", 7.9, at_least=8.0).met

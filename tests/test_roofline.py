@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import roofline
+from fusedpo.benchmarks import roofline
 
 
 def test_the_page_is_what_the_script_writes() -> None:
     assert roofline.PAGE.read_text(encoding="utf-8") == roofline.page(), (
-        "run python -m benchmarks.roofline --write"
+        "run python -m fusedpo.benchmarks.roofline --write"
     )
 
 

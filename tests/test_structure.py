@@ -28,9 +28,11 @@ LAYERS = (
     ("fused_head", "reference"),
     ("objective",),
     ("fusedpo",),  # the package's face, fusedpo/__init__.py
-    ("catalogue", "compare", "liger", "recipes"),
+    ("catalogue", "compare", "doctor", "footprint", "liger", "recipes"),
     ("report",),
     ("trainers",),
+    ("benchmarks",),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )

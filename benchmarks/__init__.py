@@ -1,4 +1,0 @@
-"""Speed and memory of fusedpo and its peers.
-
-Run ``python -m benchmarks.speed`` and ``python -m benchmarks.memory``.
-"""

@@ -1,0 +1,519 @@
+"""How exact is it?
+
+Log-probabilities, gradients and what a trainer reads from them, against float64: the truth is
+computed from the same rounded states and head. The loss is DPO with its reference in the same call
+(``--losses`` takes others), at its own scale: no loss scaling, in fp16 neither.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedpo.benchmarks import measure, sweep
+from fusedpo.benchmarks.formulas import FORMULAS, TITLES, WITH_REFERENCE, Tokens
+from fusedpo.benchmarks.peers import OURS, PEERS, Logprobs, Unsupported, full_logits
+from fusedpo.benchmarks.shapes import IGNORE_INDEX, MIB, Case, Inputs, Shape, head_of
+from fusedpo.plan import format_bytes
+
+
+class Column(NamedTuple):
+    """One of the errors: its key, its heading in tables, and above its panel."""
+
+    key: str
+    heading: str
+    panel: str
+
+
+COLUMNS = (
+    Column("logp_max", "logp, max", "log-probability,\nlargest error"),
+    Column("logp_rms", "logp, rms", "log-probability,\nrms error"),
+    Column("hidden", "dL/dhidden", "dL/dhidden,\nrelative error"),
+    Column("hidden_row", "worst row", "dL/dhidden,\nits worst row"),
+    Column("weight", "dL/dweight", "dL/dweight,\nrelative error"),
+    Column("flushed", "flushed", "dL/dweight,\nshare flushed to 0"),
+    Column("ratio", "log ratio", "on-policy log ratio,\nlargest (exactly 0)"),
+    Column("step_0", "loss at step 0", "DPO at step 0,\n|loss - log 2|"),
+)
+DTYPES = ("bfloat16", "float16", "float32")
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+TIE = 1.05
+FLOOR = "the exact gradient, rounded"
+"""What would be left if the exact gradient were stored in the dtype; no program, and not ranked."""
+
+# smaller rows are those of tokens that the model is sure of: 1 - p is lost in fp32 already
+_SMALL_ROW = 1e-3
+_CHANCE = 1e-6  # of so many sums a few are exactly 0 without any underflow
+_LOGITS_SD = 2.5
+_SURE = 0.25
+_EXTRA_PADDING = 16
+_TRUTH_ELEMENTS = 2**24  # of logits at a time
+_PIECE = 256  # rows of the head
+_LOG_2 = float(torch.tensor(2.0).log())  # as a loss in fp32 can hold it
+
+
+def entries(options: sweep.Options) -> list[sweep.Entry]:
+    """Every program, and what takes a budget with a small one too: sums in parts are rounded more.
+
+    The quick version has fusedpo alone with two budgets.
+    """
+    small = 8 * MIB * (1 if options.on_cpu else 16)
+    found = [
+        sweep.Entry(name, budget=sweep.DEFAULT_BUDGET if peer.budgeted else None)
+        for name, peer in PEERS.items()
+    ]
+    found += [
+        sweep.Entry(name, f"{peer.label}, {format_bytes(small)}", small)
+        for name, peer in PEERS.items()
+        if peer.budgeted and (name == OURS or not options.quick)
+    ]
+    if not options.quick:
+        own = "linear_cross_entropy"
+        found.append(sweep.Entry(own, f"{PEERS[own].label}, its own choice"))
+    # ours last, where the eye finds it
+    return sorted((e for e in found if e.peer in options.peers), key=lambda e: e.peer == OURS)
+
+
+def realistic_inputs(case: Case, seed: int = 0) -> Inputs:
+    """Logits as a trained model has them, rounded to the case's dtype.
+
+    Of every four tokens three are guesses, their logit from 8 below the largest other one to 2
+    above it, and one is sure, by 5 to 24. The reference has the same head and states a little off.
+    """
+    shape = case.shape
+    generator = torch.Generator().manual_seed(seed)  # the same numbers on every device
+    size = (2 * shape.pairs, shape.tokens)
+    hidden = torch.randn(*size, shape.hidden, generator=generator) * _LOGITS_SD
+    weight = torch.randn(shape.vocab, shape.hidden, generator=generator) * shape.hidden**-0.5
+    labels = torch.randint(shape.vocab, size, generator=generator)
+    guess = torch.rand(size, generator=generator) * 10 - 8
+    sure = torch.rand(size, generator=generator) * 19 + 5
+    gap = torch.where(torch.rand(size, generator=generator) < _SURE, sure, guess)
+    # of shape.vocab normal numbers about the largest
+    largest = _LOGITS_SD * math.sqrt(2 * math.log(shape.vocab))
+    target = weight[labels]
+    missing = largest + gap - (hidden * target).sum(-1)
+    hidden += (missing / target.square().sum(-1)).unsqueeze(-1) * target
+    ref_hidden = hidden + 0.1 * torch.randn(*size, shape.hidden, generator=generator)
+    advantages = torch.randn(size[0], generator=generator)
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.to(case.device, case.torch_dtype)
+
+    head = rounded(weight)
+    labels = labels.to(case.device)
+    found = Inputs(rounded(hidden), head, labels, rounded(ref_hidden), head)
+    if case.loss == "sspo":
+        old = full_logprobs(found.hidden, head, labels).float()
+        old += 0.1 * torch.randn(size, generator=generator).to(case.device)
+        found = found._replace(advantages=advantages.to(case.device), old_logprobs=old)
+    return found
+
+
+def _chunks(weight: Tensor, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    step = max(1, _TRUTH_ELEMENTS // len(weight))
+    flat = [x.flatten(0, 1) for x in rows]
+    for start in range(0, len(flat[0]), step):
+        yield tuple(x[start : start + step] for x in flat)
+
+
+def _by_definition(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.linear(hidden, weight).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+
+
+@torch.no_grad()
+def full_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """In float64 by the definition, a few rows at a time."""
+    head = weight.double()
+    parts = [_by_definition(h.double(), head, y) for h, y in _chunks(head, hidden, labels)]
+    return torch.cat(parts).view_as(labels)
+
+
+class Truth(NamedTuple):
+    logprobs: Tensor  # [B, T]
+    hidden: Tensor  # dL/dhidden
+    weight: Tensor  # dL/dweight
+
+
+def truth_of(case: Case, inputs: Inputs) -> Truth:
+    """Everything in float64, from the values that the programs are given too."""
+    labels = inputs.labels
+    logprobs = full_logprobs(inputs.hidden, inputs.weight, labels)
+    ref = None
+    if inputs.ref_hidden is not None and inputs.ref_weight is not None:
+        ref = full_logprobs(inputs.ref_hidden, inputs.ref_weight, labels).sum(-1)
+    leaf = logprobs.clone().requires_grad_()
+    FORMULAS[case.loss](Tokens(leaf, torch.ones_like(labels).bool(), ref, inputs)).backward()
+    assert leaf.grad is not None
+    weight = inputs.weight.detach().double().requires_grad_()
+    gradients = []
+    for h, y, upstream in _chunks(weight, inputs.hidden.detach(), labels, leaf.grad):
+        part = h.double().requires_grad_()
+        _by_definition(part, weight, y).backward(upstream)
+        gradients.append(part.grad)
+    assert weight.grad is not None
+    return Truth(logprobs, torch.cat(gradients).view(inputs.hidden.shape), weight.grad)
+
+
+Values = dict[str, float | None]
+
+
+def gradient_errors(hidden: Tensor | None, weight: Tensor | None, truth: Truth) -> Values:
+    """Of two gradients; one that is missing is 0."""
+    exact = truth.hidden.flatten(0, 1)
+    flat = torch.zeros_like(exact) if hidden is None else hidden.flatten(0, 1)
+    sizes, wrong = exact.norm(dim=-1), (flat.double() - exact).norm(dim=-1)
+    large = sizes >= _SMALL_ROW * sizes.max()
+    size, off, flushed = torch.zeros(3, dtype=torch.float64, device=flat.device)
+    # in pieces that a cache holds
+    for start in range(0, len(truth.weight), _PIECE):
+        b = truth.weight[start : start + _PIECE]
+        a = torch.zeros_like(b) if weight is None else weight[start : start + _PIECE].double()
+        size += b.square().sum()
+        off += (a - b).square().sum()
+        flushed += ((a == 0) & (b != 0)).sum()
+    share = float(flushed / truth.weight.numel())
+    return {
+        "hidden": float(wrong.norm() / sizes.norm()),
+        "hidden_row": float((wrong / sizes)[large].max()),
+        "weight": float((off / size).sqrt()),
+        # nothing can be said of a gradient that is not finite
+        "flushed": (share if share > _CHANCE else 0.0) + 0 * float(off),
+    }
+
+
+@functools.cache
+def _compiled_logprobs() -> Logprobs:
+    return torch.compile(full_logits, dynamic=False)
+
+
+def scorer(name: str) -> Logprobs | None:
+    """The peer's log-probabilities, computed in the way that its loss computes them."""
+    return _compiled_logprobs() if name == "compiled" else PEERS[name].logprobs
+
+
+def logprob_errors(score: Logprobs, case: Case, inputs: Inputs, truth: Truth) -> Values:
+    """Errors per token, and the log ratios of a policy that has not changed.
+
+    A trainer scores responses first without gradients, in other batches than those it trains on:
+    here one at a time, and padded further.
+    """
+    own = inputs.for_case(case)
+    found = score(case, own.hidden, own.weight, own.labels).detach().double()
+    error = found - truth.logprobs
+    hidden = F.pad(inputs.hidden.detach(), (0, 0, 0, _EXTRA_PADDING), value=1.0)
+    labels = F.pad(inputs.labels, (0, _EXTRA_PADDING), value=IGNORE_INDEX)
+    weight = inputs.weight.detach()
+    with torch.no_grad():
+        alone = zip(hidden.split(1), labels.split(1), strict=True)
+        old = torch.cat([score(case, h, weight, y) for h, y in alone])
+    ratios = found - old[:, : found.shape[1]].double()
+    return {
+        "logp_max": float(error.abs().max()),
+        "logp_rms": float(error.square().mean().sqrt()),
+        "ratio": float(ratios.abs().max()),
+    }
+
+
+def step_0_error(case: Case, inputs: Inputs) -> float:
+    """Of DPO where the reference is the policy."""
+    case = replace(case, loss="dpo", reference="same call")
+    same = inputs._replace(ref_hidden=inputs.hidden.detach(), ref_weight=inputs.weight.detach())
+    loss = PEERS[case.peer](case, same.for_case(case)).detach()
+    return abs(float(loss) - _LOG_2)
+
+
+def errors(case: Case, inputs: Inputs, truth: Truth) -> tuple[Values, list[str]]:
+    """What a peer gets wrong, and why something could not be measured."""
+    peer = PEERS[case.peer]
+    values: Values = {column.key: None for column in COLUMNS}
+    notes = []
+
+    def attempt(function: Callable[[], Values]) -> None:
+        try:
+            values.update(function())
+        except Unsupported as error:
+            notes.append(str(error))
+        except Exception as error:  # another library's failure is a line of the table
+            notes.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
+    def gradients() -> Values:
+        own = inputs.for_case(case)
+        peer(case, own).backward()
+        return gradient_errors(own.hidden.grad, own.weight.grad, truth)
+
+    if (missing := peer.missing()) is not None:
+        return values, [missing]
+    attempt(gradients)
+    score = scorer(case.peer)
+    if score is not None:
+        attempt(lambda: logprob_errors(score, case, inputs, truth))
+    attempt(lambda: {"step_0": step_0_error(case, inputs)})
+    for column in COLUMNS:
+        value = values[column.key]
+        if value is not None and not math.isfinite(value):
+            values[column.key] = None
+            notes.append(f"{column.heading} is not finite")
+    return values, list(dict.fromkeys(notes))
+
+
+def shapes(options: sweep.Options) -> list[Shape]:
+    if options.shapes:
+        return list(options.shapes)
+    if options.on_cpu:
+        return [head_of("pythia-70m", 256 if options.quick else 1024, pairs=8)]
+    return [head_of("llama-3.1-8b", 1024 if options.quick else 4096, pairs=8)]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The question, asked as those of benchmarks/sweep.py are."""
+
+    name: str
+    title: str
+
+    def ask(self, options: sweep.Options) -> dict[str, Any]:
+        """Measure everything, and return what is to be saved."""
+        about = measure.machine(options.device, options.threads)
+        here = entries(options)
+        losses = options.losses or ("dpo",)
+        points = [
+            (loss, shape, name)
+            for loss in losses
+            for shape in shapes(options)
+            for name in DTYPES
+            if options.dtype in (None, name)
+        ]
+        rows: list[dict[str, Any]] = []
+        steps = len(points) * (1 + len(here))
+        with _threads(options.threads), sweep.progress(self.title, steps) as advance:
+            for loss, shape, name in points:
+                group = SHORT[name]
+                group += f", {TITLES[loss]}" if len(losses) > 1 else ""
+                group += f", N {shape.positions}" if len(shapes(options)) > 1 else ""
+                reference = "same call" if loss in WITH_REFERENCE else "none"
+                case = options.case(shape, loss=loss, reference=reference)
+                advance(f"{group}: float64")
+                rows += _group(group, replace(case, dtype=name), here, advance)
+        named = ", ".join(TITLES[loss] for loss in losses)
+        return {
+            "question": self.name,
+            "kind": "precision",
+            "title": f"{self.title} {named} against float64",
+            "machine": about,
+            "quick": options.quick,
+            "losses": list(losses),
+            "rows": rows,
+        }
+
+
+def _group(
+    group: str, case: Case, here: Sequence[sweep.Entry], advance: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """The rows of a dtype: what its rounding alone costs, then every program."""
+    inputs = realistic_inputs(case)
+    if case.reference == "none":
+        inputs = inputs._replace(ref_hidden=None, ref_weight=None)
+    truth = truth_of(case, inputs)
+    stored = (truth.hidden.to(case.torch_dtype), truth.weight.to(case.torch_dtype))
+    floor: Values = {column.key: None for column in COLUMNS}
+    yield _row(group, FLOOR, None, {**floor, **gradient_errors(*stored, truth)}, [])
+    del stored
+    for entry in here:
+        advance(f"{group}: {entry.name}")
+        own = replace(case, peer=entry.peer, budget=entry.budget)
+        yield _row(group, entry.name, own, *errors(own, inputs, truth))
+        gc.collect()
+
+
+def _row(
+    group: str, name: str, case: Case | None, values: Values, notes: list[str]
+) -> dict[str, Any]:
+    measured = any(value is not None for value in values.values())
+    return {
+        "group": group,
+        "entry": name,
+        "version": None if case is None else PEERS[case.peer].version,
+        "case": None if case is None else case.to_json(),
+        "values": {key: None if v is None else float(f"{v:.4g}") for key, v in values.items()},
+        "notes": notes if measured else [],
+        "missing": None if measured else "; ".join(notes),
+        "extra_bytes": None,  # read by what lists the programs that could not run
+    }
+
+
+QUESTION = Precision("precision", __doc__.splitlines()[0])
+
+
+def _groups(answer: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in answer["rows"]:
+        found.setdefault(row["group"], []).append(row)
+    return found
+
+
+def _ours(row: dict[str, Any]) -> bool:
+    return row["case"] is not None and row["case"]["peer"] == OURS
+
+
+def ranking(answer: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Of each group and column: the programs' order, the best value, whether fusedpo is first.
+
+    Within 5 % of the best is first too; nothing is within 5 % of 0 but 0. fusedpo with its default
+    budget is held against the other programs, not against itself with another budget.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for group, rows in _groups(answer).items():
+        found[group] = {}
+        variants = [row["entry"] for row in rows if _ours(row)]
+        ours = next((r["values"] for r in rows if r["entry"] == PEERS[OURS].label), {})
+        for column in COLUMNS:
+            numbers = sorted(
+                (
+                    (row["values"][column.key], row["entry"])
+                    for row in rows
+                    if row["case"] is not None and row["values"][column.key] is not None
+                ),
+                # of equals ours is named first
+                key=lambda pair: (pair[0], not pair[1].startswith(OURS)),
+            )
+            if numbers:
+                best = numbers[0][0]
+                own, others = ours.get(column.key), [v for v, n in numbers if n not in variants]
+                found[group][column.key] = {
+                    "order": [name for _, name in numbers],
+                    "best": best,
+                    "first": [name for value, name in numbers if value <= TIE * best],
+                    "fusedpo": own is not None and own <= TIE * min(others, default=own),
+                }
+    return found
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
+
+
+def table(answer: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows, in words; a star marks the best of a column, and what is within 5 %."""
+    ranks = ranking(answer)
+    columns = ["", "program", *(column.heading for column in COLUMNS), ""]
+    lines = []
+    for row in answer["rows"]:
+        if row["missing"] is not None:
+            continue
+        cells = []
+        for column in COLUMNS:
+            rank = ranks[row["group"]].get(column.key)
+            star = "*" if rank and row["case"] and row["entry"] in rank["first"] else ""
+            cells.append(_number(row["values"][column.key]) + star)
+        lines.append([row["group"], row["entry"], *cells, "; ".join(row["notes"])])
+    return columns, lines
+
+
+def plot(answer: dict[str, Any]) -> Any:
+    """A dot for each program and column, further to the left is better; 0 is the left edge."""
+    from matplotlib.figure import Figure
+
+    groups = {
+        group: [row for row in rows if row["missing"] is None]
+        for group, rows in _groups(answer).items()
+    }
+    ranks = ranking(answer)
+    heights = [len(rows) + 1 for rows in groups.values()]
+    figure = Figure(figsize=(3.0 + 1.85 * len(COLUMNS), 1.4 + 0.25 * sum(heights)))
+    figure.set_layout_engine("constrained", rect=(0, 0.025, 1, 0.975))
+    figure.suptitle(answer["title"])
+    panels = figure.subplots(
+        len(groups), len(COLUMNS), squeeze=False, sharey="row", height_ratios=heights
+    )
+    for (group, rows), line in zip(groups.items(), panels, strict=True):
+        for column, axes in zip(COLUMNS, line, strict=True):
+            _panel(axes, column, rows, ranks[group].get(column.key))
+            if group == next(iter(groups)):
+                axes.set_title(column.panel, fontsize=8)
+        names = line[0]
+        names.set_ylabel(group, fontsize=11, fontweight="bold")
+        names.set_ylim(len(rows) - 0.4, -0.6)
+        names.set_yticks(range(len(rows)), [row["entry"] for row in rows], fontsize=8)
+        for row, text in zip(rows, names.get_yticklabels(), strict=True):
+            text.set_color(_colour(row))
+            text.set_fontweight("bold" if _ours(row) else "normal")
+    return figure
+
+
+def _colour(row: dict[str, Any]) -> str:
+    return "#d62728" if _ours(row) else "0.55" if row["case"] is None else "#1f4e79"
+
+
+def _panel(
+    axes: Any, column: Column, rows: Sequence[dict[str, Any]], rank: dict[str, Any] | None
+) -> None:
+    shown = [(y, row, row["values"][column.key]) for y, row in enumerate(rows)]
+    positive = [value for _, _, value in shown if value]
+    low, high = (min(positive), max(positive)) if positive else (1e-3, 1e-3)
+    # room for the zeros at the left and for a number at the right
+    decades = max(1.0, math.log10(high / low))
+    left, right = low / 10 ** (0.3 * decades), high * 10 ** (0.75 * decades)
+    axes.set_xscale("log")
+    axes.set_xlim(left, right)
+    axes.minorticks_off()
+    axes.tick_params(labelsize=6, left=False, bottom=bool(positive), labelbottom=bool(positive))
+    axes.grid(True, which="major", color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[:].set_color("0.8")
+    for y, row, value in shown:
+        if value is None:
+            axes.annotate("-", (0.03, y), xycoords=axes.get_yaxis_transform(), **_SMALL)
+            continue
+        best = rank is not None and row["case"] is not None and row["entry"] in rank["first"]
+        axes.plot(
+            value or left,
+            y,
+            marker="o" if row["case"] is not None else "|",
+            ms=6 if row["case"] is not None else 9,
+            mew=1,
+            zorder=3,
+            color=_colour(row),
+            clip_on=False,
+        )
+        axes.annotate(
+            _number(value),
+            (value or left, y),
+            xytext=(6, 0),
+            textcoords="offset points",
+            color=_colour(row),
+            fontweight="bold" if best else "normal",
+            **_SMALL,
+        )
+
+
+_SMALL: dict[str, Any] = {"fontsize": 6.5, "va": "center"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m fusedpo.benchmarks.precision``."""
+    return sweep.main(QUESTION, arguments)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,755 @@
+"""What does a whole training step gain?
+
+Steps of TRL's trainers as they are, data loading, metrics and optimizer included: DPO with a
+reference model, and SimPO by CPOTrainer. The model is a Llama with random weights and gradient
+checkpointing, which is TRL's default. What differs is how log-probabilities come about:
+
+    TRL, full logits     as up to TRL 1.13: the model's own forward. CPOTrainer still is so.
+    TRL's fused head     TRL as it is since 1.15
+    TRL, Liger's loss    as TRL up to 1.13 with use_liger_kernel=True
+    fusedpo              FusedDPOTrainer, FusedCPOTrainer
+
+Tokens count prompts too. Memory is what a fresh process comes to hold beyond the trainer that it
+has built: gradients and the optimizer's state, which all have alike, activations, and the head. At
+the first step all have to log the same loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import math
+import random
+import sys
+import tempfile
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedpo.benchmarks import measure, plots, sweep
+from fusedpo.benchmarks.formulas import TITLES
+from fusedpo.benchmarks.peers import BASELINE, OURS, PEERS
+from fusedpo.benchmarks.shapes import IGNORE_INDEX, MIB, Shape
+from fusedpo.benchmarks.worker import OutOfMemory, in_fresh_process, memory_errors, told
+from fusedpo.plan import format_bytes, parse_budget
+
+TITLE = __doc__.splitlines()[0]
+AXIS = "tokens of a response"
+PROGRAMS = {
+    "dpo": {
+        "full_logits": "TRL, full logits",
+        "trl": "TRL's fused head",
+        "liger": "TRL, Liger's loss",
+        "fusedpo": "fusedpo",
+    },
+    # CPOTrainer has no fused head, and no use_liger_kernel
+    "simpo": {"full_logits": "TRL, full logits", "fusedpo": "fusedpo"},
+}
+"""Of each loss, by the names that benchmarks/peers.py has for them."""
+
+CPU_MEMORY, GPU_MEMORY = "1GiB", "40GiB"
+TIMED_STEPS = 2  # of a training; the step before them warms up
+ROUNDS, QUICK_ROUNDS = 5, 2
+MEASURED_STEPS = 2  # from the second on, the optimizer has a state
+WORDS = 1000
+FARTHEST = 4  # times the longest measured length; a line from two points tells nothing beyond
+# beyond the tensors of a step: stacks of threads, code that is loaded late
+_MARGIN = 512 * MIB
+
+
+@dataclass(frozen=True)
+class Case:
+    """A program's training. Plain values only, so that it can be handed to another process.
+
+    Attributes:
+        shape: ``pairs`` a step, and ``tokens`` of a response, the last of which ends it.
+        prompt: tokens before both responses.
+    """
+
+    peer: str
+    loss: str
+    shape: Shape
+    prompt: int
+    layers: int
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    @property
+    def on_cpu(self) -> bool:
+        return torch.device(self.device).type == "cpu"
+
+    @property
+    def tokens(self) -> int:
+        """Of a step, prompts counted as often as they are read by the model."""
+        return 2 * self.shape.pairs * (self.prompt + self.shape.tokens)
+
+    @property
+    def tolerance(self) -> float:
+        """Of the loss: 1e-4, and where that is more, what float32 makes of four sums of so many
+        log-probabilities, times DPO's beta. In half precision programs round logits or do not."""
+        if self.dtype != "float32":
+            return 0.05
+        total = self.shape.tokens * math.log(self.shape.vocab)
+        return max(1e-4, 4 * 0.1 * total * torch.finfo(torch.float32).eps / 2)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Case:
+        return cls(**{**values, "shape": Shape(**values["shape"])})
+
+
+@dataclass
+class Row:
+    """A program at a length; ``missing`` says why there is no number."""
+
+    case: Case
+    entry: str
+    seconds: tuple[float, ...] = ()
+    extra: int | None = None
+    loss: float | None = None
+    missing: str | None = None
+
+    @property
+    def group(self) -> str:
+        return TITLES[self.case.loss]
+
+    @property
+    def median(self) -> float | None:
+        return measure.Timing(self.seconds).median if self.seconds else None
+
+    def drop(self, reason: str) -> None:
+        """A reason in the place of the numbers."""
+        self.missing, self.seconds, self.extra = reason, (), None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "group": self.group,
+            "x": self.case.shape.tokens,
+            "entry": self.entry,
+            "version": PEERS["trl" if self.case.peer == BASELINE else self.case.peer].version,
+            "case": self.case.to_json(),
+            "tokens": self.case.tokens,
+            "seconds": [round(s, 6) for s in self.seconds],
+            "median_seconds": self.median,
+            "tokens_per_second": self.case.tokens / self.median if self.median else None,
+            "extra_bytes": self.extra,
+            "loss": self.loss,
+            "missing": self.missing,
+        }
+
+
+# a training
+
+
+def missing(peer: str) -> str | None:
+    """Why a program cannot run here, or None if it can."""
+    try:
+        import datasets  # noqa: F401
+        import trl.trainer.dpo_trainer as module
+
+        import fusedpo.trainers.trl  # noqa: F401
+    except ImportError as error:
+        return f"not installed (pip install 'fusedpo[trl]'): {str(error).splitlines()[0]}"
+    if not hasattr(module, "add_fused_lm_head"):
+        return f"needs TRL 1.15 or later, got {version('trl')}"
+    return PEERS["liger"].missing() if peer == "liger" else None
+
+
+def build(case: Case, steps: int, folder: str, step_done: Callable[[], None]) -> Any:
+    """A trainer of the case; ``step_done`` is called after every step of the optimizer."""
+    from datasets import Dataset
+    from transformers import PrinterCallback, TrainerCallback
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            step_done()
+
+    trainer_class, config_class, own = _method(case)
+    args = config_class(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=case.shape.pairs,
+        max_length=case.prompt + case.shape.tokens,
+        gradient_checkpointing=True,
+        bf16=case.dtype == "bfloat16",
+        fp16=False,
+        use_cpu=case.on_cpu,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **own,
+    )
+    # DataParallel, which TRL refuses, is what a Trainer takes where it sees several
+    if args.n_gpu > 1:
+        args._n_gpu = 1
+    # of another seed: with the policy's own copy, the first loss is log 2 whoever computes it
+    models = {"model": _model(case, 0)}
+    if case.loss == "dpo":
+        models["ref_model"] = _model(case, 1)
+    make = _full_logits if case.peer == BASELINE and case.loss == "dpo" else contextlib.nullcontext
+    with make():
+        trainer = trainer_class(
+            **models,
+            args=args,
+            train_dataset=Dataset.from_list(_rows(case, steps)),
+            processing_class=_tokenizer(),
+            callbacks=[Clock()],
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _method(case: Case) -> tuple[Any, Any, dict[str, Any]]:
+    """The trainer, its configuration, and options."""
+    import trl
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    from fusedpo.trainers.trl import FusedCPOTrainer, FusedDPOTrainer
+
+    if case.loss == "simpo":
+        own: dict[str, Any] = {
+            "loss_type": "simpo",
+            "cpo_alpha": 0.0,
+            "beta": 2.0,
+            "simpo_gamma": 0.5,
+            "remove_unused_columns": False,  # as it wants it
+        }
+        return FusedCPOTrainer if case.peer == OURS else CPOTrainer, CPOConfig, own
+    made = {
+        BASELINE: trl.DPOTrainer,  # built within _full_logits
+        "trl": trl.DPOTrainer,
+        "liger": _liger_trainer(not case.on_cpu),
+        OURS: FusedDPOTrainer,
+    }
+    return made[case.peer], trl.DPOConfig, {}
+
+
+def _model(case: Case, seed: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    hidden, tokenizer = case.shape.hidden, _tokenizer()
+    heads = hidden // 64 if hidden % 64 == 0 else 1
+    config = LlamaConfig(
+        vocab_size=case.shape.vocab,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=case.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 4 if heads % 4 == 0 else heads,
+        max_position_embeddings=case.prompt + case.shape.tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.device(case.device):
+        return LlamaForCausalLM(config).to(getattr(torch, case.dtype))
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    """A word, a token, so that rows have the lengths that are asked for.
+
+    It knows a part of the vocabulary only: which rows of the head are labels costs nothing, while
+    TRL writes the tokenizer out again and again to see whether it has changed.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(WORDS))]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def _rows(case: Case, steps: int) -> list[dict[str, str]]:
+    """Trainers add the token that ends a response themselves."""
+    chooser, known = random.Random(0), min(WORDS, case.shape.vocab - 3)
+
+    def words(count: int) -> str:
+        return " ".join(f"w{chooser.randrange(known)}" for _ in range(count))
+
+    length = case.shape.tokens - 1
+    return [
+        {
+            "prompt": words(case.prompt),
+            "chosen": f" {words(length)}",
+            "rejected": f" {words(length)}",
+        }
+        for _ in range(case.shape.pairs * steps)
+    ]
+
+
+@contextlib.contextmanager
+def _full_logits() -> Iterator[None]:
+    """DPOTrainers that are built meanwhile have full logits.
+
+    Since 1.15 no option of TRL does that: what gives a model its fused head has to be replaced.
+    """
+    import trl.trainer.dpo_trainer as module
+
+    original = module.add_fused_lm_head
+    module.add_fused_lm_head = _add_full_logits
+    try:
+        yield
+    finally:
+        module.add_fused_lm_head = original
+
+
+def _add_full_logits(model: Any, outputs: Sequence[str] = ("log_probs",)) -> None:
+    """In the place of ``add_fused_lm_head``: what DPOTrainer did itself up to TRL 1.13, on the
+    logits of all positions, with the same functions of TRL's."""
+    from trl.trainer.utils import FusedCausalLMOutput, entropy_from_logits, selective_log_softmax
+
+    original = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(
+        self: Any,
+        *args: Any,
+        labels: Tensor | None = None,
+        fused_lm_head: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if not fused_lm_head:
+            return original(*args, labels=labels, **kwargs)
+        assert labels is not None, "trainers give it"
+        logits, labels = original(*args, **kwargs).logits[..., :-1, :], labels[..., 1:]
+        mask = labels != IGNORE_INDEX
+        found = {"log_probs": selective_log_softmax(logits, labels.clamp(min=0)) * mask}
+        seen = logits.detach()
+        if "entropy" in outputs:
+            found["entropy"] = entropy_from_logits(seen)
+        if "mean_logits" in outputs:
+            found["mean_logits"] = seen.mean(-1)
+        if "is_top1" in outputs:
+            found["is_top1"] = seen.argmax(-1) == labels
+        return FusedCausalLMOutput(label_mask=mask, **found)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _liger_trainer(compiled: bool) -> Any:
+    """DPOTrainer with Liger's loss, as ``use_liger_kernel=True`` meant up to TRL 1.13: the model
+    without its head, then the loss, which logs no entropy and no accuracy of tokens. Now the same
+    option changes layers only."""
+    import trl
+
+    class LigerDPOTrainer(trl.DPOTrainer):
+        @functools.cached_property
+        def liger_loss(self) -> Any:
+            from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+            # compiled is its default; without a GPU that needs a compiler for C++
+            return LigerFusedLinearDPOLoss(beta=self.beta, compiled=compiled)
+
+        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+            own = self.accelerator.unwrap_model(model)
+            ids, scored = inputs["input_ids"], inputs["completion_mask"][:, 1:]
+            given = {
+                "input_ids": ids,
+                "attention_mask": inputs["attention_mask"],
+                "use_cache": False,
+            }
+            with self.accelerator.autocast():
+                hidden = own.base_model(**given).last_hidden_state[:, :-1].contiguous()
+                with torch.no_grad():
+                    behind = self.ref_model.base_model(**given).last_hidden_state[:, :-1]
+                loss, metrics = self.liger_loss(
+                    own.get_output_embeddings().weight,
+                    hidden,
+                    ids[:, 1:].masked_fill(scored == 0, IGNORE_INDEX),
+                    None,
+                    behind.contiguous(),
+                    self.ref_model.get_output_embeddings().weight,
+                )
+            chosen_logps, rejected_logps, chosen_logits, rejected_logits, _, chosen, rejected = (
+                metrics
+            )
+            noted = {
+                "num_tokens": inputs["attention_mask"].sum(),
+                "logps/chosen": chosen_logps,
+                "logps/rejected": rejected_logps,
+                "logits/chosen": chosen_logits,
+                "logits/rejected": rejected_logits,
+                "rewards/chosen": chosen,
+                "rewards/rejected": rejected,
+                "rewards/accuracies": (chosen > rejected).float(),
+                "rewards/margins": chosen - rejected,
+            }
+            for name, value in noted.items():
+                gathered = self.accelerator.gather_for_metrics(value)
+                self._metrics["train"][name].append(gathered.float().mean().item())
+            return loss
+
+    return LigerDPOTrainer
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The loss that was logged at the first step, and seconds of the steps after it."""
+
+    loss: float
+    seconds: tuple[float, ...]
+
+
+def train(
+    case: Case, steps: int, around: Callable[[Callable[[], object]], Any] | None = None
+) -> tuple[Trained, Any]:
+    """Build a trainer and train.
+
+    Args:
+        around: calls the training, which it is given; what it returns is returned too.
+    """
+    _free(case)  # of what failed before
+    stamps: list[float] = []
+
+    def step_done() -> None:
+        if not case.on_cpu:
+            torch.cuda.synchronize(case.device)
+        stamps.append(time.perf_counter())
+
+    with _quiet(), tempfile.TemporaryDirectory(prefix="training-") as folder:
+        trainer = build(case, steps, folder, step_done)
+        torch.manual_seed(2)
+        found = around(trainer.train) if around else trainer.train()
+        loss = float(trainer.state.log_history[0]["loss"])
+        del trainer
+    _free(case)
+    return Trained(loss, tuple(b - a for a, b in pairwise(stamps))), found
+
+
+def _free(case: Case) -> None:
+    gc.collect()
+    if not case.on_cpu:
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what TRL, transformers and datasets say meanwhile."""
+    import datasets
+    from transformers.utils import logging
+
+    verbosity, hidden = logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if not hidden:
+            datasets.enable_progress_bars()
+
+
+# memory, in a process of its own
+
+
+def peak_of(case: Case) -> tuple[int, float]:
+    """Bytes beyond the built trainer, and the first loss; in a process that has trained nothing.
+
+    Raises:
+        OutOfMemory: if it does not fit.
+    """
+    tiny = Shape(pairs=case.shape.pairs, tokens=4, hidden=64, vocab=300)
+    with memory_errors():
+        # pays what is paid once: thread pools, compilers, code that is loaded late
+        train(Case(case.peer, case.loss, tiny, 4, 1, case.dtype, case.device), 1)
+        trained, peak = train(
+            case, MEASURED_STEPS, lambda function: measure.peak_bytes(function, case.device)
+        )
+    return peak, trained.loss
+
+
+def fresh_peak(case: Case, threads: int) -> tuple[int, float]:
+    """``peak_of`` in a fresh process on the CPU; on a GPU its allocator counts, and this will do.
+
+    Raises:
+        OutOfMemory: if it does not fit.
+        RuntimeError: with the reason, if it fails otherwise.
+    """
+    if not case.on_cpu:
+        return peak_of(case)
+    request = {"case": case.to_json(), "threads": threads}
+    found = in_fresh_process("fusedpo.benchmarks.training:answer", request)
+    return found["peak"], found["loss"]
+
+
+def preload() -> None:
+    """What a training imports."""
+    for losses in PROGRAMS.values():
+        for peer in losses:
+            missing(peer)
+    if missing(OURS) is None:
+        _method(Case(OURS, "dpo", Shape(1, 4, 64, 300), 4, 1))
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """The peak of a case."""
+    peak, loss = peak_of(Case.from_json(request["case"]))
+    return {"peak": peak, "loss": loss}
+
+
+# the longest response
+
+
+@dataclass(frozen=True)
+class Longest:
+    """The longest response whose training stays within a memory.
+
+    Attributes:
+        tokens: by the line through the two nearest lengths; 0: not even the shortest.
+        how: "interpolated" or "extrapolated" from these two, or "at least", where it is farther
+            from what was measured than ``FARTHEST``.
+        residual: bytes, the largest distance of a measured peak from the straight line that fits
+            all of them best; None where there are two, through which any line goes.
+    """
+
+    tokens: int
+    how: str
+    residual: float | None
+
+
+def longest(peaks: Sequence[tuple[float, float]], memory: float) -> Longest | None:
+    """From lengths and their peaks in bytes; None where they do not tell.
+
+    Between two lengths the peak is taken to be linear; beyond them, as between the nearest two.
+    """
+    peaks = sorted(peaks)
+    if len(peaks) < 2:
+        return None
+    # the first pair whose longer length is too much, or else the last
+    at = next((i for i, (_, peak) in enumerate(peaks[1:-1]) if peak > memory), len(peaks) - 2)
+    (x0, y0), (x1, y1) = peaks[at], peaks[at + 1]
+    residual = _residual(peaks) if len(peaks) > 2 else None
+    limit = FARTHEST * peaks[-1][0]
+    # a peak that does not grow says no more than that
+    x = x0 + (memory - y0) * (x1 - x0) / (y1 - y0) if y1 > y0 else math.inf
+    if y1 <= y0 and memory < y1:
+        return None
+    if x > limit:
+        return Longest(math.floor(limit), "at least", residual)
+    how = "interpolated" if x0 <= x <= x1 else "extrapolated"
+    return Longest(max(0, math.floor(x)), how, residual)
+
+
+def _residual(peaks: Sequence[tuple[float, float]]) -> float:
+    xs, ys = zip(*peaks, strict=True)
+    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    slope = sum((a - x) * (b - y) for a, b in peaks) / sum((a - x) ** 2 for a in xs)
+    return max(abs(b - y - slope * (a - x)) for a, b in peaks)
+
+
+# the question
+
+
+def cases(options: sweep.Options) -> list[Case]:
+    """Of the baseline, by loss and length."""
+    # the second loss is another trainer, and as long again
+    losses = ("dpo",) if options.quick and options.losses is None else tuple(PROGRAMS)
+    prompt, layers = (32, 2) if options.on_cpu else (256, 16)
+    if options.shapes:
+        shapes = list(options.shapes)
+    elif options.on_cpu:
+        lengths = (32, 128) if options.quick else (64, 256, 1024)
+        shapes = [Shape(2, length, 256, 50_304) for length in lengths]
+    else:  # about the size of Llama-3.2-1B
+        lengths = (1024, 4096) if options.quick else (1024, 4096, 16384)
+        shapes = [Shape(2, length, 2048, 128_256) for length in lengths]
+    return [
+        Case(BASELINE, loss, shape, prompt, layers, options.dtype_name, options.device)
+        for loss in options.of(losses)
+        for shape in shapes
+    ]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Like ``sweep.Question``, about trainings."""
+
+    name: str = "training"
+    title: str = TITLE
+    axis: str = AXIS
+
+    def ask(self, options: sweep.Options) -> dict[str, Any]:
+        """Measure everything, and return what is to be saved."""
+        about = measure.machine(options.device, options.threads)
+        if torch.device(options.device).index:
+            raise ValueError(
+                f"--device: expected cuda, as trainers take the first GPU, got {options.device}; "
+                "set CUDA_VISIBLE_DEVICES"
+            )
+        memory = options.memory or parse_budget(CPU_MEMORY if options.on_cpu else GPU_MEMORY)
+        points = [_entries(case, options) for case in cases(options)]
+        reasons = {peer: missing(peer) for peer in {r.case.peer for p in points for r in p}}
+        with sweep.progress(self.title, 2 * sum(map(len, points))) as advance:
+            for rows in points:
+                for row in rows:
+                    advance(f"{row.group} {row.case.shape.tokens}: memory of {row.entry}")
+                    row.missing = reasons[row.case.peer]
+                    _measure_memory(row, options.threads)
+                compare(rows)
+                _time([row for row in rows if not row.missing], options, advance)
+                compare(rows)
+        answers = [row.to_json() for rows in points for row in rows]
+        return {
+            "question": self.name,
+            "kind": "training",
+            "title": self.title,
+            "axis": self.axis,
+            "unit": "",
+            "across": False,
+            "machine": about,
+            "quick": options.quick,
+            "rows": answers,
+            "memory": memory,
+            "longest": _all_longest(answers, memory),
+        }
+
+
+def _entries(case: Case, options: sweep.Options) -> list[Row]:
+    return [
+        Row(replace(case, peer=peer), label)
+        for peer, label in PROGRAMS[case.loss].items()
+        if peer in options.peers
+    ]
+
+
+def _measure_memory(row: Row, threads: int) -> None:
+    if row.missing:
+        return
+    try:
+        row.extra, row.loss = fresh_peak(row.case, threads)
+    except OutOfMemory:
+        row.drop("out of memory")
+    except Exception as error:  # a failing program is a line of the table, not its end
+        row.drop(str(error) if isinstance(error, RuntimeError) else told(error))
+
+
+def compare(rows: Sequence[Row]) -> None:
+    """Drop the numbers of programs whose first loss is not that of the first program."""
+    ran = [row for row in rows if row.loss is not None]
+    for row in ran[1:]:
+        expected, found = ran[0].loss, row.loss
+        assert expected is not None and found is not None
+        if not abs(found - expected) <= row.case.tolerance * max(1.0, abs(expected)):
+            row.drop(f"another loss at step 1: {found:.6f}, {ran[0].entry}: {expected:.6f}")
+
+
+def _time(rows: Sequence[Row], options: sweep.Options, advance: Callable[[str], None]) -> None:
+    """Trainings of a few steps in turn, for as long as the point may take; each is built anew."""
+    begin = time.monotonic()
+    for round_ in range(QUICK_ROUNDS if options.quick else ROUNDS):
+        alive = {str(i): row for i, row in enumerate(rows) if not row.missing}
+        if not alive:
+            break
+        for row in (alive[i] for i in measure.rotated(list(alive), round_)):
+            if round_ == 0:
+                advance(f"{row.group} {row.case.shape.tokens}: time of {row.entry}")
+            try:
+                trained, _ = train(row.case, 1 + TIMED_STEPS)
+            except (torch.OutOfMemoryError, MemoryError):
+                row.drop("out of memory")
+            except Exception as error:
+                row.drop(told(error))
+            else:
+                row.seconds, row.loss = (*row.seconds, *trained.seconds), trained.loss
+        taken = time.monotonic() - begin
+        if taken * (round_ + 2) / (round_ + 1) > options.seconds_a_point:
+            break
+
+
+def _all_longest(rows: Sequence[dict[str, Any]], memory: int) -> list[dict[str, Any]]:
+    found = []
+    for group, entry in dict.fromkeys((r["group"], r["entry"]) for r in rows):
+        own = [r for r in rows if (r["group"], r["entry"]) == (group, entry)]
+        fit = longest([(r["x"], r["extra_bytes"]) for r in own if r["extra_bytes"]], memory)
+        if fit is not None:
+            found.append(
+                {
+                    "group": group,
+                    "entry": entry,
+                    "tokens": fit.tokens,
+                    "how": fit.how,
+                    "residual_bytes": fit.residual,
+                }
+            )
+    return found
+
+
+def table(answer: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows, in words. The longest response stands at a program's longest length."""
+    rows = answer["rows"]
+    columns = [
+        "",
+        answer["axis"],
+        "program",
+        "ms a step",
+        "tokens/s",
+        "x full logits",
+        "MiB beyond the trainer",
+        f"longest response in {format_bytes(answer['memory'])}",
+        "",
+    ]
+    last = {(r["group"], r["entry"]): r["x"] for r in rows if r["extra_bytes"] is not None}
+    fits = {(f["group"], f["entry"]): f for f in answer["longest"]}
+    lines = []
+    for row in rows:
+        key = (row["group"], row["entry"])
+        fit = fits.get(key) if last.get(key) == row["x"] else None
+        slower = sweep.ratio(row, rows)
+        lines.append(
+            [
+                row["group"],
+                f"{row['x']:g}",
+                row["entry"],
+                _cell(row["median_seconds"], 1e3, 0),
+                _cell(row["tokens_per_second"], 1.0, 0),
+                "-" if slower is None else f"{1 / slower:.2f}",
+                _cell(row["extra_bytes"], 1 / MIB, 1),
+                "" if fit is None else _fittold(fit),
+                row["missing"] or "",
+            ]
+        )
+    return columns, lines
+
+
+def _cell(value: float | None, factor: float, digits: int) -> str:
+    return "-" if value is None else f"{factor * value:.{digits}f}"
+
+
+def _fittold(fit: dict[str, Any]) -> str:
+    residual = fit["residual_bytes"]
+    off = "two lengths" if residual is None else f"residual {residual / MIB:.1f} MiB"
+    return f"{fit['tokens']} {fit['how']}, {off}"
+
+
+def plot(answer: dict[str, Any]) -> Any:
+    """Tokens a second and memory against the length of a response, as a matplotlib Figure."""
+    wanted = (
+        ("tokens_per_second", 1.0, "tokens a second, whole steps"),
+        ("extra_bytes", MIB, "MiB beyond the built trainer"),
+    )
+    return plots.along(answer, wanted)
+
+
+QUESTION = Question()
+
+if __name__ == "__main__":
+    sys.exit(sweep.main(QUESTION))

@@ -1,0 +1,268 @@
+"""A process for every measurement of memory, without the imports being paid each time.
+
+The server has imported everything and computed nothing; it forks for each request, so that what is
+measured is a fresh process. It is started by the first request and ends with the program.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fusedpo.benchmarks import measure
+from fusedpo.benchmarks.shapes import MIB, Case, make_inputs
+
+
+def _addmm_flop(out: Any, a: tuple[int, int], b: tuple[int, int], *_: Any, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+def _forward_flop(hidden: tuple[int, int], weight: tuple[int, int], *_: Any, **__: Any) -> int:
+    return 2 * hidden[0] * hidden[1] * weight[0]
+
+
+def _counter() -> FlopCounterMode:
+    """With what it does not know by itself."""
+    known = {torch.ops.aten.addmm_: _addmm_flop}
+    # there from its first use on
+    with contextlib.suppress(AttributeError):
+        name = "_linear_cross_entropy_batch_chunked_no_reduction"
+        known[getattr(torch.ops.torch_nn, name)] = _forward_flop
+    return FlopCounterMode(display=False, custom_mapping=known)
+
+
+# beyond the tensors of a step: stacks of threads, code that is loaded late
+_MARGIN = 512 * MIB
+
+
+class OutOfMemory(Exception):
+    """It does not fit."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes beyond the inputs, in a process that has made such a step before.
+
+    Attributes:
+        total: most of them at a time.
+        gradients: of the inputs, which are part of it.
+        loss: what the step computed.
+        products: matrix products of positions x vocabulary x hidden, or None where they are made
+            by compiled code.
+    """
+
+    total: int
+    gradients: int
+    products: float | None = None
+    loss: float = float("nan")
+
+    @property
+    def extra(self) -> int:
+        """Beyond the gradients too: what the method costs.
+
+        A peak that comes before the gradients exist is counted as if they already did: the process
+        needs their room in any case.
+        """
+        return max(0, self.total - self.gradients)
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Every kind of them becomes OutOfMemory."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory("out of memory") from error
+    except RuntimeError as error:
+        if "allocate memory" in str(error) or "not enough memory" in str(error):
+            raise OutOfMemory("out of memory") from error
+        raise
+
+
+def peak_of(case: Case) -> Peak:
+    """The measurement itself, in a process that has measured nothing before.
+
+    Raises:
+        OutOfMemory: if it does not fit.
+    """
+
+    from fusedpo.benchmarks.peers import PEERS, step
+
+    peer = PEERS[case.peer]
+    with memory_errors():
+        # pays what is paid once: thread pools, compilers, work space of libraries
+        # at the smallest budgets a step is slow, and needs no work space to speak of
+        slow = case.budget is not None and case.budget < 4 * MIB
+        first = case.at(case.shape.shorter()) if slow else case
+        with _counter():
+            step(first, make_inputs(first))
+        inputs = make_inputs(case)
+        with _counter() as counter:
+            losses: list[torch.Tensor] = []
+            total = measure.peak_bytes(lambda: losses.append(step(case, inputs)), case.device)
+        products = None if peer.compiles else round(counter.get_total_flops() / case.flop, 2)
+    gradients = [x.grad for x in (inputs.hidden, inputs.weight) if x.grad is not None]
+    return Peak(
+        total, sum(g.numel() * g.element_size() for g in gradients), products, float(losses[0])
+    )
+
+
+def fresh_peak(case: Case, threads: int = 2) -> Peak:
+    """Peak of one forward and backward of the case, in a process of its own on the CPU.
+
+    On a GPU its allocator counts, and this process will do.
+
+    Raises:
+        OutOfMemory: if it does not fit.
+        RuntimeError: with the reason, if it fails otherwise.
+    """
+    if case.device == "cpu":
+        request = {"case": case.to_json(), "threads": threads}
+        return Peak(**in_fresh_process("fusedpo.benchmarks.worker:answer", request))
+    torch.cuda.empty_cache()
+    try:
+        return peak_of(case)
+    except OutOfMemory:
+        raise
+    except Exception as error:
+        raise RuntimeError(told(error)) from error
+
+
+def told(error: BaseException) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+_server: subprocess.Popen[str] | None = None
+
+
+def _end() -> None:
+    """The server, and the process that it may be waiting for."""
+    global _server
+    if _server is None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(_server.pid, signal.SIGKILL)
+    _server.wait()
+    _server = None
+
+
+atexit.register(_end)
+
+
+def in_fresh_process(function: str, request: dict[str, Any]) -> dict[str, Any]:
+    """What a function answers in a process that has computed nothing yet, on the CPU.
+
+    Args:
+        function: ``module:name``, from a request to an answer, both of plain values. A function
+            ``preload`` of the module is called once, before any fork; it must not compute.
+        request: with ``threads``.
+
+    Raises:
+        OutOfMemory: if it raised that, or was killed.
+        RuntimeError: with the reason, if it failed otherwise.
+    """
+    global _server
+    if _server is None or _server.poll() is not None:
+        found = os.pathsep.join(path for path in sys.path if path)
+        settings = {
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": found,
+        }
+        _server = subprocess.Popen(
+            [sys.executable, "-m", "fusedpo.benchmarks.worker"],
+            env={**os.environ, **measure.MALLOC_ENV, **settings},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+    assert _server.stdin is not None and _server.stdout is not None
+    try:
+        print(json.dumps({"function": function, **request}), file=_server.stdin, flush=True)
+        line = _server.stdout.readline()
+    except BaseException:
+        # an answer that nobody waits for must not be taken for the next one
+        _end()
+        raise
+    if not line:
+        raise RuntimeError("the measuring process is gone")
+    found_out: dict[str, Any] = json.loads(line)
+    if "out_of_memory" in found_out:
+        raise OutOfMemory(found_out["out_of_memory"])
+    if "failed" in found_out:
+        raise RuntimeError(found_out["failed"])
+    return found_out
+
+
+def _serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    preloaded = set()
+    for line in sys.stdin:
+        request = json.loads(line)
+        module, _, name = request.pop("function").partition(":")
+        found = importlib.import_module(module)
+        if module not in preloaded:
+            preloaded.add(module)
+            found.preload()
+        child = os.fork()
+        if child == 0:
+            print(json.dumps(_limited(getattr(found, name), request)), file=answers, flush=True)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            # killed: on this system that is how memory ends
+            word = "out_of_memory" if os.WIFSIGNALED(status) else "failed"
+            said = f"ended with status {os.waitstatus_to_exitcode(status)}"
+            print(json.dumps({word: said}), file=answers, flush=True)
+
+
+def _limited(function: Callable[[dict[str, Any]], dict[str, Any]], request: Any) -> dict[str, Any]:
+    torch.set_num_threads(request["threads"])
+    if room := measure.available_bytes():
+        # a failing allocation, rather than a machine that stands still
+        limit = measure.status_bytes("VmSize") + room + _MARGIN
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        return function(request)
+    except OutOfMemory as error:
+        return {"out_of_memory": str(error)}
+    except Exception as error:
+        return {"failed": told(error)}
+
+
+def preload() -> None:
+    """What peers import."""
+    import fusedpo  # noqa: F401
+    from fusedpo.benchmarks.peers import PEERS
+
+    for peer in PEERS.values():
+        peer.missing()
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """The peak of a case."""
+    return asdict(peak_of(Case.from_json(request["case"])))
+
+
+if __name__ == "__main__":
+    # the module that is measured with is imported under its own name
+    from fusedpo.benchmarks import worker
+
+    worker._serve()

@@ -1,0 +1,249 @@
+"""``fusedpo plan``: what a loss would hold, by which route, and what would fit; nothing is run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+import torch
+
+from fusedpo import footprint, losses
+from fusedpo.checks import bad_value
+from fusedpo.footprint import ModelShape, Workload
+from fusedpo.plan import Backend, format_bytes, parse_budget
+
+SUMMARY = "say what a loss would hold, by which route, and what would fit a device"
+DESCRIPTION = (
+    "Bytes of a loss and its gradients, here and elsewhere, and what fits. Nothing is run."
+)
+EXAMPLES = """\
+examples:
+  four pairs of 32k tokens a response, with 1 GiB for the head:
+    fusedpo plan --model llama-3.1-8b --tokens 32768 --pairs 4 --budget 1GiB
+
+  the longest response that trains on one GPU of 80 GB, the whole model and with LoRA:
+    fusedpo plan --model qwen2.5-7b --pairs 1 --fit 80GB --optimizer adamw-8bit
+    fusedpo plan --model qwen2.5-7b --pairs 1 --fit 80GB --frozen --loss dpo
+
+  your own model, or only the shape of its head, on the CPU in float32:
+    fusedpo plan --model ./my-model --tokens 2048 --context 6144
+    fusedpo plan --hidden 512 --vocab 50257 --tokens 256 --device cpu --dtype float32
+
+  numbers for a script, all in bytes:
+    fusedpo plan --model gemma-2-2b --tokens 8192 --loss orpo --json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    def number(group: Any, option: str, default: int | None, help: str) -> None:
+        said = "" if default is None else f" (default: {default})"
+        group.add_argument(option, type=int, default=default, metavar="INT", help=help + said)
+
+    def choice(group: Any, option: str, known: Sequence[str], default: str) -> None:
+        group.add_argument(option, choices=known, default=default, help=f"default: {default}")
+
+    model = parser.add_argument_group("the model")
+    model.add_argument(
+        "--model",
+        metavar="NAME|FOLDER|FILE",
+        help="a folder with config.json, a config.json, a Hub name, or one of "
+        + ", ".join(footprint.HEADS),
+    )
+    number(model, "--hidden", None, "H, in place of --model, with --vocab")
+    number(model, "--vocab", None, "V, in place of --model, with --hidden")
+    model.add_argument("--frozen", action="store_true", help="the weights take no gradient (LoRA)")
+    batch = parser.add_argument_group("the loss and its batch")
+    batch.add_argument("--loss", default="simpo", metavar="NAME", help="default: simpo")
+    number(batch, "--tokens", 4096, "scored tokens of one response")
+    number(batch, "--pairs", 1, "of two responses")
+    number(batch, "--context", 0, "tokens of the prompt before each response, not scored")
+    machine = parser.add_argument_group("memory and precision")
+    machine.add_argument("--budget", metavar="SIZE", help="of the head, as 1GiB (default: 256MiB)")
+    choice(machine, "--dtype", ("bfloat16", "float16", "float32", "float64"), "bfloat16")
+    choice(machine, "--device", ("cuda", "cpu"), "cuda")
+    machine.add_argument("--backend", choices=get_args(Backend), help="default: by the device")
+    fit = parser.add_argument_group("what fits")
+    fit.add_argument("--fit", metavar="SIZE", help="find the longest response that trains in it")
+    choice(fit, "--optimizer", get_args(footprint.Optimizer), "adamw")
+    fit.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Print the plan; the exit code.
+
+    Raises:
+        ValueError: for a wrong argument, before anything is printed; and, after the tables, for a
+            budget that is too small for any route.
+    """
+    work = _workload(given)
+    found = _found(work)
+    if given.fit is not None:
+        how = {"optimizer": given.optimizer, "checkpointing": not given.no_checkpointing}
+        found["fit"] = _fit(work, _size("--fit", given.fit), how)
+    if given.json:
+        print(json.dumps(found, indent=1))
+    else:
+        _print(given, work, found)
+    if found["chosen"] is None:
+        least = found["least_budget"]
+        raise bad_value(
+            "--budget",
+            f"at least {format_bytes(least)} ({least} bytes) for {work.scored} scored tokens",
+            format_bytes(work.budget),
+            "raise it, or score fewer tokens in a call",
+        )
+    return 0
+
+
+def _size(option: str, text: str | None) -> int:
+    try:
+        return parse_budget(text)
+    except ValueError as error:  # it has the name of the library's argument
+        raise ValueError(str(error).replace("memory_budget", option, 1)) from None
+
+
+def _workload(given: argparse.Namespace) -> Workload:
+    """The arguments, checked."""
+    for option, least in (("tokens", 1), ("pairs", 1), ("context", 0), ("hidden", 1), ("vocab", 1)):
+        value = getattr(given, option)
+        if value is not None and value < least:
+            raise bad_value(f"--{option}", f"a whole number of at least {least}", str(value))
+    budget, loss = _size("--budget", given.budget), losses.get(given.loss)
+    by_torch = given.device == "cpu" or given.dtype == "float64"
+    backend: Backend = given.backend or ("torch" if by_torch else "triton")
+    if backend == "triton" and by_torch:
+        raise bad_value("--backend", "torch on the CPU and for float64", backend)
+    head = (given.hidden, given.vocab)
+    known = [value is not None for value in (given.model, *head)]
+    if known not in ([True, False, False], [False, True, True]):
+        said = [o for o, k in zip(("--model", "--hidden", "--vocab"), known, strict=True) if k]
+        got = " and ".join(said) or "none of them"
+        raise bad_value("--model", "either --model, or --hidden and --vocab", got)
+    return Workload(
+        footprint.read_model(given.model) if given.model else ModelShape(*head),
+        loss,
+        **{name: getattr(given, name) for name in ("tokens", "pairs", "context", "device")},
+        dtype=getattr(torch, given.dtype),
+        backend=backend,
+        frozen=given.frozen,
+        budget=budget,
+    )
+
+
+def _found(work: Workload) -> dict[str, Any]:
+    """Everything that is printed, plain: numbers are bytes unless their name says otherwise."""
+    costs = footprint.routes(work)
+    fitting = any(cost.needed is None for cost in costs.values())
+    return {
+        **{"hidden": work.shape.hidden, "vocab": work.shape.vocab, "responses": work.responses},
+        **{"scored_tokens": work.scored, "positions": work.positions, "budget": work.budget},
+        "chosen": work.plan().route if fitting else None,
+        "least_budget": None if fitting else min(cost.needed or 0 for cost in costs.values()),
+        "routes": {
+            route: {
+                "products": cost.plan.products,
+                "bytes": cost.plan.bytes,
+                "fits": cost.needed is None,
+                "needed_budget": cost.needed or work.budget,
+                "tile": [cost.plan.rows, cost.plan.cols],
+                "buffers": cost.plan.buffers,
+            }
+            for route, cost in costs.items()
+        },
+        "outputs": work.outputs(),
+        "peers": {name: method(work) for name, method in footprint.PEERS.items()},
+    }
+
+
+def _fit(work: Workload, memory: int, how: dict[str, Any]) -> dict[str, Any]:
+    """The longest responses, and what a step holds with fusedpo's, or with one token if none."""
+    methods = footprint.METHODS.items()
+    found = {name: footprint.longest(work, memory, held, **how) for name, held in methods}
+    fits, all_of_it = found.pop("fusedpo"), {"budget": work.budget}
+    breakdown = footprint.training(replace(work, tokens=fits or 1), all_of_it, **how)
+    return {"memory": memory, "fits": fits, "peers": found, "breakdown": breakdown}
+
+
+def _print(given: argparse.Namespace, work: Workload, found: dict[str, Any]) -> None:
+    print(
+        f"{given.loss} on {given.model or 'a head'} (V {work.shape.vocab}, H {work.shape.hidden}): "
+        f"{work.scored} scored tokens, {work.responses} responses of {work.tokens} after "
+        f"{work.context} of prompt; {given.dtype}, {work.device}, {work.backend}"
+        + ", frozen"
+        * work.frozen
+    )
+    costs, chosen = found["routes"], found["chosen"]
+    routes = []
+    for route, cost in costs.items():
+        fits = "yes" if cost["fits"] else f"with {format_bytes(cost['needed_budget'])}"
+        name = f"{route} (chosen)" if route == chosen else route
+        tile = " x ".join(map(str, cost["tile"]))
+        routes.append((name, str(cost["products"]), format_bytes(cost["bytes"]), tile, fits))
+    columns = ("route", "products", "beyond the outputs", "tile", "fits the budget")
+    _table(f"routes of fusedpo, with a budget of {format_bytes(work.budget)}", columns, routes)
+    print(_why(costs, chosen))
+    _sizes("the outputs of any program", found["outputs"])
+    held = {name: buffers and sum(buffers.values()) for name, buffers in found["peers"].items()}
+    sizes = {"fusedpo": None if chosen is None else costs[chosen]["bytes"], **held}
+    programs = [(name, "cannot" if n is None else format_bytes(n)) for name, n in sizes.items()]
+    title = "the same in other programs, by formula; Liger's takes no softcap"
+    _table(title, ("program", "beyond the outputs"), programs)
+    if "fit" in found:
+        _print_fit(work, found["fit"])
+
+
+def _why(costs: dict[str, Any], chosen: str | None) -> str:
+    if chosen is None:
+        least, name = min((cost["needed_budget"], name) for name, cost in costs.items())
+        return f"No route fits the budget; {name} would with {format_bytes(least)}."
+    products = costs[chosen]["products"]
+    text = f"{chosen} is the cheapest that fits, {products} products"
+    for route, cost in costs.items():  # the cheapest first
+        if cost["products"] < products:
+            needed = format_bytes(cost["needed_budget"])
+            return f"{text}; {route} takes {cost['products']} with {needed}."
+    return f"{text}."
+
+
+def _print_fit(work: Workload, fit: dict[str, Any]) -> None:
+    memory, fits = format_bytes(fit["memory"]), fit["fits"]
+    found = {"fusedpo": fits, **fit["peers"]}.items()
+    rows = [(name, "none" if n is None else f"{n} tokens") for name, n in found]
+    title = f"the longest response with which a step of {work.responses} fits {memory}, estimated"
+    _table(title, ("program", "response"), rows)
+    _sizes(f"what fusedpo's step holds with responses of {fits or 1}", fit["breakdown"])
+    if fits is None:
+        print(f"Nothing fits: one token takes more than {memory}, or --budget is too small for it.")
+
+
+def _sizes(title: str, sizes: Mapping[str, int]) -> None:
+    rows = [(name, format_bytes(size)) for name, size in sizes.items()]
+    _table(title, ("what", "size"), [*rows, ("in all", format_bytes(sum(sizes.values())))])
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """First column to the left, numbers to the right; plain text without rich."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        lines = [columns, *rows]
+        widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+        print(title)
+        for first, *others in lines:
+            cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+            print("  ".join([first.ljust(widths[0]), *cells]))
+        return
+    print(title)
+    table = Table()
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.width = console.width if console.is_terminal else 160  # a file has no width
+    console.print(table)

@@ -1,0 +1,512 @@
+"""``fusedpo doctor``: made-up facts lead to the right words, and wrong engines to exit code 1."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from repository import ROOT
+
+import fusedpo.logprobs
+import fusedpo.sweeps
+from fusedpo import doctor
+from fusedpo.commands import doctor as command
+from fusedpo.doctor import NEWEST_TRL, OLDEST_TRL, TRAPS, Facts, Package, findings, release
+from fusedpo.kernels import logit_tile
+
+Patch = pytest.MonkeyPatch
+CPU = torch.device("cpu")
+
+LEAST = {
+    **{"torch": "2.6", "numpy": "1.24", "triton": "3.6", "trl": OLDEST_TRL},
+    **{"transformers": "5.0", "accelerate": "1.0", "datasets": "3.0"},
+}
+# nothing to be said of it but that patch() comes first
+GOOD = Facts(
+    versions={
+        **{"torch": "2.13.0+cu130", "numpy": "2.4.6", "triton": "3.7.1", "trl": "1.16.2"},
+        **{"transformers": "5.23.0", "accelerate": "1.15.0", "datasets": "5.2.0"},
+        **{"liger-kernel": None, "peft": None},
+    },
+    least=LEAST,
+    build="CUDA",
+    device="cuda",
+    capability=(9, 0),
+    gpus=1,
+    nvidia=True,
+    cores=16,
+    threads=8,
+)
+
+
+def given(versions: dict[str, str | None] | None = None, **others: Any) -> Facts:
+    return dataclasses.replace(GOOD, versions={**GOOD.versions, **(versions or {})}, **others)
+
+
+def environment(**names: str) -> Facts:
+    return given(environment=names)
+
+
+# trap -> facts it is for, what it then says, and facts near to them that it is not for
+CASES: dict[str, tuple[Facts, str, Facts]] = {
+    "old torch": (given({"torch": "2.5.1"}), "2.5.1 is older than 2.6", given({"torch": "2.6.0"})),
+    "old numpy": (given({"numpy": "1.23.5"}), "'numpy>=1.24'", given({"numpy": "1.24"})),
+    "old transformers": (
+        given({"transformers": "4.57.1"}),
+        "'transformers>=5.0'",
+        given({"transformers": "5.0.0rc1"}),
+    ),
+    "old accelerate": (given({"accelerate": "0.34"}), "0.34", given({"accelerate": "1.0.0"})),
+    "old datasets": (given({"datasets": "2.21"}), "2.21", given({"datasets": None})),
+    "no trainers": (given({"datasets": None}), "pip install 'fusedpo[demo]'", GOOD),
+    "no kernels": (
+        given({"triton": "3.5.1"}),
+        "need Triton 3.6 or newer, and there is 3.5.1",
+        given({"triton": "3.5.1"}, device="cpu"),
+    ),
+    "interpreter and numpy": (
+        given({"triton": "3.6.0", "numpy": "2.4.0"}),
+        "'numpy<2.4'",
+        given({"triton": "3.6.0", "numpy": "2.3.5"}),
+    ),
+    "interpreter": (
+        environment(TRITON_INTERPRET="1"),
+        "for tests: unset it",
+        environment(TRITON_INTERPRET="0"),
+    ),
+    "old GPU": (given(capability=(7, 5)), "7.5 is below 8.0", given(capability=(8, 0))),
+    "torch without CUDA": (
+        given({"torch": "2.13.0+cpu"}, build="CPU", device="cpu", gpus=0),
+        "torch 2.13.0+cpu was built without CUDA",
+        given(build="CPU", device="cpu", gpus=0, nvidia=False),
+    ),
+    "GPU not seen": (given(device="cpu", gpus=0), "CUDA_VISIBLE_DEVICES", GOOD),
+    "tf32": (given(tf32=True), "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", GOOD),
+    "old TRL": (given({"trl": "0.28.2"}), "older than 0.29", given({"trl": "0.29.0"})),
+    "new TRL": (given({"trl": "1.17.0"}), "newer than 1.16", given({"trl": "1.16.9"})),
+    "Liger's flag needed": (
+        given({"trl": "1.14.2"}),
+        "only if use_liger_kernel=True",
+        given({"trl": "0.28.0"}),
+    ),
+    "Liger's flag": (
+        given({"trl": "1.15.0", "liger-kernel": "0.8.5"}),
+        "leave use_liger_kernel off",
+        given({"trl": "1.14.0", "liger-kernel": "0.8.5"}),
+    ),
+    "patch first": (GOOD, "before the trainer is built", given({"trl": None})),
+    "accelerate --cpu": (
+        environment(ACCELERATE_USE_CPU="true", MASTER_ADDR="127.0.0.1"),
+        "torchrun --nproc_per_node N",
+        environment(ACCELERATE_USE_CPU="true", MASTER_ADDR="127.0.0.1", RANK="0"),
+    ),
+    "too many threads": (
+        given(environment={"LOCAL_WORLD_SIZE": "4"}),
+        "4 process(es) of 8 threads share 16 core(s)",
+        given(environment={"LOCAL_WORLD_SIZE": "2"}),
+    ),
+    "spinning threads": (
+        environment(OMP_WAIT_POLICY="ACTIVE"),
+        "OMP_WAIT_POLICY=passive",
+        environment(OMP_WAIT_POLICY="passive"),
+    ),
+    "few cores": (
+        given(device="cpu", cores=2, threads=2),
+        "on 2 core(s)",
+        given(device="cpu", cores=2, threads=2, environment={"OMP_WAIT_POLICY": "passive"}),
+    ),
+    "kernels": (given(kernels="kernels/__init__.py"), "rename that one", GOOD),
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_a_trap_is_told_from_what_is_near_it(name: str) -> None:
+    trap, (facts, words, near) = TRAPS[name], CASES[name]
+    assert trap.applies(facts) and not trap.applies(near)
+    said = [one for one in findings(facts) if words in one.says]
+    assert [one.severity for one in said] == [trap.severity]
+    assert said[0].source == trap.source and not re.search(r"[{}]|None", said[0].says)
+
+
+def test_a_good_machine_has_no_warning() -> None:
+    assert [one.severity for one in findings(GOOD)] == ["note"]
+
+
+def test_nothing_but_torch_and_numpy_is_well() -> None:
+    bare = dict.fromkeys(GOOD.versions) | {"torch": "2.6.0", "numpy": "1.26.4"}
+    facts = given(bare, device="cpu", build="CPU", nvidia=False, gpus=0, capability=None)
+    assert [one.severity for one in findings(facts)] == ["note"]
+
+
+def test_errors_come_first() -> None:
+    facts = given({"torch": "2.5.0"}, broken={"peft": "ImportError: no", "triton": "OSError: no"})
+    found = findings(facts)
+    assert [one.severity for one in found] == ["error", "error", "warning", "note"]
+    # without it the losses work on a CPU
+    on_cpu = findings(dataclasses.replace(facts, device="cpu"))
+    assert [one.severity for one in on_cpu][:3] == ["error", "warning", "warning"]
+
+
+def test_a_broken_count_of_processes_is_one() -> None:
+    assert environment(LOCAL_WORLD_SIZE="many").processes == 1
+
+
+@pytest.mark.parametrize(
+    ("version", "numbers"),
+    [("2.13.0+cpu", (2, 13)), ("5.0.0rc1", (5,)), ("1.16.0.dev0", (1, 16)), ("main", ())],
+)
+def test_the_release_of_a_version(version: str, numbers: tuple[int, ...]) -> None:
+    assert release(version) == numbers
+
+
+def test_ranges_are_those_stated_elsewhere() -> None:
+    text = (ROOT / "fusedpo" / "trainers" / "trl.py").read_text(encoding="utf-8")
+    assert f"expected a version from {OLDEST_TRL} to {NEWEST_TRL}," in text
+    least = doctor.least()
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    for name in ("torch", "numpy", "transformers", "accelerate", "datasets"):
+        assert f'"{name}>={least[name]}"' in setup
+    assert least["triton"] == "3.6"
+
+
+def test_facts_of_this_machine() -> None:
+    facts = doctor.gather(CPU, {})
+    assert facts.versions["torch"] == torch.__version__
+    assert facts.cores >= 1 and facts.device == "cpu" and facts.kernels is None
+
+
+def test_a_folder_in_the_way_of_kernels(tmp_path: Path, monkeypatch: Patch) -> None:
+    place(tmp_path / "site", "kernels", "")
+    (tmp_path / "here" / "kernels").mkdir(parents=True)
+    init = tmp_path / "here" / "kernels" / "__init__.py"
+    init.write_text("")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    (tmp_path / "site" / "kernels").mkdir()
+    (tmp_path / "site" / "kernels" / "__init__.py").write_text("")
+    assert doctor.gather(CPU, {}).kernels is None
+    monkeypatch.syspath_prepend(tmp_path / "here")
+    assert doctor.gather(CPU, {}).kernels == str(init)
+
+
+# which backend
+
+
+def why(choices: list[command.Choice]) -> dict[str, tuple[str, str]]:
+    return {one.dtype: (one.backend, one.why) for one in choices}
+
+
+def test_why_a_cpu_takes_pytorch(monkeypatch: Patch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    found = why(command.choices(CPU))
+    assert found["float32"] == (
+        "torch",
+        "kernels need a CUDA or ROCm device, or TRITON_INTERPRET=1 in the environment: got cpu",
+    )
+    assert found["float64"][1].endswith("got float64")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "which is for tests" in why(command.choices(CPU))["float32"][1]
+
+
+def test_why_a_gpu_takes_what_it_takes(monkeypatch: Patch) -> None:
+    class OnGpu:
+        is_cuda, dtype, device = True, torch.float32, torch.device("cuda", 0)
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    needs = "kernels need a GPU of compute capability 8.0 or newer: got 7.5"
+    assert command._choice(OnGpu()) == ("torch", needs)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert command._choice(OnGpu())[0] == "triton"
+    monkeypatch.setattr(fusedpo.backend, "_triton_version", lambda: None)
+    assert command._choice(OnGpu())[1] == "kernels need Triton 3.6 or newer: got no Triton"
+
+
+# the command
+
+
+class NoImports:
+    """In the place of the process that imports packages, which takes seconds."""
+
+    class process:
+        kill = wait = staticmethod(lambda: None)
+
+    def tried(self, seconds: float) -> dict[str, str | None]:
+        return {}
+
+
+@pytest.fixture
+def no_imports(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(command, "_Imports", NoImports)
+
+
+def run(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(words))
+
+
+def report(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(capsys.readouterr().out, parse_constant=refuse)
+
+
+def test_all_is_well_here(no_imports: None, capsys: pytest.CaptureFixture[str]) -> None:
+    begin = time.monotonic()
+    assert run("--device", "cpu", "--json") == 0
+    assert time.monotonic() - begin < 5
+    found = report(capsys)
+    assert found["ok"] and found["device"]["device"] == "cpu"
+    names = {one["what"] for one in found["checks"]}
+    for dtype in ("float32", "bfloat16", "float16", "float64"):
+        for what in ("retain", "recompute, softcap", "frozen, softcap", "DPO", "GRPO"):
+            assert f"{dtype}, {what}" in names
+        assert f"{dtype}, SimPO, small budget" in names
+    for one in found["checks"]:
+        assert one["ok"] and 0 <= one["error"] <= one["allowed"] < 0.02
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_the_report_ends_with_a_verdict(
+    rich: bool, no_imports: None, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setenv("COLUMNS", "160")
+    # square brackets are no markup
+    monkeypatch.setattr(doctor, "versions", lambda: {**GOOD.versions, "datasets": None})
+    assert run("--device", "cpu") == 0
+    lines = capsys.readouterr().out.rstrip().splitlines()
+    assert re.fullmatch(r"28 checks passed on cpu, with \d+ warnings?\.", lines[-1])
+    assert any(re.match(r" *datasets +not installed +>= 3.0", line) for line in lines)
+    assert any("pip install 'fusedpo[demo]'" in line for line in lines)
+
+
+def test_an_unknown_device_is_a_users_error() -> None:
+    with pytest.raises(ValueError, match=r"device: expected one of cpu.*, got 'gpu'"):
+        run("--device", "gpu")
+
+
+def scaled_product(m: Patch) -> None:
+    original = fusedpo.sweeps._product
+
+    def product(out, a, b, *, add):
+        original(out, 0.9 * a, b, add=add)
+
+    m.setattr(fusedpo.sweeps, "_product", product)
+
+
+def lost_tile(m: Patch) -> None:
+    original = logit_tile.fold
+
+    def fold(x, head, target, start, stats, **options):
+        if not start:
+            original(x, head, target, start, stats, **options)
+
+    m.setattr(logit_tile, "fold", fold)
+
+
+def scaled_gradient(place: int, factor: float) -> Callable[[Patch], None]:
+    def patch(m: Patch) -> None:
+        engine = fusedpo.logprobs._Engine
+        original = engine.backward
+
+        def backward(ctx, *upstream):
+            found = list(original(ctx, *upstream))
+            found[place] = None if found[place] is None else found[place] * factor
+            return tuple(found)
+
+        m.setattr(engine, "backward", staticmethod(backward))
+
+    return patch
+
+
+def not_a_number(m: Patch) -> None:
+    scaled_gradient(0, float("nan"))(m)
+
+
+def wrong_loss(m: Patch) -> None:
+    """DPO by another beta, as a formula might have it."""
+    original = command.preference_loss
+
+    def loss(which, *args, **options):
+        if type(which).__name__ == "DPO" and "ref_hidden" not in options:
+            which = fusedpo.losses.DPO(beta=0.11)
+        return original(which, *args, **options)
+
+    m.setattr(command, "preference_loss", loss)
+
+
+def shifted_first_step(m: Patch) -> None:
+    original = command.preference_loss
+
+    def loss(which, hidden, *args, ref_hidden=None, **options):
+        if ref_hidden is not None:
+            options["ref_hidden"] = ref_hidden * (1 + 1e-5)
+        return original(which, hidden, *args, **options)
+
+    m.setattr(command, "preference_loss", loss)
+
+
+def raising(m: Patch) -> None:
+    def fold(*args, **options):
+        raise RuntimeError("no kernel image\nis available")
+
+    m.setattr(logit_tile, "fold", fold)
+
+
+WRONG = {
+    "0.9 x products": (scaled_product, "float32, retain"),
+    "all but the first tile lost": (lost_tile, "float32, frozen, softcap"),
+    "0.9 x hidden gradient": (scaled_gradient(0, 0.9), "bfloat16, DPO"),
+    "1.03 x weight gradient": (scaled_gradient(1, 1.03), "bfloat16, retain"),
+    "NaN": (not_a_number, "float64, GRPO"),
+    "another beta": (wrong_loss, "float32, DPO"),
+    "a reference that is not the policy": (shifted_first_step, "float32, DPO of equal models"),
+    "an engine that raises": (raising, "float32, RuntimeError: no kernel image is available"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_engine_is_found(
+    name: str, no_imports: None, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patch, what = WRONG[name]
+    patch(monkeypatch)
+    assert run("--device", "cpu", "--json") == 1
+    found = report(capsys)
+    assert not found["ok"] and found["verdict"].startswith("Do not train on cpu yet")
+    assert any(one["what"].startswith(what) for one in found["checks"] if one["ok"] is False)
+
+
+def test_a_failed_check_can_be_read(
+    no_imports: None, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    not_a_number(monkeypatch)
+    assert run("--device", "cpu") == 1
+    text = capsys.readouterr().out
+    assert "FAILED" in text and "Traceback" not in text
+
+
+def test_threads_are_as_before() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        command.checks(CPU, seconds=-1.0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_there_was_no_time_for_is_a_warning(
+    no_imports: None, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "checks", lambda _, own=command.checks: own(CPU, -1.0))
+    assert run("--device", "cpu", "--json") == 0
+    found = report(capsys)
+    assert all(one["ok"] is None for one in found["checks"])
+    assert found["verdict"].startswith("0 checks passed")
+    assert any("took too long" in one["says"] for one in found["findings"])
+
+
+def test_a_device_that_computes_nothing_is_not_well(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(command, "dtypes", lambda _: [])
+    assert [one.ok for one in command.checks(CPU)] == [False]
+
+
+def test_a_triton_that_cannot_be_imported_is_said(
+    no_imports: None, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def resolve(backend, hidden):
+        raise ImportError("libtriton.so: cannot open")
+
+    monkeypatch.setattr(command, "resolve", resolve)
+    assert run("--device", "cpu", "--json") == 1
+    assert any("libtriton.so" in one["says"] for one in report(capsys)["findings"])
+
+
+# whether packages can be imported
+
+
+def place(folder: Path, name: str, source: str) -> None:
+    """A package of one file, as if it were installed."""
+    information = folder / f"{name}-1.0.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (folder / f"{name}.py").write_text(source)
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: Patch) -> Callable[..., None]:
+    def install(**sources: str) -> None:
+        for name, source in sources.items():
+            place(tmp_path, name, source)
+        monkeypatch.syspath_prepend(tmp_path)
+        made = tuple(Package(name, "tests", name) for name in ("torch", *sources, "absent"))
+        monkeypatch.setattr(doctor, "PACKAGES", (*doctor.PACKAGES[:2], *made[1:]))
+
+    return install
+
+
+def test_a_package_that_cannot_be_imported_is_a_finding(
+    packages: Callable[..., None], monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packages(
+        talks="print('[1]')\nprint('no end of a line', end='')",
+        fails="raise RuntimeError('half\\ninstalled')",
+        leaves="raise SystemExit(3)",
+        crashes="import os\nos._exit(3)",
+        unseen="",
+    )
+    monkeypatch.setattr(command, "_SECONDS", 60.0)
+    assert run("--device", "cpu", "--json") == 0
+    found = report(capsys)
+    imports = {one["name"]: one["imports"] for one in found["packages"]}
+    assert imports == {
+        **{"torch": True, "numpy": True, "talks": True, "absent": None},
+        **{"fails": False, "leaves": False, "crashes": False, "unseen": None},
+    }
+    said = " ".join(one["says"] for one in found["findings"] if one["severity"] == "warning")
+    assert "fails 1.0 is installed, but cannot be imported: RuntimeError: half installed" in said
+    assert "leaves 1.0 is installed, but cannot be imported: SystemExit: 3" in said
+    assert "crashes 1.0 is installed, but cannot be imported: it ended the process" in said
+
+
+def test_an_import_that_takes_too_long_is_left_out(
+    packages: Callable[..., None], monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packages(sleeps="import time\ntime.sleep(60)")
+    monkeypatch.setattr(command, "_SECONDS", 1.0)
+    begin = time.monotonic()
+    assert run("--device", "cpu", "--json") == 0
+    assert time.monotonic() - begin < 8
+    imports = {one["name"]: one["imports"] for one in report(capsys)["packages"]}
+    assert imports["sleeps"] is None
+
+
+@pytest.mark.slow
+def test_the_command_as_it_is_installed_here() -> None:
+    program = (
+        "import argparse, sys\n"
+        "from fusedpo.commands import doctor\n"
+        "parser = argparse.ArgumentParser()\n"
+        "doctor.add_arguments(parser)\n"
+        "sys.exit(doctor.run(parser.parse_args()))"
+    )
+    words = [sys.executable, "-c", program, "--device", "cpu", "--json"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    found = json.loads(done.stdout)
+    assert found["ok"] and not any(one["imports"] is False for one in found["packages"])
