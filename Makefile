@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 TRL_VERSIONS := 0.29.1 1.8.0 1.12.0 1.13.0 1.14.2
 
-.PHONY: demo test test-oldest test-trl test-zero lint bench bench-gpu clean
+.PHONY: demo test test-oldest test-trl test-zero lint bench bench-results bench-gpu clean
 
 # threads that spin while they wait bring two cores to a crawl as soon as anything else runs
 demo: export OMP_WAIT_POLICY = passive
@@ -49,8 +49,13 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# time, memory and precision beside other libraries, in less than ten minutes; leaves build/bench
 bench: .venv/bench
 	$(BIN)/fusedpo bench --quick
+
+# what it left becomes this machine's results, and the tables and plots of the README
+bench-results: .venv/bench
+	$(BIN)/python -m fusedpo.benchmarks.readme --write --add build/bench/*.json
 
 # with a GPU: tests, benchmarks and tiles on it, in less than ten minutes
 bench-gpu: .venv/bench

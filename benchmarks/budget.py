@@ -42,7 +42,7 @@ def entries(options: sweep.Options) -> Sequence[sweep.Entry]:
         for size in sizes
     ]
     return (
-        *sweep.OTHERS,
+        *sweep.others(options),
         sweep.Entry("linear_cross_entropy", "torch linear_cross_entropy, its own choice"),
         sweep.Entry(OURS, "fusedpo, smallest", "least"),
         *budgets,

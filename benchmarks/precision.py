@@ -430,6 +430,25 @@ def table(answer: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return columns, lines
 
 
+def remarks(answer: dict[str, Any]) -> list[str]:
+    """The columns in which fusedpo is not first, and why."""
+    found = []
+    for group, columns in ranking(answer).items():
+        behind = [c.heading for c in COLUMNS if c.key in columns and not columns[c.key]["fusedpo"]]
+        if not behind:
+            found.append(f"{group}: fusedpo is first in every column, or within 5 % of the first.")
+        elif "fp32" in group or "float32" in group:
+            found.append(
+                f"{group}: fusedpo is not first in {', '.join(behind)}. What is left there is the "
+                "rounding of the fp32 product of hidden states and head, which is as large with "
+                "everything behind it in float64; programs that call the product in other blocks "
+                "get other sums, and who is ahead changes with the numbers."
+            )
+        else:
+            found.append(f"{group}: fusedpo is not first in {', '.join(behind)}.")
+    return found
+
+
 def plot(answer: dict[str, Any]) -> Any:
     """A dot for each program and column, further to the left is better; 0 is the left edge."""
     from matplotlib.figure import Figure

@@ -1,6 +1,6 @@
 """The tables and plots of the README and of docs/benchmarks.md, from the files in results/.
 
-    python -m fusedpo.benchmarks.readme [--write] [--add FILE]
+    python -m fusedpo.benchmarks.readme [--write] [--add FILE ...]
 
 Without ``--write`` it says whether they are what the files give, and exits with 1 if not. ``--add``
 takes the answers of a run, as ``fusedpo bench`` leaves them, into the results.
@@ -81,7 +81,9 @@ def headline() -> list[str]:
         own = sweep.kind_of(answer)
         title = f"**{answer['title']}** {_words(name, answer)}"
         table = compact(answer) if name == "length" else markdown(*own.table(answer))
-        lines += [title, "", *table, "", f"<sub>{_about(answer)}</sub>", ""]
+        lines += [title, "", *table, ""]
+        lines += [part for line in sweep.remarks(answer) for part in (line, "")]
+        lines += [f"<sub>{_about(answer)}</sub>", ""]
         if name == "length" and "budget" in found[machine]:
             picture = _picture(machine, "budget").relative_to(README.parent).as_posix()
             lines += [f"![{found[machine]['budget']['title']}]({picture})", ""]
@@ -120,8 +122,7 @@ def page() -> str:
             picture = f"../{_picture(machine, name).relative_to(measure.ROOT).as_posix()}"
             lines += ["", f"## {answer['title']}", "", f"{_about(answer)}", ""]
             lines += [f"![{answer['title']}]({picture})", "", *markdown(*own.table(answer))]
-            for entry, reason in sweep.missing_everywhere(answer):
-                lines += ["", f"Not measured: {entry}: {reason}."]
+            lines += [part for line in sweep.remarks(answer) for part in ("", line)]
     return "\n".join([*lines, "", END, ""])
 
 
@@ -178,12 +179,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--write", action="store_true", help="renew them")
-    parser.add_argument("--add", type=Path, metavar="FILE", help="a run's answers, to begin with")
+    parser.add_argument(
+        "--add", type=Path, nargs="+", default=[], metavar="FILE", help="a run's answers, first"
+    )
     given = parser.parse_args(arguments)
-    if given.add is not None:
-        if not given.add.is_file():
-            parser.error(f"--add: expected a file that fusedpo bench left, got {given.add}")
-        add(given.add)
+    for path in given.add:
+        if not path.is_file():
+            parser.error(f"--add: expected a file that fusedpo bench left, got {path}")
+        add(path)
     if given.write:
         write()
     behind = stale()

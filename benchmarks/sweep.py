@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, Protocol
@@ -29,7 +29,7 @@ from fusedpo.benchmarks.peers import BASELINE, OURS, PEERS, step, why_not
 from fusedpo.benchmarks.shapes import MIB, Case, Inputs, Shape, make_inputs
 from fusedpo.benchmarks.worker import OutOfMemory, fresh_peak, told
 from fusedpo.footprint import ModelShape, Workload, full_logits, liger_pairs, trl_chunked
-from fusedpo.plan import BudgetTooSmall, parse_budget
+from fusedpo.plan import BudgetTooSmall, format_bytes, parse_budget
 
 Size = int | Literal["least"] | None
 
@@ -93,13 +93,11 @@ class Entry:
     Attributes:
         label: its name in tables; None: the peer's.
         budget: bytes for a program that takes a budget; "least": the smallest it accepts.
-        timed: whether its time is wanted too.
     """
 
     peer: str
     label: str | None = None
     budget: Size = None
-    timed: bool = True
 
     @property
     def name(self) -> str:
@@ -107,14 +105,28 @@ class Entry:
 
 
 DEFAULT_BUDGET = parse_budget(None)
-LEAST = Entry(OURS, "fusedpo, smallest budget", "least", timed=False)
-OTHERS = tuple(
-    Entry(name, budget=DEFAULT_BUDGET if peer.budgeted else None)
-    for name, peer in PEERS.items()
-    if name != OURS
-)
-ENTRIES = (*OTHERS, Entry(OURS, budget=DEFAULT_BUDGET), LEAST)
-"""Every program; those that take a budget get fusedpo's default, 256 MiB."""
+
+
+def budgets(options: Options) -> tuple[int, int]:
+    """A small one and a large one: with neither is a step of fusedpo slowed by small tiles."""
+    return (16 * MIB, DEFAULT_BUDGET) if options.on_cpu else (DEFAULT_BUDGET, 8 * 1024 * MIB)
+
+
+def others(options: Options) -> tuple[Entry, ...]:
+    """Every program but this one; those that take a budget get the large one."""
+    return tuple(
+        Entry(name, budget=budgets(options)[1] if peer.budgeted else None)
+        for name, peer in PEERS.items()
+        if name != OURS
+    )
+
+
+def entries(options: Options) -> tuple[Entry, ...]:
+    """Every program, fusedpo with both budgets."""
+    return (
+        *others(options),
+        *(Entry(OURS, f"fusedpo, {format_bytes(size)}", size) for size in budgets(options)),
+    )
 
 
 @dataclass(frozen=True)
@@ -180,27 +192,26 @@ class Question:
     title: str
     axis: str
     points: Callable[[Options], list[Point]]
-    entries: Callable[[Options], Sequence[Entry]] = field(default=lambda options: ENTRIES)
+    entries: Callable[[Options], Sequence[Entry]] = entries
     unit: str = ""
     across: bool = False
 
     def ask(self, options: Options) -> dict[str, Any]:
         """Measure everything, and return what is to be saved."""
         about = measure.machine(options.device, options.threads)
-        entries = [e for e in self.entries(options) if e.peer in options.peers]
+        wanted = [e for e in self.entries(options) if e.peer in options.peers]
         points = self.points(options)
         rows: list[Row] = []
         reasons: dict[tuple[Any, ...], str | None] = {}
-        steps = sum(1 + e.timed for e in entries) * len(points)
+        steps = 2 * len(wanted) * len(points)
         with progress(self.title, steps) as advance:
             for point in points:
-                here = [_row(point, entry, reasons) for entry in entries]
+                here = [_row(point, entry, reasons) for entry in wanted]
                 for row in here:
                     advance(f"{row.group} {row.x:g}: memory of {row.entry}")
                     _measure_memory(row, options.threads)
                 _compare(here)
-                timed = [r for r, e in zip(here, entries, strict=True) if e.timed]
-                _time([r for r in timed if not r.missing], options, advance)
+                _time([row for row in here if not row.missing], options, advance)
                 rows += here
         return {
             "question": self.name,
@@ -429,12 +440,19 @@ def report(answer: dict[str, Any], options: Options) -> None:
     print(measure.describe(answer["machine"]), file=stream)
     columns, lines = own.table(answer)
     measure.show(answer["title"], columns, lines, stream)
-    for entry, reason in missing_everywhere(answer):
-        print(f"not measured: {entry}: {reason}", file=stream)
+    for line in remarks(answer):
+        print(line, file=stream)
     print(f"written to {path}" + (f" and {plot}" if plot else ""), file=stream)
     if options.print_json:
         json.dump(answer, sys.stdout)
         print()
+
+
+def remarks(answer: dict[str, Any]) -> list[str]:
+    """What is to be said below the table."""
+    own = getattr(kind_of(answer), "remarks", None)
+    absent = [f"Not measured: {entry}: {why}." for entry, why in missing_everywhere(answer)]
+    return [*(own(answer) if own else []), *absent]
 
 
 def kind_of(answer: dict[str, Any]) -> Any:

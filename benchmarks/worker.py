@@ -92,6 +92,18 @@ def memory_errors() -> Iterator[None]:
         raise
 
 
+def _whole_warm_up(case: Case) -> bool:
+    """Whether the first step has to be as long as the second one.
+
+    To compile the same, or where a few MiB of work space that a library keeps would show. At the
+    smallest budgets a step is slow and needs no such space.
+    """
+    from fusedpo.benchmarks.peers import PEERS
+
+    peer = PEERS[case.peer]
+    return peer.compiles or (peer.budgeted and case.budget is not None and case.budget >= 4 * MIB)
+
+
 def peak_of(case: Case) -> Peak:
     """The measurement itself, in a process that has measured nothing before.
 
@@ -104,9 +116,7 @@ def peak_of(case: Case) -> Peak:
     peer = PEERS[case.peer]
     with memory_errors():
         # pays what is paid once: thread pools, compilers, work space of libraries
-        # at the smallest budgets a step is slow, and needs no work space to speak of
-        slow = case.budget is not None and case.budget < 4 * MIB
-        first = case.at(case.shape.shorter()) if slow else case
+        first = case if _whole_warm_up(case) else case.at(case.shape.shorter())
         with _counter():
             step(first, make_inputs(first))
         inputs = make_inputs(case)
