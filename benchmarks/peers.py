@@ -82,6 +82,8 @@ def trl(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def liger_scaled(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Function
 
+    if not hidden.is_cuda:
+        raise Unsupported("its kernels need a GPU; elsewhere it is another library's formula")
     flat, targets = hidden.flatten(0, 1), labels.flatten()
     found = Function.apply(flat, weight, targets, 1.0, IGNORE_INDEX)
     losses = found[0] if isinstance(found, tuple) else found

@@ -310,7 +310,7 @@ def _time(rows: Sequence[Row], options: Options, advance: Callable[[str], None])
     """
     if not rows:
         return
-    shared = make_inputs(rows[0].case)
+    shared, longest = make_inputs(rows[0].case), options.seconds_a_point
     steps = {id(row): _stepper(row.case, shared) for row in rows}
     for row in rows:
         advance(f"{row.group} {row.x:g}: time of {row.entry}")
@@ -323,10 +323,12 @@ def _time(rows: Sequence[Row], options: Options, advance: Callable[[str], None])
     alive = [row for row in rows if row.seconds]
     fastest = min((row.seconds[0] for row in alive), default=0.0)
     alive = [row for row in alive if row.seconds[0] < _HOPELESS * fastest]
+    if fastest > _LONG and sum(row.seconds[0] for row in rows if row.seconds) > longest:
+        return
+    begin = time.monotonic()
     for row in alive:
         if row.seconds[0] < _LONG:
             row.seconds = ()
-    begin = time.monotonic()
     for round_ in range(15):
         for i in measure.rotated(range(len(alive)), round_):
             row = alive[i]
@@ -336,8 +338,8 @@ def _time(rows: Sequence[Row], options: Options, advance: Callable[[str], None])
                 row.seconds = (*row.seconds, measure.timed(steps[id(row)], options.device))
             except Exception as error:
                 row.missing, row.seconds = told(error), ()
-        taken = time.monotonic() - begin
-        if taken * (round_ + 2) / (round_ + 1) > options.seconds_a_point:
+        # another round takes as long as those so far did on average
+        if (time.monotonic() - begin) * (round_ + 2) / (round_ + 1) > longest:
             break
     gc.collect()
 
@@ -345,7 +347,7 @@ def _time(rows: Sequence[Row], options: Options, advance: Callable[[str], None])
 # seconds of a step beside which what the first one pays does not count
 _LONG = 1.0
 # so many times as long as the fastest
-_HOPELESS = 3.0
+_HOPELESS = 2.0
 
 
 def _stepper(case: Case, shared: Inputs) -> Callable[[], object]:

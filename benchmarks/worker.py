@@ -101,7 +101,7 @@ def _whole_warm_up(case: Case) -> bool:
     from fusedpo.benchmarks.peers import PEERS
 
     peer = PEERS[case.peer]
-    return peer.compiles or (peer.budgeted and case.budget is not None and case.budget >= 4 * MIB)
+    return peer.compiles or (peer.budgeted and 4 * MIB <= (case.budget or 0) <= 64 * MIB)
 
 
 def peak_of(case: Case) -> Peak:

@@ -490,8 +490,9 @@ class _Engine(torch.autograd.Function):
             elif route == "one_pass":
                 assert call.groups is not None, "whoever plans with a scope gives the groups"
                 head = HeadGradient(
-                    tiles.zeros(*weight.shape) if need_weight else None,
-                    tiles.zeros(tiles.vocab) if need_bias else None,
+                    tiles.empty(*weight.shape) if need_weight else None,
+                    tiles.empty(tiles.vocab) if need_bias else None,
+                    empty=True,
                 )
                 stats, assumed = tiles.sweep_one_pass(unit, head, call.groups)
             else:

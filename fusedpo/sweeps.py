@@ -736,12 +736,13 @@ class Tiles:
                         out.scale(slope)
                     else:
                         out.add(partial, slope)
-                        partial.zero()
+                        partial.empty = True
                         spare.append(partial)
                 waiting.clear()
                 within = slice(start - b[0], stop - b[0])
                 coefficient = -self.scaled(upstream[start:stop] * factor[within], start, stop)
                 self.add_head_gradient(out, z[within], hidden[within], coefficient)
+        out.finished()
         self.add_up(partial_unit, unit)
         return self.results(everything), upstream
 
@@ -759,7 +760,8 @@ class Tiles:
         rows = self.weighted(hidden, coefficient if out.weight is not None else None)
         for c in self.col_blocks():
             weight, bias = out.slices(c)
-            self.add_slice(weight, bias, jacobian[:, slice(*c)], rows, coefficient, True)
+            self.add_slice(weight, bias, jacobian[:, slice(*c)], rows, coefficient, not out.empty)
+        out.empty = False
 
     def weighted(self, hidden: Tensor, coefficient: Tensor | None) -> Tensor:
         """c h [n, H] in the operands' dtype, computed in full precision; None: h as it is."""
@@ -1097,10 +1099,15 @@ def _cut(borders: Sequence[int], begin: int, end: int) -> Iterator[tuple[int, in
 
 @dataclass
 class HeadGradient:
-    """The head's gradient: weight [V, H], bias [V]; None: not wanted."""
+    """The head's gradient: weight [V, H], bias [V]; None: not wanted.
+
+    empty: nothing has been added yet, and what is in memory means nothing. To begin with zeros
+    would be a pass over all of it.
+    """
 
     weight: Tensor | None
     bias: Tensor | None
+    empty: bool = False
 
     @property
     def wanted(self) -> bool:
@@ -1118,9 +1125,10 @@ class HeadGradient:
         )
 
     def like(self) -> HeadGradient:
-        return HeadGradient(
-            *(None if t is None else torch.zeros_like(t) for t in (self.weight, self.bias))
+        weight, bias = (
+            None if t is None else torch.empty_like(t) for t in (self.weight, self.bias)
         )
+        return HeadGradient(weight, bias, empty=True)
 
     def scale(self, factor: Tensor) -> HeadGradient:
         for t in (self.weight, self.bias):
@@ -1130,16 +1138,24 @@ class HeadGradient:
 
     def add(self, other: HeadGradient, factor: Tensor) -> None:
         for t, o in ((self.weight, other.weight), (self.bias, other.bias)):
-            if t is not None and o is not None:
+            if t is None or o is None:
+                continue
+            if self.empty:
+                torch.mul(o, factor.to(o.dtype), out=t)
+            else:
                 t.addcmul_(o, factor.to(o.dtype))
+        self.empty = False
 
-    def zero(self) -> None:
+    def finished(self) -> None:
+        """Nothing more will be added: what is empty is zero."""
         for t in (self.weight, self.bias):
-            if t is not None:
+            if t is not None and self.empty:
                 t.zero_()
+        self.empty = False
 
     def clone(self) -> HeadGradient:
-        return HeadGradient(*(None if t is None else t.clone() for t in (self.weight, self.bias)))
+        weight, bias = (None if t is None else t.clone() for t in (self.weight, self.bias))
+        return HeadGradient(weight, bias)
 
     def to(self, weight: torch.dtype, bias: torch.dtype | None) -> HeadGradient:
         return HeadGradient(

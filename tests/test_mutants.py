@@ -218,11 +218,11 @@ def bias_twice(m: Patch) -> None:
 
 
 def half_precision_logsumexp(m: Patch) -> None:
-    m.setattr(
-        logit_tile.RowStats,
-        "rest",
-        property(lambda s: (s.shift + s.total.log()).bfloat16().to(s.peak.dtype)),
-    )
+    def logprob(s: logit_tile.RowStats) -> torch.Tensor:
+        rest = s.rest.bfloat16().to(s.peak.dtype)
+        return torch.nn.functional.logsigmoid(s.target - rest)
+
+    m.setattr(logit_tile.RowStats, "logprob", property(logprob))
 
 
 def scalar_upstream(m: Patch) -> None:
