@@ -49,7 +49,7 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# time, memory and precision beside other libraries, in less than ten minutes; leaves build/bench
+# time, memory and precision beside other libraries; leaves build/bench
 bench: .venv/bench
 	$(BIN)/fusedpo bench --quick
 

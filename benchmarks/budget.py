@@ -20,7 +20,8 @@ BUDGETS = (1, 2, 4, 8, 16, 64, 256, 1024)
 
 
 def points(options: sweep.Options) -> list[sweep.Point]:
-    usual = head_of("pythia-70m", 1024) if options.on_cpu else head_of("llama-3.1-8b", 8192)
+    length = 512 if options.quick else 1024
+    usual = head_of("pythia-70m", length) if options.on_cpu else head_of("llama-3.1-8b", 8192)
     return [
         sweep.Point(
             TITLES[loss],

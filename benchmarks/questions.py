@@ -21,7 +21,7 @@ NAMES = (
     "kernels",
 )
 QUICK = ("length", "budget", "precision")
-"""Those that ten minutes on two cores are enough for."""
+"""Those of the short version."""
 
 
 def question(name: str) -> Any:

@@ -34,6 +34,9 @@ def answers() -> dict[str, dict[str, Any]]:
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table; without columns that nothing stands in."""
+    kept = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    columns, rows = [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
     numbers = [measure.are_numbers(row[i] for row in rows) for i in range(len(columns))]
     return [
         f"| {' | '.join(columns)} |",
@@ -80,7 +83,7 @@ def headline() -> list[str]:
         answer = found[machine][name]
         own = sweep.kind_of(answer)
         title = f"**{answer['title']}** {_words(name, answer)}"
-        table = compact(answer) if name == "length" else markdown(*own.table(answer))
+        table = compact(answer) if name == "length" else markdown(*own.table(_brief(answer)))
         lines += [title, "", *table, ""]
         lines += [part for line in sweep.remarks(answer) for part in (line, "")]
         lines += [f"<sub>{_about(answer)}</sub>", ""]
@@ -88,6 +91,12 @@ def headline() -> list[str]:
             picture = _picture(machine, "budget").relative_to(README.parent).as_posix()
             lines += [f"![{found[machine]['budget']['title']}]({picture})", ""]
     return lines
+
+
+def _brief(answer: dict[str, Any]) -> dict[str, Any]:
+    """Of its first group alone, as bf16 of the precisions."""
+    first = answer["rows"][0]["group"]
+    return {**answer, "rows": [row for row in answer["rows"] if row["group"] == first]}
 
 
 def _words(name: str, answer: dict[str, Any]) -> str:

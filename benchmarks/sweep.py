@@ -76,7 +76,7 @@ class Options:
 
     @property
     def seconds_a_point(self) -> float:
-        return self.seconds or (20.0 if self.quick else 60.0)
+        return self.seconds or (15.0 if self.quick else 60.0)
 
     def of(self, losses: Sequence[str]) -> list[str]:
         """The losses of a question that were asked for."""
@@ -140,7 +140,10 @@ class Point:
 
 @dataclass
 class Row:
-    """An entry at a point; ``missing`` says why there is no number."""
+    """An entry at a point; ``missing`` says why there is no number.
+
+    alone: seconds of the step that memory was measured of.
+    """
 
     group: str
     x: float
@@ -151,6 +154,7 @@ class Row:
     products: float | None = None
     predicted: int | None = None
     loss: float | None = None
+    alone: float = math.nan
     missing: str | None = None
 
     @property
@@ -287,6 +291,7 @@ def _measure_memory(row: Row, threads: int) -> None:
         row.missing = str(error)
     else:
         row.extra, row.products, row.loss = peak.extra, peak.products, peak.loss
+        row.alone = peak.seconds
 
 
 def _compare(rows: Sequence[Row]) -> None:
@@ -306,8 +311,14 @@ def _time(rows: Sequence[Row], options: Options, advance: Callable[[str], None])
     """Rounds in turn, for as long as the point may take.
 
     The first one warms up, but counts for a program whose steps are long. Rounds go on with those
-    that are within a factor of the fastest; what the others take is known well enough.
+    that are within a factor of the fastest; what the others take is known well enough. A program
+    that took long and was far behind when its memory was measured is not timed anew: that counts.
     """
+    fastest = min((row.alone for row in rows if row.alone > 0), default=math.inf)
+    for row in rows:
+        if row.alone > max(_HOPELESS * fastest, 2 * _LONG) and row.case.peer != BASELINE:
+            row.seconds = (row.alone,)
+    rows = [row for row in rows if not row.seconds]
     if not rows:
         return
     shared, longest = make_inputs(rows[0].case), options.seconds_a_point

@@ -15,6 +15,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -60,6 +61,7 @@ class Peak:
         total: most of them at a time.
         gradients: of the inputs, which are part of it.
         loss: what the step computed.
+        seconds: that it took, alone and once.
         products: matrix products of positions x vocabulary x hidden, or None where they are made
             by compiled code.
     """
@@ -68,6 +70,7 @@ class Peak:
     gradients: int
     products: float | None = None
     loss: float = float("nan")
+    seconds: float = float("nan")
 
     @property
     def extra(self) -> int:
@@ -122,12 +125,13 @@ def peak_of(case: Case) -> Peak:
         inputs = make_inputs(case)
         with _counter() as counter:
             losses: list[torch.Tensor] = []
+            begin = time.perf_counter()
             total = measure.peak_bytes(lambda: losses.append(step(case, inputs)), case.device)
+            seconds = time.perf_counter() - begin
         products = None if peer.compiles else round(counter.get_total_flops() / case.flop, 2)
     gradients = [x.grad for x in (inputs.hidden, inputs.weight) if x.grad is not None]
-    return Peak(
-        total, sum(g.numel() * g.element_size() for g in gradients), products, float(losses[0])
-    )
+    returned = sum(g.numel() * g.element_size() for g in gradients)
+    return Peak(total, returned, products, float(losses[0]), seconds)
 
 
 def fresh_peak(case: Case, threads: int = 2) -> Peak:

@@ -535,6 +535,16 @@ def test_what_takes_too_long_is_timed_once(
     assert len(rows[1].seconds) > 1
 
 
+def test_what_was_far_behind_is_not_timed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "timed", lambda function, device: 0.25)
+    alone = {"full_logits": 30.0, "trl": 30.0, "liger": 1.5, "fusedpo": 1.0}
+    rows = [sweep.Row("g", 1, p, Case(p, TINY), alone=s) for p, s in alone.items()]
+    sweep._time(rows, sweep.Options(seconds=0.01), lambda what: None)
+    # the baseline is timed in any case, and short steps too
+    assert [set(row.seconds) for row in rows] == [{0.25}, {30.0}, {0.25}, {0.25}]
+    assert len(rows[1].seconds) == 1
+
+
 @pytest.mark.parametrize("when", ["memory", "time"])
 def test_an_interrupt_leaves_the_files_as_they_were(
     when: str,

@@ -22,7 +22,7 @@ questions:
 """
 EXAMPLES = """\
 examples:
-  some ten minutes on two cores: length, budget and precision
+  the short version: length, budget and precision
     fusedpo bench --quick
 
   one question, at the head of your model, on a GPU
