@@ -96,8 +96,7 @@ KINDS = {
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.mark.parametrize("context", [0, 20])
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("frozen", "context"), [(False, 20), (True, 0)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_fusedpo_holds_what_is_predicted(kind, dtype, frozen, context) -> None:
