@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import inspect
 import pickle
 import types
@@ -1140,10 +1141,7 @@ def test_hooks_on_the_head_are_called() -> None:
 
 
 def test_data_parallel() -> None:
-    torch.distributed.init_process_group(
-        "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
-    )
-    try:
+    def compare() -> None:
         model = make("softcap")
         wrapped = nn.parallel.DistributedDataParallel(model)
         add_fused_head(wrapped)
@@ -1154,7 +1152,16 @@ def test_data_parallel() -> None:
         some_loss(got).backward()
         mine = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         assert not differences(mine, truth, 1e-5)
+
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
+    )
+    try:
+        compare()
     finally:
+        # what is wrapped has to go before its group: freed after it, it would take the group with
+        # it, and wait for a thread of gloo's that may be waiting for the interpreter's lock
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
