@@ -151,9 +151,7 @@ class RowStats:
     @property
     def logprob(self) -> Tensor:
         """log-probability of the target, [n], never above 0; NaN for a target of +inf."""
-        # target and shift first: their difference is no larger than it has to be, where the sum of
-        # shift and logarithm is rounded to the size of the logits
-        logprob = torch.nn.functional.logsigmoid((self.target - self.shift) - self.total.log())
+        logprob = torch.nn.functional.logsigmoid(self.target - self.rest)
         return logprob.masked_fill(self.target == torch.inf, torch.nan)
 
     @property
@@ -301,9 +299,7 @@ def settle(
         columns: columns of each tile but the last.
     """
     for i, factor in enumerate(factors):
-        # on the CPU looking is free, and few tiles come before the last rise of a shift
-        if factor.device.type != "cpu" or bool((factor != 1).any()):
-            block[:, i * columns : (i + 1) * columns].mul_(factor[:, None].to(block.dtype))
+        block[:, i * columns : (i + 1) * columns].mul_(factor[:, None].to(block.dtype))
     local, inside = _locate(target, 0, block.shape[1])
     entry = torch.where(inside, own[:, None].to(block.dtype), block.gather(1, local))
     block.scatter_(1, local, entry)

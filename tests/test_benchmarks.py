@@ -724,12 +724,14 @@ def run_script(out: Path, python: str, *arguments: str) -> subprocess.CompletedP
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that ``benchmarks/gpu.sh --dry-run`` leaves its results in."""
-    results = {path: path.read_bytes() for path in measure.RESULTS.iterdir()}
+    results = {path: path.read_bytes() for path in measure.RESULTS.rglob("*.*") if path.is_file()}
     out = tmp_path_factory.mktemp("gpu")
     done = run_script(out, sys.executable, "--dry-run")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     (out / "stdout").write_text(done.stdout, encoding="utf-8")
-    assert results == {path: path.read_bytes() for path in measure.RESULTS.iterdir()}
+    assert results == {
+        path: path.read_bytes() for path in measure.RESULTS.rglob("*.*") if path.is_file()
+    }
     return out
 
 

@@ -1324,28 +1324,3 @@ def test_n21_the_sampling_policy_has_the_head_options_of_the_call(
     assert ok(*ours(own, ref_hidden=data["hidden"]))
     assert not ok(*ours(plain, ref_hidden=data["hidden"]))
     assert not ok(*ours(own, ref_logprobs=plain))
-
-
-def test_an_offset_of_all_logits_costs_a_log_probability_nothing() -> None:
-    """The target's logit less (shift + log of the sum) has the rounding of the offset in it."""
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(64, 32), torch.randn(3000, 32) / 2
-    labels = torch.randint(3000, (64,))
-
-    def furthest(offset: float, logprob: Callable[[Tensor, Tensor], Tensor]) -> float:
-        bias = torch.full((3000,), offset)
-        logits = torch.nn.functional.linear(hidden, weight) + bias
-        # the offset rounds the logits themselves, which is not what this is about
-        exact = logits.double().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-        return float((logprob(bias, logits).double() - exact).abs().max())
-
-    def ours(bias: Tensor, logits: Tensor) -> Tensor:
-        return linear_logprobs(hidden, weight, labels, bias=bias)
-
-    def hazardous(bias: Tensor, logits: Tensor) -> Tensor:
-        taken = logits.gather(-1, labels[:, None])[:, 0]
-        others = logits.scatter(-1, labels[:, None], -torch.inf)
-        return torch.nn.functional.logsigmoid(taken - others.logsumexp(-1))
-
-    assert furthest(200.0, ours) < 3 * furthest(0.0, ours)
-    assert furthest(200.0, hazardous) > 3 * furthest(0.0, ours)
