@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fusedpo.benchmarks.formulas import FORMULAS, Tokens
 from fusedpo.benchmarks.shapes import IGNORE_INDEX, TINY, Case, Inputs, make_inputs
+from fusedpo.benchmarks.worker import told
 
 Logprobs = Callable[[Case, Tensor, Tensor, Tensor], Tensor]
 """``logprobs(case, hidden [B, T, H], weight, labels [B, T]) -> [B, T]``; what it gives for ignored
@@ -91,13 +92,13 @@ def liger_scaled(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> 
 
 
 def cut_cross_entropy(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Its kernels on a GPU; elsewhere what it has there, the same in torch.compile."""
     from cut_cross_entropy import linear_cross_entropy as function
 
-    impl = "cce" if hidden.is_cuda else "torch_compile"
-    if hidden.is_cuda and hidden.dtype == torch.float32:
-        raise Unsupported("bf16 and fp16 only on a GPU")
-    return -function(hidden, weight, labels, ignore_index=IGNORE_INDEX, reduction="none", impl=impl)
+    if not hidden.is_cuda:
+        raise Unsupported("without a GPU it is full logits in torch.compile, which is there")
+    if hidden.dtype == torch.float32:
+        raise Unsupported("bf16 and fp16 only")
+    return -function(hidden, weight, labels, ignore_index=IGNORE_INDEX, reduction="none")
 
 
 def fusedpo_logprobs(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -344,5 +345,5 @@ def why_not(case: Case) -> str | None:
     except Unsupported as error:
         return str(error)
     except Exception as error:  # another library's failure is a line of the table, not its end
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return told(error)
     return None

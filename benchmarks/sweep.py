@@ -26,7 +26,7 @@ from fusedpo import losses
 from fusedpo.benchmarks import measure
 from fusedpo.benchmarks.formulas import FORMULAS
 from fusedpo.benchmarks.peers import BASELINE, OURS, PEERS, step, why_not
-from fusedpo.benchmarks.shapes import MIB, Case, Inputs, Shape, make_inputs
+from fusedpo.benchmarks.shapes import MIB, TINY, Case, Inputs, Shape, make_inputs
 from fusedpo.benchmarks.worker import OutOfMemory, fresh_peak, told
 from fusedpo.footprint import ModelShape, Workload, full_logits, liger_pairs, trl_chunked
 from fusedpo.plan import BudgetTooSmall, format_bytes, parse_budget
@@ -231,7 +231,7 @@ class Question:
 
 def _row(point: Point, entry: Entry, reasons: dict[tuple[Any, ...], str | None]) -> Row:
     case = replace(point.case, peer=entry.peer)
-    tried = replace(case.at(Shape(2, 5, 16, 300)), budget=None)
+    tried = replace(case.at(TINY), budget=None)
     if tried not in reasons:
         reasons[tried] = why_not(tried)  # type: ignore[index]
     row = Row(point.group, point.x, entry.name, case, missing=reasons[tried])  # type: ignore[index]

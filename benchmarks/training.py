@@ -62,8 +62,6 @@ ROUNDS, QUICK_ROUNDS = 5, 2
 MEASURED_STEPS = 2  # from the second on, the optimizer has a state
 WORDS = 1000
 FARTHEST = 4  # times the longest measured length; a line from two points tells nothing beyond
-# beyond the tensors of a step: stacks of threads, code that is loaded late
-_MARGIN = 512 * MIB
 
 
 @dataclass(frozen=True)
