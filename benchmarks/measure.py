@@ -11,14 +11,13 @@ import platform
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -262,45 +261,3 @@ def save(question: str, answer: Mapping[str, Any], path: Path | None = None) -> 
         path.replace(path.with_suffix(".damaged"))
         answers = {}
     return write(path, json.dumps({**answers, question: answer}, indent=1) + "\n")
-
-
-def show(
-    title: str,
-    columns: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    stream: TextIO | None = None,
-) -> None:
-    """Print a table: words to the left, numbers to the right."""
-    rows = [list(row) for row in rows]
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        _show_plain(title, columns, rows, stream or sys.stdout)
-        return
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if are_numbers(row[i] for row in rows) else "left")
-    for row in rows:
-        table.add_row(*row)
-    console = Console(file=stream or sys.stdout)
-    # a log file has no width of its own, and a table cut to 80 columns hides its numbers
-    console.width = console.width if console.is_terminal else 160
-    console.print(table)
-
-
-def are_numbers(cells: Iterable[str]) -> bool:
-    return all(not cell or cell == "-" or cell.lstrip("-")[0].isdigit() for cell in cells)
-
-
-def _show_plain(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO
-) -> None:
-    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
-    print(title, file=stream)
-    for row in [columns, *rows]:
-        cells = [
-            cell.rjust(w) if i else cell.ljust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells), file=stream)

@@ -160,8 +160,7 @@ def liger(case: Case, inputs: Inputs) -> Tensor:
         return module(weight, hidden, labels)[0]
     if case.loss == "kto":
         module = its.LigerFusedLinearKTOLoss(beta=0.1, use_ref_model=True, **options)
-        desirable = torch.arange(len(labels), device=labels.device) < len(labels) // 2
-        return module(hidden, weight, labels, preference_labels=desirable, **reference)[0]
+        return module(hidden, weight, labels, preference_labels=inputs.desirable, **reference)[0]
     raise Unsupported(f"has no such loss: {case.loss}")
 
 
@@ -201,21 +200,20 @@ def fusedpo(case: Case, inputs: Inputs) -> Tensor:
             old_logprobs=inputs.old_logprobs,
             memory_budget=case.budget,
         ).loss
+    if case.loss == "sft":
+        # of all rows, as the others have it, and not of chosen ones
+        logprobs = fusedpo.linear_logprobs(hidden, weight, labels, memory_budget=case.budget)
+        return -logprobs.sum() / (labels != IGNORE_INDEX).sum()
     extra = {}
     if case.loss == "kto":
-        extra["desirable"] = torch.arange(len(labels), device=labels.device) < len(labels) // 2
+        extra["desirable"] = inputs.desirable
         extra["kl"] = torch.zeros((), device=labels.device)
     loss = {
-        "sft": losses.SFT(),
         "simpo": losses.SimPO(beta=2.0, gamma=0.5),
         "dpo": losses.DPO(beta=0.1),
         "orpo": losses.ORPO(beta=0.1),
         "kto": losses.KTO(beta=0.1),
     }[case.loss]
-    if case.loss == "sft":
-        # of all rows, as the others have it, and not of chosen ones
-        logprobs = fusedpo.linear_logprobs(hidden, weight, labels, memory_budget=case.budget)
-        return -logprobs.sum() / (labels != IGNORE_INDEX).sum()
     return fusedpo.preference_loss(
         loss,
         hidden,

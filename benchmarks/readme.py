@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fusedpo import tables
 from fusedpo.benchmarks import measure, plots, questions, sweep
 from fusedpo.benchmarks.shapes import MIB
 
@@ -37,7 +38,7 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
     """A table; without columns that nothing stands in."""
     kept = [i for i in range(len(columns)) if any(row[i] for row in rows)]
     columns, rows = [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
-    numbers = [measure.are_numbers(row[i] for row in rows) for i in range(len(columns))]
+    numbers = [tables.are_numbers(row[i] for row in rows) for i in range(len(columns))]
     return [
         f"| {' | '.join(columns)} |",
         f"|{'|'.join('--:' if n else '---' for n in numbers)}|",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fusedpo.benchmarks import measure
+from fusedpo import tables
 from fusedpo.benchmarks.shapes import Shape
 from fusedpo.kernels.timing import Clock
 
@@ -113,9 +113,9 @@ class Section:
         }
 
     def show(self, *, dry: bool) -> None:
-        measure.show(self.title, self.columns, self.table)
+        tables.show(self.title, self.columns, self.table)
         if self.verdicts:
-            measure.show("targets", ("target", "measured", "asked for", ""), self._verdicts(dry))
+            tables.show("targets", ("target", "measured", "asked for", ""), self._verdicts(dry))
         if self.ran_out:
             print(f"no time was left for: {', '.join(self.ran_out)}")
         for what in self.wrong:

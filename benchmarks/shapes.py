@@ -148,6 +148,11 @@ class Inputs(NamedTuple):
     old_logprobs: Tensor | None = None  # [B, T]
     advantages: Tensor | None = None  # [B]
 
+    @property
+    def desirable(self) -> Tensor:
+        """[B] bool: the first half of the rows, as KTO's losses take them."""
+        return torch.arange(len(self.labels), device=self.labels.device) < len(self.labels) // 2
+
     def for_case(self, case: Case) -> Inputs:
         """Leaves of their own on the same storage, asking for the case's gradients.
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from fusedpo import losses
+from fusedpo import losses, tables
 from fusedpo.benchmarks import measure
 from fusedpo.benchmarks.formulas import FORMULAS
 from fusedpo.benchmarks.peers import BASELINE, OURS, PEERS, step, why_not
@@ -452,7 +452,7 @@ def report(answer: dict[str, Any], options: Options) -> None:
     plot = plots.save(answer, options.output / f"{answer['question']}.png", own.plot)
     print(measure.describe(answer["machine"]), file=stream)
     columns, lines = own.table(answer)
-    measure.show(answer["title"], columns, lines, stream)
+    tables.show(answer["title"], columns, lines, stream)
     for line in remarks(answer):
         print(line, file=stream)
     print(f"written to {path}" + (f" and {plot}" if plot else ""), file=stream)
@@ -536,9 +536,9 @@ def options_of(given: argparse.Namespace) -> Options:
         raise ValueError(f"--seconds: expected a positive number, got {given.seconds}")
     shapes = None if given.shapes is None else tuple(Shape.parse(text) for text in given.shapes)
     output = given.output or Options.output
-    there = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"--output: expected a folder, got {output}, and {there} is a file")
+    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise ValueError(f"--output: expected a folder, got {output}, and {parent} is a file")
     try:
         memory = None if given.memory is None else parse_budget(given.memory)
     except ValueError as error:

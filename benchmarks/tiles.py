@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fusedpo import losses, plan, preference_loss
+from fusedpo import losses, plan, preference_loss, tables
 from fusedpo.benchmarks import measure
 from fusedpo.benchmarks.peers import step
 from fusedpo.benchmarks.shapes import GPU, Case, Inputs, Shape, head_of, make_inputs
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = measure.machine(options.device)
     baseline = times["full logits"].median
     print(measure.describe(about))
-    measure.show(
+    tables.show(
         f"SimPO forward + backward, {case.shape}, {dtype}, medians of {options.repeats} rounds",
         ("tile", "ms", "x full logits"),
         [

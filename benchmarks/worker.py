@@ -113,7 +113,6 @@ def peak_of(case: Case) -> Peak:
     Raises:
         OutOfMemory: if it does not fit.
     """
-
     from fusedpo.benchmarks.peers import PEERS, step
 
     peer = PEERS[case.peer]

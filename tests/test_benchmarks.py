@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fusedpo import tables
 from fusedpo.benchmarks import gpu, kernels, measure, sweep, worker
 from fusedpo.benchmarks.formulas import FORMULAS, WITH_REFERENCE
 from fusedpo.benchmarks.peers import PEERS, Unsupported, by_formula, full_logits, step, why_not
@@ -330,13 +331,13 @@ def test_tables_are_shown_with_and_without_rich(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("title", ("program", "ms"), [["full logits", "12"], ["fusedpo", "-"]])
-    measure.show(*arguments)
+    tables.show(*arguments)
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    measure.show(*arguments)
+    tables.show(*arguments)
     shown = capsys.readouterr().out
     for word in ("title", "program", "ms", "full logits", "12", "fusedpo"):
         assert shown.count(word) == 2
-    measure.show(*arguments, stream=sys.stderr)
+    tables.show(*arguments, stream=sys.stderr)
     assert capsys.readouterr().out == ""
 
 

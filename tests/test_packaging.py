@@ -178,7 +178,8 @@ def test_pypi_kernels_stays_importable_from_a_checkout(way, checkout, pypi_kerne
 def test_wheel_holds_the_package_and_nothing_else(wheel, checkout):
     names = set(zipfile.ZipFile(wheel).namelist())
     package = {p.relative_to(checkout) for p in (checkout / "fusedpo").rglob("*.py")}
-    package |= {Path("fusedpo", "kernels", p.name) for p in (checkout / "kernels").glob("*.py")}
+    for folder in ("kernels", "benchmarks"):
+        package |= {Path("fusedpo", folder, p.name) for p in (checkout / folder).glob("*.py")}
     assert {Path(name) for name in names if name.endswith(".py")} == package
     assert "fusedpo/py.typed" in names
     assert any(name.endswith("LICENSE") for name in names)

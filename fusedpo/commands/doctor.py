@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ from fusedpo import (
     plan,
     policy_loss,
     preference_loss,
+    tables,
 )
 from fusedpo.backend import resolve
 from fusedpo.plan import format_bytes
@@ -198,37 +199,13 @@ def _about(device: dict[str, Any]) -> str:
 
 
 def _print(report: dict[str, Any]) -> None:
-    try:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except Exception:  # not installed, or broken: it is here to please only
-        for section in _sections(report):
-            print("\n".join(_plain(section)), end="\n\n")
-        print(report["verdict"])
-        return
-    console = Console(highlight=False)
     for section in _sections(report):
-        console.print(Text(section.title, "bold"))
-        table = Table(box=None, show_header=any(section.header), pad_edge=False)
-        for name in section.header:
-            table.add_column(name, header_style="dim")
-        for row in section.rows:
-            table.add_row(*(Text(cell, _STYLES.get(cell, "")) for cell in row))
-        console.print(table, "")
-    console.print(Text(report["verdict"], "bold green" if report["ok"] else "bold red"))
+        tables.show(*section, styles=_STYLES)
+        print()
+    print(report["verdict"])
 
 
 _STYLES = {"ok": "green", "FAILED": "bold red", "error": "bold red", "warning": "yellow"}
-
-
-def _plain(section: _Section) -> Iterable[str]:
-    rows: Sequence[tuple[str, ...]] = [section.header, *section.rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    yield section.title
-    for row in rows if any(section.header) else section.rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        yield f"  {'  '.join(cells)}".rstrip()
 
 
 # which backend

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import torch
 
-from fusedpo import footprint, losses
+from fusedpo import footprint, losses, tables
 from fusedpo.checks import bad_value
 from fusedpo.footprint import ModelShape, Workload
 from fusedpo.plan import Backend, format_bytes, parse_budget
@@ -184,14 +184,14 @@ def _print(given: argparse.Namespace, work: Workload, found: dict[str, Any]) -> 
         tile = " x ".join(map(str, cost["tile"]))
         routes.append((name, str(cost["products"]), format_bytes(cost["bytes"]), tile, fits))
     columns = ("route", "products", "beyond the outputs", "tile", "fits the budget")
-    _table(f"routes of fusedpo, with a budget of {format_bytes(work.budget)}", columns, routes)
+    tables.show(f"routes of fusedpo, with a budget of {format_bytes(work.budget)}", columns, routes)
     print(_why(costs, chosen))
     _sizes("the outputs of any program", found["outputs"])
     held = {name: buffers and sum(buffers.values()) for name, buffers in found["peers"].items()}
     sizes = {"fusedpo": None if chosen is None else costs[chosen]["bytes"], **held}
     programs = [(name, "cannot" if n is None else format_bytes(n)) for name, n in sizes.items()]
     title = "the same in other programs, by formula; Liger's takes no softcap"
-    _table(title, ("program", "beyond the outputs"), programs)
+    tables.show(title, ("program", "beyond the outputs"), programs)
     if "fit" in found:
         _print_fit(work, found["fit"])
 
@@ -214,7 +214,7 @@ def _print_fit(work: Workload, fit: dict[str, Any]) -> None:
     found = {"fusedpo": fits, **fit["peers"]}.items()
     rows = [(name, "none" if n is None else f"{n} tokens") for name, n in found]
     title = f"the longest response with which a step of {work.responses} fits {memory}, estimated"
-    _table(title, ("program", "response"), rows)
+    tables.show(title, ("program", "response"), rows)
     _sizes(f"what fusedpo's step holds with responses of {fits or 1}", fit["breakdown"])
     if fits is None:
         print(f"Nothing fits: one token takes more than {memory}, or --budget is too small for it.")
@@ -222,28 +222,4 @@ def _print_fit(work: Workload, fit: dict[str, Any]) -> None:
 
 def _sizes(title: str, sizes: Mapping[str, int]) -> None:
     rows = [(name, format_bytes(size)) for name, size in sizes.items()]
-    _table(title, ("what", "size"), [*rows, ("in all", format_bytes(sum(sizes.values())))])
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """First column to the left, numbers to the right; plain text without rich."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        lines = [columns, *rows]
-        widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-        print(title)
-        for first, *others in lines:
-            cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-            print("  ".join([first.ljust(widths[0]), *cells]))
-        return
-    print(title)
-    table = Table()
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    console.width = console.width if console.is_terminal else 160  # a file has no width
-    console.print(table)
+    tables.show(title, ("what", "size"), [*rows, ("in all", format_bytes(sum(sizes.values())))])
