@@ -374,18 +374,25 @@ def _stepper(case: Case, shared: Inputs) -> Callable[[], object]:
 
 @contextmanager
 def progress(title: str, steps: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal's stderr, and nothing elsewhere; call it at the start of every step."""
+    """A bar on a terminal's stderr, elsewhere a line a step; call it at the start of every step."""
+    done = 0
+
+    def say(what: str) -> None:
+        nonlocal done
+        done += 1
+        print(f"[{done}/{steps}] {what}", file=sys.stderr, flush=True)
+
+    if not sys.stderr.isatty():
+        yield say
+        return
     try:
         from rich.console import Console
         from rich.progress import Progress, TimeElapsedColumn
     except ImportError:
-        yield lambda what: None
+        yield say
         return
-    console = Console(stderr=True)
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=steps)
 
         def advance(what: str) -> None:
