@@ -99,12 +99,12 @@ def _whole_warm_up(case: Case) -> bool:
     """Whether the first step has to be as long as the second one.
 
     To compile the same, or where a few MiB of work space that a library keeps would show. At the
-    smallest budgets a step is slow and needs no such space.
+    smallest budgets a step is slow and takes no such space.
     """
     from fusedpo.benchmarks.peers import PEERS
 
     peer = PEERS[case.peer]
-    return peer.compiles or (peer.budgeted and 4 * MIB <= (case.budget or 0) <= 64 * MIB)
+    return peer.compiles or (peer.budgeted and MIB <= (case.budget or 0) <= 64 * MIB)
 
 
 def peak_of(case: Case) -> Peak:
