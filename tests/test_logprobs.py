@@ -24,6 +24,7 @@ def tile_for(seed: int, backend: str) -> tuple[int, int]:
     return (TILES if backend == "torch" else TRITON_TILES)[seed % len(TILES)]
 
 
+@pytest.mark.interpreted(every=2)
 @pytest.mark.parametrize("seed", range(320))
 def test_equals_the_naive_program_by_every_route(seed: int, backend: str) -> None:
     """Values and gradients of generated cases: dtypes, heads, layouts, masks, upstream scales."""
@@ -63,6 +64,7 @@ def test_equals_the_naive_program_at_any_budget(
     assert not found, (case.name, found)
 
 
+@pytest.mark.interpreted(every=4, each="needs")
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("needs", [("hidden",), ("weight",), ("hidden", "weight")])
 def test_entropy_has_its_gradient(seed: int, needs: tuple[str, ...], backend: str) -> None:

@@ -139,6 +139,7 @@ def check(loss: PreferenceLoss, data: dict, factor: float = 1.0, **options) -> N
         assert not (found := gradient_faults(name, mine, true, same, 10.0)), found
 
 
+@pytest.mark.interpreted(every=5, each="loss")
 @every_loss
 @pytest.mark.parametrize("pairs", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -165,6 +166,7 @@ def test_equals_the_naive_program(
         check(loss, data, factor=0.37, memory_budget=with_tile(chosen, *tile))
 
 
+@pytest.mark.interpreted(every=4)
 @every_loss
 @settings(max_examples=8)
 @given(seed=st.integers(0, 10_000), pairs=st.integers(1, 5), length=st.integers(2, 40))

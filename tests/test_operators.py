@@ -96,6 +96,7 @@ def test_opcheck_of_the_backward(needs: str, entropy: bool, backend: str) -> Non
     )
 
 
+@pytest.mark.interpreted(every=3, each="loss")
 @pytest.mark.parametrize("loss", kinds_of_losses(), ids=name_of)
 @pytest.mark.parametrize("layout", ["padded", "packed", "shifted"])
 def test_a_training_step_is_one_graph(loss: losses.Loss, layout: str, backend: str) -> None:

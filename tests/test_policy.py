@@ -169,6 +169,7 @@ def check(loss: PolicyLoss, data: dict, factor: float = 1.0, **options) -> None:
         assert not (found := gradient_faults(name, mine, true, same, 10.0)), found
 
 
+@pytest.mark.interpreted(every=3, each="loss")
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("route", ["recompute", "retain", "one_pass"])
@@ -193,6 +194,7 @@ def test_equals_the_naive_program(loss: PolicyLoss, dtype: torch.dtype, route: s
         check(loss, data, factor=0.37, memory_budget=with_tile(chosen, *tile))
 
 
+@pytest.mark.interpreted(every=4)
 @every_kind
 @settings(max_examples=6)
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 5), length=st.integers(2, 40))

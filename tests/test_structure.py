@@ -212,3 +212,11 @@ def test_no_absolute_tolerance(path):
     """A mean's gradient is so small that one would accept zero; tests/oracles.py has the rule."""
     if path.name != "oracles.py":
         assert not absolute_tolerances((ROOT / path).read_text(encoding="utf-8"))
+
+
+@pytest.mark.xdist_group("groups")
+def test_a_group_of_tests_stays_on_one_worker(request: pytest.FixtureRequest) -> None:
+    """What the tests of a group share is made once. xdist tells a group by a suffix, and some
+    releases of pytest take no notice of it."""
+    grouped = bool(request.config.getoption("loadgroup", default=False))
+    assert request.node.nodeid.endswith("@groups") == grouped
