@@ -104,7 +104,7 @@ def _whole_warm_up(case: Case) -> bool:
     from fusedpo.benchmarks.peers import PEERS
 
     peer = PEERS[case.peer]
-    return peer.compiles or (peer.budgeted and MIB <= (case.budget or 0) <= 64 * MIB)
+    return peer.compiles or (peer.budgeted and (case.budget or 0) >= MIB)
 
 
 def peak_of(case: Case) -> Peak:

@@ -212,7 +212,7 @@ class Workload:
 
     def plan(self, *, budget: int | None = None, route: Route | None = None) -> Plan:
         """The plan that ``preference_loss`` or ``policy_loss`` makes of this; raises as plan()."""
-        wanted = plan_options(self.loss, self.responses)
+        wanted = plan_options(self.loss, self.responses, [self.tokens] * self.responses)
         needs: tuple[Needs, ...] = ("hidden",) if self.frozen else ("hidden", "weight")
         return plan(
             self.scored,

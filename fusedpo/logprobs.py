@@ -248,7 +248,7 @@ def plan_for(
     stats: Sequence[str] = ("logprob",),
     differentiable: Sequence[str] = DIFFERENTIABLE,
     scope: Scope | None = None,
-    groups: int = 1,
+    groups: int | Sequence[int] = 1,
     factors: int = 1,
     backend: str = "torch",
     reordered: bool = False,

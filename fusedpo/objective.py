@@ -22,7 +22,7 @@ from fusedpo.logprobs import plan_for, score_with_states
 from fusedpo.losses import Input, Loss, PolicyLoss, PreferenceLoss
 from fusedpo.plan import Plan
 from fusedpo.policy import PolicyGroups, PolicyProblem
-from fusedpo.preference import PreferenceGroups, PreferenceProblem, Side
+from fusedpo.preference import PreferenceGroups, PreferenceProblem, Side, group_sizes
 from fusedpo.reference import check_reference, reference_logprobs
 from fusedpo.scored import tracing
 
@@ -164,7 +164,7 @@ def preference_loss(
         ref_bias,
     )
 
-    wanted = plan_options(loss, layout.sequences.count, shared=shared is not None)
+    wanted = plan_options(loss, layout.sequences.count, layout.counts, shared=shared is not None)
     stats = wanted["stats"]
     planned: Plan | None = None
     if layout.counts is not None:
@@ -246,13 +246,19 @@ def preference_loss(
 
 
 def plan_options(
-    loss: Loss, sequences: int, *, shared: bool = False, log_entropy: bool = False
+    loss: Loss,
+    sequences: int,
+    counts: list[int] | None = None,
+    *,
+    shared: bool = False,
+    log_entropy: bool = False,
 ) -> dict[str, Any]:
     """What decides a plan and comes from the loss: keyword arguments of ``plan_for``.
 
     Args:
         loss: a preference or policy loss.
         sequences: responses of the call.
+        counts: their scored tokens, if these are known; of all ranks that have parts of them.
         shared: whether several ranks have parts of each sequence.
         log_entropy: whether the entropy is wanted for a metric.
     """
@@ -262,16 +268,17 @@ def plan_options(
             "stats": ("logprob", "entropy") if bonus or log_entropy else ("logprob",),
             "differentiable": ("logprob", "entropy") if bonus else ("logprob",),
             "scope": "batch" if shared else loss.scope,
-            "groups": max(1, sequences),
+            "groups": max(1, sequences) if counts is None or shared else counts,
         }
     assert isinstance(loss, PreferenceLoss), "there is no third kind"
     roles = len(loss.roles)
     examples = sequences // roles
+    found = sequences if loss.coupling == "response" else examples
     return {
         "stats": ("logprob", *loss.stats),
         "differentiable": ("logprob",),
         "scope": "batch" if shared else loss.scope,
-        "groups": sequences if loss.coupling == "response" else examples,
+        "groups": found if counts is None or shared else group_sizes(loss, counts),
         "factors": loss.factors,
         "reordered": examples > 1 and roles > 1 and loss.scope == "pair",
     }
@@ -405,7 +412,9 @@ def policy_loss(
         ref_bias,
     )
 
-    wanted = plan_options(loss, sequences.count, shared=shared is not None, log_entropy=log_entropy)
+    wanted = plan_options(
+        loss, sequences.count, layout.counts, shared=shared is not None, log_entropy=log_entropy
+    )
     stats, differentiable = wanted["stats"], wanted["differentiable"]
     planned: Plan | None = None
     if layout.counts is not None:

@@ -11,9 +11,9 @@ prediction is the sum of what is allocated and the budget is kept by constructio
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import accumulate, product
 from numbers import Real
 from typing import Literal, get_args
 
@@ -188,6 +188,7 @@ class _Problem:
     needs: frozenset[Needs]
     scope: Scope | None
     groups: int
+    borders: frozenset[int] | None  # rows at which a group begins or ends, if they are known
     factors: int
     entropy: bool  # differentiable
     entropy_value: bool
@@ -354,10 +355,12 @@ def _retain(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
 
 
 def _one_pass(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
+    slab = max(n, p.slab)
     # a group that goes on in the next slab waits in them; a single one waits in the output
     waiting = 0 if p.scope == "token" else p.factors - (p.groups == 1)
+    if p.borders is not None and p.borders.issuperset(range(slab, p.tokens, slab)):
+        waiting = 0
     accumulators = int(p.weight_size < p.acc) + waiting
-    slab = max(n, p.slab)
     buffers = {
         **p.tile_bytes(n, v, gradient=True, full_rows=True),
         **_weight_sweep(p, slab, v, absorbed=False),
@@ -466,7 +469,7 @@ def plan(
     budget: int | float | str | None = None,
     needs: Iterable[Needs] = ("hidden", "weight"),
     scope: Scope | None = None,
-    groups: int = 1,
+    groups: int | Sequence[int] = 1,
     factors: int = 1,
     entropy: bool = False,
     entropy_value: bool = False,
@@ -494,7 +497,8 @@ def plan(
         scope: within what a token's gradient is known up to one factor: ``"token"``,
             ``"sequence"``, ``"pair"``, ``"batch"``, or None if nothing is known. Decides whether
             ``one_pass`` can be taken.
-        groups: how many such sequences or pairs there are.
+        groups: how many such sequences or pairs there are; or the scored tokens of each, in order,
+            by which it is known whether one reaches over the rows that ``one_pass`` takes at once.
         factors: how many factors a group has: one for a loss of a margin, and one for each response
             of a pair where they are weighted apart. Each takes an accumulator in ``one_pass``.
         entropy: whether a gradient through the entropy is wanted.
@@ -518,6 +522,13 @@ def plan(
         BudgetTooSmall: a ValueError, if no route fits, with the least that would.
         ValueError: if ``route`` cannot serve the needs.
     """
+    borders = None
+    if not isinstance(groups, int):
+        borders = frozenset(accumulate(groups, initial=0))
+        if sum(groups) != tokens:
+            expected = f"a number, or numbers of tokens that sum to {tokens}"
+            raise bad_value("groups", expected, f"numbers that sum to {sum(groups)}")
+        groups = max(1, len(groups))
     sizes = (
         ("tokens", tokens, 0),
         ("vocab", vocab, 1),
@@ -556,6 +567,7 @@ def plan(
         needs=wanted,
         scope=scope,
         groups=groups,
+        borders=borders,
         factors=factors,
         entropy=entropy and bool(wanted),
         entropy_value=entropy_value or entropy,

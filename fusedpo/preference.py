@@ -146,6 +146,14 @@ class PreferenceProblem:
             return {name: value.to(logprob.dtype) for name, value in found.items()}
 
 
+def group_sizes(loss: PreferenceLoss, counts: list[int]) -> list[int]:
+    """Rows of each group of ``one_pass``, from those of the responses."""
+    if loss.coupling == "response":
+        return counts
+    examples = len(counts) // len(loss.roles)
+    return [sum(counts[example::examples]) for example in range(examples)]
+
+
 class PreferenceGroups:
     """Examples (or responses, where they stand alone) as the groups of ``one_pass``.
 
@@ -163,7 +171,7 @@ class PreferenceGroups:
             counts[i if self.alone else i // roles + i % roles * self.examples] for i in places
         ]
         borders = [0, *accumulate(by_place)]
-        self.starts: Sequence[int] = borders if self.alone else borders[::roles]
+        self.starts: Sequence[int] = [0, *accumulate(group_sizes(loss, counts))]
         self.runs: Sequence[int] = self.starts if loss.coupling == "margin" else borders
         unit = torch.ones_like(sequences.index, dtype=torch.float64)
         if loss.coupling == "margin":

@@ -48,6 +48,19 @@ def test_several_pairs_need_one_more_accumulator() -> None:
     assert two.bytes - one.bytes == 50_000 * 512 * 4
 
 
+def test_pairs_that_end_with_the_rows_taken_at_once_need_none() -> None:
+    def one_pass(groups: int | list[int]) -> Plan:
+        return plan(4096, 50_000, 512, budget="1GiB", scope="pair", groups=groups, route="one_pass")
+
+    within = one_pass([256] * 16)
+    assert one_pass([255] * 16 + [16]) == one_pass([500, 3596]) == one_pass(16)
+    assert one_pass(16).bytes - within.bytes == 50_000 * 512 * 4
+    assert one_pass([512, 0, 3584]).bytes == one_pass(2).bytes  # the last one does not end
+    assert one_pass([4096]) == one_pass(1)
+    with pytest.raises(ValueError, match=r"numbers of tokens that sum to 4096, got .* sum to 4095"):
+        one_pass([4095])
+
+
 @given(
     tokens=st.integers(0, 200_000),
     vocab=st.integers(1, 300_000),

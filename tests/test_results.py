@@ -58,7 +58,9 @@ def test_the_others_are_there_and_hold_more(answer):
         assert large["median_seconds"] < min(row["median_seconds"] for row in others)
 
 
-@pytest.mark.parametrize("question", ["length", "budget", "references", "scored", "vocabulary"])
+@pytest.mark.parametrize(
+    "question", ["length", "budget", "references", "scored", "vocabulary", "batch"]
+)
 def test_predictions_are_what_was_measured(question):
     """Within 10 %, or what a resident set can tell apart."""
     seen = 0
