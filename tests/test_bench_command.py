@@ -60,7 +60,9 @@ def test_an_interrupt_leaves_no_half_written_file(tmp_path: Path, interrupt: int
     assert process.returncode == (130 if interrupt == signal.SIGINT else 128 + interrupt)
     assert "Traceback" not in said
     if interrupt == signal.SIGINT:
-        assert said.strip() == "fusedpo bench: interrupted; no incomplete output was left"
+        *steps, last = said.splitlines()
+        assert last == "fusedpo bench: interrupted; no incomplete output was left"
+        assert all(step.startswith("[") for step in steps)
     assert not list(tmp_path.rglob("*.*"))
     for child in measuring:
         assert not Path(f"/proc/{child}").exists(), "a measuring process goes on"

@@ -580,7 +580,7 @@ def test_an_answer_is_saved_before_it_is_shown(
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(measure, "show", interrupted)
+    monkeypatch.setattr(tables, "show", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sweep.main(QUESTION, [*ARGUMENTS, "--output", str(tmp_path)])
     (path,) = tmp_path.glob("*.json")

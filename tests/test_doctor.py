@@ -290,7 +290,7 @@ def test_the_report_ends_with_a_verdict(
     assert run("--device", "cpu") == 0
     lines = capsys.readouterr().out.rstrip().splitlines()
     assert re.fullmatch(r"28 checks passed on cpu, with \d+ warnings?\.", lines[-1])
-    assert any(re.match(r" *datasets +not installed +>= 3.0", line) for line in lines)
+    assert any(re.match(r"[│ ]*datasets[│ ]+not installed[│ ]+>= 3.0", line) for line in lines)
     assert any("pip install 'fusedpo[demo]'" in line for line in lines)
 
 
