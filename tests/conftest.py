@@ -18,6 +18,7 @@ if os.environ.get("FUSEDPO_TEST_DEVICE") != "cuda":
     os.environ["TRITON_INTERPRET"] = "1"
 
 import engine
+from summary import note, pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401
 
 import fusedpo.logprobs
 import fusedpo.sweeps
@@ -111,6 +112,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     gone |= _left_out([item for item in items if item not in gone])
     config.hook.pytest_deselected(items=[item for item in items if item in gone])
     items[:] = [item for item in items if item not in gone]
+    note(items)
 
 
 def _left_out(items: list[pytest.Item]) -> set[pytest.Item]:
