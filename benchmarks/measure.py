@@ -255,9 +255,11 @@ def save(question: str, answer: Mapping[str, Any], path: Path | None = None) -> 
     if path is None:
         path = RESULTS / file_name(answer["machine"])
     try:
-        answers = json.loads(path.read_text()) if path.exists() else {}
+        answers = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not isinstance(answers, dict):
+            raise ValueError("no answers by question")
     except ValueError:
-        # a file that is no longer JSON is kept, for somebody to look at
+        # a file of something else is kept, for somebody to look at
         path.replace(path.with_suffix(".damaged"))
         answers = {}
     return write(path, json.dumps({**answers, question: answer}, indent=1) + "\n")

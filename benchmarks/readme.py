@@ -194,9 +194,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     for path in given.add:
-        if not path.is_file():
-            parser.error(f"--add: expected a file that fusedpo bench left, got {path}")
-        add(path)
+        try:
+            add(path)
+        except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+            parser.error(f"--add: expected a file that fusedpo bench left, got {path} ({error!r})")
     if given.write:
         write()
     behind = stale()

@@ -148,6 +148,7 @@ def test_chat_messages_from_a_saved_dataset(folder, tmp_path):
     assert (tmp_path / "out" / "config.json").is_file()
 
 
+@pytest.mark.holds(46)
 def test_resuming_equals_going_on(folder, tmp_path):
     more = quick("--save-steps", "2")
     assert main(arguments(folder, tmp_path / "whole", *more)) == 0
@@ -237,6 +238,7 @@ def test_a_bad_dataset_is_one_line_and_exit_code_2(content, message, folder, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.fault(68)
 def test_a_folder_of_something_else_is_not_replaced(folder, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
@@ -262,6 +264,7 @@ def test_a_bug_keeps_its_traceback(folder, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.fault(61)
 def test_missing_packages_are_named_with_the_extra(folder, tmp_path, monkeypatch, capsys):
     found = importlib.util.find_spec
     monkeypatch.setattr(

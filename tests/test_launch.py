@@ -321,6 +321,7 @@ def test_a_run_ends_well_and_the_first_process_alone_speaks(runs, folder, name):
     assert not any(torch.isnan(tensor).any() for tensor in weights(output).values())
 
 
+@pytest.mark.holds(32)
 @pytest.mark.parametrize("name", ALIKE)
 def test_two_processes_equal_one_of_twice_the_batch(runs, folder, name, tmp_path):
     words = f"{METHODS[name]} --batch-size 4 {STEPS}"
@@ -367,6 +368,7 @@ def test_nothing_is_left_beside_outputs_and_checkpoints(runs, folder):
 # going on
 
 
+@pytest.mark.holds(46)
 @pytest.mark.parametrize(
     ("name", "steps"), [("simpo", (2, 4, 6)), ("sapo", (2, 4, 6)), ("sspo", (3, 6))]
 )

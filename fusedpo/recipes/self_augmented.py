@@ -44,6 +44,8 @@ from fusedpo.checks import bad_type, bad_value, in_range, positive
 
 Ids: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int32]]"
 Stored: TypeAlias = "tuple[dict[str, Tensor], dict[str, Any]]"
+# puts what a file holds in place, which was found to be right before
+Restore: TypeAlias = Callable[[], None]
 
 # of the files; a change that older code cannot read needs another
 _FORMAT = "fusedpo.self_augmented/1"
@@ -179,14 +181,20 @@ class PolicyAverage:
     def _state(self) -> Stored:
         return self._tensors(), {"updates": self.updates}
 
-    def _restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path) -> None:
+    def _saved(self, path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Restore:
         own = self._tensors()
         found = {name: t.shape for name, t in tensors.items() if name.startswith("average.")}
         if found != {name: t.shape for name, t in own.items()}:
             raise bad_value(str(path), "the average of this model", "that of another one")
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
-        self.updates = int(meta["updates"])
+        with understood(path):
+            updates = int(meta["updates"])
+
+        def restore() -> None:
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+            self.updates = updates
+
+        return restore
 
     def save(self, folder: Path | str) -> None:
         """Write ``average.safetensors``, replacing an earlier one when it is complete."""
@@ -199,7 +207,7 @@ class PolicyAverage:
             ValueError: if the file is damaged or of another model; nothing is changed then.
         """
         path = Path(folder, "average.safetensors")
-        self._restore(*read_file(path), path)
+        self._saved(path, *read_file(path))()
 
 
 # the buffer
@@ -261,13 +269,21 @@ class ReplayBuffer:
         tensors["buffer.counts"] = torch.tensor(list(self._counts), dtype=torch.int64)
         return tensors, {**meta, "buffer.generator": self._rng.bit_generator.state}
 
-    def _restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        rows = unpack_rows(tensors, meta, "buffer.")
-        counts = tensors["buffer.counts"].tolist()
-        self._rng.bit_generator.state = meta["buffer.generator"]
-        # a smaller buffer keeps the newest
-        self._rows = deque(rows, maxlen=self.capacity)
-        self._counts = deque(counts, maxlen=self.capacity)
+    def _saved(self, path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Restore:
+        with understood(path):
+            rows = unpack_rows(tensors, meta, "buffer.")
+            counts = tensors["buffer.counts"]
+            if counts.dtype != torch.int64 or counts.shape != (len(rows),) or (counts < 0).any():
+                raise ValueError("other counts than one a pair")
+            rng = _generator(meta["buffer.generator"])
+
+        def restore() -> None:
+            # a smaller buffer keeps the newest
+            self._rows = deque(rows, maxlen=self.capacity)
+            self._counts = deque(counts.tolist(), maxlen=self.capacity)
+            self._rng = rng
+
+        return restore
 
     def save(self, folder: Path | str) -> None:
         """Write ``buffer.safetensors``, replacing an earlier one when it is complete."""
@@ -279,7 +295,8 @@ class ReplayBuffer:
         Raises:
             ValueError: if the file is damaged; the buffer is as it was then.
         """
-        self._restore(*read_file(Path(folder, "buffer.safetensors")))
+        path = Path(folder, "buffer.safetensors")
+        self._saved(path, *read_file(path))()
 
 
 # segments
@@ -603,19 +620,34 @@ class SelfAugmented:
             ValueError: if a file is damaged, or of another model or other rows; nothing is changed
                 then.
         """
+        self._saved(folder)[1]()
+
+    def _saved(self, folder: Path | str) -> tuple[int, Restore]:
+        """How many batches there were when it was saved."""
         path, first = self._file(folder, self.rank), self._file(folder, 0)
         tensors, meta = read_file(path)
         average, counted = read_file(first) if self.rank else (tensors, meta)
-        if meta["rows"] != len(self):
-            got = f"one saved with {meta['rows']} rows"
+        with understood(path):
+            rows, updates, updates_of_first = meta["rows"], meta["updates"], counted["updates"]
+            totals = {name: type(own)(meta["totals"][name]) for name, own in self._totals.items()}
+            rng = _generator(meta["generator"])
+        if rows != len(self):
+            got = f"one saved with {rows} rows"
             raise bad_value(str(path), f"a run on these {len(self)} rows", got)
-        if meta["updates"] != counted["updates"]:
-            got = f"{meta['updates']} and {counted['updates']} updates of the average"
+        if updates != updates_of_first:
+            got = f"{updates} and {updates_of_first} updates of the average"
             raise bad_value(f"{path} and {first.name}", "files of one save", got)
-        self.average._restore(average, counted, first)
-        self.buffer._restore(tensors, meta)
-        self._totals = meta["totals"]
-        self._rng.bit_generator.state = meta["generator"]
+        changes = (
+            self.average._saved(first, average, counted),
+            self.buffer._saved(path, tensors, meta),
+        )
+
+        def restore() -> None:
+            for change in changes:
+                change()
+            self._totals, self._rng = totals, rng
+
+        return int(totals["batches"]), restore
 
     @staticmethod
     def _file(folder: Path | str, rank: int) -> Path:
@@ -740,17 +772,24 @@ def pack_rows(rows: Sequence[PairRow] | deque[PairRow], prefix: str) -> Stored:
 def unpack_rows(
     tensors: Mapping[str, Tensor], meta: Mapping[str, Any], prefix: str
 ) -> list[PairRow]:
-    lengths = tensors[f"{prefix}lengths"].flatten().tolist()
-    parts = iter(np.split(tensors[f"{prefix}tokens"].numpy(), np.cumsum(lengths)[:-1]))
+    tokens, lengths = tensors[f"{prefix}tokens"], tensors[f"{prefix}lengths"]
+    inputs_of_rows = meta[f"{prefix}inputs"]
+    if (tokens.dtype, lengths.dtype) != (torch.int32, torch.int64) or tokens.dim() != 1:
+        raise ValueError("tokens of another kind")
+    if lengths.shape != (len(inputs_of_rows), 3) or lengths.sum() != len(tokens):
+        raise ValueError("other lengths than those of the tokens")
+    if ((lengths < 0) | (lengths > len(tokens))).any():
+        raise ValueError("lengths that are none")
+    parts = iter(np.split(tokens.numpy(), np.cumsum(lengths.flatten().tolist())[:-1]))
     return [
         # copies: views of a mapped file would go with it
         PairRow(
             prompt_ids=next(parts).copy(),
             chosen_ids=next(parts).copy(),
             rejected_ids=next(parts).copy(),
-            inputs=inputs,
+            inputs=dict(inputs),
         )
-        for inputs in meta[f"{prefix}inputs"]
+        for inputs in inputs_of_rows
     ]
 
 
@@ -783,18 +822,40 @@ def read_file(path: Path) -> Stored:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        text = metadata["fusedpo"]
-        whole = metadata["crc32"] == f"{_checksum(tensors, text):08x}"
-    except (SafetensorError, KeyError, TypeError) as error:
+            metadata = file.metadata() or {}
+            text, expected = metadata.get("fusedpo"), metadata.get("crc32")
+            # somebody else's file may be large
+            names = [] if text is None else file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
         raise _damaged(path, str(error)) from error
-    if not whole:
+    if text is None:
+        raise _damaged(path, "or one that fusedpo did not write")
+    if expected != f"{_checksum(tensors, text):08x}":
         raise _damaged(path, "its checksum is another one")
-    meta = json.loads(text)
-    if meta["format"] != _FORMAT:
-        raise bad_value(str(path), _FORMAT, str(meta["format"]), "use the fusedpo that wrote it")
+    with understood(path):
+        meta = json.loads(text)
+        written = meta["format"]
+    if written != _FORMAT:
+        raise bad_value(str(path), _FORMAT, str(written), "use the fusedpo that wrote it")
     return tensors, meta
+
+
+@contextlib.contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """What is missing in a file that is whole, or is of another kind, makes it a file of others."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        how = f"no {error}" if isinstance(error, KeyError) else str(error)
+        remedy = "give the folder as it was saved"
+        raise bad_value(str(path), "what is saved under this name", how, remedy) from error
+
+
+def _generator(state: Any) -> np.random.Generator:
+    rng = np.random.default_rng()
+    rng.bit_generator.state = state
+    return rng
 
 
 def _damaged(path: Path, how: str) -> ValueError:

@@ -28,6 +28,7 @@ import json
 import math
 import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -356,6 +357,9 @@ class SimilarityCache:
         for key, value in found.items():
             if not _is_entry(key, value):
                 raise self._damaged(f"the entry {key!r}: {value!r}")
+        # a changed digit is a similarity too
+        if content.get("crc32", _checksum(found)) != _checksum(found):
+            raise self._damaged("another checksum")
         return found
 
     def _damaged(self, got: str) -> ValueError:
@@ -370,14 +374,19 @@ class SimilarityCache:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         try:
+            about = {"format": _CACHE_FORMAT, "crc32": _checksum(self._found)}
             with part.open("w", encoding="utf-8") as file:
-                json.dump({"format": _CACHE_FORMAT, "similarities": self._found}, file, indent=0)
+                json.dump({**about, "similarities": self._found}, file, indent=0)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, self.path)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
+
+
+def _checksum(similarities: Mapping[str, float]) -> str:
+    return f"{zlib.crc32(json.dumps(similarities, sort_keys=True).encode()):08x}"
 
 
 def _is_entry(key: object, value: object) -> bool:
@@ -689,8 +698,9 @@ def _by_mean_pooling(name: str, device: str | torch.device | None) -> Any:
 
     _check_pooling(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModel.from_pretrained(name).to(device or "cpu").eval()
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModel.from_pretrained(name, trust_remote_code=False)
+        model = model.to(device or "cpu").eval()
     except Exception as error:
         raise _refused(name, error) from error
     if tokenizer.pad_token is None:

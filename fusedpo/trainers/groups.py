@@ -25,11 +25,20 @@ from fusedpo.head import Head
 from fusedpo.losses import Loss, PolicyLoss
 from fusedpo.objective import LossOutput, policy_loss
 from fusedpo.recipes.groups import sampled_batch
-from fusedpo.recipes.self_augmented import Settings, generate_segments, read_file, write_file
+from fusedpo.recipes.self_augmented import (
+    Settings,
+    generate_segments,
+    read_file,
+    understood,
+    write_file,
+)
 from fusedpo.trainers.transformers import FusedTrainer, padding_token
 
 Reward = Callable[[Mapping[str, Any], Sequence[int]], float]
 """From a row of the dataset and the token ids of a response to a number, larger for better."""
+
+# what _sample() makes
+_SAMPLED = {"input_ids", "attention_mask", "labels", "advantages", "rewards", "old_logprobs"}
 
 
 class GroupTrainer(FusedTrainer):
@@ -253,7 +262,11 @@ class GroupTrainer(FusedTrainer):
         # without it, as from another trainer, the first step samples
         if path.is_file():
             tensors, meta = read_file(path)
-            self._left = meta["left"]
+            with understood(path):
+                left = int(meta["left"])
+                if left and set(tensors) != _SAMPLED:
+                    raise ValueError(f"other tensors: {', '.join(sorted(tensors)) or 'none'}")
+            self._left = left
             self._sampled = {name: t.to(self.args.device) for name, t in tensors.items()}
 
     def _samples(self, folder: Path) -> Path:

@@ -12,13 +12,13 @@ import importlib.util
 import json
 import math
 import os
-import pickle
 import random
 import shutil
 import signal
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -108,16 +108,16 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, which all call this; anything that can be pickled."""
+        """The values of all processes, which all call this; what JSON keeps as it is."""
         if self.size == 1:
             return [value]
-        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [int(size) for size in self._gathered(torch.tensor([len(data)]))]
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(data)] = data
         found = self._gathered(padded)
         return [
-            pickle.loads(each[:size].numpy().tobytes())
+            json.loads(each[:size].numpy().tobytes())
             for each, size in zip(found, sizes, strict=True)
         ]
 
@@ -483,8 +483,10 @@ def _load_model(job: TrainJob) -> tuple[Any, Any]:
     dtype = job.dtype if job.dtype == "auto" else getattr(torch, job.dtype)
     try:
         return (
-            transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype),
-            transformers.AutoTokenizer.from_pretrained(name),
+            transformers.AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, trust_remote_code=False
+            ),
+            transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False),
         )
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -756,18 +758,38 @@ def _check_folders(job: TrainJob, processes: int) -> str | None:
             f"{output}, which holds other files",
             "choose another name",
         )
-    return _last_checkpoint(job, processes) if job.resume else None
+    if job.resume:
+        return _last_checkpoint(job, processes)
+    # of two runs in one folder, the newest checkpoint may be the earlier one's
+    earlier = [path for path in _checkpoints(job) if job.way.is_saved(path, _written_by(path))]
+    if job.save_steps and earlier:
+        raise bad_value(
+            "output",
+            f"no checkpoints of an earlier run in {job.checkpoints}",
+            earlier[0].name,
+            "go on from it with --resume, remove that folder, or choose another name",
+        )
+    return None
 
 
 def _last_checkpoint(job: TrainJob, processes: int) -> str:
     """The newest checkpoint that every process has written whole."""
-    # the trainer's state is what the first process writes last
-    found = [path.parent for path in job.checkpoints.glob("checkpoint-*/trainer_state.json")]
-    found.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    found = _checkpoints(job)
     by = {path: _written_by(path) for path in found}
-    whole = [path for path in found if by[path] == processes and job.way.is_saved(path, processes)]
-    if whole:
-        return str(whole[0])
+    saved = [path for path in found if by[path] == processes and job.way.is_saved(path, processes)]
+    damaged = []
+    for path in saved:
+        file = next((file for file in sorted(path.rglob("*")) if not _is_whole(file)), None)
+        if file is None:
+            return str(path)
+        damaged.append(file)
+    if damaged:
+        raise bad_value(
+            "resume",
+            f"a whole checkpoint in {job.checkpoints}",
+            f"damaged files: {', '.join(map(str, damaged))}",
+            "put back a good copy, or remove the folder and start anew",
+        )
     others = sorted({count for count in by.values() if count not in (0, processes)})
     if others:
         raise bad_value(
@@ -782,6 +804,34 @@ def _last_checkpoint(job: TrainJob, processes: int) -> str:
         "none",
         "checkpoints are written with save_steps",
     )
+
+
+def _checkpoints(job: TrainJob) -> list[Path]:
+    """Those with a trainer's state, which the first process writes last; the newest first."""
+    found = [path.parent for path in job.checkpoints.glob("checkpoint-*/trainer_state.json")]
+    # others are a person's, such as checkpoint-best
+    steps = {path: path.name.rpartition("-")[2] for path in found}
+    return sorted((p for p in found if steps[p].isdecimal()), key=lambda p: -int(steps[p]))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file was not cut off, as by a full disk, and those that it names are there."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.suffix == ".safetensors":
+            # compares what the header says with the size of the file
+            with safe_open(path, framework="pt"):
+                return True
+        if path.suffix in (".pt", ".pth", ".bin"):
+            return zipfile.is_zipfile(path)
+        if path.suffix != ".json":
+            return True
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = content["weight_map"].values() if path.name.endswith(".index.json") else ()
+        return all(Path(name).name == name and (path.parent / name).is_file() for name in names)
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError):
+        return False
 
 
 def _written_by(checkpoint: Path) -> int:
@@ -817,15 +867,15 @@ def _staging(output: Path, all_ranks: Ranks) -> Iterator[Path]:
     The first process makes and removes it; the others know its name.
     """
 
-    def make() -> Path:
+    def make() -> str:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            return Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+            return tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent)
         except OSError as error:
             got = f"{output} ({error.strerror})"
             raise bad_value("output", "a folder that can be made", got) from error
 
-    folder = all_ranks.of_first(make)
+    folder = Path(all_ranks.of_first(make))
     try:
         yield folder
     finally:
@@ -871,8 +921,11 @@ def _add_comparison(output: Path, metrics: dict[str, Any], comparison: Compariso
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     """Whole or not at all."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _versions() -> dict[str, str]:

@@ -149,9 +149,10 @@ def _from_datasets(path: Path) -> Splits:
     )
     try:
         if saved:
+            _check_names(path)
             data = datasets.load_from_disk(str(path))
         elif path.is_dir():
-            data = datasets.load_dataset(str(path))
+            data = datasets.load_dataset(str(path), trust_remote_code=False)
         else:
             data = datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path))
     except Exception as error:
@@ -160,11 +161,21 @@ def _from_datasets(path: Path) -> Splits:
     return _splits(data, str(path))
 
 
+def _check_names(folder: Path) -> None:
+    """Files and splits that a saved dataset names are in its folder, not elsewhere."""
+    for path in (*folder.glob("dataset_dict.json"), *folder.rglob("state.json")):
+        index = json.loads(path.read_text(encoding="utf-8"))
+        names = [*index.get("splits", ()), *(f["filename"] for f in index.get("_data_files", ()))]
+        for name in names:
+            if Path(name).name != name:
+                raise ValueError(f"{path} names {name!r}, which is elsewhere")
+
+
 def _from_hub(name: str) -> Splits:
     import datasets
 
     try:
-        data = datasets.load_dataset(name)
+        data = datasets.load_dataset(name, trust_remote_code=False)
     except Exception as error:
         raise bad_value(
             "dataset",

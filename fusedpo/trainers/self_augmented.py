@@ -36,6 +36,7 @@ from fusedpo.recipes.self_augmented import (
     mask_shared_prefix,
     pack_rows,
     read_file,
+    understood,
     unpack_rows,
     write_file,
 )
@@ -117,14 +118,21 @@ class SelfAugmentedDataset(Dataset[dict[str, Any]]):
         Raises:
             FileNotFoundError, ValueError: as ``SelfAugmented.load``.
         """
-        tensors, meta = read_file(self._file(folder))
-        self.source.load(folder)
-        if meta["batches"] != self.source.batches:
-            got = f"{meta['batches']} and {self.source.batches} batches"
-            raise bad_value(str(self._file(folder)), "files of one save", got)
-        pairs = iter(unpack_rows(tensors, meta, "ahead."))
+        path = self._file(folder)
+        tensors, meta = read_file(path)
+        with understood(path):
+            batches, lists = meta["batches"], [[int(i) for i in asked] for asked in meta["asked"]]
+            rows = unpack_rows(tensors, meta, "ahead.")
+            if len(rows) != sum(map(len, lists)):
+                raise ValueError("other pairs than those that were asked for")
+        of_source, restore = self.source._saved(folder)
+        if batches != of_source:
+            got = f"{batches} and {of_source} batches"
+            raise bad_value(str(path), "files of one save", got)
+        restore()
         self.restart()
-        self._again.extend((asked, [next(pairs) for _ in asked]) for asked in meta["asked"])
+        pairs = iter(rows)
+        self._again.extend((asked, [next(pairs) for _ in asked]) for asked in lists)
 
     def _file(self, folder: Path | str) -> Path:
         return Path(folder, f"ahead-{self.source.rank}.safetensors")

@@ -27,6 +27,7 @@ def test_equal_rewards_have_no_advantage() -> None:
     assert (group_advantages(torch.full((6,), 1 / 3, dtype=torch.float64), 3) == 0).all()
 
 
+@pytest.mark.fault(28)
 def test_bad_groups_are_refused() -> None:
     with pytest.raises(ValueError, match=r"rewards: expected \[B\], B a multiple"):
         group_advantages(torch.zeros(5), 2)

@@ -197,6 +197,7 @@ def test_average_is_copied_into_a_reference_of_any_dtype(dtype):
         assert other.dtype == dtype and torch.equal(own.to(dtype), other)
 
 
+@pytest.mark.holds(46)
 def test_average_goes_on_as_saved(tmp_path):
     model = policy()
     average = PolicyAverage(model)
@@ -209,6 +210,7 @@ def test_average_goes_on_as_saved(tmp_path):
     assert torch.equal(weights(again.module), weights(average.module))
 
 
+@pytest.mark.fault(68)
 def test_other_models_are_refused(tmp_path):
     average = PolicyAverage(policy())
     before = weights(average.module)
@@ -276,6 +278,7 @@ def test_an_empty_buffer_has_nothing_to_draw():
         ReplayBuffer(3).draw(1)
 
 
+@pytest.mark.holds(46)
 @given(size=st.integers(0, 12), draws=st.integers(0, 20))
 def test_a_loaded_buffer_draws_the_same(tmp_path_factory, size, draws):
     folder = tmp_path_factory.mktemp("buffer")
@@ -629,6 +632,7 @@ def steps(model, subject: SelfAugmented, start: int, stop: int) -> list[list[dic
     return found
 
 
+@pytest.mark.holds(46)
 @pytest.mark.parametrize(
     "config", [{}, {"tie_word_embeddings": True}], ids=["a head of its own", "tied"]
 )
@@ -648,6 +652,7 @@ def test_a_loaded_run_makes_the_same_batches(tmp_path, config):
     assert torch.equal(weights(resumed.average.module), weights(whole.average.module))
 
 
+@pytest.mark.holds(46)
 def test_each_rank_has_a_file_and_the_first_has_the_average(tmp_path):
     model = policy()
     ranks = [source(model, rank=rank) for rank in (0, 1)]
@@ -671,6 +676,7 @@ def test_each_rank_has_a_file_and_the_first_has_the_average(tmp_path):
         source(model, rank=1).load(tmp_path)
 
 
+@pytest.mark.fault(68)
 def test_other_rows_and_other_models_are_refused(tmp_path):
     source().save(tmp_path)
     with pytest.raises(ValueError, match="expected a run on these 3 rows, got one saved with 6"):
@@ -682,6 +688,8 @@ def test_other_rows_and_other_models_are_refused(tmp_path):
 FILE = "self_augmented-0.safetensors"
 
 
+@pytest.mark.fault(68)
+@pytest.mark.holds(46)
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.3, 0.99])
 def test_a_file_that_is_cut_off_is_told(tmp_path, kept):
     subject = source()
@@ -696,6 +704,8 @@ def test_a_file_that_is_cut_off_is_told(tmp_path, kept):
     assert torch.equal(weights(subject.average.module), before[1])
 
 
+@pytest.mark.fault(68)
+@pytest.mark.holds(46)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_changed_bit_is_told(tmp_path_factory, place, bit):
     folder = tmp_path_factory.mktemp("changed")
@@ -718,6 +728,8 @@ def test_a_changed_bit_is_told(tmp_path_factory, place, bit):
         assert plain(again.rows) == plain(buffer.rows)
 
 
+@pytest.mark.fault(68)
+@pytest.mark.holds(46)
 def test_a_file_of_another_format_is_told(tmp_path, monkeypatch):
     with monkeypatch.context() as later:
         later.setattr("fusedpo.recipes.self_augmented._FORMAT", "fusedpo.self_augmented/2")
@@ -726,6 +738,8 @@ def test_a_file_of_another_format_is_told(tmp_path, monkeypatch):
         source().load(tmp_path)
 
 
+@pytest.mark.fault(68)
+@pytest.mark.holds(46)
 @pytest.mark.parametrize("where", ["safetensors.torch.save_file", "os.replace"])
 def test_a_save_that_fails_keeps_the_one_before(tmp_path, monkeypatch, where):
     subject = source()

@@ -287,6 +287,8 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(SimilarityCache(path)) == 5
 
 
+@pytest.mark.fault(68)
+@pytest.mark.holds(46)
 def test_a_write_that_fails_leaves_the_file(tmp_path, monkeypatch):
     path = tmp_path / "cache.json"
     cache = SimilarityCache(path)
@@ -321,6 +323,8 @@ def test_keys_tell_content_and_encoder_apart():
 KEY = similarity_key("a", "b", "c")
 
 
+@pytest.mark.fault(68)
+@pytest.mark.holds(46)
 @pytest.mark.parametrize(
     ("content", "got"),
     [

@@ -60,6 +60,7 @@ def test_saved_datasets_are_read_with_their_own_held_out_split(tmp_path):
     assert list(load(str(tmp_path / "c.parquet")).train) == [GOOD, GOOD]
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -77,6 +78,7 @@ def test_malformed_files_are_refused_with_the_line(tmp_path, content, message):
         load(str(path))
 
 
+@pytest.mark.fault(68)
 def test_bytes_that_are_not_text_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
     with pytest.raises(ValueError, match="expected text in UTF-8, got byte 0xff"):
@@ -224,6 +226,7 @@ def test_a_long_response_keeps_its_start_and_a_prompt_token():
     assert text(row["rejected_ids"]) == " star</s>"
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize(
     "row",
     [

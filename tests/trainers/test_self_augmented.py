@@ -108,6 +108,7 @@ def test_workers_are_refused():
         next(iter(loader))
 
 
+@pytest.mark.holds(46)
 def test_batches_ahead_come_again_and_then_new_ones(tmp_path):
     data = dataset(tiny.model())
     asked = [[0, 1], [2, 3], [4, 5], [6]]
@@ -138,6 +139,8 @@ def test_batches_ahead_are_of_the_rows_that_were_asked_for(tmp_path):
     assert data.source.batches == 3
 
 
+@pytest.mark.fault(68)
+@pytest.mark.holds(46)
 def test_files_of_two_saves_are_refused(tmp_path):
     data = dataset(tiny.model())
     data.save(tmp_path)
@@ -211,6 +214,7 @@ def test_policy_learns_and_statistics_are_logged(tmp_path):
         assert all(name in entry for entry in logs)
 
 
+@pytest.mark.holds(46)
 @pytest.mark.parametrize(
     ("accumulate", "stop"),
     [(1, 2), (1, 4), (1, 5), (2, 1), (2, 2), (2, 3)],
@@ -245,6 +249,7 @@ def saved(folder: Path, **options: Any) -> Path:
     return folder / "checkpoint-2"
 
 
+@pytest.mark.fault(68)
 def test_a_checkpoint_that_was_moved_is_named(tmp_path):
     moved = shutil.move(saved(tmp_path / "first"), tmp_path / "best")
     options = {"max_steps": 3}
@@ -264,6 +269,8 @@ def test_a_checkpoint_elsewhere_is_found_by_the_arguments(tmp_path):
     assert subject.train_dataset.source.average.updates == 3
 
 
+@pytest.mark.fault(68)
+@pytest.mark.holds(46)
 def test_a_damaged_file_stops_a_resumed_run(tmp_path):
     first = saved(tmp_path)
     path = first / "self_augmented" / "self_augmented-0.safetensors"

@@ -124,6 +124,7 @@ def test_collator_puts_chosen_first_and_masks_prompt_and_padding():
 # the loss
 
 
+@pytest.mark.holds(2)
 def test_loss_and_gradient_are_those_of_the_models_own_logits(tmp_path):
     model = tiny.model()
     subject = trainer(tmp_path, model)
@@ -142,6 +143,7 @@ def parameters_gradient(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
+@pytest.mark.holds(31)
 @pytest.mark.parametrize("loss", [SimPO(), SimPO(sft_weight=0.3), DPO()], ids=repr)
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 7), (2, 4), (4, 2)])
 def test_accumulation_equals_one_batch(tmp_path, loss, batch_size, accumulation):
@@ -192,6 +194,7 @@ def test_memory_budget_reaches_the_head(tmp_path):
         trainer(tmp_path, memory_budget=64).train()
 
 
+@pytest.mark.holds(27)
 def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     plain, recomputed = tiny.model(), tiny.model()
     enable = getattr(recomputed, "activation_checkpointing_enable", None)
@@ -201,6 +204,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     assert same(parameters(recomputed), parameters(plain), 1e-6)
 
 
+@pytest.mark.holds(25)
 def test_autocast_holds_in_the_forward(tmp_path, monkeypatch):
     seen = []
     from fusedpo.trainers import transformers as module
@@ -294,6 +298,7 @@ def update(subject: Trainer, model: Any) -> torch.Tensor:
     return parameters(model) - start
 
 
+@pytest.mark.holds(17)
 def test_packed_batches_equal_padded_ones(tmp_path):
     """With a cross-entropy, whose denominator counts tokens, and accumulation."""
     loss, options = SimPO(sft_weight=0.3), {"per_device_train_batch_size": 2}
@@ -444,6 +449,7 @@ def test_saved_model_is_loaded_by_transformers(tmp_path):
     assert after["eval_loss"] == before["eval_loss"]
 
 
+@pytest.mark.holds(32)
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """Pairs of uneven number split over ranks, entered through DistributedDataParallel."""

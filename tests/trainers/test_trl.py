@@ -124,17 +124,20 @@ def fused(method: str, make: Any = "llama", tallest: float = TALLEST, **given: A
     return found
 
 
+@pytest.mark.holds(20, 45)
 @pytest.mark.parametrize("method, given", LOSSES.values(), ids=LOSSES)
 def test_every_loss(method, given):
     check(plain(method, **given), fused(method, **given))
 
 
+@pytest.mark.holds(20, 45)
 @pytest.mark.parametrize("method", EVERY)
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
 def test_every_family(family, method):
     check(plain(method, family), fused(method, family))
 
 
+@pytest.mark.holds(20, 45)
 @pytest.mark.parametrize(
     "mode, method", [(mode, method) for mode, (_, methods) in MODES.items() for method in methods]
 )
@@ -145,6 +148,7 @@ def test_every_mode(mode, method):
     check(reference, fused(method, **given))
 
 
+@pytest.mark.holds(25, 45)
 @pytest.mark.parametrize("method", EVERY)
 def test_autocast(method):
     given: dict[str, Any] = {}
@@ -156,6 +160,7 @@ def test_autocast(method):
     check(reference, found, bound=2e-2, floor=1.0)
 
 
+@pytest.mark.holds(34)
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_own_copy_as_reference(method):
     """Before anything was trained, there is nothing to tell the two apart, to the last bit."""
@@ -174,6 +179,7 @@ ADAPTERS = {
 }
 
 
+@pytest.mark.holds(45)
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("method", EVERY)
 def test_adapters(method, adapter):
@@ -416,6 +422,7 @@ def test_a_version_in_which_nothing_is_known(monkeypatch):
     assert not changed(before)
 
 
+@pytest.mark.holds(20, 45)
 @pytest.mark.parametrize("method", EVERY)
 def test_classes(method):
     cls = getattr(ours, f"Fused{method.upper()}Trainer")

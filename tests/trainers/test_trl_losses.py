@@ -98,6 +98,7 @@ def same(ours: list[dict[str, float]], theirs: list[dict[str, float]], bound: fl
     return True
 
 
+@pytest.mark.holds(45)
 @pytest.mark.parametrize(
     ("loss", "hyperparameters", "theirs"),
     [
@@ -122,6 +123,7 @@ def test_pairs_equal_trl_where_it_has_the_loss(
     assert not same(halved, plain)
 
 
+@pytest.mark.holds(45)
 @pytest.mark.parametrize(
     ("loss", "options"),
     [
