@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 from typing import get_args
 
 import torch
@@ -22,7 +23,8 @@ _LEAST_CUDA = (8, 0)  # sm_80; bf16 matrix units
 def resolve(backend: str, hidden: Tensor) -> Backend:
     """The backend of a call.
 
-    ``"auto"`` takes the kernels on a GPU that can run them, and PyTorch everywhere else.
+    ``"auto"`` takes the kernels on a GPU that can run them, and PyTorch everywhere else; with one
+    warning where the GPU is too old for them, or Triton is, or is missing.
 
     Raises:
         ValueError: for an unknown backend, or for ``"triton"`` where it cannot run, saying why.
@@ -34,10 +36,21 @@ def resolve(backend: str, hidden: Tensor) -> Backend:
     obstacle = _obstacle(hidden)
     if obstacle is None:
         return "triton"
-    if backend == "auto":
-        return "torch"
     expected, got = obstacle
+    if backend == "auto":
+        if hidden.dtype != torch.float64:  # which is PyTorch's on any GPU
+            _warn_once(expected, got)
+        return "torch"
     raise checks.bad_value("backend", f'{expected} for "triton"', got, 'use "auto" or "torch"')
+
+
+@functools.cache
+def _warn_once(expected: str, got: str) -> None:
+    warnings.warn(
+        f'backend: "auto" takes PyTorch, as the Triton kernels need {expected}: got {got}; '
+        'backend="torch" takes it without this warning',
+        stacklevel=5,  # where the public function was called
+    )
 
 
 def _obstacle(hidden: Tensor) -> tuple[str, str] | None:

@@ -341,7 +341,7 @@ class SequenceParts:
         cls, group: ProcessGroup, counts: list[list[int]], device: torch.device
     ) -> SequenceParts:
         """From the scored tokens of each sequence, by rank."""
-        rank, every = dist.get_rank(group), torch.tensor(counts)
+        rank, every = dist.get_rank(group), torch.tensor(counts, device="cpu")
         owner = [max((r for r, n in enumerate(of) if n), default=0) for of in every.T.tolist()]
         last_here = [i for i, r in enumerate(owner) if r == rank]
         return cls(

@@ -492,7 +492,8 @@ class _Scorer:
     def name(self) -> str:
         # not of the weight, which may be sharded
         base = getattr(self.module, "base_layer", self.module)
-        return f"{self.kind} {type(self.module).__name__} {base.out_features}"
+        hooks = len(self.module._forward_hooks)
+        return f"{self.kind} {type(self.module).__name__} {base.out_features} {hooks}"
 
     @classmethod
     def of(cls, model: Any) -> _Scorer:
@@ -585,6 +586,11 @@ def _check_adapters(module: Any) -> None:
 
 
 def _check_linear(module: Any) -> None:
+    if module._backward_hooks or module._backward_pre_hooks:
+        raise UnsupportedHead(
+            "model: expected a head without backward hooks, which are of the gradient of logits, "
+            f"got {type(module).__name__} with some; hook the layer before it"
+        )
     if getattr(type(module), "forward", None) is not torch.nn.Linear.forward:
         raise UnsupportedHead(
             f"model: expected an output embedding that is a torch.nn.Linear, got "
@@ -632,6 +638,8 @@ class _Experiment:
         self.product: Tensor | None = None  # [positions, V], what we take for the head's logits
         self.met: Tensor | None = None  # [rows, V], what the rest of the forward was given
         self.given: Tensor | None = None  # the copy of it that was given
+        self.last_hook: Any = None  # behind those of others
+        self.hooked = False  # whether they made another of it
         self.eps = 0.0  # of the head's own logits
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -659,7 +667,16 @@ class _Experiment:
         self.given = self.met.clone()
         # from here on, so that logits that something learned took part in can be told
         torch.set_grad_enabled(True)
+        if self.scorer.module._forward_hooks:
+            self.last_hook = self.scorer.module.register_forward_hook(self.hook)
         return self.given[None]
+
+    def hook(self, module: Any, args: Any, output: Any) -> None:
+        """What comes out of the head's call, after the hooks of others."""
+        assert self.given is not None, "the head was called"
+        # a wrapper with mixed precision casts it
+        same = isinstance(output, Tensor) and torch.equal(output, self.given[None].to(output))
+        self.hooked = not same
 
 
 def _after_head(
@@ -690,6 +707,8 @@ def _after_head(
             ) from error
         finally:
             torch.set_grad_enabled(False)
+            if experiment.last_hook is not None:
+                experiment.last_hook.remove()
             for buffer, before in buffers:
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
@@ -699,6 +718,11 @@ def _after_head(
         if met is None or product is None or experiment.given is None:
             raise UnsupportedHead(
                 "model: expected a forward that calls its output embedding, got one that does not"
+            )
+        if experiment.hooked:
+            raise UnsupportedHead(
+                "model: expected a head whose hooks leave its output as it is, got one that a hook "
+                "changes"
             )
         if not torch.equal(met, experiment.given):
             raise UnsupportedHead(

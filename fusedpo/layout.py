@@ -138,7 +138,7 @@ def lay_out(
         parts = SequenceParts.of(sequence_group, every, labels.device)
         here = _sequences(rows, borders, every[rank])
         counts = [sum(of) for of in zip(*every, strict=True)]
-        lengths = to_device(torch.tensor(counts), labels.device)
+        lengths = to_device(counts, labels.device)
         return Layout(labels, rows, replace(here, lengths=lengths, parts=parts), counts, backend)
     counts = count_scored(labels, ignore_index, faults, borders=borders, num_scored=num_scored)
     rows = Rows.of(labels, ignore_index, sum(counts))
@@ -186,7 +186,7 @@ def _sequences(rows: Rows, borders: Tensor, counts: list[int]) -> Sequences:
     if positions is None:
         positions = torch.arange(rows.count, device=borders.device)
     index = torch.searchsorted(borders[1:].contiguous(), positions, right=True)
-    return _laid_out(index, counts, to_device(torch.tensor(counts), borders.device))
+    return _laid_out(index, counts, to_device(counts, borders.device))
 
 
 def _traced_sequences(rows: Rows, borders: Tensor, empty: bool) -> Sequences:
@@ -214,4 +214,4 @@ def _laid_out(
     starts = [0] * len(counts)
     for before, i in zip(accumulate((counts[i] for i in order), initial=0), order, strict=False):
         starts[i] = before
-    return Sequences(index, lengths, to_device(torch.tensor(starts), index.device))
+    return Sequences(index, lengths, to_device(starts, index.device))

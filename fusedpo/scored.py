@@ -48,7 +48,7 @@ def count_scored(
     counts = _counted(labels, ignore_index, borders)
     found = torch.stack([fault for fault, _ in faults])
     if promised is not None and labels.is_cuda:
-        told = to_device(torch.tensor(promised), labels.device)
+        told = to_device(promised, labels.device)
         torch._assert_async(~found.any() & (counts == told).all(), _WRONG_VALUE)
         return promised
     values = torch.cat((found.long(), counts)).tolist()
@@ -171,8 +171,11 @@ def border_fault(borders: Tensor, positions: int, *, empty: bool = False) -> Fau
     return wrong, error
 
 
-def to_device(values: Tensor, device: torch.device) -> Tensor:
+def to_device(values: Tensor | Sequence[int], device: torch.device) -> Tensor:
     """A copy that does not wait for the device."""
+    if not isinstance(values, Tensor):
+        # not on the default device, which may be any
+        values = torch.tensor(values, dtype=torch.int64, device="cpu")
     if device.type != "cuda" or values.device.type != "cpu":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)

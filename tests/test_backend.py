@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ def data(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor
     return hidden, torch.randn(VOCAB, WIDTH, generator=g).to(dtype), labels
 
 
+@pytest.mark.fault(13)
 def test_a_cpu_takes_pytorch_unless_told() -> None:
     hidden = torch.randn(2, 4)
     assert resolve("auto", hidden) == resolve("torch", hidden) == "torch"
@@ -39,17 +42,20 @@ def test_an_unknown_backend_is_named_with_those_there_are() -> None:
         preference_loss(losses.SimPO(), *data(), backend="tritn")
 
 
+@pytest.mark.fault(15)
 def test_the_kernels_refuse_float64() -> None:
     with pytest.raises(ValueError, match="backend: expected hidden states in float32, bfloat16"):
         linear_logprobs(*data(torch.float64), backend="triton")
 
 
+@pytest.mark.fault(13)
 def test_the_kernels_want_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="expected a CUDA or ROCm device"):
         linear_logprobs(*data(), backend="triton")
 
 
+@pytest.mark.fault(61, 62)
 @pytest.mark.parametrize(("version", "got"), [(None, "no Triton"), ((3, 2), "Triton 3.2")])
 def test_an_old_triton_or_none_is_said(
     version: tuple[int, int] | None, got: str, monkeypatch: pytest.MonkeyPatch
@@ -60,17 +66,74 @@ def test_an_old_triton_or_none_is_said(
     assert linear_logprobs(*data()).isfinite().all()
 
 
-def test_an_old_gpu_takes_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnGpu:
-        is_cuda, dtype, device = True, torch.float32, torch.device("cuda", 0)
+class OnGpu:
+    """What is asked of hidden states about where they are."""
 
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+
+
+@pytest.fixture
+def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert resolve("auto", OnGpu()) == "torch"
+    fusedpo.backend._warn_once.cache_clear()
+
+
+@pytest.mark.fault(62)
+def test_an_old_gpu_takes_pytorch(old_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(UserWarning, match=r"takes PyTorch, .* capability 8.0 or newer: got 7.5"):
+        assert resolve("auto", OnGpu()) == "torch"
     with pytest.raises(ValueError, match=r"compute capability 8.0 or newer .*got 7.5"):
         resolve("triton", OnGpu())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert resolve("auto", OnGpu()) == "triton"
+
+
+@pytest.mark.fault(62)
+@pytest.mark.parametrize(
+    ("version", "got"),
+    [(None, "no Triton"), ((3, 2), "Triton 3.2"), ((3, 6), "7.5")],
+    ids=["no Triton", "an old Triton", "an old GPU"],
+)
+def test_what_is_too_old_is_warned_of_once(
+    version: tuple[int, int] | None, got: str, old_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not at all for what PyTorch is asked for, or is for on any GPU."""
+    monkeypatch.setattr(fusedpo.backend, "_triton_version", lambda: version)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert resolve("torch", OnGpu()) == resolve("auto", OnGpu(torch.float64)) == "torch"
+        assert resolve("auto", torch.zeros(1)) == "torch" and not said
+        assert {resolve("auto", OnGpu()) for _ in range(3)} == {"torch"}
+    assert [w.category for w in said] == [UserWarning]
+    assert re.match(
+        rf'backend: "auto" takes PyTorch, .*: got {got}; backend=', str(said[0].message)
+    )
+
+
+class Cuda(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+CALLS = {
+    "logprobs": linear_logprobs,
+    "stats": linear_token_stats,
+    "loss": lambda *given: preference_loss(losses.SimPO(), *given),
+}
+
+
+@pytest.mark.fault(62)
+@pytest.mark.parametrize("name", CALLS)
+def test_the_warning_is_where_the_library_is_called(name: str, old_gpu: None) -> None:
+    hidden, weight, labels = data()
+    with pytest.warns(UserWarning, match="takes PyTorch") as said:
+        CALLS[name](hidden.as_subclass(Cuda), weight, labels)
+    assert [w.filename for w in said] == [__file__]
 
 
 # counts from the caller
@@ -102,6 +165,7 @@ def test_wrong_counts_of_sequences_are_an_error(wrong: object) -> None:
         preference_loss(losses.SimPO(), *data(), num_scored=wrong)
 
 
+@pytest.mark.holds(21)
 def test_everything_is_read_from_the_device_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A transfer is a tolist() or item(); the CPU has no other way to tell."""
     reads = []
@@ -146,6 +210,7 @@ def test_everything_is_read_from_the_device_at_once(monkeypatch: pytest.MonkeyPa
 # the fused forward
 
 
+@pytest.mark.holds(1)
 @pytest.mark.parametrize("seed", range(60))
 def test_the_fused_forward_equals_the_naive_program(seed: int, monkeypatch) -> None:
     case = generate(seed)
@@ -168,6 +233,7 @@ def test_the_fused_forward_equals_the_naive_program(seed: int, monkeypatch) -> N
     assert gap <= 2e-6 * max(10, exact.largest_logit), case.name
 
 
+@pytest.mark.holds(1)
 def test_the_fused_forward_has_every_statistic() -> None:
     hidden, weight, labels = data()
     chosen = plan(24, VOCAB, WIDTH, needs=(), entropy=True, backend="triton", fused=True)

@@ -192,6 +192,7 @@ def test_only_the_log_probability_if_nothing_else_is_asked_for() -> None:
     assert [name for name in STATS if getattr(got, name) is not None] == ["logprob"]
 
 
+@pytest.mark.holds(16)
 def test_labels_that_are_aligned_already() -> None:
     model = make()
     add_fused_head(model)
@@ -278,6 +279,7 @@ def test_options_of_the_engine_are_passed_on() -> None:
     check(model)
 
 
+@pytest.mark.holds(20)
 def test_no_logits_are_made() -> None:
     """Nothing of the size of a quarter of them, after the first call."""
     vocab, length = 4096, 64
@@ -509,6 +511,8 @@ def test_errors_of_the_inputs_are_not_hidden() -> None:
     check(model)
 
 
+@pytest.mark.holds(43)
+@pytest.mark.fault(60)
 @pytest.mark.parametrize("first", [True, False])
 def test_an_error_leaves_the_model_clean(first: bool) -> None:
     model = make()
@@ -697,6 +701,8 @@ UNFIT: dict[str, tuple[Callable[[], Toy], str]] = {
 }
 
 
+@pytest.mark.holds(36)
+@pytest.mark.fault(40, 41)
 @pytest.mark.parametrize("case", UNFIT)
 def test_another_head_is_refused_or_made_the_long_way(case: str) -> None:
     kind, message = UNFIT[case]
@@ -814,6 +820,7 @@ def test_a_weight_that_is_longer_than_the_vocabulary() -> None:
     assert not differences(gradients(model, some_loss(got)), exact, 1e-5)
 
 
+@pytest.mark.fault(41)
 def test_a_model_without_a_head() -> None:
     with pytest.raises(ValueError, match="model: expected a causal language model with an output"):
         add_fused_head(nn.Linear(2, 2))
@@ -1014,6 +1021,7 @@ def test_in_half_precision(name: str) -> None:
     close_in_half(model)
 
 
+@pytest.mark.holds(25)
 @pytest.mark.parametrize("name", MODELS)
 def test_under_autocast(name: str) -> None:
     model = make(name)
@@ -1030,6 +1038,7 @@ def test_adapters_in_float32_on_a_half_model() -> None:
     close_in_half(model, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
 
 
+@pytest.mark.holds(27)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["plain", "softcap"])
 def test_gradient_checkpointing(reentrant: bool, name: str) -> None:
@@ -1052,6 +1061,7 @@ def test_gradient_checkpointing(reentrant: bool, name: str) -> None:
     assert not differences(found[1], found[0], 1e-5)
 
 
+@pytest.mark.holds(26)
 @pytest.mark.compiled
 @pytest.mark.slow
 @pytest.mark.parametrize("in_place", [False, True])
@@ -1128,6 +1138,7 @@ def test_adding_again_after_accelerate_changes_the_options_only(accelerated: Any
     close_in_half(model, exact_model=make("softcap"))
 
 
+@pytest.mark.fault(40)
 def test_hooks_on_the_head_are_called() -> None:
     model = make()
     add_fused_head(model)
@@ -1140,6 +1151,7 @@ def test_hooks_on_the_head_are_called() -> None:
     assert seen == ["before", "after"]
 
 
+@pytest.mark.fault(56)
 def test_data_parallel() -> None:
     def compare() -> None:
         model = make("softcap")

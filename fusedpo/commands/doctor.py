@@ -225,10 +225,10 @@ def choices(device: torch.device) -> list[Choice]:
 
 def _choice(hidden: Tensor) -> tuple[str, str]:
     try:
+        resolve("triton", hidden)
         backend = resolve("auto", hidden)
         if backend == "triton":
             return backend, "the kernels can run here"
-        resolve("triton", hidden)
     except ValueError as error:
         match = re.search(r'expected (.+) for "triton", got (.+);', str(error))
         return "torch", f"kernels need {match[1]}: got {match[2]}" if match else str(error)
