@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 TRL_VERSIONS := 0.29.1 1.8.0 1.12.0 1.13.0 1.14.2
 
-.PHONY: demo test test-oldest test-trl test-zero lint bench bench-results bench-gpu clean
+.PHONY: demo test test-oldest test-versions test-trl test-zero lint bench bench-results bench-gpu clean
 
 # threads that spin while they wait bring two cores to a crawl as soon as anything else runs
 demo: export OMP_WAIT_POLICY = passive
@@ -21,6 +21,11 @@ test-oldest:
 	PYTHONPATH=. .venv-oldest/bin/python -m pytest tests/test_logprobs.py tests/test_autograd.py \
 		tests/test_objective.py tests/test_policy.py tests/test_memory.py tests/test_plan.py tests/test_scores.py \
 		tests/test_mutants.py tests/test_checks.py tests/losses
+
+# Python 3.10 to 3.13 with the oldest and the newest of everything; what it prints is the table of
+# docs/compatibility.md. Needs these Pythons on the PATH and 25 GB
+test-versions:
+	$(PYTHON) tests/versions.py
 
 # earlier versions of TRL, each in a folder of its own, with what it needs and the newest does not
 test-trl: .venv/ready

@@ -8,10 +8,10 @@ here = Path(__file__).parent
 
 trl = ["trl>=0.29"]
 # what losses and speed are compared with
-peers = ["liger-kernel>=0.8.5", "trl>=1.16"]
+peers = ["liger-kernel>=0.8.5", "trl>=1.16; python_version >= '3.11'"]
 demo = [
     "transformers>=5.0",
-    "accelerate>=1.0",
+    "accelerate>=1.1",
     "datasets>=3.0",
     "tokenizers>=0.20",
     "safetensors",

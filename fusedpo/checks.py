@@ -10,6 +10,16 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+_LEAST_TORCH = (2, 6)
+TORCH = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2])
+# here, as this module is imported before whatever an older one may lack
+if TORCH < _LEAST_TORCH:
+    _least = ".".join(map(str, _LEAST_TORCH))
+    raise ImportError(
+        f"fusedpo: expected torch {_least} or newer, got {torch.__version__}; "
+        f"pip install 'torch>={_least}'"
+    )
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LABELS = (torch.int64, torch.int32)
 

@@ -26,16 +26,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fusedpo.checks import TORCH
 from fusedpo.distributed import VocabShard
 from fusedpo.kernels import logit_tile
 from fusedpo.kernels.logit_tile import MOST_STEPS, LogitMap, RowStats, power_of_two
 from fusedpo.plan import FINISHED_ROWS, Backend, Needs, Plan, padded
 
-_TORCH = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2])
 # fp32 results of half-precision operands, on CUDA: torch.mm since 2.8; torch.addmm exists as long,
 # but took an fp32 accumulator only later
-_HAS_MM_OUT_DTYPE = _TORCH >= (2, 8) and torch.version.hip is None
-_HAS_ADDMM_OUT_DTYPE = _TORCH >= (2, 10) and torch.version.hip is None
+_HAS_MM_OUT_DTYPE = TORCH >= (2, 8) and torch.version.hip is None
+_HAS_ADDMM_OUT_DTYPE = TORCH >= (2, 10) and torch.version.hip is None
 
 
 DIFFERENTIABLE = ("logprob", "entropy")
