@@ -387,7 +387,9 @@ def policy_loss(
         correction = None
     per_tokens = loss.aggregation == "token_mean"
     items = _denominator("num_items", num_items, sequences.count)
-    scored = sequences.lengths.sum() if layout.counts is None else sum(layout.counts)
+    # a mean over no tokens is 0
+    counts = layout.counts
+    scored = sequences.lengths.sum().clamp(min=1) if counts is None else max(1, sum(counts))
     tokens = _denominator("num_tokens", num_tokens, scored)
     for name, given, used in (
         ("num_items", num_items, not per_tokens),

@@ -31,6 +31,7 @@ class Case:
     temperature: float | Tensor = 1.0
     ignore_index: int = -100
     upstream_entropy: Tensor | None = None
+    upstream_hidden: Tensor | None = None  # [..., H], gradient of the states by another way
     needs: tuple[str, ...] = ("hidden", "weight")
 
     @property
@@ -64,6 +65,18 @@ class Result:
     largest_logit: float = 0.0
 
 
+def logits(case: Case, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[..., V], with all that the head does to them; in fp32 from a product in half precision."""
+    z = torch.nn.functional.linear(hidden, weight, bias)
+    z = z.float() if z.dtype in HALF else z
+    if case.softcap is not None:
+        z = case.softcap * torch.tanh(z / case.softcap)
+    temperature = case.temperature
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(z.dtype)[..., None]
+    return z * case.logit_scale / temperature
+
+
 def naive(case: Case, dtype: torch.dtype) -> Result:
     """The program that fusedpo replaces: full logits, in the given dtype, under autograd."""
 
@@ -77,14 +90,7 @@ def naive(case: Case, dtype: torch.dtype) -> Result:
         cast(case.weight, "weight"),
         cast(case.bias, "bias"),
     )
-    z = torch.nn.functional.linear(hidden, weight, bias)
-    z = z.float() if dtype in HALF else z
-    if case.softcap is not None:
-        z = case.softcap * torch.tanh(z / case.softcap)
-    temperature = case.temperature
-    if isinstance(temperature, Tensor):
-        temperature = temperature.to(z.dtype)[..., None]
-    z = z * case.logit_scale / temperature
+    z = logits(case, hidden, weight, bias)
     largest = float(z.detach().abs()[z.isfinite()].max()) if z.numel() else 0.0
     log_p = z.log_softmax(-1)
     safe = case.labels.long().masked_fill(~case.scored, 0)[..., None]
@@ -94,12 +100,15 @@ def naive(case: Case, dtype: torch.dtype) -> Result:
     if case.upstream_entropy is not None:
         entropy = -(log_p.exp() * log_p).sum(-1).masked_fill(~case.scored, 0.0)
         total = total + (entropy * case.upstream_entropy.to(z.dtype)).sum()
+    if case.upstream_hidden is not None:
+        total = total + (hidden * case.upstream_hidden.to(dtype)).sum()
     leaves = {
         n: t
         for n, t in (("hidden", hidden), ("weight", weight), ("bias", bias))
         if t is not None and n in case.needs
     }
-    gradients = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+    found = torch.autograd.grad(total, list(leaves.values())) if leaves else ()
+    gradients = dict(zip(leaves, found, strict=True))
     return Result(
         logprob.detach(), None if entropy is None else entropy.detach(), gradients, largest
     )
@@ -127,7 +136,9 @@ def faults(got: Result, case: Case, *, roundings: int = 1) -> list[str]:
     roundings=2 allows the hidden gradient of half-precision inputs one rounding more, which is what
     the smallest budgets cost.
     """
-    exact, same = naive(case, torch.float64), naive(case, case.dtype)
+    exact = naive(case, torch.float64)
+    # a weight may have another dtype than the states, under autocast
+    same = {dtype: naive(case, dtype) for dtype in {t.dtype for t in case.leaves().values()}}
     found = []
     eps = 1e-12 if case.dtype == torch.float64 else 2e-6
     bound = eps * max(10.0, exact.largest_logit)
@@ -145,7 +156,7 @@ def faults(got: Result, case: Case, *, roundings: int = 1) -> list[str]:
             name,
             got.gradients.get(name),
             truth,
-            same.gradients[name],
+            same[case.leaves()[name].dtype].gradients[name],
             exact.largest_logit,
             roundings if name == "hidden" else 1,
         )

@@ -10,6 +10,7 @@ import torch
 from engine import with_tile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from losses import naive
 from oracles import gradient_faults, relative
 
 import fusedpo
@@ -30,7 +31,6 @@ from fusedpo.losses import (
     available,
 )
 from fusedpo.losses._gates import GATES
-from fusedpo.scores import Sequences, Tokens
 
 VOCAB, WIDTH = 61, 12
 
@@ -103,45 +103,12 @@ def logprobs_of(
     return taken.masked_fill(labels < 0, 0.0), entropy.masked_fill(labels < 0, 0.0)
 
 
-def naive_loss(loss: PolicyLoss, hidden: torch.Tensor, weight: torch.Tensor, data: dict) -> tuple:
-    """Full logits, the formula token by token, the mean as the loss says it."""
-    labels = data["labels"]
-    where = labels >= 0
-    logprob, entropy = logprobs_of(hidden, weight, labels)
-    lengths = where.sum(-1)
-    index = torch.arange(len(labels))[:, None].expand_as(labels)[where]
-    starts = lengths.cumsum(0) - lengths
-
-    def of(name: str) -> torch.Tensor | None:
-        value = data.get(name)
-        if value is None:
-            return None
-        return (value[index] if value.dim() == 1 else value[where]).double()
-
-    correction = of("importance_weights")
-    inside = correction is not None and loss.absorbs_correction
-    t = Tokens(
-        logprob[where].double(),
-        of("advantages"),
-        Sequences(index, lengths, starts),
-        of("old_logprobs"),
-        loss.log_correction(correction) if inside else None,
-    )
-    value = loss.per_token(t)
-    if correction is not None and not inside:
-        value = value * correction
-    if loss.kl_weight:
-        value = value + loss.kl_weight * loss.kl(t, of("ref_logprobs"))
-    if loss.aggregation == "token_mean":
-        total = value.mean()
-    else:
-        sums = torch.zeros(len(labels), dtype=torch.float64).index_add(0, index, value)
-        if loss.aggregation == "sequence_mean":
-            sums = sums / lengths.clamp(min=1)
-        total = sums.mean() / loss.divisor
-    if loss.entropy_bonus:
-        total = total - loss.entropy_bonus * entropy[where].double().mean()
-    return total
+def naive_loss(
+    loss: PolicyLoss, hidden: torch.Tensor, weight: torch.Tensor, data: dict
+) -> torch.Tensor:
+    """The loss from full logits."""
+    logprob, entropy = logprobs_of(hidden, weight, data["labels"])
+    return naive.policy(loss, logprob, data["labels"], data, entropy=entropy)
 
 
 def arguments(loss: PolicyLoss, data: dict, **options) -> dict:
@@ -169,15 +136,20 @@ def check(loss: PolicyLoss, data: dict, factor: float = 1.0, **options) -> None:
         assert not (found := gradient_faults(name, mine, true, same, 10.0)), found
 
 
+@pytest.mark.holds(2, 3, 33)
 @pytest.mark.interpreted(every=3, each="loss")
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("route", ["recompute", "retain", "one_pass"])
 def test_equals_the_naive_program(loss: PolicyLoss, dtype: torch.dtype, route: str) -> None:
-    if loss.entropy_bonus and route != "recompute":
-        pytest.skip("a gradient through the entropy is formed in recompute")
-    if loss.scope == "batch" and route == "one_pass":
-        pytest.skip("the gradient of this loss is known at the end only")
+    # a gradient through the entropy is formed in recompute
+    by_entropy = loss.entropy_bonus and route != "recompute"
+    # and that of a loss of the batch is known at the end only
+    if by_entropy or (loss.scope == "batch" and route == "one_pass"):
+        entropy = bool(loss.entropy_bonus)
+        with pytest.raises(ValueError, match=rf"^route .*got '{route}'"):
+            plan(9, VOCAB, WIDTH, scope=loss.scope, entropy=entropy, route=route)
+        return
     data = sampled(3, 4, dtype=dtype, empty=2)
     for tile in ((3, 16), (16, 128)):
         chosen = plan(
@@ -194,6 +166,7 @@ def test_equals_the_naive_program(loss: PolicyLoss, dtype: torch.dtype, route: s
         check(loss, data, factor=0.37, memory_budget=with_tile(chosen, *tile))
 
 
+@pytest.mark.holds(2, 3, 33)
 @pytest.mark.interpreted(every=4)
 @every_kind
 @settings(max_examples=6)
@@ -229,6 +202,7 @@ def test_the_sampling_policy_itself_has_a_ratio_of_one(loss: PolicyLoss) -> None
     assert shortcut.loss.item() == pytest.approx(spelled.loss.item(), rel=1e-6)
 
 
+@pytest.mark.holds(17)
 @pytest.mark.parametrize("loss", [GRPO(), SoftSequence(), VESPO(), DAPO(kl_weight=0.1)], ids=repr)
 def test_packed_equals_padded(loss: PolicyLoss) -> None:
     data = sampled(2, 4)
@@ -251,6 +225,8 @@ def test_packed_equals_padded(loss: PolicyLoss) -> None:
     assert relative(mine, true) < 2e-6
 
 
+@pytest.mark.holds(31)
+@pytest.mark.fault(55)
 @pytest.mark.parametrize("loss", [GRPO(), DAPO(), DrGRPO(), LUSPO(), GSPO()], ids=repr)
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_accumulation_over_micro_batches_is_one_batch(loss: PolicyLoss, as_tensor: bool) -> None:
@@ -298,15 +274,33 @@ def test_responses_of_zero_advantage_have_no_gradient() -> None:
             assert (gradient == 0).all(), loss
 
 
+@pytest.mark.holds(11)
+@pytest.mark.fault(19)
 def test_nothing_sampled_is_no_loss() -> None:
     data = sampled(7, 2)
     labels = torch.full_like(data["labels"], -100)
-    for loss in (GRPO(), SoftSequence(), GSPO()):
+    for loss in (GRPO(), SoftSequence(), GSPO(), GRPO(entropy_bonus=0.1)):
         out = policy_loss(loss, data["hidden"], data["weight"], labels, **arguments(loss, data))
         out.loss.backward()
         assert out.loss.item() == 0 and (data["weight"].grad == 0).all()
 
 
+@pytest.mark.fault(20)
+@pytest.mark.compiled
+@pytest.mark.parametrize("backend", ["torch"])
+def test_nothing_sampled_is_no_loss_in_a_graph(backend: str) -> None:
+    data = sampled(7, 2)
+    labels, loss = torch.full_like(data["labels"], -100), DAPO(entropy_bonus=0.1)
+
+    def step(hidden: torch.Tensor) -> torch.Tensor:
+        return policy_loss(loss, hidden, data["weight"], labels, **arguments(loss, data)).loss
+
+    out = torch.compile(step, backend="eager")(data["hidden"])
+    out.backward()
+    assert out.item() == 0 and (data["weight"].grad == 0).all()
+
+
+@pytest.mark.holds(11)
 @pytest.mark.parametrize("loss", [GSPO(), SoftSequence(), GMPO()], ids=repr)
 def test_a_response_without_tokens_adds_nothing_and_counts(loss: PolicyLoss) -> None:
     data, other = sampled(8, 3, empty=1), {}
@@ -393,6 +387,7 @@ BAD = {
 }
 
 
+@pytest.mark.fault(29, 30, 33, 34)
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_refused(name: str) -> None:
     changed, error, text = BAD[name]
