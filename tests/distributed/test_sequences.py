@@ -36,6 +36,7 @@ LOSSES = [*preference_losses(), *kinds_of_losses(), *POLICY]
 LOSSES = list({repr(loss): loss for loss in LOSSES}.values())
 
 
+@pytest.mark.holds(32)
 @pytest.mark.parametrize("loss", LOSSES, ids=name_of)
 def test_losses(two: Processes, loss) -> None:
     """Seeds 1 and 2 leave one rank without any position."""
@@ -58,6 +59,7 @@ def test_losses_in_single_precision(two: Processes, loss) -> None:
     assert not two.faults("solve_loss", loss, "sequence", None, torch.float32)
 
 
+@pytest.mark.holds(32)
 @pytest.mark.parametrize("loss", [DPO(), GRPO(kl_weight=0.1)], ids=name_of)
 def test_a_reference_in_parts(two: Processes, loss) -> None:
     assert not two.faults("solve_loss", loss, "sequence", None, torch.float64, 0, "hidden")
@@ -78,11 +80,14 @@ def test_both_groups_of_two() -> None:
             assert not four.faults("solve_loss", DPO(), "vocab", route, torch.float64)
 
 
+@pytest.mark.holds(32)
+@pytest.mark.fault(57)
 def test_packed_parts(two: Processes) -> None:
     """A rank may have no position at all of a sequence."""
     assert not two.faults("packed_parts")
 
 
+@pytest.mark.holds(31, 32)
 def test_denominators(two: Processes) -> None:
     assert two.run("counts") == [[4.0, 2.5, 7.5]] * 2
     assert not two.faults("averaged_gradients")
@@ -115,6 +120,7 @@ def test_refuses_on_all_ranks(two: Processes, name: str, text: str) -> None:
         assert text in said
 
 
+@pytest.mark.fault(5)
 def test_a_fault_of_one_rank_is_raised_on_all(two: Processes) -> None:
     ((_, first),), ((_, second),) = two.run("refused", "wrong label on one rank")
     assert "a wrong one on rank 1" in first

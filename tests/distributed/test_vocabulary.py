@@ -23,6 +23,7 @@ needs_kernels = pytest.mark.skipif(not engine.KERNELS, reason="no Triton that ru
 # the engine
 
 
+@pytest.mark.holds(32)
 @pytest.mark.parametrize("seeds", [range(i, i + 10) for i in range(0, 40, 10)], ids=str)
 def test_generated_cases(two: Processes, seeds: range) -> None:
     assert not [fault for seed in seeds for fault in two.faults("generated", seed)]
@@ -68,10 +69,12 @@ def test_all_statistics_of_kernels(two: Processes, fused: bool) -> None:
     assert not two.faults("statistics", torch.float32, (20, 17), "triton", fused)
 
 
+@pytest.mark.fault(57)
 def test_nothing_scored(two: Processes) -> None:
     assert not two.faults("no_tokens")
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize("vocab", [37, 2])
 @pytest.mark.parametrize("placement", ["shard", "replicate"])
 def test_a_dtensor(two: Processes, vocab: int, placement: str) -> None:
@@ -107,6 +110,7 @@ def test_sizes_are_exchanged_once_a_weight(two: Processes) -> None:
     assert not two.faults("sizes_are_exchanged_once")
 
 
+@pytest.mark.holds(20)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("route", ["recompute", "retain", "entropy"])
@@ -120,6 +124,7 @@ def test_holds_what_the_plan_says(
 # losses
 
 
+@pytest.mark.holds(32)
 @pytest.mark.parametrize("loss", LOSSES, ids=name_of)
 def test_losses(two: Processes, loss) -> None:
     routes = ["recompute"] if getattr(loss, "entropy_bonus", 0) else ["recompute", "retain"]
@@ -138,6 +143,7 @@ def test_losses_in_single_precision(two: Processes, loss) -> None:
     assert not two.faults("solve_loss", loss, "vocab", None, torch.float32)
 
 
+@pytest.mark.holds(32)
 @pytest.mark.parametrize(
     "loss", [DPO(), LengthDesensitized(DPO()), GRPO(kl_weight=0.1)], ids=name_of
 )
@@ -149,6 +155,7 @@ def test_a_reference_in_slices(two: Processes, loss) -> None:
 # what is refused
 
 
+@pytest.mark.fault(8, 10)
 @pytest.mark.parametrize(
     ("name", "error", "text"),
     [

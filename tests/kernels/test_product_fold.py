@@ -134,6 +134,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.holds(1)
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "tma"])
 @pytest.mark.parametrize("n", EDGES)
 def test_shapes_at_every_tile_edge(n, tma):
@@ -185,6 +186,7 @@ def test_statistics_that_are_asked_for(entropy, squares, mean):
 
 
 # 7 tiles: one split, even and uneven ones, one a tile, and more splits than tiles
+@pytest.mark.holds(41)
 @pytest.mark.parametrize("splits", [1, 2, 3, 5, 7, 12])
 def test_splits(splits):
     case = make(5, 6 * BLOCK + 3, 20)
@@ -192,6 +194,7 @@ def test_splits(splits):
     check(case, case.run(replace(SMALL, splits=splits), **ALL))
 
 
+@pytest.mark.holds(42)
 @pytest.mark.parametrize("group", [1, 2, 3, 8])
 def test_every_row_block_and_split_is_done_once(group, guarded):
     """5 row blocks: the last group may be short. What is left out would stay NaN."""
@@ -206,6 +209,7 @@ def test_default_tile_is_taken():
     check(case, case.run(None, **ALL))
 
 
+@pytest.mark.holds(19)
 def test_results_repeat_bit_for_bit():
     case = make(33, 70, 40, torch.bfloat16)
     assert same(case.run(**ALL), case.run(**ALL))
@@ -259,6 +263,7 @@ def test_descriptors_are_used_where_rows_are_aligned(described):
     assert described == [(5, 24)]
 
 
+@pytest.mark.holds(28)
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "tma"])
 def test_strides(tma):
     """Rows apart, and every vector with a stride."""
@@ -274,18 +279,21 @@ def test_strides(tma):
     check(case, case.run(replace(SMALL, tma=tma), **ALL))
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="a file is mapped into the CPU's memory")
+@pytest.mark.holds(29)
 def test_offsets_are_64_bits_wide(tmp_path):
     """The third rows lie beyond 2^31 entries, at a stride that fits into 32 bits.
 
-    In a sparse file, which takes no memory.
+    On the CPU in a sparse file, which takes no memory.
     """
     stride = 2**30 + 64
 
     def spread(name: str, rows: Tensor) -> Tensor:
         size = 2 * stride + rows.shape[1]
-        path = str(tmp_path / name)
-        memory = torch.from_file(path, shared=True, size=size, dtype=rows.dtype)
+        if DEVICE == "cpu":
+            path = str(tmp_path / name)
+            memory = torch.from_file(path, shared=True, size=size, dtype=rows.dtype)
+        else:
+            memory = torch.empty(size, dtype=rows.dtype, device=DEVICE)
         return memory.as_strided(rows.shape, (stride, 1)).copy_(rows)
 
     case = make(3, 3, 24, torch.float16)
@@ -344,6 +352,7 @@ def test_banned_entries():
         assert (log_probability(stats) == 0).all()
 
 
+@pytest.mark.fault(24)
 def test_banned_target():
     bias = torch.zeros(40, device=DEVICE)
     bias[7] = -torch.inf
@@ -354,6 +363,7 @@ def test_banned_target():
     assert (log_probability(stats) == -torch.inf).all()
 
 
+@pytest.mark.fault(58)
 @pytest.mark.parametrize("splits", [1, 4])
 def test_vocabulary_of_one(splits):
     case = make(3, 1, 24)
@@ -363,6 +373,8 @@ def test_vocabulary_of_one(splits):
     assert (stats["peak"] == -torch.inf).all()
 
 
+@pytest.mark.holds(12)
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("splits", [1, 3])
 def test_a_row_that_is_nan_stays_alone(splits):
     case = make(20, 50, 24)
@@ -408,6 +420,7 @@ def test_tolerance_rejects_a_missing_tile_and_a_missing_step():
             check(case, wrong.run())
 
 
+@pytest.mark.holds(1, 41)
 @given(
     n=st.integers(1, 40),
     vocab=st.integers(1, 90),
@@ -430,6 +443,7 @@ def test_any_shape(
     check(case, case.run(Tile(*blocks, 4, 2, splits=splits, tma=tma, group=group), **ALL))
 
 
+@pytest.mark.fault(19)
 def test_no_rows():
     case = make(3, 5, 8)
     none = torch.empty(0, dtype=torch.int64, device=DEVICE)

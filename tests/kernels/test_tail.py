@@ -276,6 +276,7 @@ def test_a_long_sequence_at_the_shipped_block_cancels_against_its_reference() ->
     assert not faults(problem.run(module.BLOCK), problem, allowed=1e-10)
 
 
+@pytest.mark.holds(19)
 def test_results_repeat_and_do_not_depend_on_where_a_sequence_lies() -> None:
     problem = problem_of((9, 24, 3, 17), gate="arctan_log", sequence_map="exp", aggregate="mean")
     first, again = problem.run(), problem.run()
@@ -292,6 +293,7 @@ def test_results_repeat_and_do_not_depend_on_where_a_sequence_lies() -> None:
         assert torch.equal(found[2][elsewhere.rows(b)], first[2][problem.rows(b)])
 
 
+@pytest.mark.holds(28)
 def test_strided_and_recorded_inputs() -> None:
     problem = problem_of((9, 4), gate="tanh_log")
     wide = torch.stack((problem.logprob, problem.logprob), 1)[:, 0]
@@ -428,6 +430,7 @@ def test_one_sided_clip_is_the_pessimistic_one() -> None:
         assert torch.equal(gradient, passes.double())
 
 
+@pytest.mark.holds(12)
 def test_nan_reaches_the_loss() -> None:
     for gate, sequence_map in itertools.product(GATES, module.MAPS):
         problem = problem_of((9, 4, 5, 6), gate=gate, sequence_map=sequence_map, aggregate="mean")
