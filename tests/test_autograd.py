@@ -45,6 +45,8 @@ def needs_for(route: str) -> tuple[str, ...]:
     return ("hidden",) if route == "frozen" else ("hidden", "weight")
 
 
+@pytest.mark.holds(6)
+@pytest.mark.fault(43)
 @pytest.mark.parametrize("route", GRADIENT_ROUTES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_second_backward_gives_the_same_gradients(route: str, dtype: torch.dtype) -> None:
@@ -56,6 +58,7 @@ def test_a_second_backward_gives_the_same_gradients(route: str, dtype: torch.dty
         assert torch.equal(gradient, thrice.gradients[name])
 
 
+@pytest.mark.fault(44)
 @pytest.mark.parametrize("budget", ["1MiB", None])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_second_backward_without_the_graph_is_pytorchs_error(
@@ -69,6 +72,7 @@ def test_a_second_backward_without_the_graph_is_pytorchs_error(
         total.backward()
 
 
+@pytest.mark.fault(44)
 def test_a_second_backward_of_the_loss_without_the_graph_is_pytorchs_error() -> None:
     hidden, weight, labels = small()
     out = preference_loss(losses.SimPO(), hidden, weight, labels)
@@ -77,6 +81,8 @@ def test_a_second_backward_of_the_loss_without_the_graph_is_pytorchs_error() -> 
         out.loss.backward()
 
 
+@pytest.mark.holds(23)
+@pytest.mark.fault(45)
 def test_a_double_backward_is_refused() -> None:
     hidden, weight, labels = small()
     total = linear_logprobs(hidden, weight, labels).square().sum()
@@ -85,6 +91,7 @@ def test_a_double_backward_is_refused() -> None:
         gradient.sum().backward()
 
 
+@pytest.mark.holds(6)
 @pytest.mark.parametrize("route", GRADIENT_ROUTES)
 def test_inputs_are_left_as_they_were(route: str) -> None:
     case = generate(21, dtype=torch.float32)
@@ -97,6 +104,7 @@ def test_inputs_are_left_as_they_were(route: str) -> None:
         assert torch.equal(was, now)
 
 
+@pytest.mark.fault(50)
 def test_an_input_changed_in_place_before_the_backward_is_an_error() -> None:
     hidden, weight, labels = small()
     moved = hidden * 1.0
@@ -107,6 +115,8 @@ def test_an_input_changed_in_place_before_the_backward_is_an_error() -> None:
         total.backward()
 
 
+@pytest.mark.holds(4)
+@pytest.mark.fault(46)
 @on_torch
 @given(factor=st.sampled_from([0.0, -1.0, 1e-6, 3.0, 1e5]), seed=st.integers(0, 1000))
 def test_gradients_are_linear_in_the_upstream_gradient(
@@ -126,6 +136,8 @@ def test_gradients_are_linear_in_the_upstream_gradient(
             assert relative(scaled.gradients[name], gradient * factor) < 1e-6
 
 
+@pytest.mark.holds(5)
+@pytest.mark.fault(46)
 @pytest.mark.parametrize("kind", ["expanded", "strided", "double", "sliced"])
 def test_an_upstream_gradient_of_any_layout(kind: str) -> None:
     hidden, weight, labels = small()
@@ -147,6 +159,8 @@ def test_an_upstream_gradient_of_any_layout(kind: str) -> None:
         assert relative(mine, truth) < 5e-6
 
 
+@pytest.mark.holds(24)
+@pytest.mark.fault(47, 48)
 @pytest.mark.parametrize("which", range(8))
 def test_only_the_gradients_that_are_wanted(which: int) -> None:
     hidden, weight, labels = small()
@@ -162,6 +176,8 @@ def test_only_the_gradients_that_are_wanted(which: int) -> None:
         assert (t.grad is not None) == bool(which >> i & 1)
 
 
+@pytest.mark.holds(24)
+@pytest.mark.fault(47, 66)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_nothing_is_kept_without_gradients(mode) -> None:
     hidden, weight, labels = small()
@@ -173,6 +189,7 @@ def test_nothing_is_kept_without_gradients(mode) -> None:
     assert torch.equal(out, expected)
 
 
+@pytest.mark.fault(49)
 def test_tied_embeddings_add_their_gradients() -> None:
     _, weight, labels = small()
     tokens = labels.clamp(min=0)
@@ -189,6 +206,8 @@ def test_tied_embeddings_add_their_gradients() -> None:
     assert relative(ours, expected) < 5e-6
 
 
+@pytest.mark.holds(27)
+@pytest.mark.fault(52)
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("what", ["logprobs", "loss"])
 def test_inside_activation_checkpointing(reentrant: bool, what: str) -> None:
@@ -205,6 +224,8 @@ def test_inside_activation_checkpointing(reentrant: bool, what: str) -> None:
     assert torch.equal(hidden.grad, plain[0]) and torch.equal(weight.grad, plain[1])
 
 
+@pytest.mark.holds(25)
+@pytest.mark.fault(14, 51)
 @on_torch
 @pytest.mark.parametrize("backward_inside", [True, False])
 @pytest.mark.parametrize("budget", ["64KiB", None])
@@ -228,6 +249,8 @@ def test_under_autocast(backward_inside: bool, budget: str | None, backend: str)
     assert relative(weight.grad, exact[1]) < 1e-5
 
 
+@pytest.mark.holds(43)
+@pytest.mark.fault(60)
 def test_autocast_and_gradient_mode_are_as_before_after_an_exception() -> None:
     hidden, weight, labels = small()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -238,6 +261,8 @@ def test_autocast_and_gradient_mode_are_as_before_after_an_exception() -> None:
     assert linear_logprobs(hidden, weight, labels).requires_grad
 
 
+@pytest.mark.holds(28)
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("layout", ["plain", "sliced", "expanded weight", "transposed"])
 def test_any_layout_of_the_inputs(layout: str) -> None:
     hidden, weight, labels = (t.detach() for t in small())
@@ -262,6 +287,7 @@ def test_any_layout_of_the_inputs(layout: str) -> None:
         assert relative(ours[1], expected[1]) < 5e-6
 
 
+@pytest.mark.holds(19)
 def test_ten_runs_give_the_same_bits() -> None:
     hidden, weight, labels = small()
 
@@ -281,6 +307,8 @@ def test_statistics_that_are_not_differentiable_say_so() -> None:
     assert not stats.logsumexp.requires_grad and not stats.top1.requires_grad
 
 
+@pytest.mark.holds(5)
+@pytest.mark.fault(46)
 def test_backward_through_the_entropy_alone() -> None:
     hidden, weight, labels = small()
     stats = linear_token_stats(hidden, weight, labels)
@@ -291,6 +319,8 @@ def test_backward_through_the_entropy_alone() -> None:
     assert relative(ours[0], expected[0]) < 5e-6 and relative(ours[1], expected[1]) < 5e-6
 
 
+@pytest.mark.holds(26)
+@pytest.mark.fault(53)
 @on_torch
 @pytest.mark.compiled
 def test_inside_torch_compile_the_numbers_are_the_same(backend: str) -> None:
@@ -305,6 +335,7 @@ def test_inside_torch_compile_the_numbers_are_the_same(backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.holds(6)
 @pytest.mark.parametrize("masked", [False, True])
 def test_labels_may_be_changed_before_the_backward(masked: bool) -> None:
     hidden, weight, labels = small()
@@ -335,6 +366,7 @@ def test_the_last_backward_lets_go_of_what_was_held(route: str) -> None:
     assert engine.unit is None and (engine.head is None or not engine.head.wanted)
 
 
+@pytest.mark.holds(6)
 @pytest.mark.parametrize("masked", [False, True])
 def test_outputs_may_be_changed_in_place(masked: bool) -> None:
     hidden, weight, labels = small()

@@ -300,6 +300,7 @@ def test_a_peer_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
     assert why_not(case) == "ValueError: not on this device"
 
 
+@pytest.mark.holds(46)
 def test_a_file_is_written_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -548,6 +549,7 @@ def test_what_was_far_behind_is_not_timed_anew(monkeypatch: pytest.MonkeyPatch) 
     assert len(rows[1].seconds) == 1
 
 
+@pytest.mark.holds(46)
 @pytest.mark.parametrize("when", ["memory", "time"])
 def test_an_interrupt_leaves_the_files_as_they_were(
     when: str,

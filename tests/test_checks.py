@@ -354,12 +354,15 @@ EVERYWHERE: dict[str, Row] = {
 }
 
 
+@pytest.mark.holds(13, 40)
+@pytest.mark.fault(1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 14, 16, 32, 37, 38)
 @pytest.mark.parametrize("call", [logprobs, stats, pairs, module])
 @rows(EVERYWHERE)
 def test_every_function_refuses(call, given, error, message):
     refused(call, given, error, message)
 
 
+@pytest.mark.holds(40)
 @rows(
     {
         "unknown": (
@@ -379,6 +382,8 @@ def cu_seqlens(*starts: int) -> dict[str, Tensor]:
     return {**PACKED, "cu_seqlens": torch.tensor(starts, dtype=torch.int32)}
 
 
+@pytest.mark.holds(11, 40)
+@pytest.mark.fault(1, 20, 21, 26, 27, 67)
 @rows(
     {
         "three rows": (
@@ -489,6 +494,8 @@ def test_preference_loss_refuses_layout(given, error, message):
 PER_SEQUENCE = normal(B)
 
 
+@pytest.mark.holds(40)
+@pytest.mark.fault(33, 34, 36)
 @rows(
     {
         "missing": (
@@ -603,6 +610,8 @@ def test_preference_loss_refuses_reference(given, error, message):
     refused(pairs, {"loss": DPO, **given}, error, message)
 
 
+@pytest.mark.holds(40)
+@pytest.mark.fault(39)
 @rows(
     {
         **{
@@ -652,6 +661,8 @@ def test_preference_loss_refuses_denominator(given, error, message):
     refused(pairs, given, error, message)
 
 
+@pytest.mark.holds(40)
+@pytest.mark.fault(38)
 @rows(
     {
         "a name": (
@@ -687,18 +698,21 @@ def test_fused_loss_refuses_what_is_not_a_loss():
         fusedpo.FusedLoss("simpo")
 
 
+@pytest.mark.fault(38)
 def test_fused_loss_refuses_an_unknown_option_when_it_is_made():
     message = r"^option of FusedLoss: expected one of .*, got 'memory_buget'; did you mean 'memory_"
     with pytest.raises(TypeError, match=message):
         fusedpo.FusedLoss(SIMPO, memory_buget=2**20)
 
 
+@pytest.mark.fault(3)
 @pytest.mark.parametrize("call", [pairs, module])
 def test_shift_hint_names_shift_where_there_is_such_an_argument(call):
     with pytest.raises(ValueError, match="shift=True"):
         call(labels=LABELS[:, 1:])
 
 
+@pytest.mark.fault(3)
 @pytest.mark.parametrize("call", [logprobs, stats])
 def test_shift_hint_names_no_argument_that_does_not_exist(call):
     with pytest.raises(ValueError, match=r"not shifted here: pass (?!shift)"):
@@ -711,6 +725,7 @@ def test_the_watch_sees_a_tile_of_logits():
     assert created.largest >= N * V > max(t.numel() for t in GOOD.values())
 
 
+@pytest.mark.fault(14)
 def test_mixed_dtypes_are_taken_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert logprobs(hidden=HIDDEN.bfloat16()).isfinite().all()
@@ -748,6 +763,8 @@ def wrong_values(loss: str, field: dataclasses.Field) -> Iterator[tuple[Any, typ
         yield object(), TypeError
 
 
+@pytest.mark.holds(40)
+@pytest.mark.fault(37)
 @pytest.mark.parametrize(
     ("loss", "name", "value", "error"),
     [
@@ -762,6 +779,8 @@ def test_losses_refuse_hyperparameter(loss, name, value, error):
         losses.get(loss, **{name: value})
 
 
+@pytest.mark.holds(40)
+@pytest.mark.fault(38)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_losses_refuse_an_unknown_hyperparameter(loss):
     name = dataclasses.fields(LOSSES[loss])[0].name
@@ -772,6 +791,7 @@ def test_losses_refuse_an_unknown_hyperparameter(loss):
         losses.get(loss, **{f"{name}s": 1.0})
 
 
+@pytest.mark.fault(63)
 def test_an_unknown_loss_is_refused_with_a_near_match():
     with pytest.raises(
         ValueError, match=r"^loss: expected one of .*'dpo'.*, got 'simop'; .*'simpo'"
@@ -785,6 +805,8 @@ def test_an_unknown_link_is_refused_with_a_near_match():
         losses.SimPO(link="sigmod")
 
 
+@pytest.mark.holds(35)
+@pytest.mark.fault(39)
 def test_a_hyperparameter_without_effect_is_refused():
     message = r'^label_smoothing: expected link="sigmoid".*, got 0\.1 with link="hinge"'
     with pytest.raises(ValueError, match=message):
@@ -846,6 +868,7 @@ def test_a_plan_that_the_loss_does_not_admit_is_refused():
             call(memory_budget=one_pass)
 
 
+@pytest.mark.holds(40)
 @rows(
     {
         "vocab zero": ({"vocab": 0}, ValueError, r"^vocab: expected at least 1, got 0"),
@@ -896,6 +919,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
+@pytest.mark.holds(12)
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("route", ROUTES)
 def test_nan_in_hidden_states_stays_in_its_row(route, value):
@@ -909,6 +934,8 @@ def test_nan_in_hidden_states_stays_in_its_row(route, value):
         assert same_bits(got[others], expected[others])
 
 
+@pytest.mark.holds(12)
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("route", ROUTES)
 def test_nan_in_the_weight_shows_in_every_scored_row(route):
     spoilt = WEIGHT.detach().clone()
@@ -919,6 +946,8 @@ def test_nan_in_the_weight_shows_in_every_scored_row(route):
     assert not logp[~scored].any() and not found[~scored].any()
 
 
+@pytest.mark.holds(12)
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("route", [None, "one_pass", "retain", "recompute"])
 def test_nan_in_a_sequence_stays_in_its_pair(route):
     """It shows in the loss and in its pair; every other pair's gradient keeps its bits."""

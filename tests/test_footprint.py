@@ -397,6 +397,7 @@ def test_a_name_on_the_hub_is_left_to_transformers(monkeypatch) -> None:
     assert footprint.read_model("somebody/some-llama") == BODY
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize("text", ["no json", "[1]"])
 def test_a_file_that_is_no_configuration_is_refused(tmp_path, text) -> None:
     file = tmp_path / "config.json"

@@ -43,6 +43,7 @@ def model_of(name: str) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.holds(36)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_models_head_is_read_whole(name: str) -> None:
     model = model_of(name)

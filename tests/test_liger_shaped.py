@@ -867,6 +867,7 @@ def test_kernels(kind: str) -> None:
 # errors
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize(
     "kind, options, said",
     [
@@ -899,6 +900,7 @@ def test_dr_grpo_needs_a_length() -> None:
         ours("GRPO", loss_type="dr_grpo")
 
 
+@pytest.mark.fault(3, 20, 26)
 @pytest.mark.parametrize("kind", PAIRED)
 def test_wrong_rows_are_told(kind: str) -> None:
     rows, module = batch(21), ours(kind)
@@ -918,6 +920,7 @@ def test_wrong_rows_are_told(kind: str) -> None:
         module(rows.weight, rows.hidden, None)
 
 
+@pytest.mark.fault(33)
 def test_what_is_missing_is_told() -> None:
     rows = batch(22)
     with pytest.raises(ValueError, match="ref_input"):

@@ -24,6 +24,7 @@ def tile_for(seed: int, backend: str) -> tuple[int, int]:
     return (TILES if backend == "torch" else TRITON_TILES)[seed % len(TILES)]
 
 
+@pytest.mark.holds(1, 2, 3)
 @pytest.mark.interpreted(every=2)
 @pytest.mark.parametrize("seed", range(320))
 def test_equals_the_naive_program_by_every_route(seed: int, backend: str) -> None:
@@ -46,6 +47,7 @@ def test_equals_the_naive_program_by_every_route(seed: int, backend: str) -> Non
         assert not (found := faults(result, case)), (case.name, route, rows, cols, found)
 
 
+@pytest.mark.holds(1, 2, 3)
 @pytest.mark.parametrize("seed", range(320, 380))
 @pytest.mark.parametrize("budget", ["least", "1MiB", None])
 def test_equals_the_naive_program_at_any_budget(
@@ -64,6 +66,7 @@ def test_equals_the_naive_program_at_any_budget(
     assert not found, (case.name, found)
 
 
+@pytest.mark.holds(1, 2, 3)
 @pytest.mark.interpreted(every=4, each="needs")
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("needs", [("hidden",), ("weight",), ("hidden", "weight")])
@@ -78,6 +81,8 @@ def test_entropy_has_its_gradient(seed: int, needs: tuple[str, ...], backend: st
         assert not (found := faults(result, case)), (case.name, split, found)
 
 
+@pytest.mark.holds(22)
+@pytest.mark.fault(15)
 @pytest.mark.parametrize("route", [r for r in ROUTES if r != "forward"])
 @pytest.mark.parametrize("head", ["plain", "bias", "softcap", "scaled", "row temperature"])
 def test_gradcheck(route: str, head: str) -> None:
@@ -117,6 +122,7 @@ def test_gradcheck(route: str, head: str) -> None:
     assert torch.autograd.gradcheck(f, tuple(leaves.values()), fast_mode=False)
 
 
+@pytest.mark.holds(22)
 def test_gradcheck_of_every_statistic() -> None:
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, 3, dtype=torch.float64, generator=g, requires_grad=True)
@@ -130,6 +136,7 @@ def test_gradcheck_of_every_statistic() -> None:
     assert torch.autograd.gradcheck(f, (hidden, weight), fast_mode=False)
 
 
+@pytest.mark.holds(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("which", range(len(TILES)))
 def test_statistics_equal_their_definitions(dtype: torch.dtype, which: int, backend: str) -> None:
@@ -176,6 +183,7 @@ def test_only_what_is_asked_for_is_returned() -> None:
     assert stats.logprob is None and stats.entropy is None and stats.logsumexp is not None
 
 
+@pytest.mark.holds(1, 2)
 @pytest.mark.parametrize("margin", [1.0, 20.0, 40.0, 80.0])
 def test_a_confident_token_keeps_its_digits(margin: float, backend: str) -> None:
     """log p = -log(1 + (V - 1) exp(-margin)), where z - logsumexp(z) would be rounding noise."""
@@ -193,6 +201,7 @@ def test_a_confident_token_keeps_its_digits(margin: float, backend: str) -> None
     assert abs(float(hidden.grad) / gradient - 1) < 1e-5
 
 
+@pytest.mark.holds(2, 3)
 @pytest.mark.parametrize("route", ["frozen", "recompute", "retain"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_confident_token_has_a_gradient_in_half_precision(
@@ -209,6 +218,7 @@ def test_a_confident_token_has_a_gradient_in_half_precision(
     assert not (found := faults(run(case, plan_of(case, route, 5, 64)), case)), found
 
 
+@pytest.mark.holds(7)
 @given(
     seed=st.integers(0, 10_000),
     rows=st.sampled_from([1, 2, 3, 5, 8, 64]),
@@ -228,6 +238,7 @@ def test_the_tile_does_not_change_the_answer(seed: int, rows: int, cols: int) ->
             assert gap <= 1e-12 * max(float(gradient.abs().max()), 1e-3) * 100, (case.name, name)
 
 
+@pytest.mark.holds(7)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("route", ["frozen", "recompute", "retain", "one_pass"])
 def test_the_error_does_not_grow_with_the_number_of_tiles(
@@ -267,6 +278,8 @@ def test_all_routes_agree_on_the_log_probability_to_the_last_bit(
     assert torch.equal(run(case, plan_of(case, route, 8, 50)).logprob, reference)
 
 
+@pytest.mark.holds(10)
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("kind", ["nan", "inf", "huge"])
 @pytest.mark.parametrize("route", ["frozen", "recompute", "retain", "one_pass"])
 def test_what_stands_in_ignored_rows_does_not_matter(kind: str, route: str, backend: str) -> None:
@@ -292,6 +305,7 @@ def test_what_stands_in_ignored_rows_does_not_matter(kind: str, route: str, back
         assert torch.equal(gradient, dirty.gradients[name])
 
 
+@pytest.mark.holds(8)
 @pytest.mark.parametrize("shift", [-200.0, 200.0])
 def test_a_constant_on_all_logits_changes_nothing(shift: float) -> None:
     case = generate(11, dtype=torch.float64)
@@ -304,6 +318,7 @@ def test_a_constant_on_all_logits_changes_nothing(shift: float) -> None:
         assert (gradient - moved.gradients[name]).abs().max() < 1e-11
 
 
+@pytest.mark.fault(24)
 def test_a_banned_token_has_probability_zero(backend: str) -> None:
     """A bias of -inf, as in PyTorch: no NaN, no gradient; as a label, log-probability -inf."""
     g = torch.Generator().manual_seed(0)
@@ -343,6 +358,7 @@ def test_tokens_banned_by_a_number_leave_the_others_their_digits(
         assert relative(result.gradients[name], truth) <= 1e-5
 
 
+@pytest.mark.holds(8)
 @pytest.mark.parametrize("offset", [0.0, -200.0, 200.0, -1e4, 1e4])
 def test_entropy_does_not_suffer_from_an_offset(offset: float, backend: str) -> None:
     g = torch.Generator().manual_seed(1)
@@ -375,6 +391,8 @@ def test_entropy_of_the_only_token_there_is(logit: float, backend: str) -> None:
     assert (hidden.grad == 0).all() and (weight.grad == 0).all()
 
 
+@pytest.mark.holds(28)
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("kind", ["strided", "expanded"])
 def test_a_bias_of_any_layout(kind: str, backend: str) -> None:
     g = torch.Generator().manual_seed(0)
@@ -388,6 +406,8 @@ def test_a_bias_of_any_layout(kind: str, backend: str) -> None:
     )
 
 
+@pytest.mark.holds(12)
+@pytest.mark.fault(25)
 def test_an_infinite_logit_shows_as_nan(backend: str) -> None:
     weight = torch.tensor([[1.0], [2.0], [3.0]])
     hidden = torch.tensor([[torch.inf], [1.0]])
@@ -395,6 +415,8 @@ def test_an_infinite_logit_shows_as_nan(backend: str) -> None:
     assert logprob[0].isnan() and logprob[1].isfinite()
 
 
+@pytest.mark.holds(12)
+@pytest.mark.fault(25)
 @pytest.mark.parametrize("trainable", [("hidden",), ("hidden", "weight")])
 def test_an_infinite_logit_of_the_label_is_no_perfect_prediction(
     trainable: tuple, backend: str
@@ -409,6 +431,7 @@ def test_an_infinite_logit_of_the_label_is_no_perfect_prediction(
     assert hidden.grad.isnan().any()
 
 
+@pytest.mark.holds(2, 3, 8)
 @pytest.mark.parametrize("seed", [100_167, 102_531])
 def test_rows_of_the_jacobian_cancel_under_a_large_shift(seed: int, backend: str) -> None:
     """Found by fuzzing: softmax from a rounded logsumexp of about 200 was 15 x the naive error."""
@@ -419,6 +442,8 @@ def test_rows_of_the_jacobian_cancel_under_a_large_shift(seed: int, backend: str
             assert not found, (case.name, route, found)
 
 
+@pytest.mark.holds(11)
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("labels", [torch.empty(0, dtype=torch.long), torch.full((4,), -100)])
 @pytest.mark.parametrize("trainable", [("hidden",), ("hidden", "weight")])
 def test_nothing_to_score(labels: torch.Tensor, trainable: tuple[str, ...]) -> None:
@@ -432,6 +457,8 @@ def test_nothing_to_score(labels: torch.Tensor, trainable: tuple[str, ...]) -> N
         assert (weight.grad == 0).all()
 
 
+@pytest.mark.holds(14)
+@pytest.mark.fault(6)
 def test_ignore_index_may_be_a_class() -> None:
     """Then that class is never scored, as in PyTorch."""
     hidden, weight = torch.randn(3, 2), torch.randn(4, 2)
@@ -439,6 +466,7 @@ def test_ignore_index_may_be_a_class() -> None:
     assert logprob[0] == 0 and logprob[2] == 0 and logprob[1] < 0
 
 
+@pytest.mark.holds(8)
 def test_probabilities_sum_to_one() -> None:
     hidden, weight = torch.randn(1, 6).expand(50, 6), torch.randn(50, 6)
     logprob = linear_logprobs(hidden, weight, torch.arange(50))
@@ -446,6 +474,7 @@ def test_probabilities_sum_to_one() -> None:
     assert (logprob <= 0).all()
 
 
+@pytest.mark.holds(1, 2)
 def test_half_precision_operands_of_a_device_that_accumulates_in_fp32(
     monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:

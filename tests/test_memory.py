@@ -59,6 +59,7 @@ CASES = [
 ]
 
 
+@pytest.mark.holds(20)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("dtype", "budget", "frozen", "softcap"), CASES)
 def test_holds_what_the_plan_says(dtype, budget, frozen, softcap, masked) -> None:
@@ -87,6 +88,7 @@ def test_holds_what_the_plan_says(dtype, budget, frozen, softcap, masked) -> Non
         assert seen.largest() < TOKENS * VOCAB // 2 * max(4, dtype.itemsize)
 
 
+@pytest.mark.holds(20)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("pairs", [1, 2])
 @pytest.mark.parametrize("budget", ["16MiB", "24MiB"])
@@ -117,6 +119,7 @@ def test_a_loss_holds_what_the_plan_says(dtype, budget, pairs, masked) -> None:
     assert bytes_held <= chosen.bytes + vectors, (str(chosen), bytes_held)
 
 
+@pytest.mark.holds(20)
 def test_entropy_keeps_its_budget() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for masked in (False, True):
@@ -131,6 +134,7 @@ def test_entropy_keeps_its_budget() -> None:
             assert bytes_held <= budget + 16 * labels.numel() * 8
 
 
+@pytest.mark.holds(20)
 def test_a_reference_in_the_same_call_keeps_the_budget() -> None:
     hidden, weight, labels = tensors(torch.float32, masked=True, frozen=False)
     ref_hidden, ref_weight = hidden.detach() + 1, weight.detach() + 0
@@ -164,6 +168,7 @@ def test_ignored_rows_are_not_projected() -> None:
     assert flops(masked=True) == flops(masked=False) // 2
 
 
+@pytest.mark.holds(24)
 @pytest.mark.parametrize(
     ("route", "needs", "products"),
     [
@@ -192,6 +197,7 @@ def test_the_products_are_as_many_as_the_plan_says(route, needs, products) -> No
     assert counter.get_total_flops() == products * 2 * TOKENS * VOCAB * WIDTH
 
 
+@pytest.mark.holds(24)
 @pytest.mark.parametrize(("frozen", "products"), [(True, 4), (False, 5)])
 def test_a_gradient_through_the_entropy_costs_what_the_plan_says(frozen, products) -> None:
     from torch.utils.flop_counter import FlopCounterMode

@@ -294,6 +294,7 @@ def test_n02_the_gate_on_ratios_has_no_gradient_rather_than_nan(backend: str) ->
     assert ok(*fused(SoftSequence(gate="sigmoid_ratio"), data, backend, **options))
 
 
+@pytest.mark.holds(33)
 @every_policy_loss
 def test_n02_no_ratio_makes_a_policy_loss_infinite(loss: PolicyLoss, backend: str) -> None:
     """Whatever the loss makes of a token that the policy has abandoned, or that it never saw."""
@@ -354,6 +355,7 @@ def pair_problem(ratios: Sequence[float]) -> tuple[dict[str, Tensor], Tensor]:
 MARGINS = (-2000.0, -200.0, -90.0, 0.5, 40.0, 60.0)
 
 
+@pytest.mark.holds(33)
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_n04_log_sigmoid_is_exact_on_either_side(backend: str, dtype: torch.dtype) -> None:
     """log(sigmoid(z)) is -inf far below 0, and 0 far above."""
@@ -386,6 +388,7 @@ def exact_log1mexp(x: Tensor) -> Found:
     return torch.tensor(values, dtype=F64), torch.tensor(slopes, dtype=F64)
 
 
+@pytest.mark.holds(33)
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_n05_log1mexp_is_exact_on_either_side(dtype: torch.dtype) -> None:
     """log1p(-exp(x)) drifts from -1e-3 upwards, log(-expm1(x)) loses everything far below."""
@@ -406,6 +409,7 @@ def test_n05_log1mexp_is_exact_on_either_side(dtype: torch.dtype) -> None:
         assert not ok(*derived(unguarded, x))
 
 
+@pytest.mark.holds(33)
 def test_n05_a_certain_response_has_finite_odds(backend: str) -> None:
     """Its log-odds are infinite: two of them are infinity minus infinity."""
     data = responses(5, [1, 1])
@@ -596,6 +600,7 @@ def test_n09_a_dispreferred_response_does_not_overflow_the_exponential(backend: 
     assert not ok(*written_out(data, hazardous))
 
 
+@pytest.mark.holds(33)
 @pytest.mark.parametrize("divergence", ["forward_kl", "alpha_divergence"])
 def test_n09_divergences_limit_the_exponent(backend: str, divergence: str) -> None:
     """exp(-a), and exp((alpha - 1) a): a response that is far off has no gradient, not NaN."""
@@ -656,6 +661,8 @@ def test_n09_the_mean_of_gates_is_exponentiated_with_a_limit() -> None:
 # N10, N11: padding, and nothing but padding
 
 
+@pytest.mark.holds(10)
+@pytest.mark.fault(23)
 @every_policy_loss
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, -1e30])
 def test_n10_garbage_at_padding_does_not_matter(
@@ -702,6 +709,7 @@ def test_n10_garbage_at_padding_does_not_matter(
     assert in_formula(*written_out(data, selected_late)) == (garbage == math.inf)
 
 
+@pytest.mark.holds(10)
 def test_n10_garbage_of_the_reference_does_not_reach_a_pair(backend: str) -> None:
     """Per-token log-probabilities of a reference, with anything at prompt and padding."""
     data = responses(9, (3, 5))
@@ -720,6 +728,8 @@ def test_n10_garbage_of_the_reference_does_not_reach_a_pair(backend: str) -> Non
         assert not right(expected, 1e-5)(*value)
 
 
+@pytest.mark.holds(11)
+@pytest.mark.fault(20)
 @every_policy_loss
 def test_n11_a_response_without_tokens_adds_nothing_but_counts(
     loss: PolicyLoss, backend: str
@@ -747,6 +757,8 @@ def test_n11_a_response_without_tokens_adds_nothing_but_counts(
         assert not ok(left_out, gradient / share)
 
 
+@pytest.mark.holds(11)
+@pytest.mark.fault(21)
 @every_policy_loss
 def test_n11_a_batch_without_tokens_is_zero(loss: PolicyLoss, backend: str) -> None:
     """Not NaN, and its gradient is there."""
@@ -763,6 +775,8 @@ def test_n11_a_batch_without_tokens_is_zero(loss: PolicyLoss, backend: str) -> N
     assert not ok(*written_out(data, hazardous))
 
 
+@pytest.mark.holds(11)
+@pytest.mark.fault(20)
 def test_n11_a_pair_without_tokens_is_refused(backend: str) -> None:
     """It has no average log-probability."""
     with pytest.raises(ValueError, match="at least one scored token in every sequence"):
@@ -830,6 +844,7 @@ def contexts(dtype: torch.dtype, longer: bool) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.holds(34)
 @pytest.mark.parametrize("longer", [False, True])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_n13_equal_policies_have_a_gap_of_exactly_0(
@@ -1145,6 +1160,7 @@ class AnyOrder(TorchFunctionMode):
         return func(total, dim, index[order], values.index_select(dim, order), **kwargs)
 
 
+@pytest.mark.holds(19)
 def test_n18_sums_over_sequences_repeat() -> None:
     """As they are taken on a GPU: to the last bit, wherever a sequence lies among the tokens."""
     lengths, starts = torch.tensor([300, 1, 700]), torch.tensor([701, 700, 0])
@@ -1171,6 +1187,7 @@ def test_n18_sums_over_sequences_repeat() -> None:
 BEHIND = torch.tensor([800.0, 100.0, 20.5, 19.0, 3.0, 1e-6, 0.0, -1e-6, -2.0, -900.0], dtype=F64)
 
 
+@pytest.mark.holds(33)
 def test_n19_an_abandoned_token_has_a_finite_divergence(backend: str) -> None:
     """exp(q - p) overflows where the policy has abandoned what the reference would say."""
     limited = BEHIND.clamp(max=LIMIT)
@@ -1284,6 +1301,7 @@ def test_n20_the_tail_by_kernel_is_that_formula(backend: str) -> None:
 HEADS = [{"temperature": 0.7}, {"softcap": 1.5}, {"logit_scale": 0.5}]
 
 
+@pytest.mark.holds(36)
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_n21_a_reference_has_the_head_options_of_the_call(
     backend: str, head: dict[str, float]
@@ -1302,6 +1320,7 @@ def test_n21_a_reference_has_the_head_options_of_the_call(
     assert not ok(*fused(loss, data, backend, ref_logprobs=plain, **head))
 
 
+@pytest.mark.holds(36)
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_n21_the_sampling_policy_has_the_head_options_of_the_call(
     backend: str, head: dict[str, float]

@@ -64,6 +64,7 @@ def arguments(dtype: torch.dtype, backend: str, head: str, stats: str) -> tuple:
     )
 
 
+@pytest.mark.holds(26)
 @pytest.mark.parametrize("head", ["plain", "all options"])
 @pytest.mark.parametrize("stats", ["logprob", ",".join(STATS)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -73,6 +74,7 @@ def test_opcheck_of_the_forward(
     torch.library.opcheck(token_stats, arguments(dtype, backend, head, stats))
 
 
+@pytest.mark.holds(26)
 @pytest.mark.parametrize("needs", ["hidden", "weight", "hidden,weight", "hidden,weight,bias"])
 @pytest.mark.parametrize("entropy", [False, True])
 def test_opcheck_of_the_backward(needs: str, entropy: bool, backend: str) -> None:
@@ -96,6 +98,8 @@ def test_opcheck_of_the_backward(needs: str, entropy: bool, backend: str) -> Non
     )
 
 
+@pytest.mark.holds(26)
+@pytest.mark.fault(53)
 @pytest.mark.interpreted(every=3, each="loss")
 @pytest.mark.parametrize("loss", kinds_of_losses(), ids=name_of)
 @pytest.mark.parametrize("layout", ["padded", "packed", "shifted"])
@@ -124,6 +128,7 @@ def test_a_training_step_is_one_graph(loss: losses.Loss, layout: str, backend: s
     agree(torch.autograd.grad(got[0], (hidden, weight)), truth)
 
 
+@pytest.mark.holds(26)
 @pytest.mark.parametrize(
     "loss",
     [
@@ -174,6 +179,7 @@ def test_a_training_step_through_the_default_compiler(backend: str) -> None:
     agree(torch.autograd.grad(got, (hidden, weight)), truth)
 
 
+@pytest.mark.holds(26)
 @pytest.mark.parametrize("needs", [("hidden",), ("weight",), ("hidden", "weight")])
 @pytest.mark.parametrize("entropy", [False, True])
 def test_statistics_are_one_graph(needs: tuple[str, ...], entropy: bool, backend: str) -> None:
@@ -199,6 +205,7 @@ def test_statistics_are_one_graph(needs: tuple[str, ...], entropy: bool, backend
     agree(torch.autograd.grad(got[0], leaves), torch.autograd.grad(expected[0], leaves))
 
 
+@pytest.mark.holds(26)
 def test_nothing_is_compiled_again_for_other_lengths() -> None:
     _, weight, _ = data()
     compiled = []
@@ -218,6 +225,7 @@ def test_nothing_is_compiled_again_for_other_lengths() -> None:
     assert len(compiled) == 1
 
 
+@pytest.mark.holds(26)
 def test_the_answer_does_not_depend_on_what_is_masked_when_traced() -> None:
     """The number of scored tokens is no part of the graph."""
     hidden, weight, labels = data()
@@ -233,6 +241,8 @@ def test_the_answer_does_not_depend_on_what_is_masked_when_traced() -> None:
         agree([f(masked)], [step(masked)])
 
 
+@pytest.mark.holds(13)
+@pytest.mark.fault(5, 53)
 def test_wrong_labels_are_an_error_in_a_graph_too() -> None:
     hidden, weight, labels = data()
     f = torch.compile(
@@ -243,6 +253,7 @@ def test_wrong_labels_are_an_error_in_a_graph_too() -> None:
         f(labels)
 
 
+@pytest.mark.fault(20, 53)
 def test_a_sequence_without_a_scored_token_is_an_error_in_a_graph_too() -> None:
     hidden, weight, labels = data()
     f = torch.compile(
@@ -305,6 +316,7 @@ def test_a_budget_is_refused_before_any_work_in_a_graph_too() -> None:
         total.backward()
 
 
+@pytest.mark.holds(25, 26)
 def test_under_autocast_in_a_graph() -> None:
     hidden, weight, labels = data()
     low = hidden.detach().bfloat16().requires_grad_()
@@ -320,6 +332,7 @@ def test_under_autocast_in_a_graph() -> None:
     assert relative(gradients[0], truth[0]) < 4e-3 and relative(gradients[1], truth[1]) < 1e-5
 
 
+@pytest.mark.holds(2)
 def test_half_precision_is_rounded_once() -> None:
     hidden, weight, labels = data(dtype=torch.bfloat16)
 

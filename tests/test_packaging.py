@@ -138,6 +138,7 @@ answer = [fusedpo.__file__, fusedpo.kernels.logit_tile.__file__]
 """
 
 
+@pytest.mark.holds(39)
 def test_wheel_is_importable(installed, tmp_path):
     package = installed / "fusedpo"
     found = ask(USE, cwd=tmp_path, installed=installed)
@@ -148,11 +149,13 @@ def in_source(source: Path) -> list[str]:
     return [str(source / "fusedpo" / "__init__.py"), str(source / "kernels" / "logit_tile.py")]
 
 
+@pytest.mark.holds(39)
 def test_editable_install_is_importable(editable, tmp_path):
     found = ask(USE, cwd=tmp_path, installed=editable)
     assert found == in_source(editable.parent / "source")
 
 
+@pytest.mark.holds(39)
 def test_checkout_is_importable(checkout):
     assert ask(USE, cwd=checkout) == in_source(checkout)
 
@@ -167,6 +170,7 @@ answer = [before, kernels.__file__]
 """
 
 
+@pytest.mark.holds(39)
 @pytest.mark.parametrize("way", ["checkout", "editable", "installed"])
 def test_pypi_kernels_stays_importable_from_a_checkout(way, checkout, pypi_kernels, request):
     """The repository as working directory, where a folder ``kernels`` comes first on the path."""
@@ -175,6 +179,7 @@ def test_pypi_kernels_stays_importable_from_a_checkout(way, checkout, pypi_kerne
     assert found == [str(pypi_kernels / "kernels" / "__init__.py")] * 2
 
 
+@pytest.mark.holds(39)
 def test_wheel_holds_the_package_and_nothing_else(wheel, checkout):
     names = set(zipfile.ZipFile(wheel).namelist())
     package = {p.relative_to(checkout) for p in (checkout / "fusedpo").rglob("*.py")}
@@ -196,6 +201,8 @@ sys.meta_path.insert(0, Blocked())
 """
 
 
+@pytest.mark.holds(38)
+@pytest.mark.fault(61)
 @pytest.mark.parametrize(
     "names", [("triton",), ("transformers",), OPTIONAL], ids=["triton", "transformers", "all"]
 )
@@ -222,6 +229,7 @@ def imports(checkout) -> list[dict[str, Any]]:
     return [ask(EAGER, cwd=checkout) for _ in range(3)]
 
 
+@pytest.mark.holds(38)
 def test_optional_packages_are_not_imported_eagerly(imports):
     assert imports[0]["eager"] == []
 

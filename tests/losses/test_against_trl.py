@@ -140,6 +140,7 @@ def test_every_loss_type_is_compared(trainer: str) -> None:
     assert {name.split(",")[0] for name in table} == known | set(trl.SUGAR.get(trainer, ()))
 
 
+@pytest.mark.holds(33)
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("loss_type, ours, options", cases(DPO))
 def test_dpo(loss_type: str, ours: str, options: dict, seed: int) -> None:
@@ -158,6 +159,7 @@ def test_dpo_with_a_reference_that_was_computed_before(loss_type: str) -> None:
     trl.agree(trl.preference(DPO[loss_type][0], pairs, ref_logprobs=sums), peer)
 
 
+@pytest.mark.holds(33)
 @pytest.mark.parametrize("divergence", trl.F_DIVERGENCES)
 @pytest.mark.parametrize("loss_type", [t for t in trl.F_DIVERGENCE_LOSS_TYPES if t != "sft"])
 def test_f_divergence(loss_type: str, divergence: str) -> None:
@@ -213,6 +215,7 @@ def test_mixture(ours: str, types: str, weights: tuple) -> None:
     trl.agree(trl.preference(ours, pairs), peer)
 
 
+@pytest.mark.holds(33)
 @pytest.mark.parametrize("seed", [1, 9])
 @pytest.mark.parametrize("loss_type, ours, options", cases(KTO))
 def test_kto(loss_type: str, ours: str, options: dict, seed: int) -> None:
@@ -240,6 +243,7 @@ def test_kto_of_one_kind_only(side: bool) -> None:
     trl.agree(found, peer)
 
 
+@pytest.mark.holds(33)
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("loss_type, ours, options", cases(CPO))
 def test_cpo(loss_type: str, ours: str, options: dict, seed: int) -> None:
@@ -255,6 +259,7 @@ def test_tpo(loss_type: str, ours: str, options: dict) -> None:
     trl.agree(trl.preference(ours, pairs), peer)
 
 
+@pytest.mark.holds(33)
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_orpo(beta: float) -> None:
     """Without prompts, whose tokens TRL's cross-entropy counts as well."""
@@ -280,6 +285,7 @@ def test_orpo_with_prompts_but_for_the_cross_entropy() -> None:
 # sampled responses
 
 
+@pytest.mark.holds(33)
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("loss_type, ours, options", cases(GRPO))
 def test_grpo(loss_type: str, ours: str, options: dict, seed: int) -> None:

@@ -10,6 +10,7 @@ from losses.shared import scores
 from fusedpo.losses import AlphaPO, SimPO
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Averages -1 and -2, alpha = beta = 1, gamma = 0: r = 1 - e = -1.7182818 and 1 - e^2 =
     -6.3890561, z = 4.6707742, L = log(1 + exp(-z)) = 0.0093214358."""

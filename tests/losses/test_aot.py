@@ -10,6 +10,7 @@ from losses.shared import scores
 from fusedpo.losses import AOT, DPO
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Margins (3, 1), the reference's (0, 2), beta 1. Sorted: (1, 3) and (0, 2), so z = (1, 1) and
     L = log(1 + exp(-1)) = 0.3132617 twice; unsorted it would be z = (3, -1)."""
@@ -18,6 +19,7 @@ def test_a_worked_example() -> None:
     assert found.tolist() == pytest.approx([0.31326168751822286] * 2, rel=1e-12)
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example_unpaired() -> None:
     """Log-ratios (2, -1) and (0, 1), each sorted: z = (-1 - 0, 2 - 1) = (-1, 1)."""
     chosen, rejected = scores_of([-1.0, -4.0], [-3.0, -3.0]), scores_of([-2.0, -2.0], [-2.0, -3.0])

@@ -10,6 +10,7 @@ from losses.shared import scores
 from fusedpo.losses import APODown, APOZero
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Log-ratios 2 and -1, beta 0.5: r = 1 and -0.5.
 

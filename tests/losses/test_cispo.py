@@ -10,6 +10,7 @@ from losses.problems import of_samples, sampled
 from fusedpo.losses import CISPO, REINFORCE
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Log-probabilities -1, ratios 2 and 8, A = 3, cap 5: l = 2 3 and 5 3, L = 21 / 2 = 10.5; the
     gradient is -(2 3) / 2 and -(5 3) / 2."""

@@ -10,6 +10,7 @@ from losses.problems import of_samples, sampled
 from fusedpo.losses import DAPO, GRPO
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Ratios 1.25, 2 with A = 2 and 0.5 with A = -1: -2 1.25 inside the clip (1.28), -2 1.28 at it,
     and 0.8 at the lower one; L = (-2.5 - 2.56 + 0.8) / 3 = -1.42."""

@@ -10,6 +10,7 @@ from losses.problems import scores_of
 from fusedpo.losses import DPO, DiscoPOP
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Log-ratios 2 and 1, beta = tau = 0.5: z = 0.5, m = sigmoid(1) = 0.7310586, L = 0.2689414 *
     log(1 + exp(-0.5)) + 0.7310586 * exp(-0.5) = 0.1274989 + 0.4434095 = 0.5709084."""

@@ -14,6 +14,7 @@ from fusedpo.losses import DPO
 from fusedpo.scores import Scores
 
 
+@pytest.mark.holds(33)
 @given(seed=st.integers(0, 1000), beta=st.floats(0.01, 5), e=st.floats(0, 0.49))
 def test_equals_the_formula(seed: int, beta: float, e: float) -> None:
     """TRL's ``sigmoid`` and, with label smoothing, its ``cDPO`` form, written out."""
@@ -25,6 +26,7 @@ def test_equals_the_formula(seed: int, beta: float, e: float) -> None:
         assert got[i].item() == pytest.approx(truth, rel=1e-9)
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Log-ratios 2 and -1, beta 0.1: z = 0.3, L = log(1 + exp(-0.3)) = 0.5543552."""
     one = torch.ones(1)
@@ -33,6 +35,7 @@ def test_a_worked_example() -> None:
     assert DPO().reward(chosen).item() == pytest.approx(0.2)
 
 
+@pytest.mark.holds(33, 34)
 @pytest.mark.parametrize("e", [0.0, 0.3])
 def test_equal_policies_give_log_two_to_the_last_bit(e: float) -> None:
     w, l = scores(0, dtype=torch.float32)

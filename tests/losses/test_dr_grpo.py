@@ -10,6 +10,7 @@ from losses.problems import of_samples, sampled
 from fusedpo.losses import DrGRPO
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Ratios 1.1, 2 with A = 2 and 0.9 with A = -1: -2.2, -2.4 (clipped) and 0.9, over two
     responses of at most 10 tokens: L = (-2.2 - 2.4 + 0.9) / 20 = -0.185."""

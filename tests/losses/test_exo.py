@@ -11,6 +11,7 @@ from losses.problems import scores_of
 from fusedpo.losses import EXO
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Log-ratios 2 and 0, beta 0.5, e 0.1: q = sigmoid(1) = 0.7310586, L = q log(q / 0.9) +
     (1 - q) log((1 - q) / 0.1) = -0.1519806 + 0.2660627 = 0.1140821."""

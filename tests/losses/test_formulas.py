@@ -260,6 +260,7 @@ def test_every_loss_is_compared() -> None:
     assert known >= {*L.available().values(), L.FDivergence, L.WPO, L.LengthDesensitized, L.Mixture}
 
 
+@pytest.mark.holds(33)
 @paths(PAIRS)
 @settings(max_examples=8)
 @seeds
@@ -272,6 +273,7 @@ def test_pairs(name: str, backend: str, seed: int, count: int) -> None:
     assert not faults(got, true_of_pairs(loss, truth(pairs)))
 
 
+@pytest.mark.holds(33)
 @pytest.mark.parametrize("name", KTO)
 @settings(max_examples=10)
 @given(
@@ -290,6 +292,7 @@ def test_kto(name: str, seed: int, desirable: list[bool], kl: float) -> None:
     assert not faults(got, Found(*f.KTO(examples, desirable, kl=kl, **KTO[name])))
 
 
+@pytest.mark.holds(33)
 @paths(SAMPLES)
 @settings(max_examples=5)
 @seeds
@@ -301,6 +304,7 @@ def test_groups(name: str, backend: str, seed: int, count: int) -> None:
         assert not faults(got, Found(*truth(samples)))
 
 
+@pytest.mark.holds(33)
 @paths(SAMPLES)
 @settings(max_examples=5)
 @seeds
@@ -316,6 +320,7 @@ def test_groups_with_importance_weights(name: str, backend: str, seed: int, coun
 OF_TOKENS = [n for n, (loss, _) in SAMPLES.items() if not loss.sees_sequences]
 
 
+@pytest.mark.holds(33)
 @pytest.mark.parametrize("name", OF_TOKENS)
 @settings(max_examples=5)
 @seeds
@@ -341,6 +346,7 @@ FROM_HIDDEN = {
 }
 
 
+@pytest.mark.holds(33)
 @on_both_backends(FROM_HIDDEN)
 def test_pairs_from_hidden_states(name: str, backend: str) -> None:
     loss, truth = FROM_HIDDEN[name]
@@ -348,6 +354,7 @@ def test_pairs_from_hidden_states(name: str, backend: str) -> None:
         assert not preference_faults(loss, truth, len(name), backend, early=early)
 
 
+@pytest.mark.holds(33)
 @on_both_backends(KTO)
 def test_kto_from_hidden_states(name: str, backend: str) -> None:
     truth = functools.partial(f.KTO, **KTO[name])
@@ -355,6 +362,7 @@ def test_kto_from_hidden_states(name: str, backend: str) -> None:
         assert not preference_faults(L.KTO(**KTO[name]), truth, len(name), backend, early=early)
 
 
+@pytest.mark.holds(33)
 @on_both_backends([n for n in SAMPLES if "estimator=k1" not in n and "estimator=k2" not in n])
 def test_groups_from_hidden_states(name: str, backend: str) -> None:
     loss, truth = SAMPLES[name]
@@ -366,6 +374,7 @@ def test_groups_from_hidden_states(name: str, backend: str) -> None:
 WEIGHTED = [n for n in SAMPLES if "kl_weight" not in n and "VESPO" not in n]
 
 
+@pytest.mark.holds(33)
 @on_both_backends(WEIGHTED)
 def test_weighted_groups_from_hidden_states(name: str, backend: str) -> None:
     loss, truth = SAMPLES[name]

@@ -10,6 +10,7 @@ from losses.problems import of_samples, sampled
 from fusedpo.losses import GRPO, GSPO, LUSPO
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Log-ratios 0.6 and -0.1 average to 0.25, s = exp(0.25) = 1.2840254. A = -2 is not clipped
     above: L = 2 s, each token's gradient 2 s / 2. A = 2 is clipped at 1.0004, without a gradient.

@@ -12,6 +12,7 @@ from fusedpo.losses import IPO
 from fusedpo.scores import Scores
 
 
+@pytest.mark.holds(33)
 @given(seed=st.integers(0, 1000), beta=st.floats(0.01, 5), average=st.booleans())
 def test_equals_the_formula(seed: int, beta: float, average: bool) -> None:
     w, l = scores(seed)
@@ -22,6 +23,7 @@ def test_equals_the_formula(seed: int, beta: float, average: bool) -> None:
         assert got[i].item() == pytest.approx((a - b - 1 / (2 * beta)) ** 2, rel=1e-9)
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Log-ratios 4 over 2 tokens and -3 over 3: averaged gap 3, aim 1/(2 * 0.25) = 2, L = 1."""
     chosen = Scores(torch.tensor([-6.0]), torch.tensor([2.0]), torch.tensor([-10.0]))

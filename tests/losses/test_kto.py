@@ -16,6 +16,7 @@ def losses_of(loss: KTO, desirable: list[bool], kl: list[float]) -> torch.Tensor
     return loss.per_example(s, **{name: inputs[name] for name in loss.inputs})
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Log-ratio 2, z0 = 1, beta 0.5: 1 - sigmoid(0.5) = 0.3775407 if desirable, else
     1 - sigmoid(-0.5) = 0.6224593, times 1.5 and 0.5."""

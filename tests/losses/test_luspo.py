@@ -11,6 +11,7 @@ from losses.problems import of_samples, sampled
 from fusedpo.losses import GSPO, LUSPO
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Log-ratios 0.6 and -0.1: s = exp(0.25), twice as long as one token: A = -2 gives L = 2 2 s,
     each token 2 s. Beside it, one token with A = 1 and s = 1 gives -1; both halved by the mean."""

@@ -78,6 +78,7 @@ def test_hyperparameters_go_with_a_name() -> None:
     assert get("bnpo", epsilon_high=0.4) == losses.DAPO(epsilon_high=0.4)
 
 
+@pytest.mark.fault(63)
 @pytest.mark.parametrize(
     "name, near",
     [("simp0", "simpo"), ("soft_sequense", "softsequence"), ("gspo2", "gspo"), ("hing", "hinge")],
@@ -87,12 +88,14 @@ def test_an_unknown_name_says_what_is_near(name: str, near: str) -> None:
         get(name)
 
 
+@pytest.mark.fault(63)
 @pytest.mark.parametrize("name", ["", "wpo", "mixture", "_base", 3, None])
 def test_what_is_no_loss_is_refused(name: object) -> None:
     with pytest.raises(ValueError, match="loss: expected one of"):
         get(name)
 
 
+@pytest.mark.fault(38)
 @pytest.mark.parametrize(
     "name, given, near",
     [("dpo", "betta", "beta"), ("grpo", "epsilon_hi", "epsilon_high"), ("sapo", "tau", "tau_pos")],

@@ -9,6 +9,7 @@ from losses.problems import scores_of
 from fusedpo.losses import BCO, NCA
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Log-ratios 2 and -1, beta 0.5: r = 1 and -0.5, L = log(1 + exp(-1)) + log(1 + exp(1)) / 2 +
     log(1 + exp(-0.5)) / 2 = 0.3132617 + 0.6566308 + 0.2370385 = 1.2069310."""

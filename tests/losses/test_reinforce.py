@@ -12,6 +12,7 @@ EVERY = [cls() for cls in available().values() if issubclass(cls, PolicyLoss)]
 EVERY += [SoftSequence(gate=gate, tau_pos=0.7, tau_neg=1.9) for gate in GATES]
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Log-probabilities -1: A = 2 for two tokens and -3 for one, L = (2 + 2 - 3) / 3."""
     found = of_samples(REINFORCE(), sampled([0.4, 0.1], [0.0], advantages=[2.0, -3.0]))

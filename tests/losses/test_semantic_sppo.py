@@ -19,6 +19,7 @@ def rates(chosen: float, rejected: float, similarity: float) -> dict[str, torch.
     return {name: torch.tensor([x], dtype=torch.float64) for name, x in values.items()}
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Similarity 0.5 draws P = 1 and 0 to 0.75 and 0.25; beta 0.25: aims 1 and -1. Log-ratios 2 and
     -1: L = (1 + 0) / 2."""

@@ -11,6 +11,7 @@ from losses.shared import scores
 from fusedpo.losses import SFT
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Chosen tokens -1, -2 and -6 of two responses: L = 9 / 3 = 3, each token's gradient -1/3. The
     mean over responses of means, (1.5 + 6) / 2, would be another."""

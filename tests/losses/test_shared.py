@@ -51,6 +51,7 @@ def with_logp(scores: list[Scores], logp: torch.Tensor) -> list[Scores]:
     return [replace(s, logp=part) for s, part in zip(scores, logp.split(5), strict=True)]
 
 
+@pytest.mark.holds(22, 33)
 @every_loss
 @given(seed=st.integers(0, 1000))
 def test_gradient_is_the_formulas(loss: PreferenceLoss, seed: int) -> None:
@@ -62,6 +63,7 @@ def test_gradient_is_the_formulas(loss: PreferenceLoss, seed: int) -> None:
         assert torch.autograd.gradcheck(f, (logp,), eps=1e-7, nondet_tol=0.0)
 
 
+@pytest.mark.holds(18)
 @every_loss
 def test_an_examples_loss_depends_on_that_example_only(loss: PreferenceLoss) -> None:
     if loss.coupling == "batch":
@@ -101,6 +103,7 @@ def test_the_gradient_is_coupled_as_the_loss_says(loss: PreferenceLoss) -> None:
             loss.of_response(role, s, **inputs)
 
 
+@pytest.mark.holds(33)
 @every_loss
 @pytest.mark.parametrize("margin", [-1e4, 1e4])
 def test_extreme_margins_stay_finite(loss: PreferenceLoss, margin: float) -> None:
@@ -147,6 +150,7 @@ def all_of(loss: PreferenceLoss) -> list:
     return [per_example.detach(), gradient, loss.of_states(*states), loss.nll_weight]
 
 
+@pytest.mark.holds(35)
 @every_default
 def test_no_hyperparameter_is_dead(loss: PreferenceLoss) -> None:
     for f in fields(loss):

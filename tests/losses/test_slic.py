@@ -9,6 +9,7 @@ from losses.problems import scores_of
 from fusedpo.losses import SLiC
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Log-ratios 2 and -1, beta 0.2: L = 1 - 0.6 = 0.4, and the gradients are -0.2 and 0.2. With
     beta 0.5, z = 1.5 and both are 0."""

@@ -10,6 +10,7 @@ from losses.problems import of_samples, sampled
 from fusedpo.losses import SoftAdaptive
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Ratio 2, A = 2, tau 1: L = -2 4 sigmoid(1) = -5.8484686."""
     found = of_samples(SoftAdaptive(), sampled([math.log(2.0)], advantages=[2.0]))

@@ -25,6 +25,7 @@ def apart(a: Found, b: Found) -> float:
     return max(found)
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Log-ratios 1 and -0.5, A = 2, tau 1: arctan 0.7853982 and -0.4636476, s = exp of their mean,
     0.1608753, = 1.1745385; L = -2 s, gradients -2 s / 2 times 1/2 and 1/1.25."""

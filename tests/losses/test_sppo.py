@@ -12,6 +12,7 @@ from fusedpo.losses import SPPO, get
 HARD = {"win_rate_chosen": torch.ones(5), "win_rate_rejected": torch.zeros(5)}
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Log-ratios 2 and -1, beta 0.25, P = 0.75 and 0.25: aims 1 and -1, L = (1 + 0) / 2; the
     gradients are 1 and 0. Scaled, all times 1/16."""

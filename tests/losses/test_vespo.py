@@ -10,6 +10,7 @@ from losses.problems import of_samples, sampled
 from fusedpo.losses import VESPO
 
 
+@pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Two tokens with W = 1/2 together. A = 2: phi = e^3 (1/4) e^-1.5 = 1.1204223; A = -2: phi =
     e^2 (1/8) e^-1 = 0.3397852. Log-probabilities -1: L = phi A, gradients -phi A / 2."""
