@@ -591,6 +591,9 @@ def plan(
             rank += 100 * (way is _fused_forward)
             copied = gathered or (reordered and name == "one_pass")
             products, buffers = way(replace(q, wide=wide, gathered=copied), rows, cols)
+            if not tokens:  # then no tile is made
+                head = "weight gradient accumulators"
+                buffers = {name: size * (name == head) for name, size in buffers.items()}
             back_rows, back_cols = q.back or (rows, cols)
             chosen = Plan(
                 route=name,

@@ -61,6 +61,15 @@ def test_pairs_that_end_with_the_rows_taken_at_once_need_none() -> None:
         one_pass([4095])
 
 
+@pytest.mark.parametrize("needs", [(), ("hidden",), ("hidden", "weight")])
+def test_nothing_is_held_for_no_tokens(needs: tuple[str, ...]) -> None:
+    """Whatever the budget; only one_pass accumulates a head's gradient all the same."""
+    given = {"dtype": torch.bfloat16, "needs": needs, "scope": "pair"}
+    assert plan(0, 300, 64, **given, budget=1).bytes == 0
+    if "weight" in needs:
+        assert plan(0, 300, 64, **given, route="one_pass").bytes == 300 * 64 * 4
+
+
 @given(
     tokens=st.integers(0, 200_000),
     vocab=st.integers(1, 300_000),
