@@ -262,13 +262,15 @@ def plan_options(
         shared: whether several ranks have parts of each sequence.
         log_entropy: whether the entropy is wanted for a metric.
     """
+    if shared:
+        counts = None  # only parts of these rows are here
     if isinstance(loss, PolicyLoss):
         bonus = bool(loss.entropy_bonus)
         return {
             "stats": ("logprob", "entropy") if bonus or log_entropy else ("logprob",),
             "differentiable": ("logprob", "entropy") if bonus else ("logprob",),
             "scope": "batch" if shared else loss.scope,
-            "groups": max(1, sequences) if counts is None or shared else counts,
+            "groups": max(1, sequences) if counts is None else counts,
         }
     assert isinstance(loss, PreferenceLoss), "there is no third kind"
     roles = len(loss.roles)
@@ -278,7 +280,7 @@ def plan_options(
         "stats": ("logprob", *loss.stats),
         "differentiable": ("logprob",),
         "scope": "batch" if shared else loss.scope,
-        "groups": found if counts is None or shared else group_sizes(loss, counts),
+        "groups": found if counts is None else group_sizes(loss, counts),
         "factors": loss.factors,
         "reordered": examples > 1 and roles > 1 and loss.scope == "pair",
     }

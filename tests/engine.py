@@ -196,3 +196,18 @@ def generate(seed: int, *, dtype: torch.dtype | None = None) -> Case:
             case.temperature = case.temperature.view(2, -1)
     case.needs = draw.choice([case.needs, case.needs, ("hidden",), case.needs[1:]])
     return case
+
+
+def modes() -> tuple[object, ...]:
+    """What a call may change for a while, and has to leave as it was."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
+        torch.get_float32_matmul_precision(),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.random.get_rng_state().sum().item(),
+    )

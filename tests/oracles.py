@@ -9,6 +9,7 @@ which at the scale a preference loss sends (beta over the number of tokens) woul
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,6 +120,16 @@ def relative(got: Tensor, exact: Tensor) -> float:
     got, exact = got.detach().double(), exact.detach().double()
     gap, size = float((got - exact).norm()), float(exact.norm())
     return 0.0 if gap == 0.0 else gap / size if size else float("inf")
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Of tensors, or of collections of them; a NaN equals itself."""
+    if not isinstance(a, Tensor):
+        return all(same_bits(x, y) for x, y in zip(a, b, strict=True))
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    whole = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[a.element_size()]
+    return torch.equal(a.contiguous().view(whole), b.contiguous().view(whole))
 
 
 def row_errors(got: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:

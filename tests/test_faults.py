@@ -15,8 +15,9 @@ from typing import Any
 import engine
 import pytest
 import torch
+from engine import modes
 from losses.shared import inputs_for
-from oracles import Case, faults, naive, relative
+from oracles import Case, faults, naive, relative, same_bits
 from repository import ROOT
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,10 +57,6 @@ def per_token(seed: int = 1) -> Tensor:
 def step(total: Tensor, *leaves: Tensor) -> list[Tensor]:
     """A loss and its gradients."""
     return [total.detach(), *torch.autograd.grad(total, leaves)]
-
-
-def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def trees(folder: str) -> Iterator[tuple[Path, ast.Module]]:
@@ -662,17 +659,6 @@ class Failing(TorchDispatchMode):
         if self.done == self.at:
             raise self.error
         return func(*args, **(kwargs or {}))
-
-
-def modes() -> tuple[Any, ...]:
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.get_autocast_dtype("cpu"),
-        torch.get_float32_matmul_precision(),
-        torch.get_default_dtype(),
-    )
 
 
 CALLS: dict[str, Callable[..., Tensor]] = {

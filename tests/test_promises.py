@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import promises
 import pytest
 from promises import ALSO, FAULTS, PROMISES, PROPERTIES
@@ -75,10 +79,6 @@ def test_a_run_says_what_was_shown(pytester_run) -> None:
 @pytest.fixture
 def pytester_run(tmp_path):
     """The output of a run of this text, beside summary.py."""
-    import os
-    import subprocess
-    import sys
-
     (tmp_path / "conftest.py").write_text(
         "from summary import note, pytest_runtest_makereport, pytest_terminal_summary\n"
         "def pytest_collection_modifyitems(items): note(items)\n"

@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 import test_policy
 import torch
-from engine import DTYPES, ROUTES, generate, plan_of, run, with_tile
+from engine import DTYPES, ROUTES, generate, modes, plan_of, run, with_tile
 from losses.shared import kinds_of_losses, name_of, preference_losses
-from oracles import HALF, Case, faults, gradient_faults, naive, relative
+from oracles import HALF, Case, faults, gradient_faults, naive, relative, same_bits
 from repository import ROOT
 from test_objective import VOCAB, WIDTH, batch, examples_of, reference
 from test_policy import sampled
@@ -168,16 +168,6 @@ def routes_of(loss: Loss) -> list[str]:
     if getattr(loss, "entropy_bonus", 0):
         return ["recompute"]
     return ["recompute", "retain", *([] if loss.scope == "batch" else ["one_pass"])]
-
-
-def same_bits(a: Any, b: Any) -> bool:
-    """Of tensors, or of collections of them; a NaN equals itself."""
-    if not isinstance(a, Tensor):
-        return all(same_bits(x, y) for x, y in zip(a, b, strict=True))
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    whole = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[a.element_size()]
-    return torch.equal(a.contiguous().view(whole), b.contiguous().view(whole))
 
 
 def needs_for(route: str) -> tuple[str, ...]:
@@ -822,20 +812,10 @@ def test_the_naive_program_is_caught_making_logits() -> None:
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """How numbers were read out of tensors, in order; the CPU has no other way to tell."""
-    found: list[str] = []
-    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero"):
-        original = getattr(Tensor, name)
-
-        def spy(self, *args, original=original, name=name):
-            found.append(name)
-            return original(self, *args)
-
-        monkeypatch.setattr(Tensor, name, spy)
+def reads(reads: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     # what it looks at on the CPU only
     monkeypatch.setattr(fusedpo.objective, "_check_range", lambda *args: None)
-    return found
+    return reads
 
 
 class Waits(TorchDispatchMode):
@@ -985,24 +965,12 @@ def test_an_exception_leaves_no_state_behind(
     problem.data["weight"].requires_grad_(route != "frozen")
     chosen = problem.plan(route, 7, 32, backend)
 
-    def state() -> tuple:
-        return (
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled("cpu"),
-            torch.get_autocast_dtype("cpu"),
-            torch.get_default_dtype(),
-            torch.get_num_threads(),
-            torch.are_deterministic_algorithms_enabled(),
-            torch.random.get_rng_state().sum().item(),
-        )
-
     def once() -> list[Tensor]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = problem(memory_budget=chosen, backend=backend)
         return [out.loss.detach(), *problem.gradients(out)]
 
-    expected, before = once(), state()
+    expected, before = once(), modes()
     products = {"first product": 1, "second product": 2, "backward": 0}[when]
     left, original = [products], fusedpo.sweeps._product
 
@@ -1022,7 +990,7 @@ def test_an_exception_leaves_no_state_behind(
     else:
         with pytest.raises(Stop):
             once()
-    assert state() == before and all(leaf.grad is None for leaf in problem.leaves)
+    assert modes() == before and all(leaf.grad is None for leaf in problem.leaves)
     monkeypatch.undo()
     assert same_bits(once(), expected)
 
