@@ -89,11 +89,10 @@ def preference_loss(
         weight: [V, H], the head's weight.
         labels: like hidden without H; ``ignore_index`` on prompt and padding.
         ref_logprobs: log-probabilities under the reference, per token (shaped like labels, aligned
-            with
-            hidden) or per sequence [B]. Detached here.
+            with hidden) or, if of another shape, per sequence [B]. Detached here.
         ref_hidden: instead, the reference's hidden states, shaped like hidden up to H; scored in
-            this call,
-            tile for tile as the policy's, so that equal models give a log-ratio of exactly 0.
+            this call, tile for tile as the policy's, so that equal models give a log-ratio of
+            exactly 0.
         ref_weight, ref_bias: the reference's head; the policy's own, bias included, if neither is
             given. A ref_weight alone is a head without bias.
         cu_seqlens: [B + 1] int, start of each packed sequence and the total, as FlashAttention
@@ -201,7 +200,8 @@ def preference_loss(
         tail=loss.tail if by_kernel else None,
     )
     behind = reference.logprobs
-    if behind is not None and behind.shape == (sequences.count,):
+    # as many tokens as sequences: what is shaped like labels is per token
+    if behind is not None and behind.shape != layout.labels.shape:
         if token_weight is not None:
             raise checks.bad_value(
                 "ref_logprobs",
@@ -323,15 +323,16 @@ def policy_loss(
     Args:
         loss: one of ``fusedpo.losses``, such as ``GRPO()`` or ``SoftSequence()``.
         hidden, weight, labels: as in preference_loss.
-        advantages: [B], or per token (shaped like labels) for a loss of tokens. Detached here.
+        advantages: [B], or, if of another shape, per token (shaped like labels) for a loss of
+            tokens. Detached here.
         old_logprobs: log-probabilities under the policy that sampled, shaped like labels, aligned
             with hidden; None where that is this very policy: every ratio is then exactly 1, with
             its gradient.
         ref_logprobs, ref_hidden, ref_weight, ref_bias: the reference of a loss with a
             ``kl_weight``, as in preference_loss, but per token.
-        importance_weights: [B] or per token, factors of the loss (not of its KL term) for the
-            mismatch between the engine that sampled and the policy; a loss that has them in its
-            formula (VESPO) takes them there.
+        importance_weights: [B] or per token likewise, factors of the loss (not of its KL term) for
+            the mismatch between the engine that sampled and the policy; a loss that has them in
+            its formula (VESPO) takes them there.
         log_entropy: whether ``metrics`` are to have the mean entropy.
         num_items: responses of the whole optimizer step, for a loss that is a mean over responses.
         num_tokens: scored tokens of the whole optimizer step, for a loss that is a mean over tokens

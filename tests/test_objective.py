@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 
 import engine
@@ -18,7 +19,7 @@ from oracles import gradient_faults, relative
 
 import fusedpo
 from fusedpo import FusedLoss, linear_logprobs, losses, plan, preference_loss
-from fusedpo.losses import DPO, IPO, PreferenceLoss, SimPO
+from fusedpo.losses import DPO, IPO, LengthDesensitized, PreferenceLoss, SimPO
 from fusedpo.scores import Scores
 
 every_loss = pytest.mark.parametrize("loss", kinds_of_losses(), ids=name_of)
@@ -301,6 +302,21 @@ def test_a_reference_may_be_given_in_three_ways(loss: PreferenceLoss, shift: boo
     per_sequence = preference_loss(*args, ref_logprobs=tokens.nansum(-1), shift=shift)
     assert states.loss.item() == pytest.approx(per_token.loss.item(), rel=1e-6)
     assert states.loss.item() == pytest.approx(per_sequence.loss.item(), rel=1e-5)
+
+
+def test_a_reference_shaped_like_the_labels_is_per_token() -> None:
+    """Even where there are as many packed tokens as sequences."""
+    data = batch(1, 2)
+    labels, reference = torch.tensor([3, 5]), torch.tensor([-1.0, -2.0])
+    loss, hidden = LengthDesensitized(DPO()), data["hidden"][0, :2]
+    padded = preference_loss(
+        loss, hidden[:, None], data["weight"], labels[:, None], ref_logprobs=reference[:, None]
+    )
+    ends = torch.tensor([0, 1, 2])
+    packed = preference_loss(
+        loss, hidden, data["weight"], labels, ref_logprobs=reference, cu_seqlens=ends
+    )
+    assert packed.loss.item() == padded.loss.item() != math.log(2)
 
 
 @pytest.mark.holds(34)
