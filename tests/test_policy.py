@@ -11,6 +11,7 @@ from engine import with_tile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from losses import naive
+from losses.shared import made
 from oracles import gradient_faults, relative
 
 import fusedpo
@@ -37,7 +38,7 @@ VOCAB, WIDTH = 61, 12
 DEFAULTS = [cls() for cls in available().values() if issubclass(cls, PolicyLoss)]
 KINDS = [
     *DEFAULTS,
-    *(SoftSequence(gate=gate, tau_pos=0.7, tau_neg=0.9) for gate in GATES),
+    *(made(SoftSequence, gate=gate, tau_pos=0.7, tau_neg=0.9) for gate in GATES),
     GRPO(dual_clip=1.5, ratio_cap=1.6),
     GRPO(kl_weight=0.01),
     DAPO(kl_weight=0.01, kl_estimator="k2", entropy_bonus=0.1),

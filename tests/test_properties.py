@@ -21,7 +21,7 @@ import pytest
 import test_policy
 import torch
 from engine import DTYPES, ROUTES, generate, modes, plan_of, run, with_tile
-from losses.shared import kinds_of_losses, name_of, preference_losses
+from losses.shared import in_effect, kinds_of_losses, name_of, preference_losses
 from oracles import HALF, Case, faults, gradient_faults, naive, relative, same_bits
 from repository import ROOT
 from test_objective import VOCAB, WIDTH, batch, examples_of, reference
@@ -1268,15 +1268,6 @@ def test_equal_policies_differ_by_exactly_nothing(loss: Loss, backend: str) -> N
             assert ref_hidden.grad is None and ref_weight.grad is None and own.grad is None
 
 
-# beside which a hyperparameter shows that shows beside nothing else
-BESIDE: dict[str, dict[str, Any]] = {
-    "kappa": {"distance": "huber", "repulsion": "gauss"},
-    "margin": {"repulsion": "hinge_sq"},
-    "alpha": {"divergence": "alpha_divergence"},
-    "kl_estimator": {"kl_weight": 0.3},
-}
-
-
 def other_values(loss: Loss, name: str) -> Iterator[Any]:
     """Further values of a hyperparameter: all of them, if they can be told, or a few numbers."""
     value, kind = getattr(loss, name), typing.get_type_hints(type(loss))[name]
@@ -1302,41 +1293,67 @@ MODIFIED = [
 ]
 
 
+ANY_LOSS = [*(cls() for cls in losses.available().values()), *MODIFIED]
+
+
+def seen(loss: Loss) -> list[Tensor]:
+    """The loss and its gradients, of a problem on which hyperparameters show."""
+    problem = Problem.of(loss, 8)
+    g = torch.Generator().manual_seed(0)
+    if isinstance(loss, PolicyLoss):  # far enough from the policy for every bound to hold
+        old = problem.given["old_logprobs"]
+        problem.given["old_logprobs"] = old + torch.randn(old.shape, generator=g)
+    if getattr(loss, "uses_states", False):  # near enough for a hinge on their distance
+        problem.data["hidden"] = (problem.data["hidden"].detach() / 10).requires_grad_()
+    if "ref_hidden" in problem.given:
+        noise = torch.randn(problem.data["hidden"].shape, generator=g)
+        problem.given["ref_hidden"] = problem.given["ref_hidden"] + noise
+    out = problem()
+    return [out.loss.detach(), *problem.gradients(out)]
+
+
 @pytest.mark.holds(35)
 @pytest.mark.parametrize(
     ("loss", "name"),
     [
         pytest.param(loss, field.name, id=f"{name_of(loss)}-{field.name}")
-        for loss in (*(cls() for cls in losses.available().values()), *MODIFIED)
+        for loss in ANY_LOSS
         for field in dataclasses.fields(loss)
     ],
 )
 def test_no_hyperparameter_is_without_effect(loss: Loss, name: str) -> None:
     """From hidden states to the loss and its gradients: each value differs from the others."""
-    beside = {k: v for k, v in BESIDE.get(name, {}).items() if hasattr(loss, k)}
-    base = dataclasses.replace(loss, **beside)
-
-    def result(of: Loss) -> list[Tensor]:
-        problem = Problem.of(of, 4)
-        g = torch.Generator().manual_seed(0)
-        if isinstance(of, PolicyLoss):  # far enough from the policy for every bound to hold
-            old = problem.given["old_logprobs"]
-            problem.given["old_logprobs"] = old + torch.randn(old.shape, generator=g)
-        if getattr(of, "uses_states", False):  # near enough for a hinge on their distance
-            problem.data["hidden"] = (problem.data["hidden"].detach() / 10).requires_grad_()
-        if "ref_hidden" in problem.given:
-            noise = torch.randn(problem.data["hidden"].shape, generator=g)
-            problem.given["ref_hidden"] = problem.given["ref_hidden"] + noise
-        out = problem()
-        return [out.loss.detach(), *problem.gradients(out)]
-
-    found = [result(base)]
+    base = in_effect(loss, name)
+    found = [seen(base)]
     for value in other_values(base, name):
-        found.append(result(dataclasses.replace(base, **{name: value})))
+        found.append(seen(dataclasses.replace(base, **{name: value})))
     assert len(found) > 1
     numbers = isinstance(getattr(base, name), float)  # of which a bound may be one too far
     different = [not same_bits(a, b) for a, b in itertools.combinations(found, 2)]
     assert any(different) if numbers else all(different)
+
+
+@pytest.mark.holds(35)
+@pytest.mark.fault(39)
+@pytest.mark.parametrize("loss", ANY_LOSS, ids=name_of)
+def test_a_hyperparameter_beside_a_choice_has_an_effect_or_is_refused(loss: Loss) -> None:
+    choices = [f.name for f in dataclasses.fields(loss) if isinstance(getattr(loss, f.name), str)]
+    for choice, field in itertools.product(choices, dataclasses.fields(loss)):
+        if field.name == choice:
+            continue
+        for chosen in other_values(loss, choice):
+            base, name = dataclasses.replace(loss, **{choice: chosen}), field.name
+            if chosen in field.metadata["only"].get(choice, (chosen,)):
+                here = in_effect(base, name)
+                changed = [
+                    seen(dataclasses.replace(here, **{name: value}))
+                    for value in other_values(here, name)
+                ]
+                assert not all(same_bits(seen(here), other) for other in changed), (name, chosen)
+            else:
+                for value in other_values(base, name):
+                    with pytest.raises(ValueError, match=f"^{name}: expected .* with {choice}="):
+                        dataclasses.replace(base, **{name: value})
 
 
 @pytest.mark.holds(36)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fusedpo.checks import bad_choice, bad_type, in_range, positive
+from fusedpo.checks import bad_choice, bad_type, bad_value, in_range, positive
 from fusedpo.losses._links import Tail
 from fusedpo.plan import Scope
 from fusedpo.scores import Scores
@@ -25,10 +25,36 @@ Check = Callable[[str, Any], Any]
 
 Coupling = Literal["margin", "example", "response", "batch"]
 
+Only = Mapping[str, tuple[Any, ...]]
 
-def hyperparameter(default: Any, meaning: str, check: Check, **options: Any) -> Any:
-    """A dataclass field with its default, its meaning and the check of its value."""
-    return field(default=default, metadata={"meaning": meaning, "check": check}, **options)
+
+def hyperparameter(
+    default: Any, meaning: str, check: Check, *, only: Only = MappingProxyType({}), **options: Any
+) -> Any:
+    """A dataclass field with its default, its meaning and the check of its value.
+
+    Args:
+        only: choices, by name, beside which it has an effect; beside others it stays the default.
+            That a weight of 0 turns off what belongs to it is no such choice.
+    """
+    metadata = {"meaning": meaning, "check": check, "only": only}
+    return field(default=default, metadata=metadata, **options)
+
+
+def check_hyperparameters(of: Any) -> None:
+    """Whether the fields of a dataclass that hyperparameter made have values that make sense."""
+    for f in fields(of):
+        f.metadata["check"](f.name, getattr(of, f.name))
+    for f in fields(of):
+        value = getattr(of, f.name)
+        for name, choices in f.metadata["only"].items():
+            if value != f.default and getattr(of, name) not in choices:
+                raise bad_value(
+                    f.name,
+                    f"{f.default!r} with {name}={getattr(of, name)!r}, where it has no effect",
+                    repr(value),
+                    f"leave it out, or take {name}={' or '.join(map(repr, choices))}",
+                )
 
 
 def one_of(*choices: str) -> Check:
@@ -50,12 +76,13 @@ def optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
-def label_smoothing(default: float = 0.0) -> Any:
+def label_smoothing(default: float = 0.0, **options: Any) -> Any:
     """The field that the losses with a flipped-label term share."""
     return hyperparameter(
         default,
         "odds that a preference is recorded the wrong way round, in [0, 0.5)",
         lambda name, value: in_range(name, value, 0.0, 0.5),
+        **options,
     )
 
 
@@ -97,8 +124,7 @@ class Loss:
     """Base of all losses: checks the hyperparameters and says what the loss needs."""
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            f.metadata["check"](f.name, getattr(self, f.name))
+        check_hyperparameters(self)
 
     @property
     def scope(self) -> Scope:

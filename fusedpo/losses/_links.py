@@ -13,8 +13,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fusedpo.checks import bad_value
-
 
 def log_sigmoid(x: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """-(1 - e) log sigmoid(x) - e log sigmoid(-x), e being the label smoothing."""
@@ -46,16 +44,6 @@ LINKS: dict[str, Callable[..., Tensor]] = {
     "squared": squared,
     "linear": linear,
 }
-
-
-def check_smoothing(label_smoothing: float, link: str) -> None:
-    """Labels can be smoothed under the log-sigmoid only."""
-    if link != "sigmoid" and label_smoothing != 0.0:
-        raise bad_value(
-            "label_smoothing",
-            'link="sigmoid" to go with it',
-            f'{label_smoothing:g} with link="{link}"',
-        )
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,9 @@ class FDivergence(_Modifier):
         "from the reference",
         one_of("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
     )
-    alpha: float = hyperparameter(0.5, 'of "alpha_divergence"', number)
+    alpha: float = hyperparameter(
+        0.5, "power of the divergence", number, only={"divergence": ("alpha_divergence",)}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fusedpo.checks import non_negative, positive
 from fusedpo.losses._base import MarginLoss, hyperparameter, label_smoothing, one_of
-from fusedpo.losses._links import Tail, check_smoothing
+from fusedpo.losses._links import Tail
 from fusedpo.scores import Scores
 
 
@@ -33,11 +33,7 @@ class CPO(MarginLoss):
     link: Literal["sigmoid", "hinge", "ipo"] = hyperparameter(
         "sigmoid", "from margin to loss", one_of("sigmoid", "hinge", "ipo")
     )
-    label_smoothing: float = label_smoothing()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_smoothing(self.label_smoothing, self.link)
+    label_smoothing: float = label_smoothing(only={"link": ("sigmoid",)})
 
     @property
     def tail(self) -> Tail:

@@ -42,14 +42,21 @@ _LEAST_NORM = 1e-8
 class SemanticSPPO(SPPO):
     """Semantic SPPO: win rates drawn to 1/2 where responses say the same, states pushed apart."""
 
-    repulsion_weight: float = hyperparameter(1.0, "weight of the repulsion (assumed)", non_negative)
+    repulsion_weight: float = hyperparameter(
+        1.0,
+        "weight of the repulsion (assumed)",
+        non_negative,
+        only={"repulsion": ("unit_sq_euclid", "cosine", "hinge_sq", "gauss")},
+    )
     repulsion: Repulsion = hyperparameter(
         "unit_sq_euclid",
         "form of the repulsion",
         one_of("unit_sq_euclid", "cosine", "hinge_sq", "gauss", "none"),
     )
-    margin: float = hyperparameter(1.0, 'distance that is enough, for "hinge_sq"', positive)
-    kappa: float = hyperparameter(1.0, 'width, for "gauss"', positive)
+    margin: float = hyperparameter(
+        1.0, "distance that is enough", positive, only={"repulsion": ("hinge_sq",)}
+    )
+    kappa: float = hyperparameter(1.0, "width", positive, only={"repulsion": ("gauss",)})
 
     @property
     def inputs(self) -> Mapping[str, Input]:

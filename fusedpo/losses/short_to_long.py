@@ -57,7 +57,9 @@ class ShortToLong(PreferenceLoss):
         "abs", "between the rewards on the two contexts", one_of("abs", "sq", "huber")
     )
     both: bool = hyperparameter(False, "align the rejected response's reward too", flag)
-    kappa: float = hyperparameter(0.1, 'width of the round bottom of "huber"', positive)
+    kappa: float = hyperparameter(
+        0.1, "width of the round bottom", positive, only={"distance": ("huber",)}
+    )
 
     @property
     def roles(self) -> tuple[str, ...]:

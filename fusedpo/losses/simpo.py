@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fusedpo.checks import non_negative, number, positive
 from fusedpo.losses._base import MarginLoss, hyperparameter, label_smoothing, one_of
-from fusedpo.losses._links import Tail, check_smoothing
+from fusedpo.losses._links import Tail
 from fusedpo.scores import Scores
 
 
@@ -28,17 +28,13 @@ class SimPO(MarginLoss):
 
     beta: float = hyperparameter(2.0, "scale of the per-token log-probabilities", positive)
     gamma: float = hyperparameter(0.5, "target margin, absolute", number)
-    label_smoothing: float = label_smoothing()
+    label_smoothing: float = label_smoothing(only={"link": ("sigmoid",)})
     link: Literal["sigmoid", "hinge"] = hyperparameter(
         "sigmoid", "from margin to loss", one_of("sigmoid", "hinge")
     )
     sft_weight: float = hyperparameter(
         0.0, "weight of the chosen responses' cross-entropy", non_negative
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_smoothing(self.label_smoothing, self.link)
 
     @property
     def nll_weight(self) -> float:

@@ -46,14 +46,19 @@ Gate = Literal[
     "clip_log",
     "identity",
 ]
+_WITH_TAU = tuple(gate for gate in GATES if gate != "identity")
 
 
 @dataclass(frozen=True)
 class SoftSequence(PolicyLoss):
     """Soft Sequence Policy Optimization: soft token gates under a geometric mean."""
 
-    tau_pos: float = hyperparameter(1.0, "temperature of the gate where A > 0 (assumed)", positive)
-    tau_neg: float = hyperparameter(1.05, "temperature elsewhere (assumed)", positive)
+    tau_pos: float = hyperparameter(
+        1.0, "temperature of the gate where A > 0 (assumed)", positive, only={"gate": _WITH_TAU}
+    )
+    tau_neg: float = hyperparameter(
+        1.05, "temperature elsewhere (assumed)", positive, only={"gate": _WITH_TAU}
+    )
     gate: Gate = hyperparameter("arctan_log", "which gate", one_of(*GATES))
 
     @property

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusedpo.checks import bad_value, in_range, positive
 from fusedpo.losses import Loss, MarginLoss, PolicyLoss, PreferenceLoss, SemanticSPPO, ShortToLong
-from fusedpo.losses._base import flag, hyperparameter
+from fusedpo.losses._base import check_hyperparameters, flag, hyperparameter
 from fusedpo.recipes import stdlib_pairs
 from fusedpo.recipes.groups import token_overlap
 from fusedpo.report import PAIR_SIGNALS, Signal
@@ -73,8 +73,7 @@ class Pairs:
     from_scratch: ClassVar[Defaults] = Defaults(1e-3, 32, 280, 1.0)
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            f.metadata["check"](f.name, getattr(self, f.name))
+        check_hyperparameters(self)
 
     def check(self, loss: Loss) -> None:
         """Whether the loss can be trained this way."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+from typing import Any
+
 import torch
 
 from fusedpo.losses import (
@@ -18,6 +21,7 @@ from fusedpo.losses import (
     APODown,
     FDivergence,
     LengthDesensitized,
+    Loss,
     PreferenceLoss,
     SemanticSPPO,
     ShortToLong,
@@ -55,6 +59,27 @@ def kinds_of_losses() -> list[PreferenceLoss]:
         ShortToLong(1.0 * ORPO()),
         0.8 * DPO() + 0.2 * BCO(beta=0.5) + 0.5 * SFT(),
     ]
+
+
+def in_effect(loss: Loss, name: str) -> Loss:
+    """The loss with what a hyperparameter needs beside it to have an effect."""
+    (only,) = (f.metadata["only"] for f in fields(loss) if f.name == name)
+    beside = {
+        other: choices[0] for other, choices in only.items() if getattr(loss, other) not in choices
+    }
+    # a weight of 0 turns off what belongs to it
+    return replace(loss, **beside, **({"kl_weight": 0.3} if name == "kl_estimator" else {}))
+
+
+def made(cls: type[Loss], **options: Any) -> Loss:
+    """With those of the hyperparameters that have an effect beside the others."""
+    only = {f.name: f.metadata["only"].items() for f in fields(cls)}
+    kept = {
+        name: value
+        for name, value in options.items()
+        if all(options[choice] in choices for choice, choices in only[name])
+    }
+    return cls(**kept)
 
 
 def name_of(loss: PreferenceLoss) -> str:

@@ -166,7 +166,8 @@ def test_f_divergence(loss_type: str, divergence: str) -> None:
     ours, options = DPO[loss_type]
     pairs = trl.rows(4)
     peer = trl.dpo_loss(loss_type, pairs, f_divergence=divergence, f_alpha=0.3, **options)
-    changed = f"FDivergence({ours}, divergence={divergence!r}, alpha=0.3)"
+    alpha = ", alpha=0.3" * (divergence == "alpha_divergence")
+    changed = f"FDivergence({ours}, divergence={divergence!r}{alpha})"
     trl.agree(trl.preference(changed, pairs), peer)
 
 

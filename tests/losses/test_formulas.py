@@ -23,6 +23,7 @@ from losses.problems import (
     roles_of,
     true_of_pairs,
 )
+from losses.shared import made
 
 from fusedpo import losses as L
 from fusedpo.losses._gates import GATES
@@ -339,7 +340,15 @@ FROM_HIDDEN = {
 } | {
     f"SemanticSPPO {form}": (
         # scaled, with a target near the responses': neither of the two terms hides the other
-        L.SemanticSPPO(0.5, True, repulsion_weight=0.3, repulsion=form, margin=5.0, kappa=3.0),
+        made(
+            L.SemanticSPPO,
+            beta=0.5,
+            scaled=True,
+            repulsion_weight=0.3,
+            repulsion=form,
+            margin=5.0,
+            kappa=3.0,
+        ),
         functools.partial(f.SemanticSPPO, beta=0.5, scaled=True),
     )
     for form in ("unit_sq_euclid", "cosine", "hinge_sq", "gauss")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from losses import formulas
 from losses.problems import scores_of
-from losses.shared import inputs_for, scores
+from losses.shared import inputs_for, made, scores
 
 from fusedpo.losses import SPPO, SemanticSPPO
 
@@ -58,7 +58,7 @@ def test_a_constant_sum_stays(similarity: float) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("weight", [1.0, 0.3])
 def test_the_repulsion_is_its_formula(form: str, weight: float) -> None:
-    loss = SemanticSPPO(repulsion=form, repulsion_weight=weight, margin=5.0, kappa=1.5)
+    loss = made(SemanticSPPO, repulsion=form, repulsion_weight=weight, margin=5.0, kappa=1.5)
     g = torch.Generator().manual_seed(0)
     h = [torch.randn(4, 6, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2)]
     found = loss.of_states(*h)

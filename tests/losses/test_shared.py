@@ -8,7 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from losses.shared import for_loss, inputs_for, kinds_of_losses, name_of, preference_losses
+from losses.shared import (
+    for_loss,
+    in_effect,
+    inputs_for,
+    kinds_of_losses,
+    name_of,
+    preference_losses,
+)
 
 from fusedpo import losses
 from fusedpo.losses import CPO, AlphaPO, DiscoPOP, MarginLoss, PreferenceLoss, ShortToLong, get
@@ -25,11 +32,6 @@ OTHER = {
     "kto": "apo_zero",
     "abs": "sq",
     "unit_sq_euclid": "cosine",
-}
-# what shows only beside another value
-BESIDE = {
-    "kappa": {"distance": "huber", "repulsion": "gauss"},
-    "margin": {"repulsion": "hinge_sq"},
 }
 
 
@@ -154,9 +156,7 @@ def all_of(loss: PreferenceLoss) -> list:
 @every_default
 def test_no_hyperparameter_is_dead(loss: PreferenceLoss) -> None:
     for f in fields(loss):
-        # what is only seen beside another value of another field
-        beside = {k: v for k, v in BESIDE.get(f.name, {}).items() if hasattr(loss, k)}
-        base = replace(loss, **beside)
+        base = in_effect(loss, f.name)
         changed = replace(base, **{f.name: other_value(getattr(base, f.name))})
         same = [
             torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

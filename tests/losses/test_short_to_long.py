@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from losses.problems import scores_of
-from losses.shared import for_loss
+from losses.shared import for_loss, made
 
 from fusedpo.losses import (
     AOT,
@@ -35,7 +35,7 @@ def test_a_worked_example(distance: str, truth: float) -> None:
     and -0.5 are apart by d = 1.5. L = log(1 + exp(-1)) + 3 distance(d), with kappa 2."""
     short, other = scores_of([-8.0], [-10.0]), scores_of([-5.0], [-5.0])
     long = scores_of([-7.0], [-6.0])
-    loss = ShortToLong(DPO(0.5), 3.0, distance=distance, kappa=2.0)
+    loss = made(ShortToLong, base=DPO(0.5), alpha=3.0, distance=distance, kappa=2.0)
     found = loss.per_example(short, other, long).item()
     assert found == pytest.approx(0.31326168751822286 + 3 * truth, rel=1e-12)
 
