@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from pathlib import Path
@@ -95,7 +96,8 @@ def problem(seed: int, kind: str, rows: int = 5, vocab: int = 83, columns: int =
 def fold_all(kernels, p: Problem, dtype: torch.dtype | None, *, product: torch.dtype, gain: float):
     """(statistics, stored exponentials or None, running sum) after the last tile."""
     n, vocab = p.x.shape
-    stats = RowStats.start(n, p.x, entropy=True, squares=True, mean=True)
+    around = RowStats.start(n + 8, p.x, entropy=True, squares=True, mean=True)
+    before, stats = copy.deepcopy(around), around.of(slice(4, n + 4))
     out = None if dtype is None else bordered(n, vocab, dtype)
     rest, steps = bordered(n, p.hidden, torch.float32), []
     rest.copy_(torch.linspace(-1, 1, n * p.hidden, device=DEVICE).view(n, p.hidden))
@@ -109,6 +111,11 @@ def fold_all(kernels, p: Problem, dtype: torch.dtype | None, *, product: torch.d
     if out is not None:
         factors = power_of_two(torch.stack(steps) - stats.steps)
         kernels.settle(out, p.target, -stats.total * gain, factors, p.columns)
+    for border in (slice(4), slice(n + 4, None)):
+        assert all(
+            torch.equal(getattr(around, name)[border], getattr(before, name)[border])
+            for name in NAMES
+        )
     return stats, out, rest
 
 
