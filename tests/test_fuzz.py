@@ -117,7 +117,7 @@ def faults_of(seed: int) -> list[str]:
     what = draw.choice(("tokens", "preference", "preference", "policy"))
     if what != "tokens":
         loss = draw.choice(PREFERENCES) if what == "preference" else policy(draw)
-        with contextlib.suppress(TooShort):
+        with contextlib.suppress(TooSmall):
             return faults_of_loss(loss, case, draw, backend)
     return faults_of_tokens(case, draw, backend)
 
@@ -358,8 +358,8 @@ def mixed_in(case: Case, ask: Way) -> Case:
 # losses
 
 
-class TooShort(Exception):
-    """There are not enough rows for the sequences of the loss."""
+class TooSmall(Exception):
+    """There are not enough rows for the sequences of the loss, or columns for its directions."""
 
 
 @dataclass
@@ -380,6 +380,8 @@ class Numbers:
 def faults_of_loss(loss: Loss, case: Case, draw: random.Random, backend: str) -> list[str]:
     g = torch.Generator().manual_seed(draw.randrange(2**31))
     case, shift = flat(case), draw.random() < 0.4
+    if getattr(loss, "uses_states", False) and case.hidden.shape[-1] == 1:
+        raise TooSmall  # a direction in one dimension has no gradient but that of rounding
     borders = cut(loss, len(case.labels), 1 + shift, draw)
     case.labels = scored_in(case, borders, shift, g, everywhere=isinstance(loss, PreferenceLoss))
     kind = draw.choice(("packed", "packed batch", "padded", "roomy", "left"))
@@ -421,12 +423,26 @@ def faults_of_loss(loss: Loss, case: Case, draw: random.Random, backend: str) ->
     # of the log-probabilities that were found, so that only the engine's errors are judged there
     truth, slope = of_formula(loss, case, got.logprob, padded, numbers, means)
     eps = 1e-12 if case.dtype == torch.float64 else 2e-6
+    accuracy = eps * max(10.0, naive(replace(case, needs=()), torch.float64).largest_logit)
     allowed = eps * (abs(truth) + float(slope["logprob"].abs().sum()))
+    # what a call does not return is as accurate as the log-probabilities that it does
+    allowed += accuracy * float(slope["entropy"].abs().sum())
+    error = torch.zeros_like(slope["logprob"])
+    if "log_sum_sq_probs" in getattr(loss, "stats", ()):
+        allowed += accuracy * abs(truth)
+        error = accuracy * slope["logprob"].abs()
+    if numbers.reference is not None:
+        half = torch.where(torch.arange(len(error)) < borders[len(borders) // 2], 1.0, -1.0)
+        for sign in (1.0, half):
+            moved = replace(numbers, reference=numbers.reference + 0.1 * accuracy * sign)
+            other = of_formula(loss, case, got.logprob, padded, moved, means)[1]["logprob"]
+            error = torch.maximum(error, (other - slope["logprob"]).abs())
     if not abs(value - truth) <= allowed:
         found.append(f"loss {value!r}, should be {truth!r} within {allowed:.1e}")
     exact = replace(
         case,
         upstream=slope["logprob"] * ask.factor,
+        upstream_error=error * abs(ask.factor),
         upstream_hidden=slope["hidden"] * ask.factor,
         upstream_entropy=slope["entropy"] * ask.factor,
     )
@@ -487,7 +503,7 @@ def cut(loss: Loss, count: int, least: int, draw: random.Random) -> list[int]:
         roles = len(loss.roles)
         sequences = roles * min(draw.randint(1, 3), count // (roles * least))
         if sequences == 0:
-            raise TooShort
+            raise TooSmall
     else:
         least = 1
     more = sorted(draw.randint(0, count - sequences * least) for _ in range(sequences - 1))
