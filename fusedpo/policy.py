@@ -87,18 +87,19 @@ class PolicyProblem:
         tail, sequences = self.loss.tail, self.sequences
         assert tail is not None, "the loss has been asked"
         # what a response's tokens have in common; 0 for one without tokens
-        advantage, own = self.of_sequence(self.advantage), self.of_sequence(self.weight)
+        advantage = self.of_sequence(self.advantage)
+        corrected = advantage
         if self.correction is not None:
-            own = own * self.of_sequence(self.correction)
+            corrected = advantage * self.of_sequence(self.correction)
+        scale = self.of_sequence(self.weight) * sequences.lengths
         total, losses, _ = run_tail(
             logprob,
             tail,
             sequences,
             baseline=logprob.detach() if self.old is None else self.old,
             tau=self.loss.tau(advantage),
-            weight=-advantage * own * sequences.lengths,
+            weight=-corrected * scale,
         )
-        scale = own * sequences.lengths
         return total, torch.where(scale == 0, 0.0, losses / scale)
 
     def of_sequence(self, values: Tensor) -> Tensor:

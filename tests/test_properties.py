@@ -65,6 +65,12 @@ every_route = pytest.mark.parametrize("route", [r for r in ROUTES if r != "forwa
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
+class OnDevice(Tensor):
+    """Labels that say they are on a GPU, as nothing else is asked where they are."""
+
+    is_cuda = True
+
+
 # losses
 
 
@@ -668,6 +674,63 @@ def test_micro_batches_are_one_batch(loss: Loss, splits: list[int]) -> None:
         assert relative(mine, truth) <= 1e-12
 
 
+@pytest.mark.holds(12)
+@pytest.mark.fault(22)
+@pytest.mark.interpreted(every=10)
+@every_loss
+def test_a_nan_in_any_response_is_in_the_loss(loss: Loss, backend: str) -> None:
+    problem = Problem.of(loss)
+    scored = problem.data["labels"] >= 0
+    # a cross-entropy sees the chosen responses only
+    seen = problem.examples if isinstance(loss, losses.SFT) else problem.sequences
+    for row in range(seen):
+        at = row, int(scored[row].nonzero()[0])
+        hidden = problem.data["hidden"].detach().clone()
+        hidden[at] = torch.nan
+        spoilt = Problem(loss, {**problem.data, "hidden": hidden.requires_grad_()}, problem.given)
+        out = spoilt(backend=backend)
+        assert out.loss.isnan() and spoilt.gradients(out)[0][at].isnan().all(), row
+
+
+@pytest.mark.holds(10)
+@pytest.mark.fault(23)
+@pytest.mark.interpreted(every=10)
+@every_loss
+def test_what_is_not_scored_may_hold_anything(loss: Loss, backend: str) -> None:
+    """Bit for bit, in the states of the policy and of the reference."""
+    problem = Problem.of(loss)
+    out = problem(backend=backend)
+    expected = [out.loss, out.per_example, out.logprobs, *problem.gradients(out)]
+    ignored = (problem.data["labels"] < 0)[..., None]
+    for garbage in (torch.nan, torch.inf, 3e38):
+        data, given = (
+            {
+                name: t.detach().masked_fill(ignored, garbage) if name.endswith("hidden") else t
+                for name, t in of.items()
+            }
+            for of in (problem.data, problem.given)
+        )
+        data["hidden"].requires_grad_()
+        spoilt = Problem(loss, data, given)
+        out = spoilt(backend=backend)
+        found = [out.loss, out.per_example, out.logprobs, *spoilt.gradients(out)]
+        assert all(same_bits(a.detach(), b.detach()) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.holds(1, 33)
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("loss", [loss for loss in EVERY if loss.tail is not None], ids=name_of)
+def test_the_backends_tell_the_same(loss: Loss, backend: str) -> None:
+    """Where a kernel computes the loss: the examples' losses and the metrics too."""
+    problem = Problem.of(loss)
+    plain, found = problem(backend="torch"), problem(backend=backend)
+    assert relative(found.loss, plain.loss) <= 2e-6
+    assert relative(found.per_example, plain.per_example) <= 2e-6
+    assert found.metrics.keys() == plain.metrics.keys()
+    for name, metric in plain.metrics.items():
+        assert float((found.metrics[name] - metric).abs()) <= 2e-5 * max(1.0, float(metric.abs()))
+
+
 # 13: labels that are none
 
 LABELS_OUTSIDE = (-1, -101, 53, 54, 2**31 - 1, -(2**31), 2**31, 2**32 + 3, -(2**63), 2**63 - 1)
@@ -693,6 +756,23 @@ def test_a_label_outside_is_refused_wherever_it_comes(label: int, backend: str) 
         ):
             with pytest.raises(ValueError, match=message):
                 call(hidden, case.weight, wrong, backend=backend, **options)
+
+
+@pytest.mark.holds(13)
+@pytest.mark.fault(5)
+@pytest.mark.parametrize("label", LABELS_OUTSIDE)
+def test_a_label_outside_is_asserted_where_nobody_waits(label: int) -> None:
+    """On a device, where a caller knows how many labels are scored; so is a wrong number."""
+    case = plain_case("recompute", torch.float32, 24)
+    wrong = case.labels.clone()
+    count = int((wrong >= 0).sum())
+    call = functools.partial(linear_logprobs, case.hidden, case.weight)
+    call(wrong.as_subclass(OnDevice), num_scored=count)
+    with pytest.raises(RuntimeError, match="num_scored: a wrong value"):
+        call(wrong.as_subclass(OnDevice), num_scored=count - 1)
+    wrong[int((wrong >= 0).nonzero()[0])] = label
+    with pytest.raises(RuntimeError, match="num_scored: a wrong value"):
+        call(wrong.as_subclass(OnDevice), num_scored=count)
 
 
 def bordered(t: Tensor) -> tuple[Tensor, Callable[[], bool]]:
@@ -845,12 +925,6 @@ def test_a_loss_waits_once(loss: Loss, reads: list[str]) -> None:
         with Waits() as waits:
             problem.gradients(problem(memory_budget=chosen))
         assert reads == ["tolist"] and not waits.found, (route, reads, waits.found)
-
-
-class OnDevice(Tensor):
-    """Labels that say they are on a GPU, as nothing else is asked where they are."""
-
-    is_cuda = True
 
 
 @pytest.mark.holds(21)

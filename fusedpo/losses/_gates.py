@@ -69,7 +69,8 @@ def clip_log(delta: Tensor, tau: Tensor | float) -> Tensor:
     and so is this for tau = 0. The gradient passes at the bound itself.
     """
     bound = _tensor(tau, delta)
-    clipped = ((bound > 0) & (delta > bound)) | ((bound < 0) & (delta < bound)) | (bound == 0)
+    none = (bound == 0) & ~delta.isnan()
+    clipped = ((bound > 0) & (delta > bound)) | ((bound < 0) & (delta < bound)) | none
     return torch.where(clipped, bound, delta)
 
 
