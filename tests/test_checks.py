@@ -735,6 +735,11 @@ def test_mixed_dtypes_are_taken_under_autocast():
 
 # where a negative number means something; everywhere else it is refused
 SIGNED = {("simpo", "gamma"), ("alphapo", "gamma"), ("alphapo", "alpha")}
+# where 0 turns something off, or is the end of a range
+MAY_BE_ZERO = {
+    *("kl_weight", "entropy_bonus", "nll_weight", "sft_weight", "repulsion_weight", "alpha"),
+    *("desirable_weight", "undesirable_weight", "label_smoothing", "epsilon_low", "epsilon_high"),
+}
 
 
 def numeric(kind: str) -> bool:
@@ -757,6 +762,8 @@ def wrong_values(loss: str, field: dataclasses.Field) -> Iterator[tuple[Any, typ
             yield None, TypeError
         if (loss, field.name) not in SIGNED:
             yield -1, ValueError
+        if (loss, field.name) not in SIGNED and field.name not in MAY_BE_ZERO:
+            yield 0, ValueError
         if field.name == "label_smoothing":
             yield from ((0.5, ValueError), (1, ValueError))
     else:

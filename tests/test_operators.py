@@ -164,6 +164,8 @@ def test_a_policy_step_is_one_graph(loss: losses.PolicyLoss, backend: str) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.holds(26)
+@pytest.mark.fault(53)
 def test_a_training_step_through_the_default_compiler(backend: str) -> None:
     hidden, weight, labels = data()
     ref_logprobs = torch.randn(4, 9)

@@ -267,17 +267,6 @@ def test_repeats_bit_for_bit(blocks: str) -> None:
         assert torch.equal(first[1], other[1]) and torch.equal(first[2], other[2])
 
 
-@pytest.mark.fault(19)
-def test_without_rows_nothing_is_launched() -> None:
-    empty = torch.empty(0, 8, device=DEVICE)
-    none = torch.empty(0, dtype=torch.long, device=DEVICE)
-    stats = RowStats.start(0, empty)
-    logit_tile_triton.fold(empty, LogitMap(), none, 0, stats, out=empty)
-    logit_tile_triton.settle(empty, none, stats.total, stats.total[None], 8)
-    logit_tile_triton.jacobian(empty, LogitMap(), none, 0, stats.total, stats.total, out=empty)
-    logit_tile_triton.finish(empty, stats.total, empty, none, stats.total, empty, None, block=4)
-
-
 @pytest.mark.holds(29)
 def test_rows_may_lie_more_than_two_to_the_31_apart(tmp_path: Path) -> None:
     """Offsets are 64 bits wide: in memory that is never touched but at its ends."""
