@@ -103,6 +103,19 @@ def same_device(**tensors: Tensor | None) -> None:
         )
 
 
+def at_hand(argument: str, value: object, device: torch.device) -> Tensor:
+    """A tensor on the CPU, from where it is copied, or on the device where it is needed."""
+    tensor = is_tensor(argument, value)
+    if tensor.device.type != "cpu" and tensor.device != device:
+        raise bad_value(
+            argument,
+            f"a tensor on {device} as hidden is, or on the CPU",
+            f"one on {tensor.device}",
+            "move it with .to(device)",
+        )
+    return tensor
+
+
 def head_inputs(
     hidden: object, weight: object, bias: object, *, prefix: str = ""
 ) -> tuple[Tensor, Tensor]:

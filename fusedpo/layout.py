@@ -159,7 +159,7 @@ def _borders(
                 "pass cu_seqlens [B + 1]",
             )
         return torch.arange(labels.shape[0] + 1, device=labels.device) * labels.shape[1], []
-    cu_seqlens = checks.is_tensor("cu_seqlens", cu_seqlens)
+    cu_seqlens = checks.at_hand("cu_seqlens", cu_seqlens, labels.device)
     if cu_seqlens.dtype not in checks.LABELS:
         raise checks.bad_type("cu_seqlens", "int32 or int64 [B + 1]", str(cu_seqlens.dtype))
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:

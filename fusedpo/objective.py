@@ -149,7 +149,7 @@ def preference_loss(
     )
     examples = _examples(loss, layout)
     given = _check_inputs(loss, inputs, examples, hidden)
-    denominator = _denominator("num_items", num_items, examples)
+    denominator = _denominator("num_items", num_items, examples, hidden.device)
     nll_denominator = _nll_denominator(loss, num_items, num_tokens, layout, examples)
     reference = check_reference(
         loss,
@@ -389,11 +389,11 @@ def policy_loss(
             log_correction = sequences.sum(log_correction)[sequences.index]
         correction = None
     per_tokens = loss.aggregation == "token_mean"
-    items = _denominator("num_items", num_items, sequences.count)
+    items = _denominator("num_items", num_items, sequences.count, hidden.device)
     # a mean over no tokens is 0
     counts = layout.counts
     scored = sequences.lengths.sum().clamp(min=1) if counts is None else max(1, sum(counts))
-    tokens = _denominator("num_tokens", num_tokens, scored)
+    tokens = _denominator("num_tokens", num_tokens, scored, hidden.device)
     for name, given, used in (
         ("num_items", num_items, not per_tokens),
         ("num_tokens", num_tokens, per_tokens or bool(loss.entropy_bonus)),
@@ -648,11 +648,15 @@ def _mean_weight(loss: PolicyLoss, layout: Layout, denominator: float | Tensor) 
 
 
 def _denominator(
-    argument: str, value: int | float | Tensor | None, default: int | Tensor
+    argument: str,
+    value: int | float | Tensor | None,
+    default: int | Tensor,
+    device: torch.device,
 ) -> float | Tensor:
     if value is None:
         return default
     if isinstance(value, Tensor):
+        value = checks.at_hand(argument, value, device)
         checks.shaped(argument, value, (), "a number or a tensor of shape")
         # elsewhere reading it would wait for the device
         if value.device.type == "cpu" and not tracing():
@@ -681,6 +685,9 @@ def _nll_denominator(
             "None",
             "the cross-entropy is a mean over tokens, not over pairs",
         )
+    tokens: int | Tensor
     if layout.counts is None:
-        return _denominator("num_tokens", num_tokens, layout.sequences.lengths[:examples].sum())
-    return _denominator("num_tokens", num_tokens, sum(layout.counts[:examples]))
+        tokens = layout.sequences.lengths[:examples].sum()
+    else:
+        tokens = sum(layout.counts[:examples])
+    return _denominator("num_tokens", num_tokens, tokens, layout.labels.device)

@@ -279,12 +279,41 @@ def test_an_input_of_a_pair_is_never_broadcast(shape: tuple[int, ...]) -> None:
         preference_loss(losses.SPPO(), *data(), **given)
 
 
-@pytest.mark.fault(29)
-def test_a_weight_is_on_the_device_of_the_rest() -> None:
-    given = {"advantages": torch.ones(B), "importance_weights": torch.ones(B, device="meta")}
-    message = r"^devices: expected .*one device, got hidden on cpu, importance_weights on meta"
+@pytest.mark.fault(11, 29)
+@pytest.mark.parametrize(
+    "name", ["advantages", "importance_weights", "old_logprobs", "ref_logprobs", "win_rate_chosen"]
+)
+def test_a_number_is_on_the_device_of_the_rest(name: str) -> None:
+    given = {"ref_logprobs": per_token()}
+    if name == "win_rate_chosen":
+        given[name], call = torch.ones(2), functools.partial(preference_loss, losses.SPPO())
+    else:
+        given |= {"advantages": torch.ones(B), "old_logprobs": per_token()}
+        given["importance_weights"] = torch.ones(B)
+        call = functools.partial(policy_loss, losses.GRPO(kl_weight=0.1))
+    call(*data(), **given)
+    given[name] = given[name].to("meta")
+    message = rf"^devices: expected .*one device, got hidden on cpu, {name} on meta"
     with pytest.raises(ValueError, match=message):
-        policy_loss(losses.GRPO(), *data(), **given)
+        call(*data(), **given)
+
+
+@pytest.mark.fault(11)
+@pytest.mark.parametrize("name", ["num_items", "num_tokens", "cu_seqlens"])
+def test_what_may_be_on_the_cpu_is_nowhere_else(name: str) -> None:
+    """Counts and borders, which are copied to where they are needed."""
+    hidden, weight, labels = data()
+    given = {
+        "num_items": torch.tensor(3),
+        "num_tokens": torch.tensor(20),
+        "cu_seqlens": torch.arange(B + 1) * T,
+    }
+    call = functools.partial(preference_loss, losses.CPO(), hidden.flatten(0, 1), weight)
+    call(labels.flatten(), **given)
+    given[name] = given[name].to("meta")
+    message = rf"^{name}: expected a tensor on cpu as hidden is, or on the CPU, got one on meta"
+    with pytest.raises(ValueError, match=message):
+        call(labels.flatten(), **given)
 
 
 @pytest.mark.fault(30)

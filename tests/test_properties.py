@@ -14,6 +14,7 @@ import itertools
 import math
 import typing
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -1560,23 +1561,40 @@ def test_an_offset_of_32_bits_is_found(line: str) -> None:
     assert narrow_offsets(annotated) == ["x_stride: tl.int32"]
 
 
-@pytest.mark.holds(29)
-@every_route
-def test_rows_more_than_two_to_the_31_apart(route: str, backend: str, tmp_path) -> None:
-    """Of hidden states and of the head; in sparse files, which take no memory."""
-    case = plain_case(route, torch.bfloat16, 3, 3, 8)
-    case.labels = torch.tensor([2, 0, 1])
-    plain = run(case, plan_of(case, route, 2, 2))
+def far_apart(case: Case, folder: Path) -> None:
+    """Move rows of the hidden states and of the head; in sparse files, which take no memory."""
     stride = 2**30 + 64
     for name in ("hidden", "weight"):
         near = getattr(case, name)
         memory = torch.from_file(
-            str(tmp_path / name), shared=True, size=2 * stride + 8, dtype=torch.bfloat16
+            str(folder / name), shared=True, size=2 * stride + 8, dtype=torch.bfloat16
         )
         setattr(case, name, memory.as_strided((3, 8), (stride, 1)).copy_(near))
+
+
+@pytest.mark.holds(29)
+@every_route
+def test_rows_more_than_two_to_the_31_apart(route: str, backend: str, tmp_path: Path) -> None:
+    case = plain_case(route, torch.bfloat16, 3, 3, 8)
+    case.labels = torch.tensor([2, 0, 1])
+    plain = run(case, plan_of(case, route, 2, 2))
+    far_apart(case, tmp_path)
     far = run(case, plan_of(case, route, 2, 2))
     assert same_bits(far.logprob, plain.logprob)
     assert same_bits(far.gradients.values(), plain.gradients.values())
+
+
+@pytest.mark.holds(29)
+@pytest.mark.parametrize("backend", ["triton"])
+def test_the_kernel_reads_rows_more_than_two_to_the_31_apart(backend: str, tmp_path: Path) -> None:
+    """The one that multiplies, and so reads hidden states and head itself."""
+    case = plain_case("forward", torch.bfloat16, 3, 3, 8)
+    case.labels = torch.tensor([2, 0, 1])
+    options = {"dtype": torch.bfloat16, "needs": (), "backend": backend}
+    chosen = fusedpo.plan(3, 3, 8, **options, fused=True)
+    plain = run(case, chosen, backend=backend)
+    far_apart(case, tmp_path)
+    assert chosen.fused and same_bits(run(case, chosen, backend=backend).logprob, plain.logprob)
 
 
 @dataclasses.dataclass
@@ -1644,6 +1662,12 @@ def test_rows_are_on_the_axis_that_has_no_limit(backend: str, monkeypatch) -> No
     # the widest of rows
     wide = launch_all(monkeypatch, 2, 2**20).found
     assert all(other <= 1024 for _, (_, *others) in wide for other in others)
+
+
+@pytest.mark.fault(19)
+@pytest.mark.parametrize("backend", ["triton"])
+def test_without_rows_no_kernel_is_launched(backend: str, monkeypatch) -> None:
+    assert not launch_all(monkeypatch, 0, 8).found
 
 
 @pytest.mark.holds(30)
