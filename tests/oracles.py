@@ -251,7 +251,7 @@ def gradient_faults(
         bound = max(5e-6 * hot, 1.25 * naive_error)
     else:
         # no larger than the naive program's; nothing can be better than rounding the true gradient
-        bound = max(naive_error, 1.05 * cast_error)
+        bound = max(min(naive_error, 2.5 * cast_error), 1.05 * cast_error)
         if roundings == 2:
             bound = max(bound, torch.finfo(dtype).eps)
     found = []

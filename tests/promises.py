@@ -157,12 +157,13 @@ class Promise:
 PROMISES = (
     Promise(
         "It computes what the naive program computes: log-probabilities at fp32 accuracy even from "
-        "bf16, gradients no further from the truth",
+        "bf16, gradients within rounding of the true ones",
         (1, 2, 3, 22),
         "zero, flipped, 0.9 x and 1.02 x gradients, a lost block of rows, a lost tile",
     ),
     Promise(
-        "Logits are never there: no allocation of tokens x vocabulary, forward or backward",
+        "Logits are never there: nothing of tokens x vocabulary is allocated, forward or backward, "
+        "but where the budget has room to keep it",
         (20,),
         "the naive program; a buffer left out of the plan",
     ),

@@ -171,6 +171,8 @@ def test_a_reference_in_slices(two: Processes, loss) -> None:
         ("DTensor with empty slices", "ValueError", "no empty slice"),
         ("DTensor and plain bias", "TypeError", "bias: expected a DTensor like weight"),
         ("plain and DTensor bias", "TypeError", "bias: expected a plain tensor"),
+        ("hidden a DTensor", "TypeError", "got a DTensor; pass hidden.full_tensor()"),
+        ("labels a DTensor", "TypeError", "got a DTensor; pass labels.full_tensor()"),
         ("replicated slice", "ValueError", "to go with vocab_group"),
         ("in a graph", "", "torch.compiler.disable"),
     ],

@@ -623,6 +623,8 @@ def refused(name: str) -> list[tuple[str, str]]:
         "DTensor with empty slices": lambda: scored(of_mesh(Shard(0), weight[:1])),
         "DTensor and plain bias": lambda: scored(of_mesh(Shard(0)), bias=torch.zeros(37)),
         "plain and DTensor bias": lambda: scored(bias=of_mesh(Shard(0), torch.zeros(37))),
+        "hidden a DTensor": lambda: linear_logprobs(of_mesh(Replicate(), hidden), weight, labels),
+        "labels a DTensor": lambda: linear_logprobs(hidden, weight, of_mesh(Replicate(), labels)),
         "replicated slice": lambda: scored(of_mesh(Replicate())),
         "in a graph": lambda: compiled(hidden, weight[part], labels, **group),
         "parts in a graph": lambda: torch.compile(shared, backend="eager", fullgraph=True)(),
