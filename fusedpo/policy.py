@@ -62,6 +62,8 @@ class PolicyProblem:
             total, per_sequence = self._by_kernel(logprob)
         else:
             per_token = self.per_token(self.tokens(logprob))
+            if self.scored is not None:
+                per_token = torch.where(self.scored, per_token, 0)
             total = (self.weight * per_token).sum()
             means = self.sequences.sum(per_token.detach())
             per_sequence = means / self.sequences.lengths.clamp(min=1)

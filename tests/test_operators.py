@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from losses.shared import inputs_for, kinds_of_losses, name_of
 from oracles import relative
 
+import fusedpo
 from fusedpo import linear_logprobs, linear_token_stats, losses, policy_loss, preference_loss
 from fusedpo.logprobs import STATS
 from fusedpo.losses import DPO, SimPO
@@ -117,9 +120,9 @@ def test_a_training_step_is_one_graph(loss: losses.Loss, layout: str, backend: s
     if layout == "shifted":
         options["shift"] = True
 
-    def step(h: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(h: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
         out = preference_loss(loss, torch.tanh(h), w, labels, **options)
-        return out.loss * 2, out.metrics["rewards/margins"]
+        return out.loss * 2, out.metrics["rewards/margins"], out.per_example
 
     expected = step(hidden, weight)
     truth = torch.autograd.grad(expected[0], (hidden, weight))
@@ -152,9 +155,9 @@ def test_a_policy_step_is_one_graph(loss: losses.PolicyLoss, backend: str) -> No
     if loss.needs_reference:
         options["ref_logprobs"] = -4 + torch.randn(labels.shape, generator=g) / 3
 
-    def step(h: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(h: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
         out = policy_loss(loss, torch.tanh(h), w, labels, **options)
-        return out.loss * 2, out.metrics["ratio/mean"]
+        return out.loss * 2, out.metrics["ratio/mean"], out.per_example
 
     expected = step(hidden, weight)
     truth = torch.autograd.grad(expected[0], (hidden, weight))
@@ -360,3 +363,92 @@ def test_a_plan_is_refused_in_a_graph() -> None:
     )
     with pytest.raises(Exception, match="memory_budget"):
         f()
+
+
+# what is traced, run line by line: a fault of the formula is told from one of the compiler
+
+
+@pytest.fixture
+def as_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (fusedpo.head, fusedpo.layout, fusedpo.logprobs, fusedpo.objective):
+        monkeypatch.setattr(module, "tracing", lambda: True)
+
+
+@pytest.mark.holds(26)
+@pytest.mark.parametrize("loss", [*kinds_of_losses(), losses.SPPO()], ids=name_of)
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_traced_is_the_loss(
+    loss: losses.Loss, packed: bool, request: pytest.FixtureRequest
+) -> None:
+    sequences = 4 if len(loss.roles) in (1, 2, 4) else 6
+    hidden, weight, labels = data(sequences)
+    options: dict = {"num_items": torch.tensor(3.0)}
+    options |= inputs_for(loss, sequences // len(loss.roles))
+    if loss.nll_weight:
+        options["num_tokens"] = torch.tensor(40)
+    if loss.needs_reference:
+        options["ref_hidden"] = hidden.detach() * 0.9
+    if packed:
+        hidden, labels = hidden.reshape(-1, WIDTH).detach().requires_grad_(), labels.reshape(-1)
+        options["cu_seqlens"] = torch.arange(sequences + 1, dtype=torch.int32) * 9
+        options["temperature"] = torch.linspace(0.5, 2.0, labels.numel())
+        if loss.needs_reference:
+            options["ref_hidden"] = options["ref_hidden"].reshape(-1, WIDTH)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = preference_loss(loss, hidden, weight, labels, **options)
+        return out.loss, out.per_example, *torch.autograd.grad(out.loss, (hidden, weight))
+
+    expected = step()
+    request.getfixturevalue("as_traced")
+    agree(step(), expected)
+
+
+@pytest.mark.holds(26)
+@pytest.mark.parametrize(
+    "loss",
+    [losses.GRPO(), losses.DAPO(kl_weight=0.1, entropy_bonus=0.1), losses.VESPO()],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_what_is_traced_is_the_policy_loss(
+    loss: losses.PolicyLoss, request: pytest.FixtureRequest
+) -> None:
+    hidden, weight, labels = data()
+    g = torch.Generator().manual_seed(1)
+    options = {name: torch.randn(labels.shape, generator=g) / 3 - 4 for name in ("old_logprobs",)}
+    if loss.needs_reference:
+        options["ref_logprobs"] = torch.randn(labels.shape, generator=g) / 3 - 4
+    options |= {"advantages": torch.randn(4, generator=g), "log_entropy": True}
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = policy_loss(loss, hidden, weight, labels, **options)
+        gradients = torch.autograd.grad(out.loss, (hidden, weight))
+        return out.loss, out.per_example, out.metrics["entropy"], *gradients
+
+    expected = step()
+    request.getfixturevalue("as_traced")
+    agree(step(), expected)
+
+
+@pytest.mark.holds(13)
+@pytest.mark.fault(5, 20)
+def test_what_is_wrong_is_asserted_in_what_is_traced(as_traced: None) -> None:
+    """Where a graph would not wait to read it: wrong labels and borders, an empty sequence."""
+    hidden, weight, labels = data()
+    loss = functools.partial(preference_loss, SimPO(), hidden, weight)
+    loss(labels)
+    wrong = labels.clone()
+    wrong[1, 4] = VOCAB
+    with pytest.raises(RuntimeError, match=r"labels, .*: a wrong value"):
+        loss(wrong)
+    with pytest.raises(RuntimeError, match=r"labels, .*: a wrong value"):
+        linear_logprobs(hidden, weight, wrong)
+    empty = labels.clone()
+    empty[3] = -100
+    with pytest.raises(RuntimeError, match="at least one scored token in every sequence"):
+        loss(empty)
+    flat = functools.partial(preference_loss, SimPO(), hidden.flatten(0, 1), weight)
+    with pytest.raises(RuntimeError, match=r"cu_seqlens .*: a wrong value"):
+        flat(labels.flatten(), cu_seqlens=torch.tensor([0, 9, 30, 18, 36]))
+    with pytest.raises(TypeError, match=r"^memory_budget: .* inside torch\.compile, got a Plan"):
+        linear_logprobs(hidden, weight, labels, memory_budget=fusedpo.plan(27, VOCAB, WIDTH))
