@@ -542,8 +542,13 @@ def plan(
             raise bad_type(name, "an int", type(size).__name__)
         if size < least:
             raise bad_value(name, f"at least {least}", str(size))
-    if dtype not in FLOATS:
-        raise bad_type("dtype", "a floating-point dtype that the engine takes", str(dtype))
+    for name, value in (
+        ("dtype", dtype),
+        ("weight_dtype", weight_dtype or dtype),
+        ("operand_dtype", operand_dtype or dtype),
+    ):
+        if value not in FLOATS:
+            raise bad_type(name, "a floating-point dtype that the engine takes", str(value))
     wanted: frozenset[Needs] = frozenset([needs] if isinstance(needs, str) else needs)  # type: ignore[list-item]
     for need in wanted:
         if need not in get_args(Needs):

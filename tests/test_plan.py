@@ -154,3 +154,10 @@ def test_a_plan_can_be_given_as_the_budget() -> None:
 def test_the_default_budget_is_as_stated() -> None:
     assert DEFAULT_BUDGET == 256 * MIB == plan(8, 10, 4).budget
     assert format_bytes(DEFAULT_BUDGET) == "256 MiB"
+
+
+@pytest.mark.parametrize("argument", ["dtype", "weight_dtype", "operand_dtype"])
+@pytest.mark.parametrize("value", [torch.int8, "x"])
+def test_every_dtype_is_one_that_the_engine_takes(argument: str, value: object) -> None:
+    with pytest.raises(TypeError, match=rf"^{argument}: expected a floating-point dtype .* got "):
+        plan(8, 10, 4, **{argument: value})
