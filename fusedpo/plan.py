@@ -45,9 +45,11 @@ _UNITS = {
     "KB": 10**3,
     "MB": 10**6,
     "GB": 10**9,
+    "TB": 10**12,
     "KIB": 2**10,
     "MIB": 2**20,
     "GIB": 2**30,
+    "TIB": 2**40,
 }
 
 
@@ -142,7 +144,10 @@ class BudgetTooSmall(ValueError):
 
 
 def parse_budget(budget: int | float | str | None) -> int:
-    """Bytes from a number, a text such as ``"512MiB"`` or ``"1.5 GB"``, or None: the default."""
+    """Bytes from a number, a text such as ``"512MiB"`` or ``"1.5 GB"``, or None: the default.
+
+    Units are B, KB to TB (powers of 1000) and KiB to TiB (of 1024), in any case.
+    """
     if budget is None:
         return DEFAULT_BUDGET
     remedy = 'give bytes as a number, or a text such as "512MiB" or "2GB"'

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusedpo import Plan, linear_logprobs, plan
-from fusedpo.plan import DEFAULT_BUDGET, format_bytes
+from fusedpo.plan import DEFAULT_BUDGET, format_bytes, parse_budget
 
 MIB = 2**20
 
@@ -161,3 +161,10 @@ def test_the_default_budget_is_as_stated() -> None:
 def test_every_dtype_is_one_that_the_engine_takes(argument: str, value: object) -> None:
     with pytest.raises(TypeError, match=rf"^{argument}: expected a floating-point dtype .* got "):
         plan(8, 10, 4, **{argument: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1TiB", 2**40), ("2 tb", 2 * 10**12), ("1.5GiB", 3 * 2**29), ("7", 7)]
+)
+def test_units_of_a_budget(text: str, size: int) -> None:
+    assert parse_budget(text) == size
