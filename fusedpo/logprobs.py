@@ -300,7 +300,7 @@ def plan_for(
         dtype=hidden.dtype,
         weight_dtype=head.weight.dtype,
         operand_dtype=operand_dtype(hidden),
-        budget=memory_budget,
+        budget=parse_budget(memory_budget),
         needs=needs_of(hidden, head),
         scope=scope,
         groups=groups,

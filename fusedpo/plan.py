@@ -143,10 +143,16 @@ class BudgetTooSmall(ValueError):
         return type(self), (str(self), self.least)
 
 
-def parse_budget(budget: int | float | str | None) -> int:
+def parse_budget(budget: int | float | str | None, argument: str = "memory_budget") -> int:
     """Bytes from a number, a text such as ``"512MiB"`` or ``"1.5 GB"``, or None: the default.
 
     Units are B, KB to TB (powers of 1000) and KiB to TiB (of 1024), in any case.
+
+    Args:
+        argument: what an error calls it.
+
+    Raises:
+        TypeError, ValueError: unless it is a positive, finite number of bytes.
     """
     if budget is None:
         return DEFAULT_BUDGET
@@ -155,18 +161,17 @@ def parse_budget(budget: int | float | str | None) -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", budget)
         if match is None or match[2].upper() not in _UNITS:
             raise bad_value(
-                "memory_budget", "a number of bytes or a text with a unit", repr(budget), remedy
+                argument, "a number of bytes or a text with a unit", repr(budget), remedy
             )
         size = float(match[1]) * _UNITS[match[2].upper()]
     elif isinstance(budget, Real) and not isinstance(budget, bool):
         size = float(budget)
     else:
-        raise TypeError(
-            f"memory_budget: expected a number, a text or a Plan, got {type(budget).__name__}; "
-            + remedy
-        )
+        # plan() itself takes no Plan
+        expected = "a number or a text" if argument == "budget" else "a number, a text or a Plan"
+        raise bad_type(argument, expected, type(budget).__name__, remedy)
     if not 1 <= size < float("inf"):
-        raise bad_value("memory_budget", "a positive, finite number of bytes", repr(budget), remedy)
+        raise bad_value(argument, "a positive, finite number of bytes", repr(budget), remedy)
     return int(size)
 
 
@@ -495,13 +500,15 @@ def plan(
         dtype: dtype of hidden states and weight.
         weight_dtype: dtype of the weight, if it is another, as under autocast.
         operand_dtype: autocast's dtype, under autocast.
-        budget: bytes, or a text such as ``"512MiB"``; 256 MiB if not given. It covers everything
-            the engine holds beyond its outputs: the gradients and the per-token statistics.
+        budget: bytes, or a text such as ``"512MiB"`` or ``"2GB"`` (B, KB to TB, KiB to TiB); 256
+            MiB if not given. It covers everything the engine holds beyond its outputs: the
+            gradients and the per-token statistics.
         needs: which gradients are wanted, of ``"hidden"``, ``"weight"``, ``"bias"``; empty for
             evaluation.
         scope: within what a token's gradient is known up to one factor: ``"token"``,
-            ``"sequence"``, ``"pair"``, ``"batch"``, or None if nothing is known. Decides whether
-            ``one_pass`` can be taken.
+            ``"sequence"``, ``"pair"``, ``"batch"``, or None if nothing is known. With one of the
+            first three ``one_pass`` can be taken, unless the weight needs no gradient, a gradient
+            through the entropy is wanted, or products are fp16 on a GPU.
         groups: how many such sequences or pairs there are; or the scored tokens of each, in order,
             by which it is known whether one reaches over the rows that ``one_pass`` takes at once.
         factors: how many factors a group has: one for a loss of a margin, and one for each response
@@ -525,7 +532,12 @@ def plan(
 
     Raises:
         BudgetTooSmall: a ValueError, if no route fits, with the least that would.
-        ValueError: if ``route`` cannot serve the needs.
+        TypeError: if a size is no int, a dtype is none of float64, float32, bfloat16 and float16,
+            or ``budget`` is neither a number nor a text.
+        ValueError: if a size is too small, the numbers of ``groups`` do not sum to ``tokens``, a
+            name or ``budget`` is none of those above, ``route`` cannot serve the needs, or
+            ``fused`` is True where no kernel can be (a gradient is wanted, the backend is
+            ``"torch"``, dtypes are float64 or differ in size).
     """
     borders = None
     if not isinstance(groups, int):
@@ -562,7 +574,7 @@ def plan(
         raise bad_choice("scope", scope, get_args(Scope))
     if backend not in get_args(Backend):
         raise bad_choice("backend", backend, get_args(Backend))
-    allowed = parse_budget(budget)
+    allowed = parse_budget(budget, "budget")
     on_cpu = torch.device(device).type == "cpu"
     accumulated = torch.float64 if dtype == torch.float64 else torch.float32
     p = _Problem(
@@ -628,7 +640,8 @@ def plan(
             )
             candidates.append(((products, not wide, rank, chosen.bytes), chosen))
     if not candidates:
-        raise bad_value("fused", 'False, or backend="triton" and no gradient wanted', str(fused))
+        expected = 'False, or backend="triton", no gradient wanted, and dtypes alike, not float64'
+        raise bad_value("fused", expected, str(fused))
     fitting = [c for c in candidates if c[1].bytes <= allowed]
     if not fitting:
         fewest = min(c.bytes for _, c in candidates)

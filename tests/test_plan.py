@@ -168,3 +168,28 @@ def test_every_dtype_is_one_that_the_engine_takes(argument: str, value: object) 
 )
 def test_units_of_a_budget(text: str, size: int) -> None:
     assert parse_budget(text) == size
+
+
+def test_a_wrong_budget_is_called_by_its_name() -> None:
+    with pytest.raises(TypeError, match=r"^budget: expected a number or a text, got Plan; give"):
+        plan(8, 10, 4, budget=plan(8, 10, 4))
+    with pytest.raises(ValueError, match=r"^budget: expected a number of bytes .* got '1 XiB'"):
+        plan(8, 10, 4, budget="1 XiB")
+    hidden, labels = torch.randn(8, 4), torch.randint(10, (8,))
+    with pytest.raises(TypeError, match=r"^memory_budget: expected a number, a text or a Plan, "):
+        linear_logprobs(hidden, torch.randn(10, 4), labels, memory_budget=[1])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"needs": ("hidden", "bias")},
+        {"entropy": True},
+        {"scope": "batch"},
+        {"dtype": torch.float16, "device": "cuda"},
+    ],
+)
+def test_what_rules_one_pass_out(other: dict[str, object]) -> None:
+    assert plan(64, 50, 8, scope="pair", route="one_pass").route == "one_pass"
+    with pytest.raises(ValueError, match=r"^route .*, got 'one_pass'"):
+        plan(64, 50, 8, **{"scope": "pair", "route": "one_pass", **other})
