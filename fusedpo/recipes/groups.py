@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fusedpo.checks import bad_choice, bad_value
+from fusedpo.checks import bad_choice, bad_type, bad_value
 from fusedpo.recipes.short_to_long import pad_sequences
 
 # a group whose rewards are all alike has no advantage, rather than rounding over nothing
@@ -25,13 +25,20 @@ def group_advantages(
     """[B] fp32: each reward minus its group's mean, over the group's standard deviation.
 
     Args:
-        rewards: [B], a group's responses following each other.
-        group_size: G.
+        rewards: [B] of any real dtype, a group's responses following each other.
+        group_size: G, at least 2.
         scale: ``group``: (R - mean) / (std + 1e-6) with the sample standard deviation, as in GRPO
             (arXiv 2402.03300); ``none``: R - mean, as in Dr.GRPO (arXiv 2503.20783).
+
+    Raises:
+        TypeError: if ``rewards`` is no tensor.
+        ValueError: for another ``scale``, or rewards that are not whole groups.
     """
     if scale not in ("group", "none"):
         raise bad_choice("scale", scale, ("group", "none"))
+    if not isinstance(rewards, Tensor):
+        got = type(rewards).__name__
+        raise bad_type("rewards", "a tensor [B]", got, "pass torch.tensor(rewards)")
     if group_size < 2 or rewards.dim() != 1 or rewards.numel() % group_size:
         raise bad_value(
             "rewards",
@@ -69,6 +76,10 @@ def sampled_batch(
     Args:
         prompts, responses: B sequences of token ids; a group's follow each other.
         rewards: B numbers.
+
+    Raises:
+        ValueError: if prompts, responses and rewards differ in number, there are none, or they are
+            not whole groups of ``group_size``.
     """
     if not len(prompts) == len(responses) == len(rewards):
         got = f"{len(prompts)}, {len(responses)} and {len(rewards)}"

@@ -35,6 +35,8 @@ def test_bad_groups_are_refused() -> None:
         group_advantages(torch.zeros(5), 2)
     with pytest.raises(ValueError, match="rewards: expected"):
         group_advantages(torch.zeros(4), 1)
+    with pytest.raises(TypeError, match=r"^rewards: expected a tensor \[B\], got list; pass torch"):
+        group_advantages([1.0, 0.0], 2)
     with pytest.raises(ValueError, match="scale: expected one of 'group', 'none', got 'batch'"):
         group_advantages(torch.zeros(4), 2, scale="batch")
     with pytest.raises(ValueError, match="rewards: expected as many as"):
