@@ -362,6 +362,13 @@ def generate_segments(
         eos_token_id: ends a continuation early and is then its last token; None is never.
         settings: top_k, top_p and temperature.
         seed: the same one gives the same tokens on the same machine.
+
+    Returns:
+        For each prompt the ids of its continuation, at most the length asked for.
+
+    Raises:
+        ValueError: if there are no prompts, one is empty, or ``lengths`` are not one for each.
+        TypeError: if a length is no int.
     """
     from transformers import GenerationConfig
 
@@ -721,6 +728,10 @@ def mask_shared_prefix(
     Returns:
         labels [2 P, T]. Where a sequence would have nothing left to score, as with two equal ones,
         the last shared token stays in both.
+
+    Raises:
+        ValueError: if ``input_ids`` is not [2 P, T] of at least one pair, or the others have other
+            shapes.
     """
     if input_ids.dim() != 2 or len(input_ids) % 2 or not input_ids.numel():
         raise bad_value("input_ids", "[2 P, T], chosen rows first", str(list(input_ids.shape)))
@@ -772,6 +783,12 @@ def pack_rows(rows: Sequence[PairRow] | deque[PairRow], prefix: str) -> Stored:
 def unpack_rows(
     tensors: Mapping[str, Tensor], meta: Mapping[str, Any], prefix: str
 ) -> list[PairRow]:
+    """Rows from what :func:`pack_rows` made of them.
+
+    Raises:
+        KeyError: if something of this prefix is missing.
+        ValueError: if tokens and lengths are of other dtypes or shapes, or do not fit together.
+    """
     tokens, lengths = tensors[f"{prefix}tokens"], tensors[f"{prefix}lengths"]
     inputs_of_rows = meta[f"{prefix}inputs"]
     if (tokens.dtype, lengths.dtype) != (torch.int32, torch.int64) or tokens.dim() != 1:
@@ -813,6 +830,12 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any
 
 
 def read_file(path: Path) -> Stored:
+    """What :func:`write_file` wrote: tensors by name, and the rest.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, of another format, or fusedpo did not write it.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():

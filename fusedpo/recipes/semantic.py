@@ -153,6 +153,10 @@ def best_and_worst(scores: Any) -> tuple[Any, Any]:
 
     Returns:
         Two of [...] int64, numpy or torch as ``scores``.
+
+    Raises:
+        ValueError: if K is below 2, or a score is not finite.
+        TypeError: if the scores are no real numbers.
     """
     scores = _scores(scores)
     size = scores.shape[-1]
@@ -592,6 +596,10 @@ def lexical_encoder(
             space are ignored.
         unit: of what.
         dimensions: of the vectors, into which the features are hashed.
+
+    Raises:
+        TypeError: if ``n`` or ``dimensions`` is no int.
+        ValueError: if one of them is below 1, or ``unit`` is another.
     """
     for argument, value in (("n", n), ("dimensions", dimensions)):
         if isinstance(value, bool) or not isinstance(value, int):

@@ -105,6 +105,9 @@ def token_counter(count: Any) -> Callable[[str], int]:
 
     Args:
         count: a tokenizer of transformers, or already such a function.
+
+    Raises:
+        TypeError: if it is neither.
     """
     if callable(getattr(count, "encode", None)):
         return lambda text: len(count.encode(text, add_special_tokens=False))
@@ -529,6 +532,9 @@ def pad_sequences(
     Returns:
         input_ids, attention_mask and labels [N, T] int64. Labels are those of Hugging Face:
         labels[t] is token t, -100 on prompt and padding.
+
+    Raises:
+        ValueError: if there are no prompts, or not as many responses.
     """
     if not prompts:
         raise bad_value("rows", "at least one", "none")
