@@ -28,6 +28,10 @@ class Head:
         logit_scale: factor of the logits, after softcap.
         vocab_group: the ranks whose slices make up the vocabulary, or None.
         shard: those slices, once ``local`` has looked.
+
+    Raises:
+        TypeError, ValueError: for an attribute that cannot be, naming it; not when it is made, but
+            from ``local``, ``check`` and the functions that take its ``options``.
     """
 
     weight: Tensor

@@ -163,8 +163,9 @@ def get(name: str, **hyperparameters: Any) -> Loss:
     ``SoftSequence``. "sppo_hard" is ``2.0 * SPPO()``, as TRL has no factor 1/2.
 
     Raises:
-        ValueError: for an unknown name, with near matches.
-        TypeError: for a hyperparameter the loss does not have, with those it has.
+        ValueError: for an unknown name, with near matches; for a hyperparameter out of range.
+        TypeError: for a hyperparameter the loss does not have, with those it has; for one of
+            another type.
     """
     cls, fixed, factor = find(name)
     names = [f.name for f in fields(cls)]
@@ -176,7 +177,11 @@ def get(name: str, **hyperparameters: Any) -> Loss:
 
 
 def find(name: str) -> tuple[type[Loss], dict[str, Any], float]:
-    """The class that ``get`` takes for a name, the hyperparameters it stands for, and a factor."""
+    """The class that ``get`` takes for a name, the hyperparameters it stands for, and a factor.
+
+    Raises:
+        ValueError: for an unknown name, with near matches.
+    """
     known = available()
     plain = name.lower().replace("-", "").replace("_", "") if isinstance(name, str) else ""
     target, fixed, factor = _ALIASES.get(plain, (plain, {}, 1.0))
