@@ -174,9 +174,11 @@ def linear_token_stats(
 
     Args:
         stats: which, of ``"logprob"``, ``"entropy"`` (both differentiable), ``"logsumexp"``,
-            ``"mean_logit"``, ``"log_sum_sq_probs"`` and ``"top1"``. A gradient through the entropy
-            costs one more product than one through the log-probability alone, and only if it is
-            asked for.
+            ``"mean_logit"``, ``"log_sum_sq_probs"`` and ``"top1"``. Beside a trained head the
+            log-probability takes 3 or 4 products. With ``"entropy"`` it takes 4, as ``recompute``
+            is then the only route; a backward through the entropy takes 5, or 6 where the hidden
+            gradient does not fit in full precision. Beside a frozen head it is 2 without and 4 with
+            a backward through the entropy. Under ``torch.no_grad`` it is 1.
         hidden, weight, labels, ...: as in linear_logprobs.
 
     Returns:
@@ -360,7 +362,8 @@ def score_with_states(
 
     Args:
         differentiable: which of logprob and entropy pass a gradient on. An entropy that is only
-            looked at is nearly free; one with a gradient costs a product more.
+            looked at is nearly free; one with a gradient takes the route ``recompute`` and a
+            product or two more.
         states: [K] which of the rows. Their gradient is added to that of the log-probabilities in
             place.
 

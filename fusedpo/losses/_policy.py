@@ -22,8 +22,9 @@ class PolicyLoss(Loss):
 
     Every policy loss can be regularised: ``kl_weight`` times an estimate of the KL divergence from
     a reference is added to each token's loss, and ``entropy_bonus`` times the mean entropy of all
-    tokens is subtracted. A gradient through the entropy costs a product more and rules ``one_pass``
-    out; so does a KL term on a loss of whole sequences.
+    tokens is subtracted. A gradient through the entropy leaves no route but ``recompute``, with 5
+    or 6 products (4 beside a frozen head). A KL term on a loss of whole sequences rules out
+    ``one_pass``.
     """
 
     kl_weight: float = hyperparameter(
