@@ -131,8 +131,9 @@ class ClippedLoss(PolicyLoss):
 
         l = -min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A)
 
-    ratio_cap (INTELLECT-2, arXiv 2505.07291; TRL's ``delta``) limits r in the first term, for
-    negative advantages; dual_clip (arXiv 1912.09729) limits l to -c A there. Both are off.
+    ratio_cap (INTELLECT-2, arXiv 2505.07291; TRL's ``delta``) limits r in the first term. That is
+    for negative advantages; a cap below 1 + epsilon_high limits positive ones too. dual_clip
+    (arXiv 1912.09729) limits l to -c A for negative ones. Both are off.
     """
 
     epsilon_low: float = hyperparameter(0.2, "how far below 1 a ratio counts", non_negative)
