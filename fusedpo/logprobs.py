@@ -120,8 +120,9 @@ def linear_logprobs(
         bias: [V] or None.
         softcap: bound of the logits, z = softcap tanh(z / softcap), or None.
         logit_scale: factor of the logits, after softcap.
-        temperature: a number, or a tensor shaped like labels; divides the logits. Not
-            differentiated.
+        temperature: a number, or a floating-point tensor shaped like labels, aligned with hidden
+            also where labels are shifted in the call (``shift=True``); divides the logits; above 0
+            where scored. Not differentiated, and refused if it requires a gradient.
         ignore_index: label of the positions to leave out.
         memory_budget: bytes, a text such as ``"512MiB"``, or a Plan: what may be held beyond the
             outputs.

@@ -37,11 +37,15 @@ class LossOutput:
     Attributes:
         loss: scalar, fp32 (fp64 for fp64 inputs). The one differentiable output.
         per_example: [P], the loss of each example, without an added cross-entropy, detached. Of a
-            policy loss [B], the mean of its tokens' losses for each response.
+            policy loss [B], the mean of its tokens' losses for each response, KL term and
+            importance weights included: not times the length (LUSPO), nor over a constant (DrGRPO),
+            and without the entropy bonus.
         metrics: detached scalars by the names that TRL logs.
         logprobs: log-probability of each scored token, shaped like labels, 0 elsewhere, detached.
             Aligned with hidden also under ``shift=True``: position t holds the token that hidden[t]
             predicts.
+
+    All are of the loss's dtype and on the device of hidden.
     """
 
     loss: Tensor
@@ -89,20 +93,24 @@ def preference_loss(
         weight: [V, H], the head's weight.
         labels: like hidden without H; ``ignore_index`` on prompt and padding.
         ref_logprobs: log-probabilities under the reference, per token (shaped like labels, aligned
-            with hidden) or, if of another shape, per sequence [B]. Detached here.
+            with hidden) or, if of another shape, per sequence [B]; float64, float32, bfloat16 or
+            float16, where fp64 keeps the digits of sums. Detached here.
         ref_hidden: instead, the reference's hidden states, shaped like hidden up to H; scored in
             this call, tile for tile as the policy's, so that equal models give a log-ratio of
             exactly 0.
         ref_weight, ref_bias: the reference's head; the policy's own, bias included, if neither is
-            given. A ref_weight alone is a head without bias.
+            given. A ref_weight alone is a head without bias. Its H is that of ref_hidden and may
+            differ from the policy's; its vocabulary is at least as large. softcap, logit_scale and
+            temperature of the call apply to it too: give a reference with others as ref_logprobs.
         cu_seqlens: [B + 1] int, start of each packed sequence and the total, as FlashAttention
             takes it.
         shift: labels are as Hugging Face gives them, labels[t] being token t: they are shifted
             here.
         num_items: denominator of the mean over pairs, for accumulation over micro-batches: the
-            pairs of the whole optimizer step. P if not given.
-        num_tokens: likewise for a loss with an added cross-entropy: chosen tokens of the whole
-            step.
+            pairs of the whole optimizer step. P if not given. A number or a tensor of shape [],
+            above 0.
+        num_tokens: likewise the chosen tokens of the whole step, for a loss with an added
+            cross-entropy; has to be given with num_items then.
         bias, softcap, logit_scale, temperature, ignore_index, memory_budget, backend: as in
             linear_logprobs.
         num_scored: the scored tokens of each sequence, B numbers, if the caller knows them. On a
@@ -122,13 +130,15 @@ def preference_loss(
             by their number. Costs an all-gather of B counts, which is read, and some all-reduces
             of B numbers; rules the route one_pass out. Not inside torch.compile.
         inputs: further tensors or numbers, as the loss declares them (``loss.inputs``), [P] each
-            but for KTO's ``kl``. Detached here.
+            but for KTO's ``kl``; tensors of any real dtype. Detached here.
 
     Returns:
         A LossOutput. Only its ``loss`` is differentiable.
 
     Raises:
-        TypeError, ValueError: for a wrong argument, before any large allocation, naming it.
+        TypeError, ValueError: for a wrong argument, before any large allocation, naming it. Ranges
+            of inputs (``desirable``, win rates, similarity, ...) and of tensors as denominators are
+            looked at on the CPU only: elsewhere, and in torch.compile, reading them would wait.
     """
     if not isinstance(loss, PreferenceLoss):
         raise checks.bad_type("loss", "a preference loss, such as fusedpo.losses.DPO()", repr(loss))
@@ -323,20 +333,22 @@ def policy_loss(
     Args:
         loss: one of ``fusedpo.losses``, such as ``GRPO()`` or ``SoftSequence()``.
         hidden, weight, labels: as in preference_loss.
-        advantages: [B], or, if of another shape, per token (shaped like labels) for a loss of
-            tokens. Detached here.
+        advantages: [B], or, if of another shape, per token (shaped like labels, aligned with
+            hidden also under ``shift=True``) for a loss of tokens; floating point. Detached here.
         old_logprobs: log-probabilities under the policy that sampled, shaped like labels, aligned
-            with hidden; None where that is this very policy: every ratio is then exactly 1, with
-            its gradient.
+            with hidden, floating point; None where that is this very policy: every ratio is then
+            exactly 1, with its gradient.
         ref_logprobs, ref_hidden, ref_weight, ref_bias: the reference of a loss with a
             ``kl_weight``, as in preference_loss, but per token.
         importance_weights: [B] or per token likewise, factors of the loss (not of its KL term) for
             the mismatch between the engine that sampled and the policy; a loss that has them in
-            its formula (VESPO) takes them there.
-        log_entropy: whether ``metrics`` are to have the mean entropy.
-        num_items: responses of the whole optimizer step, for a loss that is a mean over responses.
-        num_tokens: scored tokens of the whole optimizer step, for a loss that is a mean over tokens
-            or has an entropy bonus.
+            its formula (VESPO) takes them there. Not below 0.
+        log_entropy: whether ``metrics`` are to have the mean entropy, which takes no product more.
+        num_items: responses of the whole optimizer step, for a loss that is a mean over responses;
+            B if not given. A number or a tensor of shape [], above 0.
+        num_tokens: likewise the scored tokens of the whole optimizer step, in its place for a loss
+            that is a mean over tokens (DAPO, CISPO, VESPO, REINFORCE), beside it for one with an
+            entropy bonus.
         cu_seqlens, shift, ..., sequence_group: as in preference_loss. A loss of whole responses
             adds an all-reduce of B numbers in the backward.
 
@@ -344,7 +356,9 @@ def policy_loss(
         A LossOutput. Only its ``loss`` is differentiable.
 
     Raises:
-        TypeError, ValueError: for a wrong argument, before any large allocation, naming it.
+        TypeError, ValueError: for a wrong argument, before any large allocation, naming it. Whether
+            advantages are finite, importance weights not below 0 and tensors as denominators above
+            0 is looked at on the CPU only: elsewhere, and in torch.compile, reading would wait.
     """
     if not isinstance(loss, PolicyLoss):
         raise checks.bad_type("loss", "a policy loss, such as fusedpo.losses.GRPO()", repr(loss))
@@ -476,7 +490,12 @@ class FusedLoss(torch.nn.Module):
 
     Args:
         loss: one of ``fusedpo.losses``.
-        options: keyword arguments of the function, passed on at every call; a call's own win.
+        options: keyword arguments of the function, passed on at every call; a call's own win. They
+            may be the loss's own inputs, as in ``FusedLoss(KTO(), kl=0.0)``.
+
+    Raises:
+        TypeError: for a ``loss`` that is none, or an option that the function does not have. Values
+            of options are checked at a call.
     """
 
     def __init__(self, loss: Loss, **options: Any) -> None:
