@@ -419,6 +419,13 @@ def policy_loss(
                 str(given),
                 f"pass {'num_tokens' if per_tokens else 'num_items'}",
             )
+    if loss.entropy_bonus and num_items is not None and num_tokens is None:
+        raise checks.bad_value(
+            "num_tokens",
+            "the scored tokens of the whole step, to go with num_items",
+            "None",
+            "the entropy bonus is a mean over tokens, not over responses",
+        )
     reference = check_reference(
         loss,
         hidden,

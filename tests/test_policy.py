@@ -275,6 +275,18 @@ def test_responses_of_zero_advantage_have_no_gradient() -> None:
             assert (gradient == 0).all(), loss
 
 
+@pytest.mark.holds(31)
+@pytest.mark.fault(55)
+def test_an_entropy_bonus_has_a_denominator_of_its_own() -> None:
+    data, loss = sampled(7, 2), GRPO(entropy_bonus=0.1)
+    given = {**arguments(loss, data), "num_items": 8}
+    call = (loss, data["hidden"], data["weight"], data["labels"])
+    message = r"^num_tokens: expected the scored tokens of the whole step, .*, got None; the entro"
+    with pytest.raises(ValueError, match=message):
+        policy_loss(*call, **given)
+    policy_loss(*call, **given, num_tokens=90)
+
+
 @pytest.mark.holds(11)
 @pytest.mark.fault(19)
 def test_nothing_sampled_is_no_loss() -> None:
