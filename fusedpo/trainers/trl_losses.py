@@ -10,14 +10,15 @@ loss's further inputs as columns (``win_rate_chosen``, ``similarity``, ...). For
 have the long context in ``long_prompt``. With ``self_augmented=True`` an average of the model
 writes the rejected responses, and rows need prompt and chosen only. ``FusedGRPOConfig`` takes any
 policy loss (``sspo``, ``gspo``, ...) in the place of ``loss_type``. Without ``fused_loss`` both are
-TRL's own.
+TRL's own. With it, they need TRL 1.15, and refuse the options of TRL's own formulas, which would
+have no effect.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +40,39 @@ try:
 except ImportError as error:
     raise ImportError("fusedpo.trainers.trl needs TRL: pip install 'fusedpo[trl]'") from error
 
+# options of the formulas that fused_loss stands in the place of
+_OF_DPO = (
+    "loss_type",
+    "loss_weights",
+    "beta",
+    "label_smoothing",
+    "discopop_tau",
+    "ld_alpha",
+    "use_weighting",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+)
+_OF_GRPO = (
+    "loss_type",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "importance_sampling_level",
+    "sapo_temperature_neg",
+    "sapo_temperature_pos",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+    "top_entropy_quantile",
+    "off_policy_mask_threshold",
+    "entropy_coef",
+    "use_adaptive_entropy",
+    "entropy_coef_min",
+    "entropy_coef_max",
+    "entropy_coef_delta",
+    "entropy_target",
+)
 # what of a batch is the loss's, not the model's
 _NOT_OF_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 _LONG, _NUMBER = "long_prompt", "row_number"
@@ -72,16 +106,31 @@ class _ByName:
     )
 
     def the_loss(self) -> Any:
-        """The loss that was named, or None."""
-        if self.fused_loss is None:
+        """The loss that was named, or None.
+
+        Raises:
+            ValueError, TypeError: for an unknown name or wrong hyperparameters, and for any name
+                with TRL before 1.15.
+        """
+        name, given = self._named()
+        if name is None:
             if self.fused_loss_args is not None:
                 raise bad_value("fused_loss", "the name of a loss", "None, with fused_loss_args")
             return None
         if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
-            raise bad_value(
-                "fused_loss", "None with TRL before 1.15", self.fused_loss, "update TRL"
-            )
-        return losses.get(self.fused_loss, **_dictionary("fused_loss_args", self.fused_loss_args))
+            raise bad_value("fused_loss", "None with TRL before 1.15", name, "update TRL")
+        return losses.get(name, **given)
+
+    def _named(self) -> tuple[str | None, dict[str, Any]]:
+        """The name of the loss, and its hyperparameters."""
+        return self.fused_loss, _dictionary("fused_loss_args", self.fused_loss_args)
+
+    def _refuse(self, names: Iterable[str], remedy: str) -> None:
+        """Raise if one of these options of TRL's was set, whichever of them this TRL has."""
+        for f in fields(self):
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            if f.name in names and (got := getattr(self, f.name)) != default:
+                raise bad_value(f.name, f"{default!r} with this fused_loss", repr(got), remedy)
 
 
 def _dictionary(name: str, given: dict[str, Any] | str | None) -> dict[str, Any]:
@@ -97,14 +146,17 @@ def _dictionary(name: str, given: dict[str, Any] | str | None) -> dict[str, Any]
 
 @dataclass
 class FusedDPOConfig(_ByName, DPOConfig):
-    """TRL's ``DPOConfig``, and the name of a loss of pairs.
+    """TRL's ``DPOConfig``, and the name of a loss of pairs, for TRL 1.15 and later.
+
+    With ``fused_loss``, options of TRL's own formulas (``loss_type``, ``beta``,
+    ``label_smoothing``, ...) are refused.
 
     Attributes:
-        fused_loss: see ``fusedpo losses``; takes the place of ``loss_type``, and its
-            hyperparameters that of ``beta`` and the like.
+        fused_loss: see ``fusedpo losses``; takes the place of ``loss_type``.
         fused_loss_args: hyperparameters, as a dictionary or as JSON.
         self_augmented: whether an average of the model writes the rejected responses; with the
-            loss that ``fused_loss`` names, DPO if none.
+            loss that ``fused_loss`` names, or with DPO, at TRL's ``beta`` if ``fused_loss_args``
+            has none.
         self_augmented_args: of ``fusedpo.recipes.self_augmented.Settings``.
     """
 
@@ -119,40 +171,49 @@ class FusedDPOConfig(_ByName, DPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
-        if self.self_augmented and self.fused_loss is None:
-            self.fused_loss, self.fused_loss_args = "dpo", {"beta": self.beta}
+        if self.self_augmented_args is not None and not self.self_augmented:
+            got = repr(self.self_augmented_args)
+            raise bad_value("self_augmented_args", "None without self_augmented", got)
         loss = self.the_loss()
-        if loss is not None and not isinstance(loss, PreferenceLoss):
-            raise bad_value("fused_loss", "a loss of pairs", repr(loss), "use FusedGRPOConfig")
         if loss is None:
             return
-        _refuse(
-            self,
-            ld_alpha=None,
-            use_weighting=False,
-            f_divergence_type="reverse_kl",
-            label_smoothing=0.0,
-            loss_weights=None,
-        )
+        if not isinstance(loss, PreferenceLoss):
+            raise bad_value("fused_loss", "a loss of pairs", repr(loss), "use FusedGRPOConfig")
+        if loss.roles[:2] != ("chosen", "rejected"):
+            remedy = "for KTO use TRL's KTOConfig, with FusedKTOTrainer"
+            raise bad_value("fused_loss", "a loss of pairs", repr(loss), remedy)
+        used = ("beta",) if self._takes_beta() else ()
+        self._refuse(set(_OF_DPO).difference(used), "use fused_loss_args")
         if self.self_augmented and loss.inputs:
             raise bad_value("fused_loss", "one without inputs of its own", repr(loss))
         by_pair = loss.needs_reference and not loss.weights_tokens and len(loss.roles) == 2
         if self.self_augmented or not by_pair:
-            _refuse(self, precompute_ref_log_probs=False)
+            self._refuse(("precompute_ref_log_probs",), "leave it out")
         if not loss.needs_reference:
-            _refuse(self, sync_ref_model=False)
+            self._refuse(("sync_ref_model",), "leave it out: the loss has no reference")
+
+    def _named(self) -> tuple[str | None, dict[str, Any]]:
+        name, given = super()._named()
+        if self.self_augmented and name is None:
+            return "dpo", {"beta": self.beta, **given}
+        return name, given
+
+    def _takes_beta(self) -> bool:
+        """Whether TRL's ``beta`` is that of the loss."""
+        given = _dictionary("fused_loss_args", self.fused_loss_args)
+        return self.self_augmented and self.fused_loss is None and "beta" not in given
 
 
 @dataclass
 class FusedGRPOConfig(_ByName, GRPOConfig):
-    """TRL's ``GRPOConfig``, and the name of a policy loss.
+    """TRL's ``GRPOConfig``, and the name of a policy loss, for TRL 1.15 and later.
 
     TRL's ``beta`` is the weight of the KL term of any loss, and ``use_bias_correction_kl`` says
-    which estimator it has.
+    which estimator it has, unless ``fused_loss_args`` has a ``kl_estimator``. With ``fused_loss``,
+    options of TRL's own formulas (``loss_type``, ``epsilon``, ``delta``, ...) are refused.
 
     Attributes:
-        fused_loss: see ``fusedpo losses``; takes the place of ``loss_type``, and its
-            hyperparameters that of ``epsilon`` and the like.
+        fused_loss: see ``fusedpo losses``; takes the place of ``loss_type``.
         fused_loss_args: hyperparameters, as a dictionary or as JSON.
     """
 
@@ -165,15 +226,9 @@ class FusedGRPOConfig(_ByName, GRPOConfig):
             raise bad_value("fused_loss", "a policy loss", repr(loss), "use FusedDPOConfig")
         if loss.kl_weight != self.beta:
             raise bad_value("kl_weight", f"beta, {self.beta}", str(loss.kl_weight), "set beta")
-        _refuse(
-            self,
-            top_entropy_quantile=1.0,
-            off_policy_mask_threshold=None,
-            entropy_coef=0.0,
-            use_adaptive_entropy=False,
-            delta=None,
-            importance_sampling_level="token",
-        )
+        self._refuse(_OF_GRPO, "use fused_loss_args")
+        if "kl_estimator" in _dictionary("fused_loss_args", self.fused_loss_args):
+            self._refuse(("use_bias_correction_kl",), "kl_estimator in fused_loss_args decides")
         whole = loss.sees_sequences and not loss.absorbs_correction
         corrected = self.use_vllm and getattr(self, "vllm_importance_sampling_correction", False)
         mode = getattr(self, "vllm_importance_sampling_mode", "")
@@ -184,20 +239,12 @@ class FusedGRPOConfig(_ByName, GRPOConfig):
 
     def the_loss(self) -> Any:
         loss = super().the_loss()
-        if isinstance(loss, PolicyLoss) and self.beta and not loss.kl_weight:
-            loss = replace(loss, kl_weight=self.beta)
+        if isinstance(loss, PolicyLoss) and self.beta:
+            loss = replace(loss, kl_weight=loss.kl_weight or self.beta)
             if "kl_estimator" not in _dictionary("fused_loss_args", self.fused_loss_args):
                 estimator: Any = "k3_corrected" if self.use_bias_correction_kl else "k3"
                 loss = replace(loss, kl_estimator=estimator)
         return loss
-
-
-def _refuse(config: Any, **defaults: Any) -> None:
-    """Raise if an option that has no part in ``fused_loss`` was set."""
-    for name, default in defaults.items():
-        if (got := getattr(config, name, default)) != default:
-            remedy = "see fused_loss_args for what the loss takes"
-            raise bad_value(name, f"{default} with this fused_loss", str(got), remedy)
 
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, HfArgumentParser
+from transformers import AutoModelForCausalLM, HfArgumentParser, TrainingArguments
 
 pytest.importorskip("trl")
 
@@ -146,7 +147,8 @@ def test_groups_equal_trl_where_it_has_the_loss(
         given = {"epsilon_high": 5.0}
     if loss == "dapo":
         given = {"epsilon_high": 0.2}
-    named = {**options, "fused_loss": loss, "fused_loss_args": given}
+    shared = {k: v for k, v in options.items() if k != "epsilon_high"}
+    named = {**shared, "fused_loss": loss, "fused_loss_args": given}
     found = history(groups(model(), tmp_path, FusedGRPOTrainer, FusedGRPOConfig, **named))
     assert same(found, plain)
     assert "entropy" in found[0]
@@ -283,7 +285,8 @@ def test_configurations_are_parsed_from_the_command_line() -> None:
 @pytest.mark.parametrize(
     ("config", "options", "error", "text"),
     [
-        (FusedDPOConfig, {"fused_loss": "grpo"}, ValueError, "a loss of pairs"),
+        (FusedDPOConfig, {"fused_loss": "grpo"}, ValueError, "a loss of pairs.*FusedGRPOConfig"),
+        (FusedDPOConfig, {"fused_loss": "kto"}, ValueError, "a loss of pairs.*FusedKTOTrainer"),
         (FusedDPOConfig, {"fused_loss": "simpoo"}, ValueError, "loss: expected one of"),
         (FusedDPOConfig, {"fused_loss_args": {}, "fused_loss": 3}, ValueError, "loss"),
         (FusedDPOConfig, {"fused_loss_args": {"beta": 1}}, ValueError, "fused_loss: expected"),
@@ -312,12 +315,96 @@ def test_a_missing_column_is_named(model, tmp_path) -> None:
         pairs(model(), tmp_path, FusedDPOTrainer, FusedDPOConfig, fused_loss="solopo")
 
 
+# of TRL's formulas, each with a value that TRL takes
+OF_DPO = {
+    "loss_type": ["ipo"],
+    "loss_weights": [0.5],
+    "beta": 0.5,
+    "label_smoothing": 0.1,
+    "discopop_tau": 0.5,
+    "ld_alpha": 0.3,
+    "use_weighting": True,
+    "f_divergence_type": "js_divergence",
+    "f_alpha_divergence_coef": 0.7,
+}
+OF_GRPO = {
+    "loss_type": "grpo",
+    "epsilon": 0.5,
+    "epsilon_high": 0.9,
+    "delta": 2.0,
+    "importance_sampling_level": "sequence",
+    "sapo_temperature_neg": 2.0,
+    "sapo_temperature_pos": 2.0,
+    "vespo_k_pos": 1.0,
+    "vespo_lambda_pos": 1.0,
+    "vespo_k_neg": 1.0,
+    "vespo_lambda_neg": 1.0,
+    "top_entropy_quantile": 0.2,
+    "off_policy_mask_threshold": 0.5,
+    "entropy_coef": 0.1,
+    "use_adaptive_entropy": True,
+    "entropy_coef_min": 0.1,
+    "entropy_coef_max": 0.9,
+    "entropy_coef_delta": 0.1,
+    "entropy_target": 0.3,
+}
+# of the models, the data, the samples, the reference, and the KL term, which do what they do in TRL
+OF_ALL = """model_init_kwargs trust_remote_code router_aux_loss_coef disable_dropout
+pad_to_multiple_of sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"""
+BESIDE_DPO = """dataset_num_proc max_length truncation_mode padding_free precompute_ref_log_probs
+precompute_ref_batch_size activation_offloading pad_token"""
+BESIDE_GRPO = """beta use_bias_correction_kl num_iterations cast_lm_head_to_fp32 num_generations
+num_generations_eval max_completion_length ds3_gather_for_generation shuffle_dataset
+generation_batch_size steps_per_generation temperature top_p top_k min_p generation_kwargs
+chat_template_kwargs repetition_penalty cache_implementation reward_weights scale_rewards
+multi_objective_aggregation mask_truncated_completions max_tool_calling_iterations log_completions
+log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo
+use_transformers_continuous_batching transformers_continuous_batching_config
+use_transformers_paged"""
+
+
+@pytest.mark.parametrize(
+    ("theirs", "of_formulas", "beside"),
+    [(DPOConfig, OF_DPO, BESIDE_DPO), (GRPOConfig, OF_GRPO, BESIDE_GRPO)],
+)
+def test_every_option_of_trl_is_known(theirs, of_formulas, beside) -> None:
+    """A new one is of a formula, and then refused, or not."""
+    of_training = {f.name for f in fields(TrainingArguments)}
+    own = {f.name for f in fields(theirs)} - of_training - set(of_formulas)
+    own = {name for name in own if not name.startswith(("use_vllm", "vllm_"))}
+    assert own <= {*OF_ALL.split(), *beside.split()}
+
+
+def refused(tmp_path: Path, config: Any, name: str, remedy: str, options: dict[str, Any]) -> None:
+    settings = {**COMMON, "per_device_train_batch_size": 8}
+    with pytest.raises(ValueError, match=f"^{name}: expected .* with this fused_loss.*; {remedy}"):
+        config(str(tmp_path), **settings, **options)
+
+
+@pytest.mark.parametrize("name", OF_DPO)
+def test_options_of_trls_own_formulas_of_pairs_are_refused(tmp_path, name: str) -> None:
+    given = {name: OF_DPO[name]}
+    for loss in ({"fused_loss": "dpo"}, {"self_augmented": True, "fused_loss": "simpo"}):
+        refused(tmp_path, FusedDPOConfig, name, "use fused_loss_args", {**loss, **given})
+    taken = FusedDPOConfig(str(tmp_path), **COMMON, **given)
+    assert getattr(taken, name) == OF_DPO[name]
+
+
+@pytest.mark.parametrize("name", OF_GRPO)
+def test_options_of_trls_own_policy_losses_are_refused(tmp_path, name: str) -> None:
+    settings = {**COMMON, "per_device_train_batch_size": 8}
+    if name not in {f.name for f in fields(GRPOConfig)}:
+        pytest.skip("this TRL has no such option")
+    given = {name: OF_GRPO[name]}
+    options = {"fused_loss": "grpo", **given}
+    refused(tmp_path, FusedGRPOConfig, name, "use fused_loss_args", options)
+    taken = FusedGRPOConfig(str(tmp_path), **settings, **given)
+    assert getattr(taken, name) == OF_GRPO[name]
+
+
 @pytest.mark.parametrize(
     ("config", "options", "name"),
     [
-        (FusedDPOConfig, {"fused_loss": "dpo", "ld_alpha": 0.3}, "ld_alpha"),
-        (FusedDPOConfig, {"fused_loss": "dpo", "use_weighting": True}, "use_weighting"),
-        (FusedDPOConfig, {"fused_loss": "dpo", "label_smoothing": 0.1}, "label_smoothing"),
         (
             FusedDPOConfig,
             {"fused_loss": "simpo", "precompute_ref_log_probs": True},
@@ -329,18 +416,53 @@ def test_a_missing_column_is_named(model, tmp_path) -> None:
             "precompute_ref_log_probs",
         ),
         (FusedDPOConfig, {"fused_loss": "simpo", "sync_ref_model": True}, "sync_ref_model"),
-        (FusedGRPOConfig, {"fused_loss": "sspo", "entropy_coef": 0.1}, "entropy_coef"),
-        (FusedGRPOConfig, {"fused_loss": "grpo", "delta": 2.0}, "delta"),
         (
             FusedGRPOConfig,
-            {"fused_loss": "grpo", "importance_sampling_level": "sequence"},
-            "importance_sampling_level",
+            {
+                "fused_loss": "grpo",
+                "beta": 0.04,
+                "fused_loss_args": {"kl_estimator": "k2"},
+                "use_bias_correction_kl": False,
+            },
+            "use_bias_correction_kl",
         ),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(tmp_path, config, options, name) -> None:
-    with pytest.raises(ValueError, match=f"{name}: expected .* with this fused_loss"):
-        config(str(tmp_path), **{**COMMON, "per_device_train_batch_size": 8}, **options)
+    refused(tmp_path, config, name, "", options)
+
+
+def test_arguments_of_the_loss_stay_with_a_model_that_writes(tmp_path) -> None:
+    def config(**options: Any) -> FusedDPOConfig:
+        return FusedDPOConfig(str(tmp_path), **COMMON, self_augmented=True, **options)
+
+    smooth = {"label_smoothing": 0.1}
+    found = config(fused_loss_args=smooth)
+    assert found.the_loss() == losses.DPO(beta=0.1, label_smoothing=0.1)
+    found = config(fused_loss_args=json.dumps(smooth), beta=0.5)
+    assert found.the_loss() == losses.DPO(beta=0.5, label_smoothing=0.1)
+    assert replace(found).the_loss() == found.the_loss()
+    assert config(fused_loss_args={"beta": 0.3}).the_loss() == losses.DPO(beta=0.3)
+    twice = {"self_augmented": True, "fused_loss_args": {"beta": 0.3}, "beta": 0.5}
+    refused(tmp_path, FusedDPOConfig, "beta", "use fused_loss_args", twice)
+
+
+def test_settings_of_a_model_that_writes_need_one(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"self_augmented_args: expected None.*segment_length"):
+        FusedDPOConfig(str(tmp_path), **COMMON, self_augmented_args={"segment_length": 4})
+
+
+def test_the_kl_estimator_is_trls_wherever_its_weight_stands(tmp_path) -> None:
+    settings = {**COMMON, "per_device_train_batch_size": 8, "fused_loss": "grpo", "beta": 0.04}
+    for given in (None, {"kl_weight": 0.04}):
+        for corrected, estimator in ((True, "k3_corrected"), (False, "k3")):
+            config = FusedGRPOConfig(
+                str(tmp_path),
+                **settings,
+                fused_loss_args=given,
+                use_bias_correction_kl=corrected,
+            )
+            assert config.the_loss() == losses.GRPO(kl_weight=0.04, kl_estimator=estimator)
 
 
 def test_a_kl_estimator_of_ones_own_stays(tmp_path) -> None:
