@@ -29,11 +29,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fusedpo.backend import _CHOICES
 from fusedpo.checks import bad_choice, bad_value
 from fusedpo.head import Head
 from fusedpo.kernels.logit_tile import LogitMap
 from fusedpo.logprobs import STATS, TokenStats, linear_token_stats
-from fusedpo.plan import Plan
+from fusedpo.plan import Plan, parse_budget
 
 IGNORED = -100
 
@@ -82,8 +83,9 @@ def add_fused_head(
             a factor: raise, at the first call, or make the model's own logits, with one warning.
 
     Raises:
-        ValueError: if the model has no output embedding, or for an unknown option.
+        ValueError, TypeError: if the model has no output embedding, or for an unknown option.
     """
+    check_options(memory_budget, backend)
     if unsupported not in ("raise", "fallback"):
         raise bad_choice("unsupported", unsupported, ("raise", "fallback"))
     causal = causal_model(model)
@@ -94,6 +96,18 @@ def add_fused_head(
             "model", "a causal language model with an output embedding", type(model).__name__
         )
     install(causal, FusedForward, memory_budget, backend, unsupported)
+
+
+def check_options(memory_budget: int | float | str | Plan | None, backend: str) -> None:
+    """Refuse now what the first call would; whether the backend can run is known only there.
+
+    Raises:
+        ValueError, TypeError: for an unknown one.
+    """
+    if not isinstance(memory_budget, Plan):
+        parse_budget(memory_budget)
+    if backend not in _CHOICES:
+        raise bad_choice("backend", backend, _CHOICES)
 
 
 def install(causal: Any, kind: type[FusedForward], *options: Any) -> None:
@@ -200,6 +214,11 @@ def at_head(model: Any, task: AtHead, **inputs: Any) -> tuple[Any, Tensor | None
 
     Returns:
         What the task returned, and the aux_loss of a mixture of experts, or None.
+
+    Raises:
+        ValueError: for a model without a fused head.
+        UnsupportedHead: if the head is more than a weight, a bias, a soft cap and a factor, also
+            after ``add_fused_head(model, unsupported="fallback")``: a task needs the head itself.
     """
     done: list[Any] = []
 

@@ -263,20 +263,37 @@ def test_the_loss_of_a_mixture_of_experts() -> None:
     assert model(input_ids=ids, labels=ids, fused=True).aux_loss is None
 
 
-def test_options_of_the_engine_are_passed_on() -> None:
+def test_options_of_the_engine_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     model = make()
-    add_fused_head(model, memory_budget="nonsense")
-    with pytest.raises(ValueError, match="memory_budget"):
+    add_fused_head(model, memory_budget="100B")
+    with pytest.raises(ValueError, match="memory_budget: expected at least"):
         model(input_ids=tokens(), labels=tokens(), fused=True)
-    add_fused_head(model, backend="nonsense")
-    with pytest.raises(ValueError, match="backend"):
+    add_fused_head(model, backend="triton")
+    with pytest.raises(ValueError, match=r'backend: expected .* for "triton"'):
         model(input_ids=tokens(), labels=tokens(), fused=True)
-    with pytest.raises(ValueError, match="unsupported"):
-        add_fused_head(model, unsupported="nonsense")
     with pytest.raises(ValueError, match="stats"):
         add_fused_head(model)
         model(input_ids=tokens(), labels=tokens(), fused=True, stats=("nonsense",))
     check(model)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [
+        ("memory_budget", "nonsense", ValueError),
+        ("memory_budget", -1, ValueError),
+        ("memory_budget", [], TypeError),
+        ("backend", "nonsense", ValueError),
+        ("backend", None, ValueError),
+        ("unsupported", "nonsense", ValueError),
+    ],
+)
+def test_an_unknown_option_is_refused_at_once(option: str, value: Any, error: Any) -> None:
+    model = make()
+    with pytest.raises(error, match=f"^{option}: expected"):
+        add_fused_head(model, **{option: value})
+    assert fused_forward(model) is None
 
 
 @pytest.mark.holds(20)

@@ -51,6 +51,7 @@ from fusedpo.fused_head import (
     aligned_labels,
     at_head,
     causal_model,
+    check_options,
     evaluating,
     fused_forward,
     hidden_and_head,
@@ -129,14 +130,15 @@ def patch(memory_budget: Budget = None, backend: str = "auto", *, quiet: bool = 
     Prints one line that says what was replaced. Called again, only the options change.
 
     Args:
-        memory_budget: what the head may hold at a time, in bytes or as "512MiB"; None: as little as
-            does not slow it down.
+        memory_budget: what the head may hold at a time, in bytes or as "512MiB"; None: 256MiB.
         backend: "auto", "torch" or "triton".
         quiet: print nothing.
 
     Raises:
+        ValueError, TypeError: for an unknown option.
         RuntimeError: if nothing in the installed version of TRL is known here.
     """
+    check_options(memory_budget, backend)
     unpatch()
     options = _Options(memory_budget, backend)
     done = [name for seam in _SEAMS for name in seam(options)]

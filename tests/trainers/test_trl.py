@@ -394,6 +394,17 @@ def test_the_second_patch_changes_options_only():
     check(plain("dpo"), found)
 
 
+def test_an_unknown_option_is_refused_before_anything_is_replaced():
+    before = everything_in_trl()
+    for options, error in (
+        ({"memory_budget": "nonsense"}, "memory_budget: expected"),
+        ({"backend": "nonsense"}, "backend: expected one of"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            ours.patch(**options)
+        assert not changed(before)
+
+
 def test_it_says_so_in_one_line(capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with ours.patched():
