@@ -63,7 +63,8 @@ class GroupTrainer(FusedTrainer):
     further updates are to use are part of a checkpoint.
 
     Logged beside ``loss`` and the metrics of the loss: ``reward`` and ``reward_std`` (within
-    groups), ``completions/mean_length``; in evaluation ``eval_reward``.
+    groups), ``completions/mean_length``. Evaluation logs ``eval_reward`` and
+    ``eval_completions/mean_length`` alone, without a loss.
     """
 
     def __init__(

@@ -327,6 +327,10 @@ def tokenize(rows: Iterable[Preference], tokenizer: Any, max_length: int) -> Tok
         rows: checked rows.
         tokenizer: of transformers.
         max_length: tokens of prompt and response together.
+
+    Raises:
+        ValueError: for a max_length below 2; and for messages, naming the row, if the tokenizer has
+            no chat template or its template does not take them.
     """
     if max_length < 2:
         raise bad_value(

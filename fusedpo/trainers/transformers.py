@@ -519,6 +519,11 @@ def _check(model: Any, loss: Loss, ref_model: Any, options: Mapping[str, Any]) -
 
 
 def padding_token(processing_class: Any) -> int:
+    """The id that pads: the tokenizer's, or that of its end of sequence, or 0; it is masked.
+
+    Raises:
+        ValueError: without a tokenizer.
+    """
     if processing_class is None:
         raise bad_value("processing_class", "the tokenizer, or a data_collator", "neither of them")
     for name in ("pad_token_id", "eos_token_id"):
