@@ -66,7 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice(machine, "--device", ("cuda", "cpu"), "cuda")
     machine.add_argument("--backend", choices=get_args(Backend), help="default: by the device")
     fit = parser.add_argument_group("what fits")
-    fit.add_argument("--fit", metavar="SIZE", help="find the longest response that trains in it")
+    fit.add_argument(
+        "--fit",
+        metavar="SIZE",
+        help="find the longest response that trains in it; with --model, a dense one whose layers "
+        "are known (no mixture of experts)",
+    )
     choice(fit, "--optimizer", get_args(footprint.Optimizer), "adamw")
     fit.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
     parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
