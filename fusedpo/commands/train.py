@@ -35,7 +35,7 @@ examples:
     ... the same again, and --resume
 
   on two GPUs, logging to a tracker (any that transformers knows), see docs/training.md:
-    torchrun --nproc_per_node 2 -m fusedpo train --model ./my-model --dataset pairs.jsonl \
+    torchrun --nproc_per_node 2 -m fusedpo train --model ./my-model --dataset pairs.jsonl \\
         --report-to wandb --run-name first --output out
 
   the five methods, each with data of its own making (demo) or yours:
