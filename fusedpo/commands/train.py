@@ -203,7 +203,9 @@ def _add_training(parser: argparse.ArgumentParser, method: type[methods.Pairs]) 
     group.add_argument(
         "--compare",
         action=argparse.BooleanOptionalAction,
-        help="at the end, run one batch with full logits beside the fused loss (default: for demo)",
+        help="at the end, run one batch with full logits beside the fused loss; for losses of the "
+        "dataset's own pairs, without further columns (default: these, if model and dataset are "
+        "demo)",
     )
 
 

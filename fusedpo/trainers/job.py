@@ -236,8 +236,8 @@ class TrainJob:
         report_to: trackers that transformers knows, such as "wandb"; what they write beside their
             own places goes beside ``output`` too, see ``logs``.
         run_name: how trackers are to call the run; None: the name of ``output``.
-        compare: afterwards run one batch with full logits too; None: if model and dataset are
-            ``demo``.
+        compare: afterwards run one batch with full logits too, for a loss of the dataset's own
+            pairs without further columns; None: for such a loss, if model and dataset are ``demo``.
         cpu: do not use an accelerator.
         seed: of weights, split and order.
     """
