@@ -182,8 +182,18 @@ def _add_training(parser: argparse.ArgumentParser, method: type[methods.Pairs]) 
     add("--learning-rate", float, f"highest learning rate ({both('learning_rate')})")
     add("--epochs", float, f"passes over the data (default: {tuned.epochs:g})")
     add("--max-steps", int, f"optimizer steps, in place of epochs ({both('max_steps')})")
-    add("--batch-size", int, f"pairs a device and batch ({both('batch_size')})")
-    add("--accumulation", int, f"batches an optimizer step ({_default('accumulation')})")
+    add(
+        "--batch-size",
+        int,
+        "pairs a device and batch, or prompts for a loss of sampled responses "
+        f"({both('batch_size')})",
+    )
+    add(
+        "--accumulation",
+        int,
+        f"batches an optimizer step ({_default('accumulation')}, the only one for a loss of "
+        "sampled responses)",
+    )
     add("--warmup", float, f"share of the steps with a rising rate ({_default('warmup')})")
     add("--max-length", int, f"tokens of prompt and response ({_default('max_length')})")
     add(

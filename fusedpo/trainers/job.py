@@ -220,9 +220,10 @@ class TrainJob:
         output: folder to make. It appears when the run is complete.
         loss: one of ``fusedpo.losses``.
         method: how the loss gets its batches; None: as the loss has it. See ``trainers.methods``.
-        learning_rate, batch_size (pairs a device): see ``Defaults`` where None.
+        learning_rate, batch_size: see ``Defaults`` where None. A batch is of pairs, or of prompts
+            where responses are sampled, on each device.
         epochs, max_steps: how long; max_steps wins. See ``Defaults`` where both are None.
-        accumulation: batches to an optimizer step.
+        accumulation: batches to an optimizer step; 1 where responses are sampled.
         warmup: share of the steps in which the learning rate rises; it then falls as a cosine.
         max_length: tokens of prompt and response.
         eval_fraction: share of the rows to hold out, if the dataset holds out none itself.
@@ -287,6 +288,13 @@ class TrainJob:
         if self.compare and not self._comparable:
             raise bad_value("compare", "False for a loss that is not of pairs alone", "True")
         self.way.check(self.loss)
+        if isinstance(self.way, Sampled) and self.accumulation != 1:
+            raise bad_value(
+                "accumulation",
+                "1 for a loss of sampled responses",
+                str(self.accumulation),
+                "set batch_size, which counts their prompts",
+            )
         needed = [name for name, about in self.loss.inputs.items() if about.default is None]
         if needed and self.dataset == DEMO:
             raise bad_value("dataset", f"one with the columns {', '.join(needed)}", repr(DEMO))
@@ -334,6 +342,7 @@ def run(job: TrainJob, console: Console | None = None) -> dict[str, Any]:
         What was written to metrics.json.
 
     Raises:
+        ImportError: without the packages that training needs.
         ValueError, TypeError, OSError: for a job that cannot be done, before training starts.
     """
     all_ranks = ranks()
@@ -425,9 +434,10 @@ def _train(
     job: TrainJob, trainer: FusedTrainerMixin, checkpoint: str | None, console: Console
 ) -> None:
     world = trainer.args.world_size
-    pairs = trainer.args.train_batch_size * job.accumulation * world
+    size = trainer.args.train_batch_size * job.accumulation * world
+    unit = "prompts" if isinstance(job.way, Sampled) else "pairs"
     console.print(
-        f"training: {job.loss}, {trainer.args.max_steps} steps of {pairs} pairs "
+        f"training: {job.loss}, {trainer.args.max_steps} steps of {size} {unit} "
         f"on {trainer.args.device}" + (f", {world} processes" if world > 1 else "")
     )
     try:

@@ -65,6 +65,7 @@ def test_every_method_trains_and_logs_its_signals(
         assert signal.key in logged, signal
     told = capsys.readouterr().out
     assert method.signals[0].title in told
+    assert f"4 steps of 4 {'prompts' if method is methods.Sampled else 'pairs'} on" in told
     assert metrics["log"][-1]["step"] == 4 or metrics["log"][-2]["step"] == 4
     if loss == "solopo":
         assert metrics["loss"].startswith("ShortToLong(base=SimPO(beta=1.5")
