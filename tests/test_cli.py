@@ -180,6 +180,14 @@ def test_dropped_and_truncated_rows_are_counted(folder, tmp_path, capsys):
 
 MISTAKES = {
     "unknown loss": (["--loss", "simpoo"], "loss: expected one of .*; did you mean 'simpo'"),
+    "loss of single responses": (
+        ["--loss", "kto"],
+        "loss: expected a loss of chosen and rejected responses, got KTO",
+    ),
+    "accumulated samples": (
+        ["--loss", "sspo", "--accumulation", "2"],
+        "accumulation: expected 1 for a loss of sampled responses, got 2; set batch_size",
+    ),
     "loss option out of range": (["--beta", "-1"], "beta: expected a number above 0, got -1"),
     "loss option of another kind": (["--beta", "x"], "--beta: invalid float value: 'x'"),
     "option of another loss": (
@@ -276,14 +284,35 @@ def test_missing_packages_are_named_with_the_extra(folder, tmp_path, monkeypatch
     )
 
 
-@pytest.mark.parametrize("name", losses.available())
-def test_every_loss_offers_its_hyperparameters(name, capsys):
+def told_by_help(*words, capsys):
     with pytest.raises(SystemExit) as exit:
-        main(["train", "--loss", name, "--help"])
+        main([*words, "--help"])
     assert exit.value.code == 0
-    told = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted({*losses.available()} - {"kto"}))
+def test_every_loss_of_pairs_or_samples_offers_its_hyperparameters(name, capsys):
+    told = told_by_help("train", "--loss", name, capsys=capsys)
     assert f"the loss {losses.available()[name].__name__}:" in told
     assert "examples:" in told and "--memory-budget" in told
+    assert re.search(rf"--loss NAME .*\b{name}\b.*; or sspo", told, re.DOTALL)
+
+
+def test_a_loss_of_single_responses_is_not_offered(capsys):
+    assert "kto" not in told_by_help("train", capsys=capsys)
+    assert main(["train", "--loss", "kto", "--help"]) == 2
+    assert "loss: expected a loss of chosen and rejected" in capsys.readouterr().err
+
+
+def test_examples_of_several_lines_keep_them(capsys):
+    told = told_by_help("train", capsys=capsys)
+    examples = told[told.index("examples:") :].splitlines()
+    broken = [i for i, line in enumerate(examples) if line.endswith("\\")]
+    assert len(broken) == 2
+    for i in broken:
+        assert examples[i + 1].startswith(" " * 8)
+    assert not any(re.search(r"\S {3,}\S", line) for line in examples)
 
 
 def test_an_unknown_command_is_one_line(capsys):

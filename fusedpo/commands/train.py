@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -128,12 +129,22 @@ def _chosen(words: Sequence[str]) -> _Chosen:
     if found.loss.lower() in _SELF_AUGMENTED:
         return _Chosen(type(losses.get(inner or "orpo")), None, methods.SelfAugmented, {}, 1.0)
     loss, fixed, factor = losses.find(found.loss)
+    method = methods.method_of(loss)
+    method().check(loss())
     within = None
     if issubclass(loss, losses.ShortToLong):
         within = type(losses.get(inner or "simpo"))
     elif inner is not None:
         raise bad_value("base", f"no such option with --loss {found.loss}", repr(inner))
-    return _Chosen(loss, within, methods.method_of(loss), fixed, factor)
+    return _Chosen(loss, within, method, fixed, factor)
+
+
+def _trainable() -> Iterator[str]:
+    """Names of the losses that a method serves."""
+    for name, loss in losses.available().items():
+        with contextlib.suppress(ValueError):
+            methods.method_of(loss)().check(loss())
+            yield name
 
 
 def _add_required(parser: argparse.ArgumentParser) -> None:
@@ -155,7 +166,7 @@ def _add_required(parser: argparse.ArgumentParser) -> None:
         "--loss",
         default="simpo",
         metavar="NAME",
-        help=f"one of {', '.join(losses.available())}; or sspo, s-sppo, sapo (self-augmented), "
+        help=f"one of {', '.join(_trainable())}; or sspo, s-sppo, sapo (self-augmented), "
         "solopo (default: simpo)",
     )
     group.add_argument(
