@@ -4,6 +4,7 @@ trainers/test_sharded.py."""
 from __future__ import annotations
 
 import contextlib
+import datetime
 import sys
 import traceback
 import warnings
@@ -20,10 +21,10 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from fusedpo import preference_loss
+from fusedpo import policy_loss, preference_loss
 from fusedpo.fused_head import add_fused_head, aligned_labels, at_head
 from fusedpo.head import Head
-from fusedpo.losses import SimPO
+from fusedpo.losses import GRPO, SimPO
 
 # how the head is wrapped, and whether it is tied to the embedding
 WRAPPINGS = (
@@ -38,7 +39,17 @@ WRAPPINGS = (
     ("a unit of its own", False),
     ("a unit of its own, which reshards", False),
 )
-PATHS = ("statistics", "loss", "loss, small budget")
+# that one is to take part all the same, or the other would wait for its gradients
+NOTHING = "nothing on rank 1"
+PATHS = (
+    "statistics",
+    "loss",
+    "loss, small budget",
+    f"statistics, {NOTHING}",
+    f"policy loss, {NOTHING}",
+)
+# of a rank that waits for one that does not take part
+PATIENCE = datetime.timedelta(minutes=3)
 
 
 def model(tied: bool) -> Any:
@@ -47,23 +58,35 @@ def model(tied: bool) -> Any:
     return made
 
 
-def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
-    """Two pairs; different numbers of tokens on each rank."""
+def batch(rank: int, step: int, path: str = "") -> tuple[Tensor, Tensor]:
+    """Two pairs; different numbers of tokens on each rank, or none on the second."""
     ids = torch.randint(3, 50, (4, 9), generator=torch.Generator().manual_seed(10 * rank + step))
     labels = ids.clone()
     labels[:, :3] = -100
     labels[rank, -1 - rank :] = -100
+    if NOTHING in path and rank == 1:
+        labels.fill_(-100)
     return ids, labels
 
 
 def loss_of(model: Any, rank: int, step: int, path: str) -> Tensor:
-    ids, labels = batch(rank, step)
-    if path == "statistics":
+    ids, labels = batch(rank, step, path)
+    if path.startswith("statistics"):
         stats = model(input_ids=ids, labels=labels, fused=True, stats=("logprob", "entropy"))
         return -(stats.logprob.sum() + 0.1 * stats.entropy.sum()) / 10
     budget = "32KiB" if "budget" in path else None
 
-    def task(hidden: Tensor, head: Head) -> Tensor:
+    def sampled(hidden: Tensor, head: Head) -> Tensor:
+        return policy_loss(
+            GRPO(entropy_bonus=0.1),
+            hidden,
+            head.weight,
+            aligned_labels(labels),
+            advantages=torch.tensor([1.0, -0.5, 0.3, 2.0], dtype=torch.float64),
+            **head.options(),
+        ).loss
+
+    def paired(hidden: Tensor, head: Head) -> Tensor:
         return preference_loss(
             SimPO(sft_weight=0.2),
             hidden,
@@ -73,6 +96,7 @@ def loss_of(model: Any, rank: int, step: int, path: str) -> Tensor:
             **head.options(),
         ).loss
 
+    task = sampled if path.startswith("policy") else paired
     return at_head(model, task, input_ids=ids)[0]
 
 
@@ -179,7 +203,7 @@ def worker(rank: int, folder: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=PATIENCE)
     try:
         found: Any = all_cases(rank)
     except Exception:
