@@ -15,9 +15,14 @@ from fusedpo import checks
 from fusedpo.plan import Backend
 
 _CHOICES = ("auto", *get_args(Backend))
-
 _LEAST_TRITON = (3, 6)
 _LEAST_CUDA = (8, 0)  # sm_80; bf16 matrix units
+
+
+def check_name(backend: str) -> None:
+    """Raise unless there is such a backend."""
+    if backend not in _CHOICES:
+        raise checks.bad_choice("backend", backend, _CHOICES)
 
 
 def resolve(backend: str, hidden: Tensor) -> Backend:
@@ -29,8 +34,7 @@ def resolve(backend: str, hidden: Tensor) -> Backend:
     Raises:
         ValueError: for an unknown backend, or for ``"triton"`` where it cannot run, saying why.
     """
-    if backend not in _CHOICES:
-        raise checks.bad_choice("backend", backend, _CHOICES)
+    check_name(backend)
     if backend == "torch" or (backend == "auto" and not hidden.is_cuda):
         return "torch"
     obstacle = _obstacle(hidden)

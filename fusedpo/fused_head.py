@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fusedpo.backend import _CHOICES
+from fusedpo.backend import check_name
 from fusedpo.checks import bad_choice, bad_value
 from fusedpo.head import Head
 from fusedpo.kernels.logit_tile import LogitMap
@@ -106,8 +106,7 @@ def check_options(memory_budget: int | float | str | Plan | None, backend: str) 
     """
     if not isinstance(memory_budget, Plan):
         parse_budget(memory_budget)
-    if backend not in _CHOICES:
-        raise bad_choice("backend", backend, _CHOICES)
+    check_name(backend)
 
 
 def install(causal: Any, kind: type[FusedForward], *options: Any) -> None:
