@@ -1,10 +1,11 @@
 # Every target makes its own virtual environment in .venv; nothing else needs to be installed.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST = $(BIN)/python -m pytest
 
 TRL_VERSIONS := 0.29.1 1.8.0 1.12.0 1.13.0 1.14.2
 
-.PHONY: demo test test-oldest test-versions test-trl test-zero lint bench bench-results bench-gpu clean
+.PHONY: demo test coverage test-oldest test-versions test-trl test-zero lint bench bench-results bench-gpu clean
 
 # threads that spin while they wait bring two cores to a crawl as soon as anything else runs
 demo: export OMP_WAIT_POLICY = passive
@@ -12,7 +13,17 @@ demo: .venv/ready
 	$(BIN)/fusedpo train --model demo --dataset demo --loss simpo --output build/demo
 
 test: .venv/ready lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(PYTEST) -n 2 --dist loadgroup
+
+# what of fusedpo/ no test on a CPU goes through, branches included: `make test`, half as long again, and
+# earlier versions of TRL; docs/testing.md says why the rest is left
+coverage: PYTEST = $(BIN)/coverage run -m pytest
+coverage: .venv/ready
+	$(BIN)/coverage erase
+	$(PYTEST) -n 2 --dist loadgroup
+	$(MAKE) test-trl PYTEST='$(PYTEST)'
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 # the engine on the oldest torch that setup.py admits; downloads that release
 test-oldest:
@@ -34,13 +45,13 @@ test-trl: .venv/ready
 		[ -e $$folder/ready ] || { rm -rf $$folder && $(BIN)/python -m pip install --quiet --no-deps \
 			--target $$folder trl==$$version requests charset-normalizer idna urllib3 certifi \
 			&& touch $$folder/ready; } || exit 1; \
-		FUSEDPO_TRL=$$version PYTHONPATH=$$folder $(BIN)/python -m pytest -q -s tests/trl_versions \
+		FUSEDPO_TRL=$$version PYTHONPATH=$$folder $(PYTEST) -q -s tests/trl_versions \
 			|| failed="$$failed $$version"; \
 	done; [ -z "$$failed" ] || { echo "failed with TRL$$failed"; exit 1; }
 
 # gradients under DeepSpeed's ZeRO on two processes; DeepSpeed in a folder of its own, nothing compiled
 test-zero: .venv/ready build/deepspeed/ready
-	FUSEDPO_TEST_ZERO=1 PYTHONPATH=build/deepspeed $(BIN)/python -m pytest tests/zero
+	FUSEDPO_TEST_ZERO=1 PYTHONPATH=build/deepspeed $(PYTEST) tests/zero
 
 build/deepspeed/ready:
 	rm -rf build/deepspeed

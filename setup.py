@@ -25,6 +25,7 @@ dev = [
     "pytest>=8,!=9.2.*",  # pytest-xdist 3.8 does not keep its groups together with 9.2
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",
+    "coverage>=7.10",
     "ruff>=0.6",
     "mypy>=1.11",
     "build",
