@@ -92,6 +92,15 @@ def test_an_old_gpu_takes_pytorch(old_gpu: None, monkeypatch: pytest.MonkeyPatch
     assert resolve("auto", OnGpu()) == "triton"
 
 
+def test_rocm_has_no_compute_capability_to_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device) -> tuple[int, int]:
+        raise AssertionError(f"asked for the compute capability of {device}")
+
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", refuse)
+    assert resolve("auto", OnGpu()) == resolve("triton", OnGpu()) == "triton"
+
+
 @pytest.mark.fault(62)
 @pytest.mark.parametrize(
     ("version", "got"),
