@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import datasets
@@ -18,9 +19,12 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+import fusedpo.commands.losses
+import fusedpo.trainers.job
 from fusedpo import losses
+from fusedpo.catalogue import table
 from fusedpo.cli import main
-from fusedpo.trainers.job import TrainJob, run
+from fusedpo.trainers.job import Ranks, TrainJob, run
 from fusedpo.trainers.rows import check_row, tokenize
 from fusedpo.trainers.transformers import PreferenceTrainer
 
@@ -379,6 +383,43 @@ def test_an_interruption_leaves_nothing_half_done(folder, tmp_path, number, code
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (code, message)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rank", "said"),
+    [("0", "fusedpo losses: interrupted; no incomplete output was left\n"), ("1", "")],
+)
+def test_the_first_process_alone_tells_of_an_interruption(rank, said, monkeypatch, capsys):
+    def interrupted(parsed):
+        raise KeyboardInterrupt
+
+    # of one process, so that there is nothing to agree on before
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(fusedpo.trainers.job, "ranks", Ranks)
+    monkeypatch.setattr(fusedpo.commands.losses, "run", interrupted)
+    assert main(["losses"]) == 130
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(("rank", "prints"), [("0", True), ("1", False)])
+def test_the_first_process_alone_prints_help(rank, prints, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(fusedpo.trainers.job, "ranks", Ranks)
+    with pytest.raises(SystemExit) as left:
+        main(["losses", "--help"])
+    assert left.value.code == 0
+    assert ("usage: fusedpo losses" in capsys.readouterr().out) is prints
+
+
+def test_a_command_runs_in_another_thread_than_the_main_one(capsys):
+    """Where Python lets nobody handle signals."""
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(main(["losses"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+    assert capsys.readouterr().out.splitlines() == table()
 
 
 def test_a_job_is_callable_from_python(folder, tmp_path):
