@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -186,6 +187,95 @@ def test_facts_of_this_machine() -> None:
     assert facts.cores >= 1 and facts.device == "cpu" and facts.kernels is None
 
 
+class Gpu:
+    """What torch.cuda says of one."""
+
+    name, total_memory, major, minor = "H200", 141 * 2**30, 9, 0
+
+
+class Accelerator:
+    """torch.accelerator, with two devices of a kind."""
+
+    type = "xpu"
+    is_available = staticmethod(lambda: True)
+    device_count = staticmethod(lambda: 2)
+
+    @classmethod
+    def current_accelerator(cls) -> type[Accelerator]:
+        return cls
+
+
+def test_a_device_is_one_that_there_is(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(torch, "accelerator", Accelerator, raising=False)
+    found = [doctor.device_named(name) for name in (None, "cpu", "xpu", "xpu:1")]
+    assert found == [torch.device(name) for name in ("xpu", "cpu", "xpu", "xpu:1")]
+    with pytest.raises(ValueError) as error:
+        doctor.device_named("xpu:2")
+    assert str(error.value) == "device: expected one of cpu, xpu, xpu:0, xpu:1, got 'xpu:2'"
+
+
+@pytest.mark.parametrize(("hip", "capability"), [(None, [9, 0]), ("6.4", None)])
+def test_what_is_said_of_a_gpu(
+    hip: str | None, capability: list[int] | None, monkeypatch: Patch
+) -> None:
+    """ROCm's numbers are no compute capability."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Gpu)
+    found = doctor.about(torch.device("cuda", 0))
+    assert found == {"name": "H200", "memory": 141 * 2**30, "capability": capability}
+    said = "H200, compute capability 9.0, 141 GiB" if capability else "H200, 141 GiB"
+    assert command._about(found) == said
+
+
+def unreadable(self: Path, *args: Any, **options: Any) -> str:
+    raise FileNotFoundError(self)
+
+
+@pytest.mark.parametrize("processor", ["arm", ""])
+def test_a_cpu_without_proc_is_named_by_the_platform(processor: str, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(Path, "read_text", unreadable)
+    monkeypatch.setattr("platform.processor", lambda: processor)
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    named = {"name": processor or "arm64", "threads": torch.get_num_threads()}
+    assert doctor.about(CPU) == named
+    assert command._about(named) == f"{named['name']}, {named['threads']} threads"
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"),
+    [
+        ("max 100000", 6),
+        ("150000 100000", 2),
+        ("20000 100000", 1),
+        ("900000 100000", 6),
+        (None, 6),
+    ],
+)
+@pytest.mark.parametrize("counted", ["affinity", "cpu_count"])
+def test_cores_are_those_that_this_process_may_use(
+    counted: str, limit: str | None, cores: int, monkeypatch: Patch
+) -> None:
+    """Of a container those that it is given, rounded up; some systems know no affinity."""
+    if counted == "affinity":
+        monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
+        monkeypatch.setattr("os.cpu_count", lambda: 64)
+    else:
+        monkeypatch.delattr("os.sched_getaffinity", raising=False)
+        monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setattr(Path, "read_text", unreadable if limit is None else lambda *_, **__: limit)
+    assert doctor.gather(CPU, {}).cores == cores
+
+
+def test_a_checkout_that_is_not_installed_states_no_versions(monkeypatch: Patch) -> None:
+    """But those that its own modules know."""
+
+    def requires(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", requires)
+    assert doctor.least() == {"triton": "3.6", "trl": OLDEST_TRL}
+
+
 def test_a_folder_in_the_way_of_kernels(tmp_path: Path, monkeypatch: Patch) -> None:
     place(tmp_path / "site", "kernels", "")
     (tmp_path / "here" / "kernels").mkdir(parents=True)
@@ -293,6 +383,44 @@ def test_the_report_ends_with_a_verdict(
     assert re.fullmatch(r"28 checks passed on cpu, with \d+ warnings?\.", lines[-1])
     assert any(re.match(r"[│ ]*datasets[│ ]+not installed[│ ]+>= 3.0", line) for line in lines)
     assert any("pip install 'fusedpo[demo]'" in line for line in lines)
+
+
+def test_nothing_found_is_no_section(
+    no_imports: None, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "findings", lambda facts: [])
+    assert run("--device", "cpu") == 0
+    lines = capsys.readouterr().out.rstrip().splitlines()
+    assert lines[-1] == "All is well: 28 checks passed on cpu."
+    assert "Checks, against full logits" in " ".join(lines)
+    assert not any(line.startswith("Findings") for line in lines)
+
+
+def test_a_dtype_without_products_is_not_tried(monkeypatch: Patch) -> None:
+    class Picky(torch.Tensor):
+        def __matmul__(self, other: torch.Tensor) -> torch.Tensor:
+            if self.dtype == torch.float16:
+                raise RuntimeError("\"addmm_impl_cpu_\" not implemented for 'Half'")
+            return super().__matmul__(other)
+
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *a, **k: ones(*a, **k).as_subclass(Picky))
+    assert command.dtypes(CPU) == [torch.float32, torch.bfloat16, torch.float64]
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tf32_is_judged_by_its_own_digits(
+    dtype: torch.dtype, tf32: bool, monkeypatch: Patch
+) -> None:
+    """Ten thousandths are what products of float32 lose then, and of nothing else."""
+    monkeypatch.setattr(doctor, "rounds_to_tf32", lambda device: tf32)
+    problem = command.Problem(dtype, CPU)
+    right = problem.fused
+    monkeypatch.setattr(problem, "fused", lambda *given: tuple(1.0001 * x for x in right(*given)))
+    assert problem.solve("DPO").ok is (tf32 and dtype == torch.float32)
+    monkeypatch.setattr(problem, "fused", lambda *given: tuple(1.01 * x for x in right(*given)))
+    assert not problem.solve("DPO").ok
 
 
 def test_an_unknown_device_is_a_users_error() -> None:
