@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from fusedpo.compare import (
     small_budget,
 )
 from fusedpo.head import Head
-from fusedpo.losses import DPO, IPO, SimPO
+from fusedpo.losses import DPO, GRPO, IPO, KTO, SemanticSPPO, SimPO
 from fusedpo.plan import parse_budget
 
 PAIRS, LENGTH, HIDDEN, VOCAB = 3, 9, 8, 50
@@ -105,3 +107,32 @@ def test_comparison_measures_what_it_says():
         assert found.ways[FULL].peak_bytes > 2 * found.logits_bytes
         assert found.ways[FULL].peak_bytes > 1.5 * found.ways[SCORED_ONLY].peak_bytes
     assert found.to_json()["ways"][FULL]["loss"] == losses[1]
+
+
+@pytest.mark.parametrize("loss", [GRPO(), KTO(), SemanticSPPO()], ids=repr)
+def test_what_is_no_loss_of_pairs_alone_is_not_compared(loss):
+    """KTO and SemanticSPPO take further numbers, for which a batch has no place."""
+    with pytest.raises(TypeError) as error:
+        compare(replace(batch(SimPO()), loss=loss))
+    assert str(error.value) == f"loss: expected a loss of pairs, got {loss!r}"
+
+
+def test_memory_is_not_measured_where_a_process_cannot_see_its_own(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: path != Path("/proc/self/status"))
+    monkeypatch.setattr(subprocess, "run", None)
+    found = compare(batch(SimPO()), rounds=1)
+    assert [way.peak_bytes for way in found.ways.values()] == [None, None, None]
+    assert found.ways[FULL].loss == pytest.approx(found.ways[FUSED].loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [("Traceback\nMemoryError: no more\n", "MemoryError: no more"), ("", "no message")],
+)
+def test_a_process_that_fails_says_why(said, reason, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr=said)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: failed)
+    with pytest.raises(RuntimeError) as error:
+        compare(batch(SimPO()), rounds=1)
+    expected = f"the process that measures the memory of 'fused' failed: {reason}"
+    assert str(error.value) == expected
