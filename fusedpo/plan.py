@@ -436,9 +436,7 @@ def _shrink(rows: int, cols: int) -> tuple[int, int]:
     """The next smaller tile; rows are kept longest, because each row block reads the whole head."""
     if cols > 4 * rows and cols > _SMALLEST_TILE[1]:
         return rows, max(_SMALLEST_TILE[1], cols // 2)
-    if rows > _SMALLEST_TILE[0]:
-        return max(_SMALLEST_TILE[0], rows // 2), cols
-    return rows, max(_SMALLEST_TILE[1], cols // 2)
+    return max(_SMALLEST_TILE[0], rows // 2), cols
 
 
 def _least(p: _Problem, n: int, v: int) -> int:
