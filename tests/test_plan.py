@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusedpo import Plan, linear_logprobs, plan
-from fusedpo.plan import DEFAULT_BUDGET, format_bytes, parse_budget
+from fusedpo.plan import DEFAULT_BUDGET, BudgetTooSmall, format_bytes, parse_budget
 
 MIB = 2**20
 
@@ -193,3 +194,12 @@ def test_what_rules_one_pass_out(other: dict[str, object]) -> None:
     assert plan(64, 50, 8, scope="pair", route="one_pass").route == "one_pass"
     with pytest.raises(ValueError, match=r"^route .*, got 'one_pass'"):
         plan(64, 50, 8, **{"scope": "pair", "route": "one_pass", **other})
+
+
+def test_a_refused_budget_comes_back_from_another_process_as_it_was() -> None:
+    with pytest.raises(BudgetTooSmall) as error:
+        plan(4096, 50_000, 512, budget="1KiB")
+    copy = pickle.loads(pickle.dumps(error.value))
+    assert type(copy) is BudgetTooSmall and str(copy) == str(error.value)
+    assert copy.least == error.value.least > 1024
+    assert plan(4096, 50_000, 512, budget=copy.least).bytes <= copy.least
