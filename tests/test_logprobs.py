@@ -185,6 +185,13 @@ def test_only_what_is_asked_for_is_returned() -> None:
     assert stats.logprob is None and stats.entropy is None and stats.logsumexp is not None
 
 
+def test_one_statistic_may_be_asked_for_by_its_name_alone() -> None:
+    hidden, weight, labels = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2])
+    stats = linear_token_stats(hidden, weight, labels, stats="logsumexp")
+    assert {name for name, value in stats._asdict().items() if value is not None} == {"logsumexp"}
+    assert relative(stats.logsumexp, (hidden @ weight.T).double().logsumexp(-1)) < 1e-6
+
+
 @pytest.mark.holds(1, 2)
 @pytest.mark.parametrize("margin", [1.0, 20.0, 40.0, 80.0])
 def test_a_confident_token_keeps_its_digits(margin: float, backend: str) -> None:
