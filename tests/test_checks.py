@@ -328,6 +328,16 @@ EVERYWHERE: dict[str, Row] = {
         ValueError,
         r"^memory_budget: expected a plan for .*, got .*16 x 51 x 6",
     ),
+    "plan without the gradients that are wanted": (
+        {"memory_budget": plan(N, V, H, needs=("hidden",))},
+        ValueError,
+        r"^memory_budget: expected a plan with needs for weight, got frozen: 2 products of ",
+    ),
+    "plan without gradients": (
+        {"memory_budget": plan(N, V, H, needs=())},
+        ValueError,
+        r"^memory_budget: expected a plan with needs for hidden, weight, got forward: 1 product ",
+    ),
     "plan for another dtype": (
         {"memory_budget": plan(N, V, H, dtype=torch.bfloat16)},
         ValueError,
@@ -372,6 +382,16 @@ def test_every_function_refuses(call, given, error, message):
         ),
         "not names": ({"stats": (1,)}, ValueError, r"^stats: expected one of .*, got 1"),
         "missing": ({"stats": None}, TypeError, r"^stats: expected .*, got NoneType"),
+        "one name, unknown": (
+            {"stats": "entropi"},
+            ValueError,
+            r"^stats: expected one of .*, got 'entropi'; did you mean 'entropy'",
+        ),
+        "not in the plan": (
+            {"stats": ("entropy",), "memory_budget": plan(N, V, H)},
+            ValueError,
+            r"^memory_budget: expected a plan with needs for entropy, got retain: 3 products",
+        ),
     }
 )
 def test_token_stats_refuse_stats(given, error, message):
@@ -395,6 +415,11 @@ def cu_seqlens(*starts: int) -> dict[str, Tensor]:
             {"hidden": HIDDEN[:0], "labels": LABELS[:0]},
             ValueError,
             r"^labels: expected an even number of sequences above 0, .*, got 0 sequences",
+        ),
+        "no rows of single responses": (
+            {"loss": losses.KTO(), "hidden": HIDDEN[:0], "labels": LABELS[:0]},
+            ValueError,
+            r"^labels: expected at least one sequence, got 0 sequences$",
         ),
         "no packed sequence": (
             {
@@ -523,6 +548,12 @@ PER_SEQUENCE = normal(B)
             {"ref_hidden": HIDDEN, "ref_bias": normal(V)},
             ValueError,
             r"^ref_bias: expected None without ref_weight, got a tensor; pass ref_weight",
+        ),
+        "per sequence where tokens count unequally": (
+            {"loss": losses.LengthDesensitized(DPO), "ref_logprobs": PER_SEQUENCE},
+            ValueError,
+            r"^ref_logprobs: expected per token, as LengthDesensitized weights tokens, "
+            r"got per sequence \[4\]$",
         ),
         "given to a loss that has none": (
             {"loss": SIMPO, "ref_logprobs": PER_SEQUENCE},
@@ -680,6 +711,16 @@ def test_preference_loss_refuses_denominator(given, error, message):
             TypeError,
             r"^argument of preference_loss with SimPO: expected one of .*, got 'ref_logprob'; "
             r"did you mean 'ref_logprobs'",
+        ),
+        "an input of complex numbers": (
+            {"loss": losses.SPPO(), "win_rate_chosen": torch.ones(B // 2, dtype=torch.complex64)},
+            TypeError,
+            r"^win_rate_chosen: expected real numbers, got torch.complex64$",
+        ),
+        "an input of no numbers": (
+            {"loss": losses.KTO(), "desirable": torch.ones(B), "kl": torch.empty(0)},
+            ValueError,
+            r"^kl: expected at least one number, got \[0\]$",
         ),
         # the name that collects further keywords in the signature is not itself one
         "keyword inputs": (
@@ -884,6 +925,22 @@ def test_a_plan_that_the_loss_does_not_admit_is_refused():
         "vocab zero": ({"vocab": 0}, ValueError, r"^vocab: expected at least 1, got 0"),
         "hidden zero": ({"hidden": 0}, ValueError, r"^hidden: expected at least 1, got 0"),
         "tokens negative": ({"tokens": -1}, ValueError, r"^tokens: expected at least 0, got -1"),
+        "tokens no whole number": (
+            {"tokens": 16.0},
+            TypeError,
+            r"^tokens: expected an int, got float$",
+        ),
+        "shards a flag": ({"shards": True}, TypeError, r"^shards: expected an int, got bool$"),
+        "dtype of whole numbers": (
+            {"dtype": torch.int8},
+            TypeError,
+            r"^dtype: expected a floating-point dtype that the engine takes, got torch.int8$",
+        ),
+        "backend not decided": (
+            {"backend": "auto"},
+            ValueError,
+            r"^backend: expected one of 'torch', 'triton', got 'auto'$",
+        ),
         "needs unknown": (
             {"needs": ("wieght",)},
             ValueError,
