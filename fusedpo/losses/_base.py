@@ -129,7 +129,7 @@ class Loss:
     @property
     def scope(self) -> Scope:
         """Within what the gradient of a token's log-probability is known up to few factors."""
-        return "batch"
+        raise NotImplementedError(f"{type(self).__name__} has no scope")
 
     @property
     def needs_reference(self) -> bool:
