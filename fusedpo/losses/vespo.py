@@ -47,7 +47,7 @@ class VESPO(PolicyLoss):
         return -self.weight(t) * t.advantage * t.logprob
 
     def log_correction(self, weight: Tensor) -> Tensor:
-        return weight.log().clamp(_LEAST, RATIO_LIMIT)
+        return super().log_correction(weight).clamp(_LEAST, RATIO_LIMIT)
 
     def weight(self, t: Tokens) -> Tensor:
         """[N], phi(W) of each token's sequence."""
