@@ -89,9 +89,9 @@ class PreferenceProblem:
         of_states = None
         if states is not None:
             of_states = self.loss.of_states(*(states[side.sequences] for side in self.sides))
-            if of_states is not None:
-                total = total + of_states.double().sum()
-                per_example = per_example.detach() + of_states.detach()
+            assert of_states is not None, "there are states only for a loss that uses them"
+            total = total + of_states.double().sum()
+            per_example = per_example.detach() + of_states.detach()
         total = total / self.denominator
         if self.loss.nll_weight:
             total = total - self.loss.nll_weight * self._chosen(logprob) / self.nll_denominator
