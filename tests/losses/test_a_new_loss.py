@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import engine
@@ -13,9 +14,10 @@ import pytest
 import test_objective
 import torch
 from losses import test_shared
+from losses.problems import scores_of
 
 from fusedpo import losses, plan, preference_loss
-from fusedpo.losses import PreferenceLoss
+from fusedpo.losses import MarginLoss, PolicyLoss, PreferenceLoss
 
 TOY = '''\
 r"""A toy: the squared distance of a scaled margin from a target, smaller for long pairs.
@@ -129,6 +131,44 @@ def test_it_can_be_mixed_and_changed(toy: PreferenceLoss) -> None:
     loss = losses.WPO(0.5 * toy + losses.SFT())
     test_objective.check(loss, test_objective.batch(4, 3))
     assert eval(repr(loss), vars(losses)) == loss
+
+
+@dataclass(frozen=True)
+class Bare(PreferenceLoss):
+    """A loss of which nothing is written yet."""
+
+
+@dataclass(frozen=True)
+class BareMargin(MarginLoss):
+    """Likewise of a margin."""
+
+
+@dataclass(frozen=True)
+class BarePolicy(PolicyLoss):
+    """Likewise of tokens."""
+
+
+S = scores_of([-8.0], [-10.0])
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (lambda: Bare().terms, "Bare defines neither tail nor terms"),
+        (lambda: Bare().per_example(S, S), "Bare has no formula"),
+        (lambda: Bare().of_response("chosen", S), "Bare is no sum over responses"),
+        (lambda: Bare().metrics(S, S), "Bare has no reward"),
+        (
+            lambda: BareMargin().per_example(S, S),
+            "BareMargin defines neither tail nor of_margin",
+        ),
+        (lambda: BarePolicy().per_token(None), "BarePolicy has no formula"),
+    ],
+)
+def test_what_it_lacks_is_named(ask: Callable[[], object], said: str) -> None:
+    with pytest.raises(NotImplementedError) as error:
+        ask()
+    assert str(error.value) == said
 
 
 def test_it_is_gone_with_its_file() -> None:
