@@ -82,6 +82,20 @@ def test_what_is_detached_has_the_bases_gradient(detach: bool) -> None:
     assert mine[0].item() == pytest.approx(own.item() + (0.0 if detach else 1.0), rel=1e-12)
 
 
+@every_base
+def test_a_response_is_logged_as_the_base_logs_it(base: PreferenceLoss) -> None:
+    """In either context, by itself and among the metrics of a triple."""
+    loss = ShortToLong(base)
+    triple = [*for_loss(base, 3), *for_loss(base, 4)[:1]]
+    for s in triple:
+        assert torch.equal(loss.reward(s), base.reward(s))
+        assert torch.equal(loss.logged_logp(s), base.logged_logp(s))
+    found = loss.metrics(*triple)
+    for name, s in zip(("chosen", "rejected", "long_chosen"), triple, strict=True):
+        assert found[f"rewards/{name}"] == loss.reward(s).mean()
+    assert found["logps/chosen"] == loss.logged_logp(triple[0]).mean()
+
+
 @pytest.mark.parametrize("base", [AOT(), KTO(), SemanticSPPO(), ShortToLong()], ids=repr)
 def test_a_base_is_of_pairs_one_at_a_time(base: PreferenceLoss) -> None:
     with pytest.raises(ValueError, match="base"):
