@@ -10,8 +10,9 @@ import torch
 from losses.formulas import Response
 from losses.problems import of_responses, scores_of
 from losses.shared import inputs_for, scores
+from oracles import relative
 
-from fusedpo import losses
+from fusedpo import losses, preference_loss
 from fusedpo.losses import (
     AOT,
     BCO,
@@ -251,8 +252,28 @@ def test_aligned_rewards_are_those_of_what_is_wrapped() -> None:
     short, rejected, long = scores(3, roles=3)
     plain = ShortToLong(ORPO()).per_example(short, rejected, long)
     assert torch.equal(ShortToLong(1.0 * ORPO()).per_example(short, rejected, long), plain)
+    weighted = LengthDesensitized(ORPO(), 1.0)
+    assert torch.equal(ShortToLong(weighted).per_example(short, rejected, long), plain)
     inside = ShortToLong(FDivergence(DPO(), "js_divergence"))
     outside = FDivergence(ShortToLong(DPO()), "js_divergence")
     assert torch.equal(
         inside.per_example(short, rejected, long), outside.per_example(short, rejected, long)
     )
+
+
+@pytest.mark.parametrize("plain", [lambda x: LengthDesensitized(x, 1.0), FDivergence], ids=repr)
+def test_states_are_pushed_apart_by_what_is_wrapped(plain) -> None:
+    """Modifiers that change nothing leave a loss of states what it is, gradients included."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 6, 8, generator=g), torch.randn(30, 8, generator=g)
+    labels, reference = torch.randint(30, (4, 6), generator=g), hidden + 0.1
+    base = SemanticSPPO(0.1, repulsion_weight=2.0)
+    found = []
+    for loss in (base, plain(base)):
+        leaf = hidden.clone().requires_grad_()
+        out = preference_loss(loss, leaf, weight, labels, ref_hidden=reference)
+        found.append((out, torch.autograd.grad(out.loss, leaf)[0]))
+    (truth, exact), (mine, gradient) = found
+    assert mine.loss.item() == pytest.approx(truth.loss.item(), rel=1e-6)
+    assert mine.metrics["loss/states"] == truth.metrics["loss/states"] != 0
+    assert relative(gradient, exact) < 5e-6
