@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import engine
 import pytest
@@ -32,6 +33,8 @@ from fusedpo.losses import (
     available,
 )
 from fusedpo.losses._gates import GATES
+from fusedpo.losses._links import Tail
+from fusedpo.scores import Tokens
 
 VOCAB, WIDTH = 61, 12
 
@@ -323,6 +326,27 @@ def test_a_response_without_tokens_adds_nothing_and_counts(loss: PolicyLoss) -> 
     three = policy_loss(*args(data), **arguments(loss, data))
     two = policy_loss(*args(other), **arguments(loss, other))
     assert three.loss.item() == pytest.approx(two.loss.item() * 2 / 3, rel=1e-6)
+
+
+@dataclass(frozen=True)
+class GeometricMean(PolicyLoss):
+    """-A exp(mean of delta), which is GSPO without its clip: a gate that has no temperature."""
+
+    @property
+    def tail(self) -> Tail:
+        return Tail("identity", "mean", "exp", combine="single", link="linear")
+
+    def per_token(self, t: Tokens) -> torch.Tensor:
+        return -t.advantage * t.mean(t.delta).exp()
+
+
+def test_a_new_loss_with_a_tail_needs_no_temperature() -> None:
+    data = sampled(12, 4)
+    check(GeometricMean(), data)
+    named = made(SoftSequence, gate="identity")
+    args = (data["hidden"], data["weight"], data["labels"])
+    mine, its = (policy_loss(x, *args, **arguments(x, data)) for x in (GeometricMean(), named))
+    assert relative(mine.per_example, its.per_example) < 1e-6
 
 
 def test_metrics() -> None:
