@@ -214,8 +214,6 @@ def _backward(ctx, upstream):  # type: ignore[no-untyped-def]
         for name, need in zip(("hidden", "weight", "bias"), ctx.needs_input_grad[:3], strict=True)
         if need
     ]
-    if not names or (g is None and e is None):
-        return None, None, None, *nothing
     g = torch.zeros_like(kept[0]) if g is None else g
     found = token_stats_backward(
         hidden,
