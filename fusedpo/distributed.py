@@ -207,8 +207,7 @@ def shard_of(weight: object, group: ProcessGroup, argument: str = "weight") -> V
             argument, "a slice [V_local, H] of one head on each rank, none of them empty", got
         )
     shard = VocabShard(group, sizes, dist.get_rank(group))
-    if isinstance(weight, Tensor):
-        _SHARDS[weight] = shard
+    _SHARDS[weight] = shard  # a tensor, or this rank's slice would be empty
     return shard
 
 
