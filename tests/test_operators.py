@@ -351,6 +351,48 @@ def test_half_precision_is_rounded_once() -> None:
         assert relative(got, truth) <= 1.05 * relative(truth.bfloat16(), truth)
 
 
+GROUPED = {
+    "a head in slices": (
+        lambda *given: linear_logprobs(*given, vocab_group=object()),
+        "vocab_group: expected a whole head of plain tensors inside torch.compile, got one in "
+        "slices, or a DTensor; call the loss outside of the graph, under torch.compiler.disable",
+    ),
+    "sequences in parts": (
+        lambda *given: preference_loss(SimPO(), *given, sequence_group=object()).loss,
+        "sequence_group: expected None inside torch.compile, got a group; call the loss outside "
+        "of the graph, under torch.compiler.disable",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_several_ranks_are_refused_in_an_exported_graph(name: str) -> None:
+    """As in a compiled one, where the error comes within one of the compiler's own."""
+    call, said = GROUPED[name]
+
+    class Model(torch.nn.Module):
+        def forward(self, *given: torch.Tensor) -> torch.Tensor:
+            return call(*given)
+
+    with pytest.raises(ValueError) as error:
+        torch.export.export(Model(), data(), strict=False)
+    assert str(error.value) == said
+
+
+@pytest.mark.holds(13)
+def test_the_operator_looks_at_the_labels_itself(backend: str) -> None:
+    """What a graph asserts before is not there for who calls it otherwise, or drops assertions."""
+    given = list(arguments(torch.float32, backend, "plain", "logprob"))
+    given[3] = given[3].clone()
+    given[3][13] = VOCAB
+    with pytest.raises(ValueError) as error:
+        token_stats(*given)
+    assert str(error.value) == (
+        f"labels: expected class numbers in [0, {VOCAB}) or ignore_index = -100, got {VOCAB} at "
+        "position [13]; the tokenizer and the head may disagree about the vocabulary"
+    )
+
+
 def test_a_plan_is_refused_in_a_graph() -> None:
     import fusedpo
 
