@@ -87,6 +87,11 @@ def test_packed_parts(two: Processes) -> None:
     assert not two.faults("packed_parts")
 
 
+@pytest.mark.fault(19)
+def test_no_sequences(two: Processes) -> None:
+    assert not two.faults("no_sequences")
+
+
 @pytest.mark.holds(31, 32)
 def test_denominators(two: Processes) -> None:
     assert two.run("counts") == [[4.0, 2.5, 7.5]] * 2

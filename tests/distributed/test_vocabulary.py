@@ -110,6 +110,10 @@ def test_sizes_are_exchanged_once_a_weight(two: Processes) -> None:
     assert not two.faults("sizes_are_exchanged_once")
 
 
+def test_labels_are_compared_once_a_weight(two: Processes) -> None:
+    assert not two.faults("labels_are_compared_once")
+
+
 @pytest.mark.holds(20)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
@@ -181,6 +185,41 @@ def test_refuses_on_all_ranks(two: Processes, name: str, error: str, text: str) 
     for ((kind, said),) in two.run("refused", name):
         assert text in said
         assert kind == error or not error
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "DTensor bias placed otherwise",
+            ["bias: expected placed as weight is, [Shard(dim=0)], got [Replicate()]"] * 2,
+        ),
+        (
+            "DTensor and another group",
+            ["vocab_group: expected None, or the group of weight's mesh, got another"] * 2,
+        ),
+        (
+            "DTensor cut elsewhere",
+            [
+                "weight: expected slices of 19, 18 entries, as Shard(0) has them, got "
+                f"{rows} on rank {rank}; pass weight.to_local() and vocab_group"
+                for rank, rows in enumerate((20, 17))
+            ],
+        ),
+        (
+            "a weight that has grown",
+            [
+                f"weight: expected {rows} entries, as when it was first seen, got {rows + 1}; "
+                "make a new tensor for a vocabulary of another size"
+                for rows in (20, 17)
+            ],
+        ),
+    ],
+)
+def test_a_slice_that_does_not_fit_the_others_is_named(
+    two: Processes, name: str, said: list[str]
+) -> None:
+    assert two.run("refused", name) == [[("ValueError", text)] for text in said]
 
 
 # the tests of the tests

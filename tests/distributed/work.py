@@ -454,6 +454,22 @@ def solve_loss(
     return [f"{loss}, {mode}, {route}: {fault}" for fault in found]
 
 
+def no_sequences() -> list[str]:
+    """Nothing was sampled: a loss of 0 and gradients of 0, on every rank."""
+    hidden = torch.zeros(0, 4, 8, requires_grad=True)
+    weight = torch.ones(37, 8, requires_grad=True)
+    labels = torch.zeros(0, 4, dtype=torch.long)
+    found = []
+    for loss in (fusedpo.losses.GRPO(), fusedpo.losses.GSPO()):
+        given = {"advantages": torch.zeros(0), "sequence_group": world()}
+        total = policy_loss(loss, hidden, weight, labels, **given).loss
+        gradients = torch.autograd.grad(total, (hidden, weight))
+        shapes = [t.shape for t in gradients] == [hidden.shape, weight.shape]
+        if total.item() != 0 or not shapes or bool(gradients[1].count_nonzero()):
+            found.append(f"{loss}: {total}, {gradients}")
+    return found
+
+
 def packed_parts() -> list[str]:
     """Packed sequences, each rank with its own borders; the second sequence is on rank 1 alone."""
     loss = fusedpo.losses.SimPO(sft_weight=0.5)
@@ -541,6 +557,20 @@ def sizes_are_exchanged_once() -> list[str]:
     return found
 
 
+def labels_are_compared_once() -> list[str]:
+    """Of a DTensor's ranks, with its first call."""
+    case, _ = extreme("plain", torch.float32)
+    weight = distribute_tensor(case.weight, _mesh(), [Shard(0)])
+    found = []
+    for expected in ([2], [], []):
+        with counted() as seen, torch.no_grad():
+            linear_logprobs(case.hidden, weight, case.labels)
+        # one of statistics comes after
+        if [numbers for _, numbers in seen[:-1]] != expected:
+            found.append(f"{seen}, should begin with {expected}")
+    return found
+
+
 def memory(route: str, dtype: torch.dtype, masked: bool, entropy: bool) -> list[str]:
     """What is held, next to what was planned."""
     g = torch.Generator().manual_seed(0)
@@ -603,6 +633,20 @@ def refused(name: str) -> list[tuple[str, str]]:
     def of_mesh(placement: Any, t: Tensor = weight) -> Any:
         return distribute_tensor(t, _mesh(), [placement])
 
+    def on_a_mesh_of_one() -> Any:
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("others", "own"))["own"]
+        return distribute_tensor(weight, mesh, [Shard(0)])
+
+    def cut_elsewhere() -> Any:
+        shape = {"shape": weight.shape, "stride": weight.stride()}
+        return DTensor.from_local(weight[part], _mesh(), [Shard(0)], run_check=False, **shape)
+
+    def grown() -> Any:
+        grows = weight[part].clone()
+        scored(grows)
+        grows.data = torch.cat((grows, grows[:1]))
+        return scored(grows)
+
     far = labels.clone()
     far[0, 0] = 37
     bad_here = labels.clone()
@@ -625,6 +669,12 @@ def refused(name: str) -> list[tuple[str, str]]:
         "plain and DTensor bias": lambda: scored(bias=of_mesh(Shard(0), torch.zeros(37))),
         "hidden a DTensor": lambda: linear_logprobs(of_mesh(Replicate(), hidden), weight, labels),
         "labels a DTensor": lambda: linear_logprobs(hidden, weight, of_mesh(Replicate(), labels)),
+        "DTensor bias placed otherwise": lambda: scored(
+            of_mesh(Shard(0)), bias=of_mesh(Replicate(), torch.zeros(37))
+        ),
+        "DTensor and another group": lambda: scored(on_a_mesh_of_one()),
+        "DTensor cut elsewhere": lambda: scored(cut_elsewhere()),
+        "a weight that has grown": grown,
         "replicated slice": lambda: scored(of_mesh(Replicate())),
         "in a graph": lambda: compiled(hidden, weight[part], labels, **group),
         "parts in a graph": lambda: torch.compile(shared, backend="eager", fullgraph=True)(),
