@@ -379,6 +379,28 @@ def test_grpo(loss_type: str, level: str, old: bool, reference: str, weights: st
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ({}, "none"),
+        ({"loss_type": "luspo"}, "none"),
+        ({"importance_sampling_level": "sequence"}, "of tokens"),
+    ],
+    ids=["a mean over tokens", "over padding", "weights of tokens under whole responses"],
+)
+def test_the_policys_head_is_the_references_where_none_is_given(
+    options: dict, weights: str
+) -> None:
+    rows, module = batch(23), ours("GRPO", **options)
+    given = {"vllm_is_ratio": WEIGHTS[weights]}
+    log_p = torch.nn.functional.linear(rows.ref_hidden, rows.weight, rows.bias).log_softmax(-1)
+    told = log_p.gather(-1, rows.ids[..., None])[..., 0].detach()
+    loss, (kl, _) = of_samples(module, rows, ref_input=rows.ref_hidden, **given)
+    truth, (true_kl, _) = of_samples(module, rows, ref_per_token_logps=told, **given)
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
+    assert kl.item() == pytest.approx(true_kl.item(), rel=1e-4) and kl > 0.01
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
@@ -893,6 +915,13 @@ def test_kernels(kind: str) -> None:
 def test_wrong_options_are_told_at_once(kind: str, options: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         ours(kind, **options)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_plan_is_of_one_call_and_no_budget_of_a_module(kind: str) -> None:
+    with pytest.raises(TypeError) as error:
+        ours(kind, memory_budget=fusedpo.plan(10, VOCABULARY, HIDDEN))
+    assert str(error.value) == "memory_budget: expected a number or a text, got a Plan, of one call"
 
 
 def test_dr_grpo_needs_a_length() -> None:
