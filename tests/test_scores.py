@@ -8,8 +8,8 @@ from engine import KERNELS
 from oracles import relative
 
 from fusedpo import linear_logprobs, preference_loss
-from fusedpo.losses import DPO
-from fusedpo.scores import Sequences
+from fusedpo.losses import BCO, DPO, PreferenceLoss
+from fusedpo.scores import Scores, Sequences
 
 
 def test_sums_are_kept_in_double_precision() -> None:
@@ -50,6 +50,16 @@ def test_a_reference_in_double_precision_changes_no_dtype() -> None:
     out = preference_loss(DPO(), hidden, weight, labels, ref_logprobs=ref)
     tensors = (out.loss, out.per_example, out.logprobs, *out.metrics.values())
     assert {t.dtype for t in tensors} == {torch.float32}
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("loss", [DPO(), BCO()], ids=repr)
+def test_a_formula_without_the_reference_it_compares_with_says_so(loss: PreferenceLoss) -> None:
+    side = Scores(torch.tensor([-3.0]), torch.tensor([2.0]))
+    with pytest.raises(ValueError) as error:
+        loss.per_example(side, side)
+    expected = "ref_logprobs: this loss compares with a reference, and none was given"
+    assert str(error.value) == expected
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]])
