@@ -384,6 +384,20 @@ def test_a_reference_may_have_another_size() -> None:
     assert out.loss.item() == pytest.approx(
         preference_loss(*args, ref_logprobs=tokens).loss.item(), rel=1e-6
     )
+    # a plan is for the policy; what holds for the reference too is its budget
+    count = int((data["labels"] >= 0).sum())
+    chosen = plan(count, VOCAB, WIDTH, budget="64KiB", backend=engine.BACKEND)
+    planned = preference_loss(
+        *args, ref_hidden=ref_hidden, ref_weight=ref_weight, memory_budget=chosen
+    )
+    assert planned.loss.item() == pytest.approx(out.loss.item(), rel=1e-6)
+    with pytest.raises(ValueError, match=r"^memory_budget: expected at least .* hidden 50000, got"):
+        preference_loss(
+            *args,
+            ref_hidden=torch.zeros(4, 14, 50_000),
+            ref_weight=torch.zeros(1, 50_000).expand(VOCAB, 50_000),
+            memory_budget=chosen,
+        )
 
 
 @pytest.mark.holds(31)
