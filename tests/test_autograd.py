@@ -327,6 +327,23 @@ def test_any_layout_of_the_inputs(layout: str) -> None:
         assert relative(ours[1], expected[1]) < 5e-6
 
 
+@pytest.mark.holds(28)
+@pytest.mark.fault(18)
+def test_last_states_of_any_layout(backend: str) -> None:
+    """Of a loss that pushes them apart: a slice is as good as its copy, to the last bit."""
+    hidden, weight, labels = (t.detach() for t in small())
+    wide = torch.randn(4, 12, 11)
+    wide[:, 1:10, 2:10] = hidden
+    found = []
+    for states in (wide[:, 1:10, 2:10], hidden):
+        leaf = states.detach().requires_grad_()
+        loss = losses.SemanticSPPO(0.1, repulsion_weight=3.0)
+        out = preference_loss(loss, leaf, weight, labels, ref_hidden=hidden, backend=backend)
+        assert out.metrics["loss/states"] != 0
+        found.append((out.loss.detach(), *torch.autograd.grad(out.loss, leaf)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.holds(19)
 def test_ten_runs_give_the_same_bits() -> None:
     hidden, weight, labels = small()
