@@ -30,11 +30,13 @@ from fusedpo import (
     linear_token_stats,
     losses,
     operators,
+    plan,
     policy_loss,
     preference_loss,
 )
 from fusedpo.fused_head import UnsupportedHead, hidden_and_head
 from fusedpo.kernels.tiles import on_device_of
+from fusedpo.scored import to_device
 
 V, H, B, T = 40, 8, 4, 7
 FLOATS = "one of float64, float32, bfloat16, float16"
@@ -153,6 +155,31 @@ def test_launches_go_to_the_tensors_device(monkeypatch) -> None:
     second = torch.device("cuda", 1)
     with on_device_of(SimpleNamespace(is_cuda=True, device=second)):
         assert current == [second]
+
+
+class Host(Tensor):
+    """A tensor on the CPU that takes down how it is copied to a GPU."""
+
+    pinned = False
+
+    def pin_memory(self) -> Host:
+        copy = self.clone()
+        copy.pinned = True
+        return copy
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> tuple[Any, ...]:
+        return device, self.pinned, non_blocking, self.tolist()
+
+
+def test_a_copy_to_a_gpu_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes memory that the GPU can read by itself."""
+    made = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *a, **k: made(*a, **k).as_subclass(Host))
+    gpu = torch.device("cuda", 1)
+    assert to_device([3, 1], gpu) == (gpu, True, True, [3, 1])
+    assert to_device(made([5]).as_subclass(Host), gpu) == (gpu, True, True, [5])
+    elsewhere = torch.device("cpu")
+    assert to_device([3, 1], elsewhere) == (elsewhere, False, False, [3, 1])
 
 
 @pytest.mark.fault(12)
@@ -612,6 +639,23 @@ def test_a_batch_of_nothing(shape: tuple[int, int], loss: losses.PolicyLoss, bac
         policy_loss(loss, hidden, weight, labels, **given).loss, hidden, weight
     )
     assert total == 0 and [g.shape for g in gradients] == [hidden.shape, weight.shape]
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+@pytest.mark.fault(19)
+@pytest.mark.parametrize("route", ["recompute", "retain", "one_pass"])
+def test_responses_of_no_token_by_every_route(route: str, backend: str) -> None:
+    """No tile is made, and no gradient is what was in memory before."""
+    hidden, weight, labels = data()
+    bias = torch.zeros(V, requires_grad=True)
+    needs = ("hidden", "weight", "bias")
+    chosen = plan(0, V, H, needs=needs, scope="token", route=route, backend=backend)
+    given = {"advantages": torch.ones(B), "bias": bias, "memory_budget": chosen}
+    labels = torch.full_like(labels, -100)
+    total = policy_loss(losses.GRPO(), hidden, weight, labels, **given, backend=backend).loss
+    found, *gradients = step(total, hidden, weight, bias)
+    assert found == 0
+    assert [g.shape for g in gradients] == [hidden.shape, weight.shape, bias.shape]
     assert all((gradient == 0).all() for gradient in gradients)
 
 
