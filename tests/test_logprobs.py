@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from oracles import Case, faults, naive, relative
 import fusedpo
 from fusedpo import linear_logprobs, linear_token_stats
 from fusedpo.plan import parse_budget
+from fusedpo.sweeps import operand_dtype
 
 TILES = ((2, 9), (3, 7), (16, 64), (17, 128), (64, 4096))
 # an interpreted program costs a millisecond, and there is one a row and tile
@@ -518,6 +520,25 @@ def test_half_precision_operands_of_a_device_that_accumulates_in_fp32(
                 cast = (truth.to(dtype).double() - truth).norm() / size
                 limit = max(2.5 * cast, 1.25 * naive_error, torch.finfo(dtype).eps)
                 assert error <= limit, (case.name, route, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_operands_of_a_gpu_are_those_of_its_autocast(dtype: torch.dtype, low: torch.dtype) -> None:
+    """But for float64; on the CPU they are as wide as what is accumulated."""
+    there = types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    before = torch.get_autocast_dtype("cuda")
+    assert operand_dtype(there) == dtype
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", low)
+    try:
+        assert operand_dtype(there) == (dtype if dtype == torch.float64 else low)
+        with torch.autocast("cpu", dtype=low):
+            assert operand_dtype(torch.ones(1, dtype=dtype)) == wide
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", before)
 
 
 def test_a_budget_is_a_number_of_bytes_or_a_text() -> None:
