@@ -447,6 +447,10 @@ def add_columns(
     if (encode is None) == (similarity is None):
         got = "neither" if encode is None else "both"
         raise bad_value("encode", "either an encoder or similarity", got)
+    for i, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            got = type(row).__name__
+            raise bad_type(f"row {i + 1}", "a mapping with chosen and rejected", got)
     rates = _given_rates(rows) if scores is None else _rates(scores, len(rows))
     if encode is not None:
         texts = [_responses(row, f"row {i + 1}") for i, row in enumerate(rows)]
@@ -508,8 +512,6 @@ def _given_rates(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]
 
 def _responses(row: Mapping[str, Any], where: str) -> tuple[str, str]:
     """The texts of the two responses, without what they have of the prompt."""
-    if not isinstance(row, Mapping):
-        raise bad_type(where, "a mapping with chosen and rejected", type(row).__name__)
     for column in ("chosen", "rejected"):
         if row.get(column) is None:
             raise bad_value(where, "the columns chosen, rejected", f"{', '.join(row) or 'none'}")

@@ -458,6 +458,16 @@ def test_bad_rows_are_refused_with_their_place(row, options, message):
         add_columns([row], **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"encode": Table()}, {"similarity": [0.5, 0.5]}, {"encode": Table(), "scores": [[1, 0]] * 2}],
+)
+def test_what_is_no_row_is_refused_with_its_place(options):
+    with pytest.raises(TypeError) as error:
+        add_columns([ROW, "east"], **options)
+    assert str(error.value) == "row 2: expected a mapping with chosen and rejected, got str"
+
+
 # encoders
 
 
