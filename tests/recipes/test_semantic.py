@@ -246,6 +246,13 @@ def test_vectors_of_several_sizes_and_lists_of_several_lengths_are_refused():
         cosine_similarities(Table(), ["east"], ["east", "west"])
 
 
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_is_of_a_text_at_least(size):
+    with pytest.raises(ValueError) as error:
+        cosine_similarities(Table(), ["east"], ["west"], batch_size=size)
+    assert str(error.value) == f"batch_size: expected at least 1, got {size}"
+
+
 # the cache
 
 
@@ -349,6 +356,23 @@ def test_damaged_files_are_refused_and_left(tmp_path, content, got):
     assert path.read_bytes() == content
 
 
+@pytest.mark.fault(68)
+@pytest.mark.holds(46)
+def test_a_changed_digit_is_refused_though_it_is_a_similarity(tmp_path):
+    path = tmp_path / "cache.json"
+    SimilarityCache(path).update({KEY: 0.25})
+    written = path.read_text()
+    assert SimilarityCache(path)[KEY] == 0.25
+    path.write_text(written.replace("0.25", "0.75"))
+    with pytest.raises(ValueError) as error:
+        SimilarityCache(path)
+    assert str(error.value) == (
+        f"cache {path}: expected a file of 'fusedpo similarities 1', got another checksum; it is "
+        "left as it is; remove it, or name another file, to compute anew"
+    )
+    assert path.read_text() == written.replace("0.25", "0.75")
+
+
 def test_a_cache_needs_an_encoder_with_a_name_and_takes_similarities_only(tmp_path):
     cache = SimilarityCache(tmp_path / "cache.json")
     with pytest.raises(ValueError, match="encode: expected an encoder with a name"):
@@ -399,6 +423,20 @@ def test_equal_conversations_are_compared_by_their_last_message():
     table = Table()
     (found,) = add_columns([row], encode=table)
     assert found["similarity"] == 1 and table.asked == ["east"]
+
+
+def test_conversations_are_compared_from_where_they_differ():
+    """Though what is said after may be the same."""
+    rest = [user("and then?"), assistant("stop")]
+    row = {"chosen": [QUESTION, EAST, *rest], "rejected": [QUESTION, NORTHEAST, *rest]}
+    asked = []
+
+    def encode(texts):
+        asked.extend(texts)
+        return [[1.0, float(len(text))] for text in texts]
+
+    add_columns([row], encode=encode)
+    assert sorted(asked) == ["east\nand then?\nstop", "northeast\nand then?\nstop"]
 
 
 def test_known_similarities_and_win_rates_are_taken():
@@ -661,6 +699,55 @@ def test_what_cannot_be_loaded_is_told(tmp_path, without_package):
     without_package.add("transformers")
     with pytest.raises(ImportError, match="pip install sentence-transformers"):
         sentence_encoder(tmp_path)
+
+
+REFUSED = (
+    "name: expected a sentence encoder, on the Hub or in a folder, got {name!r}, which cannot be "
+    "loaded ({reason}); without a network, give the folder of a model that was downloaded before"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(OSError("no such model\nsee above"), "no such model"), (MemoryError(), "MemoryError")],
+)
+def test_what_the_package_cannot_load_is_told(monkeypatch, error, reason):
+    def fail(name, device):
+        raise error
+
+    module = types.ModuleType("sentence_transformers")
+    module.SentenceTransformer = fail
+    module.__spec__ = importlib.util.spec_from_loader("sentence_transformers", None)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+    with pytest.raises(ValueError) as told:
+        sentence_encoder("owner/model")
+    assert str(told.value) == REFUSED.format(name="owner/model", reason=reason)
+    assert told.value.__cause__ is error
+
+
+def test_a_settings_file_that_is_no_json_is_told(folder, without_package, tmp_path):
+    copy = tmp_path / "encoder"
+    shutil.copytree(folder, copy)
+    (copy / "modules.json").write_text("[{")
+    with pytest.raises(ValueError) as told:
+        sentence_encoder(copy)
+    reason = str(told.value.__cause__)
+    assert isinstance(told.value.__cause__, json.JSONDecodeError)
+    assert str(told.value) == REFUSED.format(name=str(copy), reason=reason)
+
+
+def test_a_tokenizer_without_padding_pads_with_any_token(folder, without_package, tmp_path):
+    """As padding is masked, texts of several lengths have the vectors that each has alone."""
+    copy = tmp_path / "encoder"
+    shutil.copytree(folder, copy)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(copy)
+    assert AutoTokenizer.from_pretrained(copy).pad_token is None
+    together, truth = sentence_encoder(copy)(TEXTS), sentence_encoder(folder)(TEXTS)
+    assert len({len(tokenizer(text)["input_ids"]) for text in TEXTS}) > 1
+    for vector, same in zip(together, truth, strict=True):
+        assert (vector - same).norm() < 1e-5 * same.norm()
 
 
 @pytest.mark.skipif(
