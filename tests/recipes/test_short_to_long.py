@@ -155,6 +155,28 @@ def test_passages_that_take_more_together_than_alone_are_left_out_again(longest)
     assert longest - 3 < contexts.long_tokens <= longest
 
 
+def test_an_order_that_takes_more_than_any_other_is_refused():
+    """A tokenizer that merges neighbours: "a a b" is 2 tokens, and "a b a" is 3."""
+
+    def count(text: str) -> int:
+        return len(re.findall(r"(a )+|b ", text))
+
+    given = {"relevant": ["a", "a"], "distractors": ["b"], "instruction": "", "separator": " "}
+    given |= {"count": count, "ratio": 0.5, "short_distractors": 1, "max_length": 2}
+    refused = 0
+    for seed in range(20):
+        free = build_contexts(**{**given, "max_length": None, "seed": seed})
+        if free.long_tokens == 2:
+            assert build_contexts(**given, seed=seed) == free
+            continue
+        refused += 1
+        with pytest.raises(ValueError) as error:
+            build_contexts(**given, seed=seed)
+        expected = "max_length: expected prompts of at most 2 tokens, got 3 with the fewest distrac"
+        assert str(error.value) == f"{expected}tors"
+    assert 0 < refused < 20
+
+
 def test_a_copy_of_the_relevant_passage_is_no_distractor():
     contexts = build_contexts(["r s"], ["r s", "t"], QUESTION, count=words, long_tokens=100)
     assert sorted(contexts.passages) == ["r s", "t"]
