@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from pathlib import Path
@@ -458,6 +459,57 @@ def test_generation_that_fails_leaves_no_trace(monkeypatch):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+class Device:
+    """torch.cuda, or the like, for a device with a generator of its own."""
+
+    def __init__(self) -> None:
+        self.state, self.entered = "as before", []
+
+    def get_rng_state(self) -> str:
+        return self.state
+
+    def set_rng_state(self, state: str) -> None:
+        self.state = state
+
+    def manual_seed(self, seed: int) -> None:
+        self.state = f"seeded with {seed}"
+
+
+class OneOfSeveral(Device):
+    @contextlib.contextmanager
+    def device(self, which: torch.device):
+        self.entered.append(which)
+        yield
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("kind", [Device, OneOfSeveral])
+def test_generation_elsewhere_seeds_that_device_and_leaves_no_trace(monkeypatch, kind, fails):
+    there, model, seen = kind(), policy().to("meta"), []
+    monkeypatch.setattr(torch, "get_device_module", lambda device: there)
+
+    def generated(input_ids, attention_mask):
+        assert input_ids.device == attention_mask.device == torch.device("meta")
+        seen.append((there.state, torch.rand(3)))
+        if fails:
+            raise RuntimeError("out of memory")
+        return torch.full((len(PROMPTS), input_ids.shape[1] + 5), 7)
+
+    monkeypatch.setattr(model, "generate", generated)
+    before = torch.get_rng_state()
+    for _ in range(2):
+        if fails:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                generate(model, seed=11)
+        else:
+            assert generate(model, seed=11) == [[7] * length for length in (5, 3, 4)]
+        assert there.state == "as before"
+        assert torch.equal(torch.get_rng_state(), before)
+    (first, numbers), (second, same) = seen
+    assert first == second == "seeded with 11" and torch.equal(numbers, same)
+    assert there.entered == [torch.device("meta")] * (2 if kind is OneOfSeveral else 0)
+
+
 def test_prompts_are_checked():
     with pytest.raises(ValueError, match="prompts: expected at least one token in each"):
         generate(policy(), [[1], []], [1, 1])
@@ -809,6 +861,43 @@ def test_the_plain_loop_trains_against_a_moving_reference():
     # the gradient of a step is clipped to 1
     moved = (2 * (seen[1] - start)).norm()
     assert moved <= 0.1 * (1 + 1e-4)
+
+
+def test_the_plain_loop_is_one_written_out():
+    """Without a reference and without a limit of the gradient."""
+    collate = PreferenceCollator(PAD)
+
+    def start():
+        model = policy(3)
+
+        def loss_of(batch) -> torch.Tensor:
+            inputs = collate(batch)
+            ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            logits = model(**ids).logits[:, :-1].flatten(0, 1)
+            labels = inputs["labels"][:, 1:].flatten()
+            return 30 * torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100)
+
+        return model, source(model), loss_of
+
+    model, subject, loss_of = start()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    history = plain_loop(model, subject, loss_of, optimizer, steps=4, batch_size=3)
+
+    truth, by_hand, loss_of = start()
+    parameters = list(truth.parameters())
+    for found in history:
+        loss = loss_of(by_hand.next_batch(3))
+        gradients = torch.autograd.grad(loss, parameters)
+        assert torch.cat([gradient.flatten() for gradient in gradients]).norm() > 1
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter -= 0.01 * gradient
+        by_hand.after_step(truth)
+        expected = {"loss": loss.item(), **by_hand.statistics()}
+        assert found == pytest.approx(expected, rel=1e-5, abs=0)
+    assert len(history) == by_hand.average.updates == subject.average.updates == 4
+    for mine, same in ((model, truth), (subject.average.module, by_hand.average.module)):
+        assert (weights(mine) - weights(same)).norm() < 1e-5 * weights(same).norm()
 
 
 # the shared prefix
