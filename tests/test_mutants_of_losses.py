@@ -90,14 +90,14 @@ def detach_rejected(original, self, stats, *args):
     return original(self, {**stats, "logprob": torch.where(chosen, p, p.detach())}, *args)
 
 
-def by_sequences(original, argument, value, default):
+def by_sequences(original, argument, value, default, device):
     """A mean over pairs is one over their responses."""
-    return original(argument, value, 2 * default)
+    return original(argument, value, 2 * default, device)
 
 
-def by_positions(original, argument, value, default):
+def by_positions(original, argument, value, default, device):
     """Tokens that are not scored count too."""
-    return original(argument, value, 4 * LENGTH if argument == "num_tokens" else default)
+    return original(argument, value, 4 * LENGTH if argument == "num_tokens" else default, device)
 
 
 def every_response(original, self, logprob):
