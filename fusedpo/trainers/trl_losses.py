@@ -264,6 +264,8 @@ class LossOfPairs(_Base):  # type: ignore[misc]
         if loss is None:
             super().__init__(*args, **kwargs)
             return
+        if kwargs.get("compute_metrics", args[7] if len(args) > 7 else None) is not None:
+            raise bad_value("compute_metrics", "None with fused_loss, as no logits are made", "one")
         self.fused_loss = loss
         model = kwargs.get("model", args[0] if args else None)
         adapted = kwargs.get("peft_config") is not None or hasattr(model, "get_base_model")
@@ -329,7 +331,8 @@ class LossOfPairs(_Base):  # type: ignore[misc]
         if loss is None:
             return super()._compute_loss(model, inputs, return_outputs)
         if return_outputs:
-            raise bad_value("compute_metrics", "None with fused_loss, as no logits are made", "one")
+            expected = "False with fused_loss, as no logits are made"
+            raise bad_value("return_outputs", expected, "True")
         extra = {name: inputs[name] for name in loss.inputs if name in inputs}
         apart = (*_NOT_OF_MODEL, *extra)
         of_model = {name: value for name, value in inputs.items() if name not in apart}

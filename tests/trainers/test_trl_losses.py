@@ -4,6 +4,7 @@ loss of the very batch where it has not."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, TrainingArgumen
 
 pytest.importorskip("trl")
 
+from trainers import trl_runs
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from fusedpo import losses, policy_loss, preference_loss
@@ -529,3 +531,29 @@ def test_prediction_has_no_logits(model, tmp_path) -> None:
     subject = pairs(model(), tmp_path, FusedDPOTrainer, FusedDPOConfig, fused_loss="simpo")
     found = subject.predict(subject.train_dataset)
     assert found.predictions is None and found.metrics["test_loss"] > 0
+
+
+# what is refused
+
+
+def says(error: type[Exception], text: str) -> Any:
+    """The whole message."""
+    return pytest.raises(error, match=f"^{re.escape(text)}$")
+
+
+def test_metrics_of_logits_are_refused(model, tmp_path) -> None:
+    text = "compute_metrics: expected None with fused_loss, as no logits are made, got one"
+    given = {
+        "args": FusedDPOConfig(str(tmp_path), **COMMON, fused_loss="simpo"),
+        "train_dataset": Dataset.from_list(ROWS),
+        "processing_class": tiny.tokenizer(),
+    }
+    with says(ValueError, text):
+        FusedDPOTrainer(model(), compute_metrics=trl_runs.numbers, **given)
+    in_order = (None, given["args"], None, given["train_dataset"], None, tiny.tokenizer())
+    with says(ValueError, text):
+        FusedDPOTrainer(model(), *in_order, trl_runs.numbers)
+    (batch, _), *_ = recorded(subject := FusedDPOTrainer(model(), **given))
+    text = "return_outputs: expected False with fused_loss, as no logits are made, got True"
+    with says(ValueError, text):
+        subject.compute_loss(subject.model, batch, return_outputs=True)
