@@ -533,6 +533,57 @@ def test_prediction_has_no_logits(model, tmp_path) -> None:
     assert found.predictions is None and found.metrics["test_loss"] > 0
 
 
+# mixtures of experts
+
+
+def experts() -> Any:
+    made = trl_runs.model("mixtral")
+    # the trainers ask for what the auxiliary loss needs in the calls whose loss has it
+    made.config.output_router_logits = False
+    return made
+
+
+def auxiliary(batch: dict[str, Any]) -> float:
+    """Of a batch of pairs, the auxiliary loss that the model itself makes."""
+    of_model = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        return float(experts()(**of_model, output_router_logits=True).aux_loss)
+
+
+@pytest.mark.parametrize("weight", [0.3, 0.0])
+def test_the_auxiliary_loss_of_experts_is_added_to_that_of_pairs(tmp_path, weight: float) -> None:
+    options = {"fused_loss": "simpo", "router_aux_loss_coef": weight}
+    subject = pairs(experts(), tmp_path, FusedDPOTrainer, FusedDPOConfig, **options)
+    seen = recorded(subject)
+    assert len(seen) == 3
+    for (batch, found), logged in zip(seen, subject.state.log_history, strict=False):
+        alone = expected_of_pairs(experts(), losses.SimPO(), batch, None)
+        added = weight * auxiliary(batch)
+        assert found == pytest.approx(alone + added, rel=1e-5)
+        assert logged["loss"] == pytest.approx(alone + added, rel=1e-4)
+        if weight:
+            assert added > 0.1 and logged["aux_loss"] == pytest.approx(auxiliary(batch), rel=1e-5)
+        else:
+            assert "aux_loss" not in logged
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_experts_are_trained_as_by_trl(tmp_path, method: str) -> None:
+    shared = {"router_aux_loss_coef": 0.3, "gradient_accumulation_steps": 2}
+    named = {"fused_loss": method, **shared}
+    if method == "dpo":
+        theirs = history(pairs(experts(), tmp_path, DPOTrainer, DPOConfig, **shared))
+        ours = history(pairs(experts(), tmp_path, FusedDPOTrainer, FusedDPOConfig, **named))
+    else:
+        plain = {"loss_type": "grpo", **shared}
+        theirs = history(groups(experts(), tmp_path, GRPOTrainer, GRPOConfig, **plain))
+        ours = history(groups(experts(), tmp_path, FusedGRPOTrainer, FusedGRPOConfig, **named))
+    assert same(ours, theirs)
+    for own, other in zip(ours[:3], theirs[:3], strict=True):
+        assert own["aux_loss"] == pytest.approx(other["aux_loss"], rel=1e-5)
+        assert own["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
 # what is refused
 
 
