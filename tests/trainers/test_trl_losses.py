@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, TrainingArgumen
 
 pytest.importorskip("trl")
 
+import peft
 from trainers import trl_runs
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
@@ -582,6 +583,51 @@ def test_experts_are_trained_as_by_trl(tmp_path, method: str) -> None:
     for own, other in zip(ours[:3], theirs[:3], strict=True):
         assert own["aux_loss"] == pytest.approx(other["aux_loss"], rel=1e-5)
         assert own["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+# adapters
+
+
+def lora() -> peft.LoraConfig:
+    """Adapters that do something from the start: else policy and reference would be the same."""
+    return peft.LoraConfig(
+        target_modules=["q_proj", "v_proj"], r=4, task_type="CAUSAL_LM", init_lora_weights=False
+    )
+
+
+def test_the_reference_of_an_adapted_policy_is_its_base_model(model, tmp_path) -> None:
+    def trained(trainer: Any, config: Any, ref_model: Any = None, **options: Any) -> Any:
+        torch.manual_seed(0)
+        subject = trainer(
+            model=model(),
+            ref_model=ref_model,
+            args=config(str(tmp_path), **COMMON, **options),
+            train_dataset=Dataset.from_list(ROWS),
+            processing_class=tiny.tokenizer(),
+            peft_config=lora(),
+        )
+        assert subject.ref_model is ref_model
+        return history(subject)
+
+    found = trained(FusedDPOTrainer, FusedDPOConfig, fused_loss="dpo")
+    assert same(found, trained(FusedDPOTrainer, FusedDPOConfig, model(), fused_loss="dpo"))
+    assert same(found, trained(DPOTrainer, DPOConfig))
+    assert abs(found[0]["rewards/chosen"]) > 1e-3
+    other = trained(FusedDPOTrainer, FusedDPOConfig, tiny.model(seed=1), fused_loss="dpo")
+    assert not same(found, other)
+
+
+def test_the_reference_of_adapters_trained_before_is_a_copy_of_them(model, tmp_path) -> None:
+    def adapted() -> Any:
+        torch.manual_seed(1)
+        return peft.get_peft_model(model(), lora())
+
+    plain = pairs(adapted(), tmp_path, DPOTrainer, DPOConfig)
+    found = pairs(adapted(), tmp_path, FusedDPOTrainer, FusedDPOConfig, fused_loss="dpo")
+    ours = history(found)
+    assert same(ours, history(plain))
+    assert ours[0]["rewards/chosen"] == pytest.approx(0.0, abs=1e-6)
+    assert abs(ours[2]["rewards/chosen"]) > 1e-3
 
 
 # what is refused
