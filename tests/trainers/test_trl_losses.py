@@ -266,9 +266,16 @@ def test_the_model_writes_its_own_rejected_responses(model, tmp_path) -> None:
         assert torch.equal(own, average)
 
 
-def test_without_a_name_the_trainer_is_trls(model, tmp_path) -> None:
-    plain = history(pairs(model(), tmp_path, DPOTrainer, DPOConfig))
-    found = history(pairs(model(), tmp_path, FusedDPOTrainer, FusedDPOConfig))
+@pytest.mark.parametrize(
+    ("make", "theirs", "ours"),
+    [
+        (pairs, (DPOTrainer, DPOConfig), (FusedDPOTrainer, FusedDPOConfig)),
+        (groups, (GRPOTrainer, GRPOConfig), (FusedGRPOTrainer, FusedGRPOConfig)),
+    ],
+)
+def test_without_a_name_the_trainer_is_trls(model, tmp_path, make, theirs, ours) -> None:
+    plain = history(make(model(), tmp_path, *theirs))
+    found = history(make(model(), tmp_path, *ours))
     assert same(found, plain)
     assert found[0].keys() == plain[0].keys()
 
@@ -628,6 +635,90 @@ def test_the_reference_of_adapters_trained_before_is_a_copy_of_them(model, tmp_p
     assert same(ours, history(plain))
     assert ours[0]["rewards/chosen"] == pytest.approx(0.0, abs=1e-6)
     assert abs(ours[2]["rewards/chosen"]) > 1e-3
+
+
+# evaluation, and what samples bring with them
+
+
+def evaluated(trainer: Any, config: Any, source: Any, folder: Path, **options: Any) -> Any:
+    subject = groups(source, folder, trainer, config, **options)
+    subject.eval_dataset = subject.train_dataset.select(range(4))
+    found = history(subject)
+    torch.manual_seed(2)
+    metrics = subject.evaluate()
+    return found, {name: metrics[name] for name in ("eval_loss", "eval_entropy", "eval_reward")}
+
+
+@pytest.mark.parametrize(
+    ("loss", "theirs", "hyperparameters"),
+    [
+        ("grpo", {"entropy_coef": 0.3}, {"entropy_bonus": 0.3}),
+        ("dapo", {"entropy_coef": 0.3}, {"entropy_bonus": 0.3, "epsilon_high": 0.2}),
+        ("dapo", {}, {"epsilon_high": 0.2}),
+    ],
+)
+def test_groups_are_evaluated_as_by_trl(model, tmp_path, loss, theirs, hyperparameters) -> None:
+    shared = {"gradient_accumulation_steps": 2, "per_device_eval_batch_size": 4, "beta": 0.04}
+    named = {"fused_loss": loss, "fused_loss_args": hyperparameters}
+    plain, expected = evaluated(
+        GRPOTrainer, GRPOConfig, model(), tmp_path, loss_type=loss, **shared, **theirs
+    )
+    found, metrics = evaluated(
+        FusedGRPOTrainer, FusedGRPOConfig, model(), tmp_path, **shared, **named
+    )
+    assert same(found, plain)
+    for own, other in zip(found[:3], plain[:3], strict=True):
+        assert own["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    assert metrics == pytest.approx(expected, rel=1e-5)
+
+
+def test_pairs_are_evaluated_on_columns_of_their_own(model, tmp_path) -> None:
+    rows = [{**row, "win_rate_chosen": 0.9 - 0.02 * i} for i, row in enumerate(ROWS)]
+    options = {"fused_loss": "sppo", "fused_loss_args": {"beta": 0.1}}
+    policy = model()
+    subject = pairs(policy, tmp_path, FusedDPOTrainer, FusedDPOConfig, rows, **options)
+    recorded(subject)
+    seen = []
+    inner = subject._compute_loss
+
+    def noting(model: Any, inputs: dict[str, Any], *rest: Any) -> Any:
+        seen.append(inputs)
+        return inner(model, inputs, *rest)
+
+    subject._compute_loss = noting
+    found = subject.evaluate(subject.train_dataset)
+    assert [batch["win_rate_chosen"].numel() for batch in seen] == [8, 4]
+    each = [expected_of_pairs(policy, losses.SPPO(beta=0.1), b, subject.ref_model) for b in seen]
+    assert subject._signature_columns.count("win_rate_chosen") == 1
+    assert found["eval_loss"] == pytest.approx((2 * each[0] + each[1]) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "level", "whole"),
+    [("grpo", "token", False), ("grpo", "token", True), ("gspo", "sequence", True)],
+)
+def test_ratios_to_another_sampler_weigh_as_in_trl(model, tmp_path, loss, level, whole) -> None:
+    """The ratios that TRL makes of vLLM's probabilities."""
+    clipped = {"epsilon_low": 0.2, "epsilon_high": 0.2} if loss == "gspo" else None
+    named = {"fused_loss": loss, "fused_loss_args": clipped}
+    ours = groups(model(), tmp_path, FusedGRPOTrainer, FusedGRPOConfig, **named)
+    given = {"loss_type": "grpo", "importance_sampling_level": level}
+    theirs = groups(model(), tmp_path, GRPOTrainer, GRPOConfig, **given)
+    (batch, unweighted), *_ = recorded(ours)
+    theirs.current_gradient_accumulation_steps = ours.current_gradient_accumulation_steps
+    rows, tokens = batch["completion_ids"].shape
+    torch.manual_seed(3)
+    batch["importance_sampling_ratio"] = 0.5 + torch.rand(rows, 1 if whole else tokens)
+    found = []
+    for subject in (ours, theirs):
+        subject.use_vllm = True
+        subject.model.zero_grad()
+        value = subject._compute_loss(subject.model, batch)
+        value.backward()
+        found.append((float(value), subject.model.lm_head.weight.grad))
+    (own, gradient), (other, expected) = found
+    assert own == pytest.approx(other, rel=1e-4) and abs(own - unweighted) > 1e-3
+    assert float((gradient - expected).norm()) < 1e-4 * float(expected.norm())
 
 
 # what is refused
