@@ -6,8 +6,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, TrainingArgumen
 pytest.importorskip("trl")
 
 import peft
+import trl.trainer.utils
 from trainers import trl_runs
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
@@ -745,3 +747,116 @@ def test_metrics_of_logits_are_refused(model, tmp_path) -> None:
     text = "return_outputs: expected False with fused_loss, as no logits are made, got True"
     with says(ValueError, text):
         subject.compute_loss(subject.model, batch, return_outputs=True)
+
+
+def test_images_in_prompts_are_refused(model, tmp_path) -> None:
+    subject = groups(model(), tmp_path, FusedGRPOTrainer, FusedGRPOConfig, fused_loss="grpo")
+    (batch, _), *_ = recorded(subject)
+    got = repr(subject.args.the_loss())
+    with says(ValueError, f"fused_loss: expected None with images in the prompts, got {got}"):
+        subject._compute_loss(subject.model, {**batch, "num_images": [1, 1, 1, 1]})
+
+
+def test_columns_that_the_loss_needs_are_asked_for(model, tmp_path) -> None:
+    @dataclass(frozen=True)
+    class Needing(losses.SimPO):
+        inputs = MappingProxyType({"votes": losses.Input("how many voted for the chosen response")})
+
+    class Config(FusedDPOConfig):
+        def the_loss(self) -> Any:
+            return Needing()
+
+    with says(
+        ValueError,
+        "train dataset: expected a column 'votes': how many voted for the chosen response, got "
+        "['prompt', 'chosen', 'rejected']",
+    ):
+        pairs(model(), tmp_path, FusedDPOTrainer, Config)
+    rows = [{**row, "votes": 3} for row in ROWS]
+    subject = pairs(model(), tmp_path, FusedDPOTrainer, Config, rows)
+    assert "votes" in subject.train_dataset.column_names
+
+
+def test_long_prompts_are_not_taken_from_a_stream(model, tmp_path) -> None:
+    rows = [{**row, "long_prompt": "sun " + row["prompt"]} for row in ROWS]
+    with says(TypeError, "train dataset: expected a datasets.Dataset, got IterableDataset"):
+        FusedDPOTrainer(
+            model=model(),
+            args=FusedDPOConfig(str(tmp_path), **COMMON, fused_loss="solopo"),
+            train_dataset=Dataset.from_list(rows).to_iterable_dataset(),
+            processing_class=tiny.tokenizer(),
+        )
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_responses_that_are_cut_after_the_long_prompt_only_are_refused(
+    model, tmp_path, both: bool
+) -> None:
+    """Where a long prompt fits, but not the response after it."""
+    rows = [
+        {**row, "long_prompt": "sun " * (9 if i == 5 else 2) + row["prompt"]}
+        for i, row in enumerate(ROWS)
+    ]
+    named = {"fused_loss": "solopo", "fused_loss_args": {"both": both}, "max_length": 18}
+    subject = pairs(model(), tmp_path, FusedDPOTrainer, FusedDPOConfig, rows, **named)
+    assert len(subject.train_dataset) == len(ROWS)
+    lengths = [len(row["long_prompt_ids"] + row["chosen_ids"]) for row in subject.train_dataset]
+    assert [length > 18 for length in lengths] == [i == 5 for i in range(len(ROWS))]
+    with says(
+        ValueError,
+        "max_length: expected room for the whole response after the long prompt, got responses "
+        "that are cut there and not after the short one; raise max_length, or shorten the long "
+        "prompts",
+    ):
+        subject.train()
+
+
+GROUPED = {**COMMON, "per_device_train_batch_size": 8}
+
+
+def test_a_kl_weight_beside_another_beta_is_refused(tmp_path) -> None:
+    given = {"fused_loss": "grpo", "fused_loss_args": {"kl_weight": 0.1}}
+    for beta in (0.0, 0.04):
+        with says(ValueError, f"kl_weight: expected beta, {beta}, got 0.1; set beta"):
+            FusedGRPOConfig(str(tmp_path), **GROUPED, **given, beta=beta)
+    assert FusedGRPOConfig(str(tmp_path), **GROUPED, **given, beta=0.1).the_loss().kl_weight == 0.1
+
+
+def test_ratios_of_tokens_are_refused_for_losses_of_whole_responses(tmp_path) -> None:
+    def config(loss: str, mode: str, **options: Any) -> FusedGRPOConfig:
+        named = {"fused_loss": loss, "vllm_importance_sampling_mode": mode, "use_vllm": True}
+        return FusedGRPOConfig(str(tmp_path), **{**GROUPED, **named, **options})
+
+    for mode in ("token_truncate", "token_mask"):
+        with says(
+            ValueError,
+            "vllm_importance_sampling_mode: expected sequence_truncate or sequence_mask, got "
+            f"{mode}",
+        ):
+            config("gspo", mode)
+        # of tokens, with the correction in its formula, and not corrected at all
+        assert config("sapo", mode).the_loss() == losses.get("sapo")
+        assert config("vespo", mode).the_loss() == losses.get("vespo")
+        off = {"vllm_importance_sampling_correction": False}
+        assert config("gspo", mode, **off).the_loss() == losses.GSPO()
+    assert config("gspo", "sequence_mask").the_loss() == losses.GSPO()
+
+
+@pytest.mark.parametrize("given", [[1], "[1]", "3"])
+def test_hyperparameters_that_are_no_dictionary_are_refused(tmp_path, given: Any) -> None:
+    got = repr(json.loads(given) if isinstance(given, str) else given)
+    with says(TypeError, f"fused_loss_args: expected a dictionary, or one as JSON, got {got}"):
+        FusedDPOConfig(str(tmp_path), **COMMON, fused_loss="dpo", fused_loss_args=given)
+
+
+def test_a_model_that_writes_has_no_columns_for_the_loss(tmp_path) -> None:
+    got = repr(losses.SPPO())
+    with says(ValueError, f"fused_loss: expected one without inputs of its own, got {got}"):
+        FusedDPOConfig(str(tmp_path), **COMMON, self_augmented=True, fused_loss="sppo")
+
+
+def test_names_are_refused_where_trl_has_no_seam_for_them(tmp_path, monkeypatch) -> None:
+    monkeypatch.delattr(trl.trainer.utils, "add_fused_lm_head")
+    with says(ValueError, "fused_loss: expected None with TRL before 1.15, got simpo; update TRL"):
+        FusedDPOConfig(str(tmp_path), **COMMON, fused_loss="simpo")
+    assert FusedDPOConfig(str(tmp_path), **COMMON).the_loss() is None
