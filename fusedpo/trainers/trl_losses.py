@@ -347,7 +347,7 @@ class LossOfPairs(_Base):  # type: ignore[misc]
             given = {"labels": aligned_labels(labels), "ref_logprobs": reference, **extra}
             output = preference_loss(
                 loss,
-                hidden,
+                _of_tokens(hidden, labels),
                 head.weight,
                 **_options(self),
                 **head.options(),
@@ -389,7 +389,7 @@ class LossOfPairs(_Base):  # type: ignore[misc]
             else:
                 found = self.ref_model(**of_model, labels=labels, fused_lm_head=True)
         # nothing is predicted at the last position
-        return torch.nn.functional.pad(found.log_probs, (0, 1))
+        return _of_tokens(torch.nn.functional.pad(found.log_probs, (0, 1)), labels)
 
 
 class LossOfGroups(_Base):  # type: ignore[misc]
@@ -456,7 +456,7 @@ class LossOfGroups(_Base):  # type: ignore[misc]
                 given["importance_weights"] = placed(ratio, whole=True)
             output = policy_loss(
                 loss,
-                hidden,
+                _of_tokens(hidden, labels),
                 head.weight,
                 log_entropy=True,
                 temperature=self.temperature,
@@ -474,6 +474,11 @@ class LossOfGroups(_Base):  # type: ignore[misc]
             found[0].metrics["aux_loss"] = aux_loss.detach()
         _note(self, mode, found[0].metrics)
         return value
+
+
+def _of_tokens(values: Tensor, labels: Tensor) -> Tensor:
+    """[B, T, ...] from what may have the virtual tokens of prompt tuning in front."""
+    return values[:, -labels.shape[1] :]
 
 
 def _options(trainer: Any) -> dict[str, Any]:

@@ -604,7 +604,13 @@ def lora() -> peft.LoraConfig:
     )
 
 
-def test_the_reference_of_an_adapted_policy_is_its_base_model(model, tmp_path) -> None:
+def virtual_tokens() -> peft.PromptTuningConfig:
+    """In front of every prompt."""
+    return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+
+
+@pytest.mark.parametrize("adapter", [lora, virtual_tokens])
+def test_the_reference_of_an_adapted_policy_is_its_base_model(model, tmp_path, adapter) -> None:
     def trained(trainer: Any, config: Any, ref_model: Any = None, **options: Any) -> Any:
         torch.manual_seed(0)
         subject = trainer(
@@ -613,7 +619,7 @@ def test_the_reference_of_an_adapted_policy_is_its_base_model(model, tmp_path) -
             args=config(str(tmp_path), **COMMON, **options),
             train_dataset=Dataset.from_list(ROWS),
             processing_class=tiny.tokenizer(),
-            peft_config=lora(),
+            peft_config=adapter(),
         )
         assert subject.ref_model is ref_model
         return history(subject)
@@ -626,10 +632,13 @@ def test_the_reference_of_an_adapted_policy_is_its_base_model(model, tmp_path) -
     assert not same(found, other)
 
 
-def test_the_reference_of_adapters_trained_before_is_a_copy_of_them(model, tmp_path) -> None:
+@pytest.mark.parametrize("adapter", [lora, virtual_tokens])
+def test_the_reference_of_adapters_trained_before_is_a_copy_of_them(
+    model, tmp_path, adapter
+) -> None:
     def adapted() -> Any:
         torch.manual_seed(1)
-        return peft.get_peft_model(model(), lora())
+        return peft.get_peft_model(model(), adapter())
 
     plain = pairs(adapted(), tmp_path, DPOTrainer, DPOConfig)
     found = pairs(adapted(), tmp_path, FusedDPOTrainer, FusedDPOConfig, fused_loss="dpo")
@@ -637,6 +646,21 @@ def test_the_reference_of_adapters_trained_before_is_a_copy_of_them(model, tmp_p
     assert same(ours, history(plain))
     assert ours[0]["rewards/chosen"] == pytest.approx(0.0, abs=1e-6)
     assert abs(ours[2]["rewards/chosen"]) > 1e-3
+
+
+@pytest.mark.parametrize("adapter", [lora, virtual_tokens])
+def test_groups_of_an_adapted_policy_equal_trl(model, tmp_path, adapter) -> None:
+    def adapted() -> Any:
+        torch.manual_seed(1)
+        return peft.get_peft_model(model(), adapter())
+
+    plain = {"loss_type": "grpo", "beta": 0.04}
+    theirs = history(groups(adapted(), tmp_path, GRPOTrainer, GRPOConfig, **plain))
+    named = {"fused_loss": "grpo", "beta": 0.04}
+    ours = history(groups(adapted(), tmp_path, FusedGRPOTrainer, FusedGRPOConfig, **named))
+    assert same(ours, theirs)
+    for own, other in zip(ours[:3], theirs[:3], strict=True):
+        assert own["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
 # evaluation, and what samples bring with them
