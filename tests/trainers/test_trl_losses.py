@@ -719,32 +719,48 @@ def test_pairs_are_evaluated_on_columns_of_their_own(model, tmp_path) -> None:
     assert found["eval_loss"] == pytest.approx((2 * each[0] + each[1]) / 3, rel=1e-5)
 
 
+def of_the_batch(subject: Any, batch: dict[str, Any]) -> tuple[float, torch.Tensor]:
+    """Its loss, and the gradient of the head."""
+    subject.model.zero_grad()
+    value = subject._compute_loss(subject.model, batch)
+    value.backward()
+    return float(value.detach()), subject.model.lm_head.weight.grad
+
+
 @pytest.mark.parametrize(
-    ("loss", "level", "whole"),
-    [("grpo", "token", False), ("grpo", "token", True), ("gspo", "sequence", True)],
+    ("loss", "level", "name", "per_token"),
+    [
+        ("grpo", "token", "importance_sampling_ratio", True),
+        ("grpo", "token", "importance_sampling_ratio", False),
+        ("gspo", "sequence", "importance_sampling_ratio", False),
+        ("grpo", "token", "advantages", True),
+        ("grpo", "token", "tool_mask", True),
+        ("gspo", "sequence", "tool_mask", True),
+    ],
 )
-def test_ratios_to_another_sampler_weigh_as_in_trl(model, tmp_path, loss, level, whole) -> None:
-    """The ratios that TRL makes of vLLM's probabilities."""
+def test_what_comes_with_samples_counts_as_in_trl(
+    model, tmp_path, loss: str, level: str, name: str, per_token: bool
+) -> None:
+    """Ratios to the probabilities under vLLM, advantages of tokens, and what tools wrote."""
     clipped = {"epsilon_low": 0.2, "epsilon_high": 0.2} if loss == "gspo" else None
     named = {"fused_loss": loss, "fused_loss_args": clipped}
     ours = groups(model(), tmp_path, FusedGRPOTrainer, FusedGRPOConfig, **named)
     given = {"loss_type": "grpo", "importance_sampling_level": level}
     theirs = groups(model(), tmp_path, GRPOTrainer, GRPOConfig, **given)
-    (batch, unweighted), *_ = recorded(ours)
+    (batch, _), *_ = recorded(ours)
     theirs.current_gradient_accumulation_steps = ours.current_gradient_accumulation_steps
+    _, without = of_the_batch(ours, batch)
     rows, tokens = batch["completion_ids"].shape
     torch.manual_seed(3)
-    batch["importance_sampling_ratio"] = 0.5 + torch.rand(rows, 1 if whole else tokens)
-    found = []
-    for subject in (ours, theirs):
-        subject.use_vllm = True
-        subject.model.zero_grad()
-        value = subject._compute_loss(subject.model, batch)
-        value.backward()
-        found.append((float(value), subject.model.lm_head.weight.grad))
-    (own, gradient), (other, expected) = found
-    assert own == pytest.approx(other, rel=1e-4) and abs(own - unweighted) > 1e-3
-    assert float((gradient - expected).norm()) < 1e-4 * float(expected.norm())
+    values = 0.5 + torch.rand(rows, tokens if per_token else 1)
+    batch[name] = (values > 0.8).long() if name == "tool_mask" else values
+    if name == "importance_sampling_ratio":
+        ours.use_vllm = theirs.use_vllm = True
+    (own, gradient), (other, expected) = (of_the_batch(each, batch) for each in (ours, theirs))
+    assert own == pytest.approx(other, rel=1e-4, abs=1e-6)
+    size = float(expected.norm())
+    assert float((gradient - expected).norm()) < 1e-4 * size
+    assert float((gradient - without).norm()) > 0.05 * size
 
 
 # what is refused
