@@ -8,6 +8,7 @@ to agree, and nothing as large as the logits may be made.
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 import sys
 import types
@@ -21,6 +22,7 @@ pytest.importorskip("trl")
 
 import peft
 import transformers
+import trl
 from tiny import tokenizer
 from trainers import trl_runs
 from trainers.trl_runs import (
@@ -319,6 +321,32 @@ def test_dora_on_the_head(method):
     check(plain(method, **given), fused(method, tallest=1e9, **given))
 
 
+@pytest.mark.parametrize("items", [None, 7])
+def test_labels_that_are_shifted_already_are_scored_as_by_trl(items):
+    """As they come where sequences are split over devices."""
+    utils = importlib.import_module("trl.trainer.utils")
+    ids = torch.arange(24).reshape(2, 12)
+    shifted = ids + 5
+    shifted[0, :4] = shifted[1, 7:] = -100
+    names = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+    found = []
+    for patched in (False, True):
+        model = trl_runs.model()
+        with ours.patched() if patched else quiet():
+            utils.add_fused_lm_head(model, temperature=0.7, outputs=names)
+        given = {"labels": ids, "shift_labels": shifted, "num_items_in_batch": items}
+        output = model(input_ids=ids, fused_lm_head=True, **given)
+        output.loss.backward()
+        found.append((output, model.lm_head.weight.grad))
+    (theirs, expected), (own, gradient) = found
+    assert torch.equal(own.label_mask, theirs.label_mask)
+    assert float(own.loss.detach()) == pytest.approx(float(theirs.loss.detach()), rel=1e-5)
+    assert float((gradient - expected).norm()) < 1e-4 * float(expected.norm())
+    for name in names:
+        of_each = (getattr(output, name)[theirs.label_mask].float() for output in (own, theirs))
+        torch.testing.assert_close(*of_each, rtol=1e-4, atol=0)
+
+
 # the patch itself
 
 
@@ -420,6 +448,32 @@ def test_it_says_so_in_one_line(capsys, monkeypatch):
     for name in map(str.upper, EVERY):
         assert name in said.err
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_what_this_version_has_not_is_left_out(method, monkeypatch, capsys):
+    before, module = everything_in_trl(), ours._module
+    monkeypatch.setattr(ours, "_module", lambda name: None if name == method else module(name))
+    with ours.patched(quiet=False):
+        name = module(method).__name__
+        assert changed(before) and not {key for key in changed(before) if name in key}
+    said = capsys.readouterr().err.strip().split("without logits: ")[1].split(", ")
+    assert sorted(said) == sorted(other.upper() for other in EVERY if other != method)
+    assert not changed(before)
+
+
+@pytest.mark.parametrize("method", ["base", "unheard"])
+def test_a_trainer_that_this_version_has_not_says_so_when_it_is_made(method):
+    """``base`` has a module, but no trainer in it."""
+    name = f"{method.upper()}Trainer"
+    cls = ours._trainer(method)
+    assert cls.__name__ == name
+    with pytest.raises(ImportError) as caught:
+        cls(model=None)
+    assert str(caught.value) == (
+        f"trl {trl.__version__}: expected {name} in trl.trainer.{method}_trainer or "
+        f"trl.experimental.{method}.{method}_trainer, got none"
+    )
 
 
 def test_a_version_in_which_nothing_is_known(monkeypatch):
