@@ -72,10 +72,8 @@ from fusedpo.trainers.trl_losses import (
 # TRL says on import that its experimental trainers may go; who patches them has heard
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-try:
-    import trl
-except ImportError as error:
-    raise ImportError("fusedpo.trainers.trl needs TRL: pip install 'fusedpo[trl]'") from error
+# where it is missing, trl_losses has said what to install
+import trl
 
 __all__ = [
     "FusedCPOTrainer",
