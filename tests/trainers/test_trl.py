@@ -360,7 +360,8 @@ def everything_in_trl() -> dict[str, Any]:
             found[f"{name}.{key}"] = value
             if isinstance(value, type) and value.__module__ == name:
                 found |= {f"{name}.{key}.{own}": held for own, held in vars(value).items()}
-    return found
+    # where copy and pickle keep what they find out about a class the first time
+    return {name: held for name, held in found.items() if not name.endswith(".__slotnames__")}
 
 
 def changed(before: dict[str, Any]) -> set[str]:
