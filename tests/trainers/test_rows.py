@@ -10,6 +10,7 @@ import datasets
 import pytest
 import tiny
 
+from fusedpo.trainers import rows as module
 from fusedpo.trainers.rows import check_row, load, tokenize
 
 GOOD = {"prompt": "red", "chosen": " green", "rejected": " blue"}
@@ -47,6 +48,18 @@ def test_lines_in_a_json_file_are_read(tmp_path):
     assert list(load(write(tmp_path / "a.json", GOOD, GOOD)).train) == [GOOD, GOOD]
 
 
+def test_blank_lines_before_a_json_list_are_passed_over(tmp_path):
+    (tmp_path / "a.json").write_text(f"\n  \n{json.dumps([GOOD])}\n")
+    assert list(load(str(tmp_path / "a.json")).train) == [GOOD]
+
+
+def test_blank_lines_before_json_lines_are_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", "", GOOD)
+    with pytest.raises(ValueError) as error:
+        load(path)
+    assert str(error.value) == f"{path} line 1: expected a JSON object, got an empty line"
+
+
 def test_saved_datasets_are_read_with_their_own_held_out_split(tmp_path):
     data = datasets.Dataset.from_list([GOOD, GOOD])
     data.save_to_disk(str(tmp_path / "one"))
@@ -58,6 +71,73 @@ def test_saved_datasets_are_read_with_their_own_held_out_split(tmp_path):
     assert list(both.held_out) == [GOOD] and len(both.train) == 2
     data.to_parquet(str(tmp_path / "c.parquet"))
     assert list(load(str(tmp_path / "c.parquet")).train) == [GOOD, GOOD]
+
+
+def test_a_folder_of_data_files_is_read_by_the_names_of_its_splits(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write(folder / "train.jsonl", GOOD, GOOD)
+    write(folder / "test.jsonl", {**GOOD, "prompt": "moon"})
+    found = load(str(folder))
+    assert list(found.train) == [GOOD, GOOD]
+    assert list(found.held_out) == [{**GOOD, "prompt": "moon"}]
+    assert found.where(1) == f"{folder} row 2"
+
+
+def test_a_folder_without_rows_is_refused_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "thesis.txt").touch()
+    with pytest.raises(ValueError) as error:
+        load(str(folder))
+    reason = str(error.value.__cause__).splitlines()[0]
+    assert str(error.value) == (
+        f"dataset: expected a file or folder of rows, "
+        f"got {folder}, which `datasets` refuses: {reason}"
+    )
+
+
+def test_a_dataset_without_a_train_split_is_refused_with_those_it_has(tmp_path):
+    data = datasets.Dataset.from_list([GOOD])
+    datasets.DatasetDict({"first": data, "test": data}).save_to_disk(str(tmp_path / "rows"))
+    with pytest.raises(ValueError) as error:
+        load(str(tmp_path / "rows"))
+    assert str(error.value) == (
+        f"dataset {tmp_path / 'rows'}: expected a split named train, got first, test; "
+        "save the split to train on by itself, with save_to_disk"
+    )
+
+
+def test_other_names_are_those_of_the_hub_whose_code_is_not_run(monkeypatch):
+    asked = []
+
+    def hub(name: str, **options: Any) -> datasets.DatasetDict:
+        asked.append((name, options))
+        held_out = datasets.Dataset.from_list([{**GOOD, "prompt": "moon"}])
+        rows = datasets.Dataset.from_list([GOOD, GOOD])
+        return datasets.DatasetDict({"train_prefs": rows, "test_prefs": held_out})
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    found = load("owner/name")
+    assert asked == [("owner/name", {"trust_remote_code": False})]
+    assert list(found.train) == [GOOD, GOOD]
+    assert list(found.held_out) == [{**GOOD, "prompt": "moon"}]
+    assert found.where(0) == "owner/name row 1"
+
+
+def test_a_name_that_the_hub_does_not_have_is_refused_with_its_reason(monkeypatch):
+    def hub(name: str, **options: Any) -> None:
+        raise ConnectionError("no such dataset\nand more lines of it")
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    with pytest.raises(ValueError) as error:
+        load("owner/nmae")
+    assert str(error.value) == (
+        "dataset: expected a file, a folder or the name of a dataset on the Hub, "
+        "got 'owner/nmae' (no such dataset); check the spelling, and the network for a Hub name"
+    )
 
 
 @pytest.mark.fault(68)
@@ -207,6 +287,16 @@ def test_messages_without_a_chat_template_are_refused(monkeypatch):
         tokens({"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [OTHER]})
 
 
+def test_messages_that_the_chat_template_refuses_are_named(monkeypatch):
+    strict = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    monkeypatch.setattr(tiny.tokenizer(), "chat_template", strict)
+    with pytest.raises(ValueError) as error:
+        tokens({"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [OTHER]})
+    assert str(error.value) == (
+        "line 1: expected messages that the chat template accepts, got a refusal: no system"
+    )
+
+
 def test_a_long_prompt_loses_its_start_but_not_bos():
     row = {"prompt": "red green blue one two three", "chosen": " cat", "rejected": " dog sun"}
     whole = tokens(row).rows[0]
@@ -245,6 +335,17 @@ def test_rows_keep_their_order_over_chunks():
     rows = tiny.text_rows(1500)
     found = tiny.token_rows(1500)
     assert [text(row["prompt_ids"]) for row in found] == [f"<s>{row['prompt']}" for row in rows]
+
+
+@pytest.mark.parametrize("count", [0, 3, 4, 8])
+def test_rows_are_the_same_whatever_the_chunks_are(count, monkeypatch):
+    whole = tiny.token_rows(count)
+    monkeypatch.setattr(module, "_CHUNK", 4)
+    found = tiny.token_rows(count)
+    assert len(found) == count
+    for ours, theirs in zip(found, whole, strict=True):
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            assert ours[name].tolist() == theirs[name].tolist()
 
 
 def test_a_length_without_room_is_refused():
