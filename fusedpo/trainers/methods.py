@@ -41,6 +41,8 @@ TUNED = Defaults(learning_rate=1e-6, batch_size=8, max_steps=None, epochs=1.0)
 # the demonstration's text: pieces of about 40 tokens, so that a CPU sees many of them
 _PROMPT_CHARS = _RESPONSE_CHARS = 150
 _DEMO_HELD_OUT = 512
+# rows with two contexts, which take longer to make, to train on and held out
+_DEMO_CONTEXTS = (3000, 256)
 # responses of which segments are written anew at a time
 _GENERATED = 64
 
@@ -272,7 +274,7 @@ class TwoContexts(Pairs):
                 request="Continue: ",
                 seed=seed,
             )
-            for part, rows in zip(passages, (3000, 256), strict=True)
+            for part, rows in zip(passages, _DEMO_CONTEXTS, strict=True)
         )
         return Splits(train, held_out, "the standard library", "row")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sysconfig
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,10 @@ import tiny
 
 from fusedpo import losses
 from fusedpo.cli import main
+from fusedpo.recipes.stdlib_pairs import hold_out, read_passages
 from fusedpo.trainers import methods
 from fusedpo.trainers.methods import Pairs, method_of, reward_function
+from fusedpo.trainers.rows import COLUMNS
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +128,65 @@ def test_a_mistake_is_one_line(
     assert main([*given, "--dataset", str(folder / "pairs.jsonl"), *words]) == 2
     told = capsys.readouterr().err.strip()
     assert message in told and "\n" not in told
+
+
+# demonstrations
+
+
+@pytest.fixture(scope="module")
+def passages() -> methods.Passages:
+    """Of a part of the standard library: to train on, and of modules held out."""
+    return hold_out(read_passages(Path(sysconfig.get_path("stdlib"), "email")), 0.3, seed=0)
+
+
+def test_pairs_of_the_demonstration_differ_in_what_their_prompts_ask_for(
+    passages: methods.Passages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "_DEMO_HELD_OUT", 20)
+    splits = Pairs().demo(passages, seed=0)
+    assert len(splits.train) > 100 and len(splits.held_out) == 20
+    assert splits.where(3) == "the standard library pair 4"
+    for rows, part in zip((splits.train, splits.held_out), passages, strict=True):
+        texts = [passage.text for passage in part]
+        for row in rows:
+            assert any(row["prompt"] + row["chosen"] in text for text in texts)
+            assert not any(row["prompt"] + row["rejected"] in text for text in texts)
+            # about 150 characters, and on to the end of a word
+            assert min(map(len, row.values())) >= 150
+    # each response is chosen once and rejected once
+    chosen, rejected = (Counter(row[name] for row in splits.train) for name in COLUMNS[1:])
+    assert chosen == rejected
+    assert not {row["chosen"] for row in splits.held_out} & set(chosen)
+    again, other = (Pairs().demo(passages, seed).train for seed in (0, 1))
+    assert again == splits.train != other
+
+
+def test_contexts_of_the_demonstration_hide_what_is_asked_for(
+    passages: methods.Passages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "_DEMO_CONTEXTS", (30, 10))
+    method = methods.TwoContexts()
+    splits = method.demo(passages, seed=0)
+    assert (len(splits.train), len(splits.held_out)) == (30, 10)
+    assert splits.where(3) == "the standard library row 4"
+    for rows, part in zip((splits.train, splits.held_out), passages, strict=True):
+        texts = [passage.text for passage in part]
+        for row in rows:
+            opening = row["instruction"].removeprefix("Continue: ")
+            needle = opening + row["chosen"]
+            assert row["instruction"] != opening
+            assert any(needle in text for text in texts)
+            assert needle in row["context"] and needle in row["long_context"]
+            # the long context is more text around the same passage, up to a length
+            assert row["context"] in row["long_context"]
+            assert 1.5 * len(row["context"]) < len(row["long_context"]) <= 4 * 280
+            # the rejected response is another passage's, which neither context has
+            assert any(row["rejected"] in text for text in texts)
+            assert row["rejected"] not in row["long_context"]
+    assert method.demo(passages, seed=0) == splits
+    assert method.demo(passages, seed=1).train != splits.train
+    done = method.tokenized(splits.train, tiny.tokenizer(), 10_000)
+    assert len(done.rows) == 30 and not done.dropped
 
 
 def test_every_loss_has_a_method() -> None:
