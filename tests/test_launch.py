@@ -16,8 +16,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -489,6 +491,95 @@ def test_a_bug_of_one_process_ends_both_with_its_traceback(runs):
     first, second = ended(runs, "bug elsewhere")
     assert "RuntimeError: process 1 failed: " in first
     assert "torch.zeros(2) @ torch.zeros(3)" in second
+
+
+# what processes agree on
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[jobs.Ranks], Any]], list[Any]]:
+    """What each of two processes, which are threads here, returns or raises."""
+
+    def run(work: Callable[[jobs.Ranks], Any]) -> list[Any]:
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        monkeypatch.setenv("MASTER_PORT", str(free_ports(1)[0]))
+        found: dict[int, Any] = {}
+
+        def process(ranks: jobs.Ranks) -> None:
+            try:
+                found[ranks.rank] = work(ranks)
+            except Exception as error:
+                found[ranks.rank] = error
+            # as at a process's end
+            ranks._group = ranks._store = None
+
+        threads = []
+        for rank in range(2):
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("WORLD_SIZE", "2")
+            thread = threading.Thread(target=process, args=(jobs.Ranks(),), daemon=True)
+            threads.append(thread)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        return [found[rank] for rank in range(2)]
+
+    return run
+
+
+def test_held_out_rows_of_different_numbers_end_both(both):
+    def check(ranks: jobs.Ranks, *counts: int) -> None:
+        rows = [None] * counts[ranks.rank]
+        jobs._check_held_out(ranks, types.SimpleNamespace(eval_dataset=rows))
+
+    assert both(lambda ranks: check(ranks, 5, 5)) == [None, None]
+    first, second = both(lambda ranks: check(ranks, 5, 6))
+    assert type(first) is ValueError and type(second) is jobs.ToldByFirst
+    assert (
+        str(first)
+        == str(second)
+        == (
+            "held-out rows: expected the same on every process, got 5, 6 of them; "
+            "processes of one run need the same files and the same kind of device"
+        )
+    )
+
+
+def test_a_process_that_is_gone_is_told_where_nothing_worse_is(both):
+    own = KeyError("own")
+
+    def work(ranks: jobs.Ranks, error: Exception | None) -> None:
+        ranks.gather("here")
+        if ranks.rank == 0:
+            with ranks.together():
+                if error is not None:
+                    raise error
+
+    first, second = both(lambda ranks: work(ranks, own))
+    assert first is own and second is None
+    assert own.__suppress_context__, "what the connection said is left out"
+    first, second = both(lambda ranks: work(ranks, None))
+    assert isinstance(first, RuntimeError) and second is None
+
+
+def test_processes_that_agreed_to_end_wait_for_each_other_whatever_their_threads(both):
+    """Signals are the main thread's to ignore, and these are others."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def work(ranks: jobs.Ranks) -> float:
+        with contextlib.suppress(ValueError), ranks.together():
+            raise ValueError("a mistake")
+        assert ranks.agreed
+        if ranks.rank == 1:
+            time.sleep(0.5)
+        started = time.monotonic()
+        ranks.leave()
+        return time.monotonic() - started
+
+    first, second = both(work)
+    assert first > 0.4 > second
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 # launchers
