@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import io
 import json
 import os
 import random
@@ -10,13 +12,19 @@ import re
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import pytest
 import tiny
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import fusedpo.commands.losses
@@ -24,6 +32,8 @@ import fusedpo.trainers.job
 from fusedpo import losses
 from fusedpo.catalogue import table
 from fusedpo.cli import main
+from fusedpo.recipes import stdlib_pairs
+from fusedpo.trainers import job as jobs
 from fusedpo.trainers.job import Ranks, TrainJob, run
 from fusedpo.trainers.rows import check_row, tokenize
 from fusedpo.trainers.transformers import PreferenceTrainer
@@ -152,6 +162,70 @@ def test_chat_messages_from_a_saved_dataset(folder, tmp_path):
     assert (tmp_path / "out" / "config.json").is_file()
 
 
+def test_a_dataset_that_holds_rows_out_is_evaluated_on_those(folder, tmp_path):
+    """All of the others are trained on; the numbers are those of a trainer on the held-out rows."""
+    rows, held = tiny.text_rows(12), tiny.text_rows(5, seed=1)
+    data = {"train": rows, "test": held}
+    splits = {name: datasets.Dataset.from_list(each) for name, each in data.items()}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "rows"))
+    command = arguments(folder, tmp_path / "out", *quick())
+    command[command.index("--dataset") + 1] = str(tmp_path / "rows")
+    assert main(command) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["training_pairs"], metrics["held_out_pairs"]) == (12, 5)
+    subject = PreferenceTrainer(
+        AutoModelForCausalLM.from_pretrained(folder / "model"),
+        TrainingArguments(str(tmp_path), use_cpu=True),
+        loss=losses.SimPO(),
+        processing_class=tiny.tokenizer(),
+        eval_dataset=tiny.token_rows(5, seed=1),
+    )
+    found = held_out(metrics)[0]["eval_loss"]
+    assert subject.evaluate()["eval_loss"] == pytest.approx(found, rel=1e-6)
+
+
+def test_the_end_is_evaluated_where_the_evaluations_do_not_fall_on_it(folder, tmp_path):
+    assert main(arguments(folder, tmp_path / "out", *quick("--evaluations", "2"))) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert [entry["step"] for entry in held_out(metrics)] == [0, 2, 3]
+
+
+@pytest.fixture
+def small_library(monkeypatch) -> Iterator[None]:
+    """The demonstration's text is that of a part of the standard library, which is read sooner."""
+    part = Path(sysconfig.get_path("stdlib"), "email")
+    read = functools.partial(stdlib_pairs.read_passages, part)
+    monkeypatch.setattr(stdlib_pairs, "read_passages", read)
+    jobs._demo_passages.cache_clear()
+    yield
+    jobs._demo_passages.cache_clear()
+
+
+DEMO = ["train", "--cpu", "--model", "demo", "--dataset", "demo", "--batch-size", "8"]
+
+
+@pytest.mark.slow
+def test_the_demonstration_trains_saves_and_compares(small_library, tmp_path, capsys):
+    output = tmp_path / "out"
+    more = ["--max-steps", "2", "--evaluations", "1", "--loss", "simpo", "--output", str(output)]
+    assert main([*DEMO, *more]) == 0
+    told = capsys.readouterr().out
+    assert "model: LlamaForCausalLM demo" in told and "dataset: the standard library" in told
+    assert f"saved: {output / 'comparison.png'}" in told
+    assert {path.name for path in output.iterdir()} >= {*OUTPUT_FILES, "comparison.png"}
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["training_pairs"] > 100 and metrics["held_out_pairs"] > 10
+    first, last = held_out(metrics)
+    assert (first["step"], last["step"]) == (0, 2)
+    # random weights tell nothing apart: -log sigmoid(-gamma), gamma = 0.5
+    assert first["eval_loss"] == pytest.approx(0.974077, rel=1e-2)
+    assert last["eval_loss"] != first["eval_loss"]
+    ways = metrics["comparison"]["ways"]
+    assert len(ways) > 1 and len({round(way["loss"], 4) for way in ways.values()}) == 1
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(output))
+
+
 @pytest.mark.holds(46)
 def test_resuming_equals_going_on(folder, tmp_path):
     more = quick("--save-steps", "2")
@@ -259,6 +333,44 @@ def test_a_folder_of_something_else_is_not_replaced(folder, tmp_path, capsys):
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
 
 
+def test_an_output_that_is_a_file_stays_one(folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    output.write_text("years of work")
+    assert main(arguments(folder, output, *quick())) == 2
+    assert capsys.readouterr().err == (
+        f"fusedpo train: error: output: expected a folder to make, got {output}, which is a file\n"
+    )
+    assert output.read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("file/out", "File exists"), ("file/new/out", "Not a directory")]
+)
+def test_an_output_below_a_file_is_refused(folder, tmp_path, capsys, name, reason):
+    (tmp_path / "file").touch()
+    assert main(arguments(folder, tmp_path / name, *quick())) == 2
+    assert capsys.readouterr().err == (
+        "fusedpo train: error: output: expected a folder that can be made, "
+        f"got {tmp_path / name} ({reason})\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_rename_that_fails_puts_back_what_was_there(tmp_path, earlier):
+    output, staging = tmp_path / "out", tmp_path / "staging"
+    staging.mkdir()
+    if earlier:
+        output.mkdir()
+        (output / "metrics.json").write_text("of the run before")
+    with pytest.raises(FileNotFoundError):
+        jobs._publish(staging / "was never written", output, staging)
+    assert output.exists() == earlier
+    assert not list(staging.iterdir())
+    if earlier:
+        assert (output / "metrics.json").read_text() == "of the run before"
+
+
 def test_a_folder_without_a_model_is_refused(folder, tmp_path, capsys):
     command = arguments(folder, tmp_path / "out", *quick())
     command[command.index("--model") + 1] = str(folder)
@@ -328,6 +440,42 @@ def test_an_unknown_command_is_one_line(capsys):
 def test_one_name_for_the_trackers_is_refused_from_python(tmp_path):
     with pytest.raises(ValueError, match=r"report_to: expected a sequence .* \['wandb'\]"):
         TrainJob("demo", "demo", tmp_path, losses.SimPO(), report_to="wandb")
+
+
+class Weighted(losses.SimPO):
+    """A loss with a column of its own."""
+
+    inputs = types.MappingProxyType({"pair_weight": losses.Input("of the pair")})
+
+
+JOBS = {
+    "checkpoints": ({"save_steps": -1}, "save_steps: expected at least 0, got -1"),
+    "comparison": (
+        {"loss": losses.get("s-sppo"), "compare": True},
+        "compare: expected False for a loss that is not of pairs alone, got True",
+    ),
+    "columns": (
+        {"loss": Weighted()},
+        "dataset: expected one with the columns pair_weight, got 'demo'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_that_cannot_be_done_is_refused_when_it_is_made(name, tmp_path):
+    options, message = JOBS[name]
+    with pytest.raises(ValueError) as error:
+        TrainJob("demo", "demo", tmp_path, **{"loss": losses.SimPO(), **options})
+    assert str(error.value) == message
+
+
+def test_another_name_of_a_loss_trains_with_its_factor(folder, tmp_path):
+    assert main(arguments(folder, tmp_path / "out", *quick("--loss", "sppo_hard"))) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["loss"] == repr(2.0 * losses.SPPO())
+    # TRL's, while the policy is its reference: (0 - 1 / (2 beta))^2 + (0 + 1 / (2 beta))^2
+    expected = 2 * (1 / (2 * losses.SPPO().beta)) ** 2
+    assert held_out(metrics)[0]["eval_loss"] == pytest.approx(expected, rel=1e-6)
 
 
 LAUNCHES = {
@@ -437,6 +585,117 @@ def test_a_job_is_callable_from_python(folder, tmp_path):
     assert metrics == json.loads((tmp_path / "deep" / "out" / "metrics.json").read_text())
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "deep" / "out", dtype="auto")
     assert saved.dtype == torch.bfloat16
+
+
+def small_job(folder: Path, output: Path, **options) -> TrainJob:
+    rows, loss = str(folder / "pairs.jsonl"), options.pop("loss", losses.SimPO())
+    given = {"max_steps": 2, "batch_size": 4, "evaluations": 1, "cpu": True, **options}
+    return TrainJob(str(folder / "model"), rows, output, loss, **given)
+
+
+def test_a_job_may_run_in_a_thread_that_is_not_the_main_one(folder, tmp_path):
+    """Signal handlers are the main thread's to set."""
+    found = []
+    job = small_job(folder, tmp_path / "out")
+    thread = threading.Thread(target=lambda: found.append(run(job)))
+    thread.start()
+    thread.join()
+    assert found == [json.loads((tmp_path / "out" / "metrics.json").read_text())]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(("terminal", "width"), [(True, 70), (False, 120)])
+def test_a_terminal_keeps_its_width_and_a_file_gets_one(folder, tmp_path, terminal, width):
+    told = io.StringIO()
+    console = Console(file=told, force_terminal=terminal, width=70)
+    run(small_job(folder, tmp_path / "out"), console)
+    assert console.width == width
+    # a line of more than 70 characters
+    whole = "saved: " + str(tmp_path / "out") + ", with training.png and metrics.json"
+    assert len(whole) > 70
+    assert (whole in told.getvalue()) == (len(whole) <= width)
+
+
+@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
+def test_autocast_is_what_the_job_says(folder, tmp_path, monkeypatch, autocast):
+    seen = set()
+    compute = PreferenceTrainer._fused_loss
+
+    def watched(self, *args, **options):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return compute(self, *args, **options)
+
+    monkeypatch.setattr(PreferenceTrainer, "_fused_loss", watched)
+    run(small_job(folder, tmp_path / "out", autocast=autocast))
+    assert seen == {autocast == "bfloat16"}
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert saved.dtype == torch.float32
+
+
+@pytest.fixture
+def reset() -> Iterator[None]:
+    """What accelerate keeps for the whole process is gone afterwards."""
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def test_under_fsdp_the_model_is_saved_whole_and_nothing_is_compared(
+    small_library, tmp_path, monkeypatch, reset, capsys
+):
+    """By a trainer that says, once it has trained, that its checkpoints are of shards."""
+    train = jobs._train
+
+    def sharded(job, trainer, *more):
+        train(job, trainer, *more)
+        trainer.is_fsdp_enabled = True
+        plugin = FullyShardedDataParallelPlugin(state_dict_type="SHARDED_STATE_DICT")
+        trainer.accelerator.state.fsdp_plugin = plugin
+
+    monkeypatch.setattr(jobs, "_train", sharded)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert main([*DEMO, "--max-steps", "1", "--output", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert "comparison: left out under FSDP, where no process has the whole head" in told
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= OUTPUT_FILES
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert "comparison" not in metrics
+    names = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert "lm_head.weight" in names
+
+
+def test_a_name_is_that_of_a_model_on_the_hub_whose_code_is_not_run(monkeypatch, tmp_path):
+    asked = []
+
+    def hub(kind):
+        def load(name, **options):
+            asked.append((kind, name, options))
+            return kind
+
+        return load
+
+    for kind in (AutoModelForCausalLM, AutoTokenizer):
+        monkeypatch.setattr(kind, "from_pretrained", hub(kind))
+    job = TrainJob("owner/name", "demo", tmp_path / "out", losses.SimPO(), dtype="bfloat16")
+    assert jobs._load_model(job) == (AutoModelForCausalLM, AutoTokenizer)
+    refused = {"trust_remote_code": False}
+    assert asked == [
+        (AutoModelForCausalLM, "owner/name", {"dtype": torch.bfloat16, **refused}),
+        (AutoTokenizer, "owner/name", refused),
+    ]
+
+
+def test_a_name_that_the_hub_does_not_have_is_refused_with_its_reason(monkeypatch, tmp_path):
+    def hub(name, **options):
+        raise OSError("no such model\nand more lines of it")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", hub)
+    job = TrainJob("owner/nmae", "demo", tmp_path / "out", losses.SimPO())
+    with pytest.raises(ValueError) as error:
+        jobs._load_model(job)
+    assert str(error.value) == (
+        "model: expected a folder or a Hub name of a causal language model with its tokenizer, "
+        "got 'owner/nmae' (no such model); check the spelling, and the network for a Hub name"
+    )
 
 
 def test_asking_for_help_imports_none_of_the_extras():
