@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from transformers import (
 
 from fusedpo.losses import DPO, SimPO
 from fusedpo.trainers.transformers import (
+    FusedTrainer,
     PreferenceCollator,
     PreferenceTrainer,
     PreferenceTrainerMixin,
     add_fused_head,
+    padding_token,
     remove_fused_head,
 )
 
@@ -270,6 +273,58 @@ def test_adapters_are_left_out_of_the_reference(tmp_path, targets):
     assert found["eval_rewards/margins"] != 0
 
 
+def sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainers find that they run under FSDP."""
+    monkeypatch.setattr(PreferenceTrainer, "_sharded", property(lambda self: True))
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["lm_head"]])
+def test_where_weights_are_sharded_the_reference_is_its_log_probabilities(
+    tmp_path, monkeypatch, targets
+):
+    """Found within a forward, the only time when weights are whole; they are the same numbers."""
+    model = adapted(targets)
+    whole = trainer(tmp_path, model, DPO())
+    batch = whole.data_collator(ROWS)
+    expected = whole.compute_loss(model, dict(batch))
+    gradients = torch.autograd.grad(expected, [p for p in model.parameters() if p.requires_grad])
+    sharded(monkeypatch)
+    subject = trainer(tmp_path, model, DPO())
+    seen = []
+    reference = subject._reference
+    monkeypatch.setattr(subject, "_reference", lambda *a: (seen.append(reference(*a)), seen[-1])[1])
+    found = subject.compute_loss(model, dict(batch))
+    (logprobs,) = seen
+    assert isinstance(logprobs, torch.Tensor) and logprobs.shape == batch["labels"].shape
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    ours = torch.autograd.grad(found, [p for p in model.parameters() if p.requires_grad])
+    for mine, theirs in zip(ours, gradients, strict=True):
+        assert same(mine, theirs)
+
+
+def test_a_model_as_the_reference_is_refused_where_weights_are_sharded(tmp_path, monkeypatch):
+    sharded(monkeypatch)
+    with pytest.raises(ValueError) as error:
+        trainer(tmp_path, loss=DPO())
+    assert str(error.value) == (
+        "ref_model: expected none under FSDP and DeepSpeed, where it would be whole on every "
+        "device, got LlamaForCausalLM; train adapters, whose reference is the model without them, "
+        "or a loss without a reference, or under DistributedDataParallel"
+    )
+
+
+@pytest.mark.parametrize("placed", ["hf_device_map", "quantization_method"])
+def test_a_reference_that_has_its_place_is_not_moved(tmp_path, monkeypatch, placed):
+    reference = tiny.model(seed=1)
+    moves = []
+    monkeypatch.setattr(reference, "to", moves.append)
+    trainer(tmp_path, loss=DPO(), ref_model=reference)
+    assert moves == [torch.device("cpu")]
+    setattr(reference, placed, {"": "cpu"})
+    subject = trainer(tmp_path, loss=DPO(), ref_model=reference)
+    assert subject.ref_model is reference and len(moves) == 1
+
+
 def test_a_reference_with_another_soft_cap_keeps_it(tmp_path):
     """What is done to the reference's logits is its own affair."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -378,6 +433,18 @@ def test_what_is_not_the_losss_goes_to_the_model(tmp_path):
 
     trainer(tmp_path, model, data_collator=collate).train()
     assert all(positions is not None for positions in seen)
+
+
+def test_a_loss_that_is_logged_without_a_batch_stands_alone(tmp_path):
+    subject = trainer(tmp_path)
+    subject.log({"loss": 2.0})
+    assert subject.state.log_history == [{"loss": 2.0, "epoch": 0, "step": 0}]
+
+
+def test_a_step_without_batches_has_no_counts(tmp_path):
+    """Where the rows end before the step that Trainer asks for."""
+    subject = trainer(tmp_path)
+    assert subject.get_batch_samples(iter([]), 2, subject.args.device) == ([], None)
 
 
 def test_options_of_the_fused_head_stay(tmp_path):
@@ -513,3 +580,53 @@ def test_unused_arguments_are_refused(tmp_path):
         trainer(tmp_path, model, DPO(), ref_model=model)
     with pytest.raises(ValueError, match="processing_class: expected the tokenizer"):
         PreferenceTrainer(model, TrainingArguments(str(tmp_path)), loss=SimPO())
+
+
+def test_one_number_to_divide_by_is_refused(tmp_path):
+    """A loss needs the pairs of the step or their tokens, and Trainer's own count is neither."""
+    subject = trainer(tmp_path)
+    batch = subject.data_collator(ROWS)
+    with pytest.raises(TypeError) as error:
+        subject.compute_loss(subject.model, batch, num_items_in_batch=7)
+    assert str(error.value) == (
+        "num_items_in_batch: expected [2], pairs and chosen tokens of the step, or None, got an int"
+    )
+
+
+def test_several_devices_of_one_process_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError) as error:
+        trainer(tmp_path)
+    assert str(error.value) == (
+        "devices: expected one device a process, as DataParallel would split the pairs, "
+        "got 2 devices; start with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES"
+    )
+
+
+def test_a_trainer_that_is_built_on_says_what_it_lacks(tmp_path):
+    """Which loss it takes, and how it is called, is its subclass's."""
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(TypeError) as error:
+        FusedTrainer(tiny.model(), args, loss="simpo")
+    assert str(error.value) == (
+        "loss: expected a loss, such as fusedpo.losses.SimPO(), got 'simpo'"
+    )
+    model = tiny.model()
+    subject = FusedTrainer(model, args, loss=SimPO())
+    batch = PreferenceCollator(0)(ROWS)
+    with pytest.raises(NotImplementedError):
+        subject.compute_loss(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ({"pad_token_id": 3, "eos_token_id": 2}, 3),
+        ({"pad_token_id": 0, "eos_token_id": 2}, 0),
+        ({"pad_token_id": None, "eos_token_id": 2}, 2),
+        ({"pad_token_id": None, "eos_token_id": None}, 0),
+        ({}, 0),
+    ],
+)
+def test_what_pads_is_masked_so_any_token_will_do(ids, expected):
+    assert padding_token(types.SimpleNamespace(**ids)) == expected
