@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,14 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from fusedpo.losses import DPO, SimPO
-from fusedpo.recipes.self_augmented import SelfAugmented, Settings, mask_shared_prefix
+from fusedpo.recipes.self_augmented import (
+    SelfAugmented,
+    Settings,
+    mask_shared_prefix,
+    read_file,
+    write_file,
+)
+from fusedpo.trainers import self_augmented as module
 from fusedpo.trainers.self_augmented import (
     STAND_IN,
     MaskSharedPrefix,
@@ -150,6 +159,45 @@ def test_files_of_two_saves_are_refused(tmp_path):
         data.load(tmp_path)
 
 
+def test_pairs_that_are_not_those_asked_for_are_refused(tmp_path):
+    data = dataset(tiny.model())
+    data.__getitems__([0, 1])
+    data.save(tmp_path)
+    path = tmp_path / "ahead-0.safetensors"
+    tensors, meta = read_file(path)
+    write_file(path, tensors, {**meta, "asked": [[0, 1, 2]]})
+    before = [pairs for _, pairs in data._ahead]
+    with pytest.raises(ValueError) as error:
+        data.load(tmp_path)
+    assert str(error.value) == (
+        f"{path}: expected what is saved under this name, got other pairs than those that were "
+        "asked for; give the folder as it was saved"
+    )
+    assert [pairs for _, pairs in data._ahead] == before
+
+
+def test_a_step_that_nothing_was_asked_for_takes_nothing():
+    """As after a restart; what is asked for next is not affected."""
+    data, other = dataset(tiny.model()), dataset(tiny.model())
+    data.trained()
+    assert data.__getitems__([0, 1]) == other.__getitems__([0, 1])
+    assert len(data._ahead) == 1
+    data.trained()
+    data.trained()
+    assert len(data._ahead) == 0
+    assert data.__getitems__([2]) == other.__getitems__([2])
+
+
+def test_transformers_is_said_to_be_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    spec = importlib.util.spec_from_file_location("without_transformers", module.__file__)
+    with pytest.raises(ImportError) as error:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert str(error.value) == (
+        "fusedpo.trainers.self_augmented needs transformers: pip install 'fusedpo[demo]'"
+    )
+
+
 # the collator
 
 
@@ -192,6 +240,16 @@ def test_average_and_reference_follow_once_an_optimizer_step(tmp_path, accumulat
     assert data.source.average.updates == 4
     assert (average - expected).abs().max() <= 1e-6 * expected.abs().max()
     assert torch.equal(weights(subject.ref_model), average)
+
+
+def test_a_source_of_another_process_is_refused(tmp_path):
+    subject = trainer(tmp_path)
+    subject.train_dataset.source.rank = 1
+    with pytest.raises(ValueError) as error:
+        subject.train()
+    assert str(error.value) == (
+        "rank: expected SelfAugmented(..., rank=0) on this process, got 1; give args.process_index"
+    )
 
 
 def test_the_reference_stays_unless_asked(tmp_path):
