@@ -88,6 +88,45 @@ def test_the_old_log_probabilities_are_the_policys(tmp_path: Path) -> None:
     assert torch.equal(batch["old_logprobs"], linear_logprobs(states, head.weight, labels).detach())
 
 
+def test_a_checkpoint_without_samples_is_gone_on_from_with_new_ones(tmp_path: Path) -> None:
+    """As one of another trainer; the next of the updates on a batch would have used the old."""
+    rewarded: list[int] = []
+
+    def counted(row: Any, response: Any) -> float:
+        rewarded.append(len(response))
+        return longest_word(row, response)
+
+    args = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, args=args).train()
+    found = []
+    for samples in (True, False):
+        if not samples:
+            (tmp_path / "checkpoint-1" / "samples-0.safetensors").unlink()
+        rewarded.clear()
+        made = trainer(tmp_path, args=args, reward=counted)
+        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert made.state.global_step == 2
+        found.append(len(rewarded))
+    # 4 prompts, 4 responses each
+    assert found == [0, 16]
+
+
+def test_evaluation_without_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        trainer(tmp_path).evaluate([])
+    assert str(error.value) == "eval_dataset: expected at least one row, got none"
+
+
+def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GroupTrainer, "_sharded", property(lambda self: True))
+    with pytest.raises(ValueError) as error:
+        trainer(tmp_path)
+    assert str(error.value) == (
+        "args: expected whole weights, for every process to sample by itself, "
+        "got FSDP or DeepSpeed; use DistributedDataParallel"
+    )
+
+
 def test_evaluation_repeats_itself(tmp_path: Path) -> None:
     made = trainer(tmp_path)
     assert made.evaluate() == made.evaluate()
