@@ -25,7 +25,8 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers.integrations import integration_utils
 
 import fusedpo.commands.losses
 import fusedpo.trainers.job
@@ -184,10 +185,21 @@ def test_a_dataset_that_holds_rows_out_is_evaluated_on_those(folder, tmp_path):
     assert subject.evaluate()["eval_loss"] == pytest.approx(found, rel=1e-6)
 
 
-def test_the_end_is_evaluated_where_the_evaluations_do_not_fall_on_it(folder, tmp_path):
-    assert main(arguments(folder, tmp_path / "out", *quick("--evaluations", "2"))) == 0
+class Stopping(TrainerCallback):
+    """A tracker that ends a run early, as one does whose sweep has seen enough."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "steps"), [(("--evaluations", "2"), [0, 2, 3]), (("--report-to", "stopping"), [0, 2])]
+)
+def test_the_end_is_evaluated_wherever_it_falls(folder, tmp_path, monkeypatch, more, steps):
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "stopping", Stopping)
+    assert main(arguments(folder, tmp_path / "out", *quick(*more))) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert [entry["step"] for entry in held_out(metrics)] == [0, 2, 3]
+    assert [entry["step"] for entry in held_out(metrics)] == steps
 
 
 @pytest.fixture
