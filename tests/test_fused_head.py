@@ -740,6 +740,63 @@ def test_another_head_is_refused_or_made_the_long_way(case: str) -> None:
     assert len(said) == 1 and "its own logits are made instead" in str(said[0].message)
 
 
+class Changing(Toy):
+    """Calls its head as often as it is told."""
+
+    calls = 1
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        z = hidden.new_zeros(*hidden.shape[:2], V)
+        for _ in range(self.calls):
+            z = self.lm_head(hidden)
+        return z
+
+
+@pytest.mark.parametrize(
+    ("calls", "message"),
+    [
+        (0, "model: expected a forward that calls its output embedding, got one that does not"),
+        (2, "model: expected a head that is called once in a forward"),
+    ],
+)
+def test_a_head_that_is_called_otherwise_later_on_is_refused_then(calls: int, message: str) -> None:
+    """The experiment was made when it was called once."""
+    model = Changing()
+    add_fused_head(model)
+    check(model)
+    model.calls = calls
+    for _ in range(2):
+        with pytest.raises(UnsupportedHead) as error:
+            model(input_ids=tokens(), labels=tokens(), fused=True)
+        assert str(error.value) == message
+    assert "forward" not in vars(model.lm_head) and not model.lm_head._forward_hooks
+    model.calls = 1
+    check(model)
+
+
+def test_without_an_output_embedding_the_models_own_logits_are_made() -> None:
+    class Without(Never):
+        def get_output_embeddings(self) -> None:
+            return None
+
+    model = Without()
+    add_fused_head(model, unsupported="fallback")
+    message = "model: expected one with an output embedding, got none"
+    with pytest.raises(UnsupportedHead) as error:
+        hidden_and_head(model, input_ids=tokens())
+    assert str(error.value) == message
+    with pytest.warns(UserWarning) as said:
+        check(model)
+    assert str(said[0].message) == f"{message}; its own logits are made instead"
+    # what it was added with holds only as long as there is one
+    model = make()
+    add_fused_head(model)
+    check(model)
+    model.set_output_embeddings(None)
+    with pytest.raises(UnsupportedHead, match=message):
+        model(input_ids=tokens(), labels=tokens(), fused=True)
+
+
 def test_made_the_long_way_all_statistics_are_there() -> None:
     model = Masked()
     add_fused_head(model, unsupported="fallback")
@@ -1094,6 +1151,28 @@ def test_a_compiled_model(in_place: bool) -> None:
     assert fused_forward(compiled) is fused_forward(model)
 
 
+class Unit(nn.Module):
+    """Holds a layer as the wrappers of data parallelism do."""
+
+    def __init__(self, name: str, layer: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, layer)
+
+    def forward(self, *args: Any) -> Any:
+        return getattr(self, self.name)(*args)
+
+
+@pytest.mark.parametrize("name", ["module", "_fsdp_wrapped_module"])
+def test_a_head_that_is_a_unit_of_its_own(name: str) -> None:
+    model = make("bias")
+    plain = model.lm_head
+    model.lm_head = Unit(name, Unit("module", plain))
+    add_fused_head(model)
+    check(model)
+    assert "forward" not in vars(plain) and not plain._forward_hooks
+
+
 @pytest.fixture
 def accelerated() -> Iterator[Any]:
     accelerate = pytest.importorskip("accelerate")
@@ -1125,6 +1204,24 @@ def test_a_model_that_accelerate_prepared(accelerated: Any, first: str) -> None:
     assert fused_forward(model) is None
     assert not isinstance(getattr(model.forward, "__func__", None), FusedForward)
     assert model(input_ids=ids).logits.dtype == torch.float32
+
+
+def test_unwrapping_leaves_a_head_that_was_fused_after_preparing(accelerated: Any) -> None:
+    """Accelerate sees no wrapper of its own then, and makes a method of what it finds."""
+    accelerator = accelerated.Accelerator(mixed_precision="bf16", cpu=True)
+    model = accelerator.prepare(make("softcap"))
+    add_fused_head(model)
+    ids = tokens()
+    logits = model(input_ids=ids).logits
+    logprob = model(input_ids=ids, labels=ids, fused=True).logprob
+    forward = fused_forward(model)
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    assert isinstance(model.forward, types.MethodType) and fused_forward(model) is forward
+    assert torch.equal(model(input_ids=ids).logits, logits)
+    assert torch.equal(model(ids).logits, logits)
+    assert torch.equal(model(input_ids=ids, labels=ids, fused=True).logprob, logprob)
+    remove_fused_head(model)
+    assert fused_forward(model) is None and torch.equal(model(ids).logits, logits)
 
 
 @pytest.mark.parametrize("first", ["hook", "fused"])
