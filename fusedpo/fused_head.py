@@ -17,8 +17,10 @@ cap and a factor of them; see ``_after_head``.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -111,7 +113,7 @@ def check_options(memory_budget: int | float | str | Plan | None, backend: str) 
 
 def install(causal: Any, kind: type[FusedForward], *options: Any) -> None:
     """Put a forward of this kind in the place of the model's, or of an earlier one."""
-    before, earlier = vars(causal).get("forward"), fused_forward(causal)
+    earlier, before = fused_forward(causal), vars(causal).get("forward")
     if earlier is None:
         causal.forward = kind(causal, before, *options)
     elif _function(before) is earlier:
@@ -147,13 +149,15 @@ def remove_fused_head(model: Any) -> None:
         ValueError: if the forward was wrapped since (by ``Accelerator.prepare``, say).
     """
     causal = causal_model(model)
-    forward = _function(vars(causal).get("forward"))
-    if isinstance(forward, FusedForward):
-        if forward.original is None:
+    fused = fused_forward(causal)
+    if fused is None:
+        return
+    if _function(vars(causal).get("forward")) is fused:
+        if fused.original is None:
             del causal.forward
         else:
-            causal.forward = forward.original
-    elif fused_forward(causal) is not None:
+            causal.forward = fused.original
+    else:
         raise bad_value(
             "model",
             "a forward that was not wrapped since",
@@ -179,10 +183,14 @@ def causal_model(model: Any) -> Any:
 
 def fused_forward(model: Any) -> FusedForward | None:
     """What ``add_fused_head`` put in the place of the model's forward, if it did."""
-    held = vars(causal_model(model))
+    causal = causal_model(model)
     for name in ("forward", "_original_forward"):  # accelerate wraps the one and keeps the other
-        found = _function(held.get(name))
+        found = _function(vars(causal).get(name))
         if isinstance(found, FusedForward):
+            if found.model is not causal:
+                # a method is copied with its model, but not what the method was made of
+                found = found.of(causal)
+                setattr(causal, name, found)
             return found
     return None
 
@@ -285,6 +293,14 @@ class FusedForward:
         self.known: dict[str, AfterHead] = {}
         self.reason = ""  # why the head is not supported, if it is not
 
+    def of(self, copied: Any) -> FusedForward:
+        """The same for a copy of the model, which runs its own weights."""
+        own = copy.copy(self)
+        own.model, own.known = copied, dict(self.known)
+        if getattr(self.original, "__self__", None) is self.model:
+            own.original = types.MethodType(self.original.__func__, copied)
+        return own
+
     @property
     def forward(self) -> Callable[..., Any]:
         """The forward that this one stands in for."""
@@ -304,8 +320,8 @@ class FusedForward:
 
     def __call__(self, *args: Any, fused: bool | AtHead = False, **kwargs: Any) -> Any:
         # accelerate, when it unwraps a model, makes a method of what is no function
-        if args and args[0] is self.model:
-            args = args[1:]
+        if args and isinstance(args[0], torch.nn.Module):
+            return (fused_forward(args[0]) or self)(*args[1:], fused=fused, **kwargs)
         if not fused:
             return self.forward(*args, **kwargs)
         if callable(fused):

@@ -1313,6 +1313,52 @@ def test_a_copy_of_a_prepared_model_runs_its_own_weights():
     assert all(p.grad is not None for p in twin.parameters())
 
 
+@pytest.mark.parametrize("first", ["added", "prepared"])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_copy_of_an_unwrapped_model_runs_its_own_weights(
+    accelerated: Any, first: str, again: bool
+) -> None:
+    """Accelerate makes a method of the forward, and a copied method keeps its function."""
+    accelerator = accelerated.Accelerator(mixed_precision="bf16", cpu=True)
+    model = make("softcap")
+    if first == "added":
+        add_fused_head(model)
+    model = accelerator.prepare(model)
+    if first == "prepared":
+        add_fused_head(model)
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    if again:
+        model = accelerator.prepare(model)
+    ids = tokens()
+
+    def seen(model: Any) -> list[Tensor]:
+        with torch.no_grad():
+            hidden, head = hidden_and_head(model, input_ids=ids)
+            logprob = model(input_ids=ids, labels=ids, fused=True).logprob
+            return [logprob, hidden @ head.weight.T, model(input_ids=ids).logits]
+
+    before = seen(model)
+    for call in range(2):
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in (model, twin)[call].parameters():
+                parameter.mul_(0.5)
+        unchanged, changed = (twin, model) if call == 0 else (model, twin)
+        after = seen(unchanged)
+        assert all(map(torch.equal, after, before))
+        assert not any(map(torch.equal, seen(changed), before))
+        assert fused_forward(twin) is not fused_forward(model)
+        with torch.no_grad():
+            for parameter in changed.parameters():
+                parameter.mul_(2.0)
+    if not again:
+        remove_fused_head(twin)
+        assert fused_forward(twin) is None and fused_forward(model) is not None
+        assert torch.equal(twin(input_ids=ids).logits, before[2])
+        add_fused_head(model, memory_budget=2**20)
+        assert all(map(torch.equal, seen(model), before))
+
+
 def test_a_head_of_another_width_is_looked_at_anew():
     model = tiny.model()
     add_fused_head(model)
