@@ -614,8 +614,9 @@ def test_a_trainer_that_is_built_on_says_what_it_lacks(tmp_path):
     model = tiny.model()
     subject = FusedTrainer(model, args, loss=SimPO())
     batch = PreferenceCollator(0)(ROWS)
-    with pytest.raises(NotImplementedError):
-        subject.compute_loss(model, batch)
+    for lacking in (subject.compute_loss, lambda model, batch: subject._examples(batch)):
+        with pytest.raises(NotImplementedError):
+            lacking(model, batch)
 
 
 @pytest.mark.parametrize(
