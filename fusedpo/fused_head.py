@@ -400,6 +400,11 @@ def aligned_labels(labels: Tensor) -> Tensor:
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
+def of_tokens(values: Tensor, labels: Tensor) -> Tensor:
+    """[B, T, ...] like labels, from what may have the virtual tokens of prompt tuning in front."""
+    return values[:, -labels.shape[1] :]
+
+
 def on_stats(stats: TokenStats, function: Callable[[Tensor], Tensor]) -> TokenStats:
     """The statistics with a function applied to each that there is."""
     return pytree.tree_map(lambda v: None if v is None else function(v), stats)

@@ -35,6 +35,7 @@ from fusedpo.fused_head import (
     evaluating,
     fused_forward,
     hidden_and_head,
+    of_tokens,
     remove_fused_head,
 )
 from fusedpo.head import Head
@@ -301,6 +302,8 @@ class FusedTrainerMixin(_Base):
             # with a model split over devices the head may be on another one than the batch
             given = {**rest, "labels": labels, "step_counts": num_items_in_batch}
             given |= _reference_arguments(reference, head, labels)
+            if "cu_seqlens" not in rest:
+                hidden = of_tokens(hidden, labels)
             output = self._fused_loss(
                 hidden,
                 head,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fusedpo import losses
 from fusedpo.checks import bad_type, bad_value
-from fusedpo.fused_head import IGNORED, aligned_labels, at_head, fused_forward
+from fusedpo.fused_head import IGNORED, aligned_labels, at_head, fused_forward, of_tokens
 from fusedpo.head import Head
 from fusedpo.losses import PolicyLoss, PreferenceLoss
 from fusedpo.objective import LossOutput, policy_loss, preference_loss
@@ -347,7 +347,7 @@ class LossOfPairs(_Base):  # type: ignore[misc]
             given = {"labels": aligned_labels(labels), "ref_logprobs": reference, **extra}
             output = preference_loss(
                 loss,
-                _of_tokens(hidden, labels),
+                of_tokens(hidden, labels),
                 head.weight,
                 **_options(self),
                 **head.options(),
@@ -389,7 +389,7 @@ class LossOfPairs(_Base):  # type: ignore[misc]
             else:
                 found = self.ref_model(**of_model, labels=labels, fused_lm_head=True)
         # nothing is predicted at the last position
-        return _of_tokens(torch.nn.functional.pad(found.log_probs, (0, 1)), labels)
+        return of_tokens(torch.nn.functional.pad(found.log_probs, (0, 1)), labels)
 
 
 class LossOfGroups(_Base):  # type: ignore[misc]
@@ -456,7 +456,7 @@ class LossOfGroups(_Base):  # type: ignore[misc]
                 given["importance_weights"] = placed(ratio, whole=True)
             output = policy_loss(
                 loss,
-                _of_tokens(hidden, labels),
+                of_tokens(hidden, labels),
                 head.weight,
                 log_entropy=True,
                 temperature=self.temperature,
@@ -474,11 +474,6 @@ class LossOfGroups(_Base):  # type: ignore[misc]
             found[0].metrics["aux_loss"] = aux_loss.detach()
         _note(self, mode, found[0].metrics)
         return value
-
-
-def _of_tokens(values: Tensor, labels: Tensor) -> Tensor:
-    """[B, T, ...] from what may have the virtual tokens of prompt tuning in front."""
-    return values[:, -labels.shape[1] :]
 
 
 def _options(trainer: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import types
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
@@ -271,6 +272,32 @@ def test_adapters_are_left_out_of_the_reference(tmp_path, targets):
     for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4), name
     assert found["eval_rewards/margins"] != 0
+
+
+def test_virtual_tokens_of_prompt_tuning_are_left_out_of_the_loss(tmp_path):
+    """They stand in front of every row; without them the model is its own reference."""
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(tiny.model(), settings)
+    subject = trainer(tmp_path, model, DPO(), per_device_train_batch_size=4)
+    batch = next(iter(subject.get_train_dataloader()))
+    loss = subject.compute_loss(model, dict(batch))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    def scores(given: Any) -> torch.Tensor:
+        logits = given(**inputs).logits[:, -batch["labels"].shape[1] :][:, :-1]
+        labels = batch["labels"][:, 1:]
+        logp = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        return (logp * (labels != -100)).sum(-1)
+
+    with torch.no_grad(), model.disable_adapter():
+        reference = scores(model)
+    ratio = scores(model) - reference
+    margin = ratio[:4] - ratio[4:]
+    naive = -torch.nn.functional.logsigmoid(0.1 * margin).mean()
+    assert loss.item() == pytest.approx(naive.item(), rel=1e-5) != math.log(2)
+    prompt = [p for p in model.parameters() if p.requires_grad]
+    mine, truth = (torch.autograd.grad(value, prompt)[0] for value in (loss, naive))
+    assert same(mine, truth)
 
 
 def sharded(monkeypatch: pytest.MonkeyPatch) -> None:
