@@ -261,7 +261,9 @@ def test_aligned_rewards_are_those_of_what_is_wrapped() -> None:
     )
 
 
-@pytest.mark.parametrize("plain", [lambda x: LengthDesensitized(x, 1.0), FDivergence], ids=repr)
+@pytest.mark.parametrize(
+    "plain", [lambda x: LengthDesensitized(x, 1.0), FDivergence], ids=["lengths", "divergence"]
+)
 def test_states_are_pushed_apart_by_what_is_wrapped(plain) -> None:
     """Modifiers that change nothing leave a loss of states what it is, gradients included."""
     g = torch.Generator().manual_seed(0)
