@@ -190,7 +190,8 @@ def of_samples(module: torch.nn.Module, rows: Batch, **arguments: Any) -> Any:
 
 
 def logprobs(rows: Batch, *, reference: bool = False, noise: float = 0.0) -> Tensor:
-    """[B, T] of every id, those in the padding too."""
+    """[B, T] of every id, those in the padding too; the same for rows in half precision."""
+    rows = rows.to(torch.promote_types(rows.hidden.dtype, torch.float32))
     hidden, weight, bias = rows.hidden, rows.weight, rows.bias
     if reference:
         hidden, weight, bias = rows.ref_hidden, rows.ref_weight, rows.ref_bias
