@@ -1181,15 +1181,21 @@ def accelerated() -> Iterator[Any]:
     accelerate.state.AcceleratorState._reset_state(True)
 
 
-@pytest.mark.parametrize("first", ["added", "prepared"])
-def test_a_model_that_accelerate_prepared(accelerated: Any, first: str) -> None:
-    accelerator = accelerated.Accelerator(mixed_precision="bf16", cpu=True)
+def prepared(accelerator: Any, first: str) -> Any:
+    """A model whose head was fused before accelerate wrapped its forward, or after."""
     model = make("softcap")
     if first == "added":
         add_fused_head(model)
     model = accelerator.prepare(model)
     if first == "prepared":
         add_fused_head(model)
+    return model
+
+
+@pytest.mark.parametrize("first", ["added", "prepared"])
+def test_a_model_that_accelerate_prepared(accelerated: Any, first: str) -> None:
+    accelerator = accelerated.Accelerator(mixed_precision="bf16", cpu=True)
+    model = prepared(accelerator, first)
     ids = tokens()
     close_in_half(model, exact_model=make("softcap"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -1320,12 +1326,7 @@ def test_a_copy_of_an_unwrapped_model_runs_its_own_weights(
 ) -> None:
     """Accelerate makes a method of the forward, and a copied method keeps its function."""
     accelerator = accelerated.Accelerator(mixed_precision="bf16", cpu=True)
-    model = make("softcap")
-    if first == "added":
-        add_fused_head(model)
-    model = accelerator.prepare(model)
-    if first == "prepared":
-        add_fused_head(model)
+    model = prepared(accelerator, first)
     model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if again:
         model = accelerator.prepare(model)
