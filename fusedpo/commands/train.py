@@ -129,8 +129,7 @@ def _chosen(words: Sequence[str]) -> _Chosen:
     if found.loss.lower() in _SELF_AUGMENTED:
         return _Chosen(type(losses.get(inner or "orpo")), None, methods.SelfAugmented, {}, 1.0)
     loss, fixed, factor = losses.find(found.loss)
-    method = methods.method_of(loss)
-    method().check(loss())
+    method = _method_for(loss)
     within = None
     if issubclass(loss, losses.ShortToLong):
         within = type(losses.get(inner or "simpo"))
@@ -139,11 +138,18 @@ def _chosen(words: Sequence[str]) -> _Chosen:
     return _Chosen(loss, within, method, fixed, factor)
 
 
+def _method_for(loss: type[losses.Loss]) -> type[methods.Pairs]:
+    """The method of a loss; a ValueError if none serves it."""
+    method = methods.method_of(loss)
+    method().check(loss())
+    return method
+
+
 def _trainable() -> Iterator[str]:
     """Names of the losses that a method serves."""
     for name, loss in losses.available().items():
         with contextlib.suppress(ValueError):
-            methods.method_of(loss)().check(loss())
+            _method_for(loss)
             yield name
 
 
