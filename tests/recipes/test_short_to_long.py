@@ -13,7 +13,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fusedpo.recipes.short_to_long import (
+    _MISSES,
     ShortToLongCollator,
+    _fitting,
     build_contexts,
     check_aligned,
     needle_rows,
@@ -132,6 +134,12 @@ def test_the_relevant_passage_is_at_every_depth_or_at_the_one_asked_for():
     places = [place(seed=seed) for seed in range(200)]
     assert all(places.count(i) > 20 for i in range(5))
     assert [place(depth=depth) for depth in (0, 0.25, 0.5, 1)] == [0, 1, 2, 4]
+
+
+def test_a_run_of_passages_that_do_not_fit_ends_the_search_and_a_few_here_and_there_do_not():
+    few = (["xxxxxxxxxxx"] * (_MISSES - 1) + ["a"]) * 4
+    assert _fitting(few, 10, len) == ["a"] * 4
+    assert _fitting(["xxxxxxxxxxx"] * _MISSES + ["a"], 10, len) == []
 
 
 def test_a_huge_passage_does_not_stop_the_others():
