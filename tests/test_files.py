@@ -176,6 +176,7 @@ def read_average(folder: Path) -> Any:
 def pairs() -> SelfAugmentedDataset:
     settings = Settings(segment_length=2, buffer_size=4, temperature=2.0, max_length=48)
     ids = {"eos_token_id": tiny.tokenizer().eos_token_id, "pad_token_id": 0}
+    ids["ref_model"] = tiny.model(2)
     return SelfAugmentedDataset(SelfAugmented(tiny.model(), tiny.token_rows(4), settings, **ids))
 
 
@@ -189,8 +190,10 @@ def save_pairs(folder: Path) -> None:
 def all_of(data: SelfAugmentedDataset) -> str:
     source = data.source
     state = source.buffer.rows, source.buffer.counts, source._totals, source._rng.bit_generator
-    weights = [p.sum().item() for p in source.average.module.parameters()]
-    return repr((*state[:3], state[3].state, weights, source.average.updates, data._again))
+    models = (source.average.module, source.ref_model)
+    weights = [p.sum().item() for model in models for p in model.parameters()]
+    counts = source.average.updates, source.steps
+    return repr((*state[:3], state[3].state, weights, *counts, data._again))
 
 
 def read_pairs(folder: Path) -> Any:

@@ -3,16 +3,21 @@
 The data half of Yin et al., arXiv 2405.20830; the loss is any pairwise one (theirs: DPO, ORPO).
 Rows have a prompt x and a good response y. Every step:
 
-    theta_ema <- decay theta_ema + (1 - decay) theta
+    theta_ema <- decay theta_ema + (1 - decay) theta    where step % ema_every == 0
+    theta_ref <- theta_ema                              where step % ref_every == 0
     u         ~  Uniform{0, ..., |y| - 3 - L}           L = min(segment_length, |y|)
     s         ~  pi_ema(. | x, y[:u])                   L tokens
     y_l       =  y[:u] + s + y[u+L:]                    cut after an end of sequence in s
 
 (y, y_l) goes into a first-in first-out buffer, and pairs to train on are drawn from it with a
 probability proportional to 1 / (times drawn + 1). Numbers and details are those of the authors'
-code. Not the loss that is called SAPO elsewhere (Soft Adaptive Policy Optimization).
+code, which averages at every step and renews the reference of DPO at steps that are multiples of
+108, about once an epoch of their data; the paper averages at every second step (``ema_every=2``).
+Between renewals the reference stays as it is: one that followed the average would be a step behind
+the policy, and DPO's margin would never leave 0. Not the loss that is called SAPO elsewhere (Soft
+Adaptive Policy Optimization).
 
-    source = SelfAugmented(model, rows, eos_token_id=2, pad_token_id=0)
+    source = SelfAugmented(model, rows, eos_token_id=2, pad_token_id=0, ref_model=reference)
     for _ in range(steps):
         loss = loss_of(source.next_batch(8))
         ...
@@ -33,7 +38,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import numpy as np
 import torch
@@ -41,6 +46,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fusedpo.checks import bad_type, bad_value, in_range, positive
+from fusedpo.losses._base import Check, check_hyperparameters, hyperparameter, one_of
 
 Ids: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int32]]"
 Stored: TypeAlias = "tuple[dict[str, Tensor], dict[str, Any]]"
@@ -62,6 +68,27 @@ class PairRow(TypedDict):
     inputs: Mapping[str, float]
 
 
+RefMode = Literal["ema", "policy", "fixed"]
+
+
+def _whole(argument: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise bad_type(argument, "an int", type(value).__name__)
+    if value < least:
+        raise bad_value(argument, f"an int of at least {least}", f"{value}")
+    return int(value)
+
+
+def _at_least(least: int) -> Check:
+    return lambda name, value: _whole(name, value, least)
+
+
+def _share(name: str, value: Any) -> float:
+    if positive(name, value) > 1:
+        raise bad_value(name, "a number in (0, 1]", f"{value:g}")
+    return float(value)
+
+
 @dataclass(frozen=True)
 class Settings:
     """Defaults are those of the authors' scripts.
@@ -76,40 +103,66 @@ class Settings:
         temperature: of sampling.
         max_length: tokens of prompt and response together; longer responses lose their end.
         seed: of segments, sampling and drawing.
+        ema_every: steps between updates of the average; the paper has 2.
+        ref_every: steps between renewals of the reference, a whole number of epochs or so: 108 was
+            about one of the authors'.
+        ref_mode: what the reference becomes at the start and then: the average (``ema``), or the
+            policy; or nothing, so that it stays the model that it is (``fixed``).
     """
 
-    segment_length: int = 256
-    ema_decay: float = 0.5
-    buffer_size: int = 2000
-    sample_every: int = 1
-    top_k: int = 50
-    top_p: float = 0.95
-    temperature: float = 0.7
-    max_length: int = 2048
-    seed: int = 0
+    segment_length: int = hyperparameter(256, "tokens generated a response", _at_least(1))
+    ema_decay: float = hyperparameter(
+        0.5, "of the average", lambda name, value: in_range(name, value, 0, 1)
+    )
+    buffer_size: int = hyperparameter(2000, "pairs kept", _at_least(1))
+    sample_every: int = hyperparameter(1, "batches drawn for each generated", _at_least(1))
+    top_k: int = hyperparameter(50, "tokens to sample from", _at_least(0))
+    top_p: float = hyperparameter(0.95, "share of the probability to sample from", _share)
+    temperature: float = hyperparameter(0.7, "of sampling", positive)
+    max_length: int = hyperparameter(2048, "tokens of prompt and response", _at_least(2))
+    seed: int = hyperparameter(0, "of segments, sampling and drawing", _at_least(0))
+    ema_every: int = hyperparameter(1, "steps between updates of the average", _at_least(1))
+    ref_every: int = hyperparameter(
+        108,
+        "steps between renewals of the reference",
+        _at_least(1),
+        only={"ref_mode": ("ema", "policy")},
+    )
+    ref_mode: RefMode = hyperparameter(
+        "ema", "what the reference becomes", one_of("ema", "policy", "fixed")
+    )
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("segment_length", 1),
-            ("buffer_size", 1),
-            ("sample_every", 1),
-            ("top_k", 0),
-            ("max_length", 2),
-            ("seed", 0),
-        ):
-            _whole(name, getattr(self, name), least)
-        in_range("ema_decay", self.ema_decay, 0, 1)
-        positive("temperature", self.temperature)
-        if positive("top_p", self.top_p) > 1:
-            raise bad_value("top_p", "a number in (0, 1]", f"{self.top_p:g}")
+        check_hyperparameters(self)
 
+    def check_loss(self, needs_reference: bool, adapted: bool = False) -> None:
+        """Whether what is said of the reference can be done with a loss.
 
-def _whole(argument: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise bad_type(argument, "an int", type(value).__name__)
-    if value < least:
-        raise bad_value(argument, f"an int of at least {least}", f"{value}")
-    return int(value)
+        Args:
+            needs_reference: of the loss.
+            adapted: whether the reference is the model without its adapters.
+
+        Raises:
+            ValueError: for a setting without effect, which stays its default.
+        """
+        if adapted and needs_reference and self.ref_mode != "fixed":
+            raise bad_value(
+                "ref_mode",
+                "'fixed' for a reference that is the model without its adapters",
+                repr(self.ref_mode),
+                "give it, or a ref_model",
+            )
+        for name, default in (("ref_every", Settings.ref_every), ("ref_mode", Settings.ref_mode)):
+            value = getattr(self, name)
+            if value != default and not needs_reference:
+                expected = f"{default!r} without a reference, where it has no effect"
+                remedy = "leave it out, or take a loss with a reference, such as DPO()"
+                raise bad_value(name, expected, repr(value), remedy)
+
+    def check_model(self, ref_model: nn.Module | None) -> None:
+        """Whether what is said of the reference can be done with what there is to renew."""
+        if ref_model is None and self.ref_mode != "fixed":
+            self.check_loss(needs_reference=False)
 
 
 # the average
@@ -146,7 +199,7 @@ class PolicyAverage:
     def update(self, model: nn.Module) -> None:
         """Take in the model's parameters; once per optimizer step."""
         # checked as a whole first: half an update is none
-        for own, other in list(self._matched(model)):
+        for own, other in _matched(self.module, model):
             if isinstance(own, nn.Parameter) and own.is_floating_point():
                 # one at a time, so that there is never a second model in fp32
                 self._average([own.detach()], [other.detach().to(own)], self.updates)
@@ -157,41 +210,18 @@ class PolicyAverage:
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Overwrite a model, such as a moving reference, rounding to its dtypes."""
-        for own, other in list(self._matched(model)):
-            other.copy_(own)
-
-    def _matched(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        for kind in ("parameters", "buffers"):
-            own, other = ([*getattr(m, kind)()] for m in (self.module, model))
-            if [t.shape for t in own] != [t.shape for t in other]:
-                raise bad_value(
-                    "model",
-                    f"the {len(own)} {kind} that the average was made of",
-                    f"{len(other)}, or other shapes",
-                    "sharded parameters (FSDP, DeepSpeed ZeRO-3) cannot be averaged here",
-                )
-            yield from zip(own, other, strict=True)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """By name, tied parameters once, without buffers that are not part of a state dict."""
-        kept = self.module.state_dict(keep_vars=True)
-        named = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-        return {f"average.{name}": t.detach() for name, t in named.items() if name in kept}
+        _copy(self.module, model)
 
     def _state(self) -> Stored:
-        return self._tensors(), {"updates": self.updates}
+        return _tensors(self.module, "average."), {"updates": self.updates}
 
     def _saved(self, path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Restore:
-        own = self._tensors()
-        found = {name: t.shape for name, t in tensors.items() if name.startswith("average.")}
-        if found != {name: t.shape for name, t in own.items()}:
-            raise bad_value(str(path), "the average of this model", "that of another one")
+        restore_weights = _saved_weights(self.module, "average.", path, tensors)
         with understood(path):
             updates = int(meta["updates"])
 
         def restore() -> None:
-            for name, tensor in own.items():
-                tensor.copy_(tensors[name])
+            restore_weights()
             self.updates = updates
 
         return restore
@@ -208,6 +238,51 @@ class PolicyAverage:
         """
         path = Path(folder, "average.safetensors")
         self._saved(path, *read_file(path))()
+
+
+def _matched(own: nn.Module, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """The parameters and buffers of the average, or the policy, beside those of another model."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for kind in ("parameters", "buffers"):
+        ours, theirs = ([*getattr(m, kind)()] for m in (own, model))
+        if [t.shape for t in ours] != [t.shape for t in theirs]:
+            raise bad_value(
+                "model",
+                f"the {len(ours)} {kind} that the average was made of",
+                f"{len(theirs)}, or other shapes",
+                "sharded parameters (FSDP, DeepSpeed ZeRO-3) cannot be averaged here",
+            )
+        pairs += zip(ours, theirs, strict=True)
+    return pairs
+
+
+@torch.no_grad()
+def _copy(own: nn.Module, model: nn.Module) -> None:
+    for ours, theirs in _matched(own, model):
+        theirs.copy_(ours)
+
+
+def _tensors(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """By name, tied parameters once, without buffers that are not part of a state dict."""
+    kept = module.state_dict(keep_vars=True)
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {f"{prefix}{name}": t.detach() for name, t in named.items() if name in kept}
+
+
+def _saved_weights(
+    module: nn.Module, prefix: str, path: Path, tensors: Mapping[str, Tensor]
+) -> Restore:
+    """The weights that :func:`_tensors` has of a module, in a file."""
+    own = _tensors(module, prefix)
+    saved = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if {name: t.shape for name, t in saved.items()} != {name: t.shape for name, t in own.items()}:
+        raise bad_value(str(path), f"the {prefix[:-1]} of this model", "that of another one")
+
+    def restore() -> None:
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+
+    return restore
 
 
 # the buffer
@@ -454,12 +529,14 @@ class SelfAugmented:
         eos_token_id: ends a response.
         pad_token_id: any valid token.
         rank: of this process among those that train together; each has a buffer of its own.
+        ref_model: the reference of the loss, if it is to be renewed as the settings say: at once,
+            which makes it the policy unless ``ref_mode="fixed"``, and then in ``after_step``.
 
     Attributes:
-        average: the policy's average, which generates; for a moving reference,
-            ``average.copy_to(ref_model)`` after every step.
+        average: the policy's average, which generates.
         buffer: the pairs made so far.
         truncated: how many responses were longer than max_length allows.
+        steps: how often ``after_step`` was called since the run began.
     """
 
     def __init__(
@@ -471,6 +548,7 @@ class SelfAugmented:
         eos_token_id: int | None,
         pad_token_id: int,
         rank: int = 0,
+        ref_model: nn.Module | None = None,
     ) -> None:
         self.settings = settings = settings or Settings()
         self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
@@ -485,6 +563,10 @@ class SelfAugmented:
         self.average = PolicyAverage(model, settings.ema_decay)
         # of the whole run; start is the sum of shares of the response before the segment
         self._totals = {"batches": 0, "taken": 0, "made": 0, "identical": 0, "eos": 0, "start": 0.0}
+        self.steps = 0
+        self.ref_model: nn.Module | None = None
+        if ref_model is not None:
+            self.begin(model, ref_model)
 
     def __len__(self) -> int:
         """How many rows responses come from."""
@@ -587,9 +669,29 @@ class SelfAugmented:
                 )
             )
 
+    def begin(self, model: nn.Module, ref_model: nn.Module | None) -> None:
+        """Count steps from 0, with this reference: the policy, unless ``ref_mode="fixed"``.
+
+        Raises:
+            ValueError: for settings of the reference if there is none, or for one of other shapes.
+        """
+        self.settings.check_model(ref_model)
+        self.ref_model, self.steps = ref_model, 0
+        self._renew(model)
+
     def after_step(self, model: nn.Module) -> None:
-        """Take the policy into the average; after every optimizer step."""
-        self.average.update(model)
+        """Take the policy into the average, and renew the reference, where the step is one of
+        those that the settings say; after every optimizer step."""
+        self.steps += 1
+        if self.steps % self.settings.ema_every == 0:
+            self.average.update(model)
+        if self.steps % self.settings.ref_every == 0:
+            self._renew(model)
+
+    def _renew(self, model: nn.Module) -> None:
+        if self.ref_model is None or self.settings.ref_mode == "fixed":
+            return
+        _copy(self.average.module if self.settings.ref_mode == "ema" else model, self.ref_model)
 
     def statistics(self) -> dict[str, float]:
         """Numbers to log, those of segments over the whole run.
@@ -608,24 +710,28 @@ class SelfAugmented:
         }
 
     def save(self, folder: Path | str) -> None:
-        """Write ``self_augmented-RANK.safetensors``; the average is in that of rank 0 alone."""
+        """Write ``self_augmented-RANK.safetensors``, that of rank 0 with average and reference."""
         buffer, meta = self.buffer._state()
-        average, counted = self.average._state()
+        weights, counted = self.average._state()
+        if self.ref_model is not None:
+            weights |= _tensors(self.ref_model, "reference.")
         meta |= {
             **counted,
+            "steps": self.steps,
+            "reference": self.ref_model is not None,
             "totals": self._totals,
             "generator": self._rng.bit_generator.state,
             "rows": len(self),
         }
-        write_file(self._file(folder, self.rank), buffer | ({} if self.rank else average), meta)
+        write_file(self._file(folder, self.rank), buffer | ({} if self.rank else weights), meta)
 
     def load(self, folder: Path | str) -> None:
-        """Go on from what ``save`` wrote: the same batches as without a stop.
+        """Go on from what ``save`` wrote: the same batches and reference as without a stop.
 
         Raises:
             FileNotFoundError: if this rank, or rank 0, saved nothing there.
-            ValueError: if a file is damaged, or of another model or other rows; nothing is changed
-                then.
+            ValueError: if a file is damaged, or of another model or other rows, or without the
+                reference that there is here, or with one; nothing is changed then.
         """
         self._saved(folder)[1]()
 
@@ -633,9 +739,17 @@ class SelfAugmented:
         """How many batches there were when it was saved."""
         path, first = self._file(folder, self.rank), self._file(folder, 0)
         tensors, meta = read_file(path)
-        average, counted = read_file(first) if self.rank else (tensors, meta)
+        weights, counted = read_file(first) if self.rank else (tensors, meta)
+        if "steps" not in meta:
+            raise bad_value(
+                str(path),
+                "a save with its step and its reference",
+                "one of an earlier fusedpo, which renewed the reference at every step",
+                "start anew, or go on with the fusedpo that wrote it",
+            )
         with understood(path):
             rows, updates, updates_of_first = meta["rows"], meta["updates"], counted["updates"]
+            steps, reference = int(meta["steps"]), bool(meta["reference"])
             totals = {name: type(own)(meta["totals"][name]) for name, own in self._totals.items()}
             rng = _generator(meta["generator"])
         if rows != len(self):
@@ -644,15 +758,25 @@ class SelfAugmented:
         if updates != updates_of_first:
             got = f"{updates} and {updates_of_first} updates of the average"
             raise bad_value(f"{path} and {first.name}", "files of one save", got)
-        changes = (
-            self.average._saved(first, average, counted),
+        if reference != (self.ref_model is not None):
+            run, save = ("without", "with") if reference else ("with", "without")
+            raise bad_value(
+                str(path),
+                f"a save of a run {run} a reference to renew",
+                f"one {save} it",
+                "give the same ref_model, or none, as in the run that was saved",
+            )
+        changes = [
+            self.average._saved(first, weights, counted),
             self.buffer._saved(path, tensors, meta),
-        )
+        ]
+        if self.ref_model is not None:
+            changes.append(_saved_weights(self.ref_model, "reference.", first, weights))
 
         def restore() -> None:
             for change in changes:
                 change()
-            self._totals, self._rng = totals, rng
+            self._totals, self._rng, self.steps = totals, rng, steps
 
         return int(totals["batches"]), restore
 
@@ -682,12 +806,16 @@ def plain_loop(
         optimizer: of the model's parameters.
         steps: optimizer steps.
         batch_size: pairs a step.
-        ref_model: follows the average if given, as the authors' DPO does.
+        ref_model: renewed as the source's settings say, as the authors' DPO does, if the source
+            was made without it.
         max_grad_norm: gradients are clipped to this norm if given.
 
     Returns:
         loss and ``source.statistics()`` of every step.
     """
+    if ref_model is not None and ref_model is not source.ref_model:
+        source.begin(model, ref_model)
+    source.settings.check_model(source.ref_model)
     history = []
     for _ in range(steps):
         loss = loss_of(source.next_batch(batch_size))
@@ -697,8 +825,6 @@ def plain_loop(
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
         source.after_step(model)
-        if ref_model is not None:
-            source.average.copy_to(ref_model)
         history.append({"loss": loss.item(), **source.statistics()})
     return history
 

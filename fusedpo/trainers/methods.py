@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fusedpo.checks import bad_value, in_range, positive
 from fusedpo.losses import Loss, MarginLoss, PolicyLoss, PreferenceLoss, SemanticSPPO, ShortToLong
-from fusedpo.losses._base import check_hyperparameters, flag, hyperparameter
+from fusedpo.losses._base import check_hyperparameters, flag, hyperparameter, one_of
+from fusedpo.recipes import self_augmented as recipe
 from fusedpo.recipes import stdlib_pairs
 from fusedpo.recipes.groups import token_overlap
 from fusedpo.report import PAIR_SIGNALS, Signal
@@ -181,9 +182,33 @@ class SelfAugmented(Pairs):
     )
     buffer_size: int = hyperparameter(2000, "pairs kept", whole(1))
     sample_every: int = hyperparameter(1, "batches drawn for each batch written", whole(1))
+    ema_every: int = hyperparameter(
+        1, "steps between updates of the average (2 in the paper)", whole(1)
+    )
+    ref_every: int = hyperparameter(
+        108,
+        "steps between renewals of the reference, an epoch or so",
+        whole(1),
+        only={"ref_mode": ("ema", "policy")},
+    )
+    ref_mode: Literal["ema", "policy", "fixed"] = hyperparameter(
+        "ema",
+        "what the reference becomes: the average, or the policy; or it stays",
+        one_of("ema", "policy", "fixed"),
+    )
     skip_shared_prefix: bool = hyperparameter(
         True, "leave out the tokens that both responses begin with, where they cancel", flag
     )
+
+    def check(self, loss: Loss) -> None:
+        super().check(loss)
+        self.settings().check_loss(loss.needs_reference)
+
+    def settings(self, **others: Any) -> recipe.Settings:
+        """Of the recipe: those that are told here, and others."""
+        names = {f.name for f in fields(recipe.Settings)}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}
+        return recipe.Settings(**own, **others)
 
     def is_saved(self, checkpoint: Path, processes: int) -> bool:
         folder = checkpoint / "self_augmented"
@@ -196,7 +221,6 @@ class SelfAugmented(Pairs):
     def trainer(
         self, model: Any, args: Any, loss: Loss, train: Any, held_out: Any, **options: Any
     ) -> FusedTrainerMixin:
-        from fusedpo.recipes import self_augmented as recipe
         from fusedpo.trainers.self_augmented import (
             MaskSharedPrefix,
             SelfAugmentedCallback,
@@ -206,14 +230,7 @@ class SelfAugmented(Pairs):
 
         tokenizer = options["processing_class"]
         lengths = (len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in [*train, *held_out])
-        settings = recipe.Settings(
-            segment_length=self.segment_length,
-            ema_decay=self.ema_decay,
-            buffer_size=self.buffer_size,
-            sample_every=self.sample_every,
-            max_length=max(lengths),
-            seed=args.seed,
-        )
+        settings = self.settings(max_length=max(lengths), seed=args.seed)
         pad = tokenizer.pad_token_id
         pad = tokenizer.eos_token_id if pad is None else pad
         ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
@@ -236,6 +253,7 @@ class SelfAugmented(Pairs):
             data_collator=collator,
             **options,
         )
+        settings.check_loss(loss.needs_reference, adapted=trainer.ref_model is None)
         trainer.add_callback(SelfAugmentedCallback(dataset, ref_model=trainer.ref_model))
         return trainer
 

@@ -168,20 +168,26 @@ class MaskSharedPrefix:
 class SelfAugmentedCallback(TrainerCallback):
     """Keeps a ``SelfAugmentedDataset`` in step with a Trainer.
 
-    Updates the average after every optimizer step, saves into every checkpoint folder what a
-    resumed run needs, finds it there again, and adds ``source.statistics()`` to what is logged.
+    Tells the source of every optimizer step, at which it updates the average and renews the
+    reference as its settings say; saves into every checkpoint folder what a resumed run needs,
+    the reference with it; finds it there again; and adds ``source.statistics()`` to what is logged.
     The statistics reach the log history, and callbacks that were added after this one.
 
     On several processes the source of each has its ``rank``: every process makes and keeps pairs of
     the rows that its own batches have, and its part of a checkpoint beside those of the others. The
-    average is the same everywhere, as parameters are; rank 0 alone saves it. What is logged is the
-    mean over processes, and for counts of segments the sum. Weights have to be whole.
+    average and the reference are the same everywhere, as parameters are; rank 0 alone saves them.
+    What is logged is the mean over processes, and for counts of segments the sum. Weights have to
+    be whole.
 
     Args:
         dataset: what the trainer trains on.
-        ref_model: overwritten with the average after every step if given.
+        ref_model: the reference, to be renewed as the source's settings say: when training
+            starts, and at steps that are multiples of ``ref_every``. Not given, it stays.
         resume_from: the checkpoint folder that training resumes from, where it is neither in
             ``args.output_dir`` nor named by ``args.resume_from_checkpoint``.
+
+    Raises:
+        ValueError: for a source with settings of a reference, if none is given.
     """
 
     folder = "self_augmented"
@@ -193,6 +199,7 @@ class SelfAugmentedCallback(TrainerCallback):
         ref_model: Any = None,
         resume_from: Path | str | None = None,
     ) -> None:
+        dataset.source.settings.check_model(ref_model)
         self.dataset = dataset
         self.ref_model = ref_model
         self.resume_from = resume_from
@@ -206,14 +213,14 @@ class SelfAugmentedCallback(TrainerCallback):
                 str(source.rank),
                 "give args.process_index",
             )
-        average = source.average
         # a trainer moves its model when it is made
-        average.to(next(kwargs["model"].parameters()).device)
+        source.average.to(next(kwargs["model"].parameters()).device)
         self.dataset.restart()
         if state.global_step:
+            source.ref_model = self.ref_model
             self.dataset.load(self._checkpoint(args, state) / self.folder)
-        if self.ref_model is not None:
-            average.copy_to(self.ref_model)
+        else:
+            source.begin(kwargs["model"], self.ref_model)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.dataset.trained()
@@ -221,8 +228,6 @@ class SelfAugmentedCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.dataset.trained()
         self.dataset.source.after_step(kwargs["model"])
-        if self.ref_model is not None:
-            self.dataset.source.average.copy_to(self.ref_model)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.dataset.save(Path(args.output_dir, _name(state)) / self.folder)

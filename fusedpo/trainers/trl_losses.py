@@ -30,6 +30,7 @@ from fusedpo.fused_head import IGNORED, aligned_labels, at_head, fused_forward, 
 from fusedpo.head import Head
 from fusedpo.losses import PolicyLoss, PreferenceLoss
 from fusedpo.objective import LossOutput, policy_loss, preference_loss
+from fusedpo.recipes.self_augmented import Settings
 from fusedpo.trainers.transformers import moved
 
 try:
@@ -186,11 +187,17 @@ class FusedDPOConfig(_ByName, DPOConfig):
         self._refuse(set(_OF_DPO).difference(used), "use fused_loss_args")
         if self.self_augmented and loss.inputs:
             raise bad_value("fused_loss", "one without inputs of its own", repr(loss))
+        if self.self_augmented:
+            self.settings_of_pairs().check_loss(loss.needs_reference)
         by_pair = loss.needs_reference and not loss.weights_tokens and len(loss.roles) == 2
         if self.self_augmented or not by_pair:
             self._refuse(("precompute_ref_log_probs",), "leave it out")
         if not loss.needs_reference:
             self._refuse(("sync_ref_model",), "leave it out: the loss has no reference")
+
+    def settings_of_pairs(self) -> Settings:
+        """``self_augmented_args``, with the defaults of what they leave out."""
+        return Settings(**_dictionary("self_augmented_args", self.self_augmented_args))
 
     def _named(self) -> tuple[str | None, dict[str, Any]]:
         name, given = super()._named()
@@ -543,11 +550,12 @@ def _beside(short: dict[str, Any], longer: dict[str, Any], rows: int) -> dict[st
 
 def _augment(trainer: Any) -> None:
     """Train on pairs that an average of the model makes of the dataset's responses."""
-    from fusedpo.recipes.self_augmented import SelfAugmented, Settings
+    from fusedpo.recipes.self_augmented import SelfAugmented
     from fusedpo.trainers.self_augmented import SelfAugmentedCallback, SelfAugmentedDataset
 
-    given = trainer.args.self_augmented_args
-    settings = Settings(**_dictionary("self_augmented_args", given))
+    settings = trainer.args.settings_of_pairs()
+    needs_reference = trainer.fused_loss.needs_reference
+    settings.check_loss(needs_reference, adapted=trainer.ref_model is None)
     tokenizer = trainer.processing_class
     rows = [
         {"prompt_ids": row["prompt_ids"], "chosen_ids": row["chosen_ids"]}

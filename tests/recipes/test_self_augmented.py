@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import get_type_hints
 
 import numpy as np
 import pytest
+import safetensors
 import safetensors.torch
 import tiny
 import torch
@@ -28,7 +30,9 @@ from fusedpo.recipes.self_augmented import (
     generate_segments,
     mask_shared_prefix,
     plain_loop,
+    read_file,
     splice,
+    write_file,
 )
 from fusedpo.trainers.rows import TokenRow
 from fusedpo.trainers.transformers import PreferenceCollator
@@ -112,11 +116,33 @@ def test_pairs_are_token_rows():
         ("temperature", 0.0, ValueError),
         ("max_length", 1, ValueError),
         ("seed", -1, ValueError),
+        ("ema_every", 0, ValueError),
+        ("ref_every", 0, ValueError),
+        ("ref_every", 1.5, TypeError),
+        ("ref_mode", "average", ValueError),
     ],
 )
 def test_settings_are_checked(name, value, error):
     with pytest.raises(error, match=f"^{name}: expected"):
         Settings(**{name: value})
+
+
+def test_settings_without_effect_are_refused():
+    with pytest.raises(ValueError, match="ref_every: expected 108 with ref_mode='fixed'"):
+        Settings(ref_mode="fixed", ref_every=5)
+    for name, value in (("ref_every", 5), ("ref_mode", "policy")):
+        settings = Settings(segment_length=4, **{name: value})
+        with pytest.raises(ValueError, match=f"{name}: expected .* without a reference"):
+            plain_loop(policy(), source(settings=settings), None, None, steps=1, batch_size=1)
+        with pytest.raises(ValueError, match=f"{name}: expected .* without a reference"):
+            settings.check_loss(needs_reference=False)
+        settings.check_loss(needs_reference=True)
+    with pytest.raises(ValueError, match=r"ref_mode: expected .* without a reference"):
+        Settings(ref_mode="fixed").check_loss(needs_reference=False)
+    with pytest.raises(ValueError, match="ref_mode: expected 'fixed' for a reference that is the"):
+        Settings().check_loss(needs_reference=True, adapted=True)
+    Settings(ref_mode="fixed").check_loss(needs_reference=True, adapted=True)
+    Settings().check_loss(needs_reference=False, adapted=True)
 
 
 # the average
@@ -547,6 +573,14 @@ def test_batches_are_the_seeds_and_the_ranks_alone():
     assert batches(rank=1) != found
 
 
+def test_ranks_and_seeds_have_rows_in_an_order_of_their_own():
+    def order(seed: int = 3, rank: int = 0) -> list[int]:
+        return source(settings=Settings(segment_length=4, seed=seed), rank=rank)._turn(12)
+
+    assert order() == order()
+    assert len({tuple(each) for each in (order(), order(rank=1), order(rank=2), order(4))}) == 4
+
+
 def test_ranks_make_different_pairs_of_the_same_rows():
     def made(rank: int) -> list[dict]:
         subject = source(rank=rank)
@@ -672,6 +706,85 @@ def test_token_rows_will_do():
     }
 
 
+# the reference
+
+
+@pytest.mark.parametrize("mode", ["ema", "policy", "fixed"])
+def test_the_reference_is_renewed_at_its_steps_and_stays_between(mode):
+    """The average at every second step, the reference at every third; by hand."""
+    model, reference = policy(), policy(1)
+    every = {} if mode == "fixed" else {"ref_every": 3}
+    settings = Settings(segment_length=4, ema_decay=0.75, ema_every=2, ref_mode=mode, **every)
+    own = weights(reference)
+    subject = source(model, settings, ref_model=reference)
+    average = weights(model)
+    expected = own if mode == "fixed" else average
+    assert torch.equal(weights(reference), expected)
+    for step in range(1, 8):
+        nudge(model, step)
+        subject.after_step(model)
+        if step % 2 == 0:
+            average = 0.75 * average + 0.25 * weights(model)
+        if step % 3 == 0 and mode != "fixed":
+            expected = {"ema": average, "policy": weights(model)}[mode]
+        error = (weights(reference) - expected).abs().max()
+        assert error <= (0 if mode == "fixed" else 1e-6 * expected.abs().max()), step
+    assert (subject.steps, subject.average.updates) == (7, 3)
+    # what is generated with has nothing to do with the reference
+    error = (weights(subject.average.module) - average).abs().max()
+    assert error <= 1e-6 * average.abs().max()
+
+
+def test_a_reference_of_other_shapes_is_refused():
+    with pytest.raises(ValueError, match=r"model: expected the .* the average was made of"):
+        source(policy(), ref_model=policy(hidden_size=32))
+
+
+def log_ratio_margins(settings: Settings, steps: int) -> torch.Tensor:
+    """DPO's margin at each step of a short run, against the reference that the settings renew."""
+    model, reference, found = policy(), policy(), []
+    collate = PreferenceCollator(PAD)
+
+    def loss_of(batch) -> torch.Tensor:
+        inputs = collate(batch)
+        ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            ref_hidden = reference.model(**ids).last_hidden_state
+        out = preference_loss(
+            DPO(beta=0.1),
+            model.model(**ids).last_hidden_state,
+            model.lm_head.weight,
+            inputs["labels"],
+            shift=True,
+            ref_hidden=ref_hidden,
+            ref_weight=reference.lm_head.weight,
+        )
+        found.append(out.metrics["rewards/margins"])
+        return out.loss
+
+    plain_loop(
+        model,
+        source(model, settings),
+        loss_of,
+        torch.optim.RMSprop(model.parameters(), lr=3e-4),
+        steps=steps,
+        batch_size=4,
+        ref_model=reference,
+    )
+    return torch.stack(found)
+
+
+def test_the_margin_leaves_zero_between_two_renewals():
+    """With a reference that is a step behind it never would."""
+    settings = {"segment_length": 4, "max_length": 24, "sample_every": 8, "temperature": 2.0}
+    found = log_ratio_margins(Settings(**settings), 216)
+    assert found[20:108].mean() > 0.2 and found[128:].mean() > 0.2
+    # the step after it, and not the one before
+    assert found[107] > 10 * found[108].abs()
+    behind = log_ratio_margins(Settings(**settings, ref_every=1), 60)
+    assert behind[20:].mean() < 0.1 * found[20:60].mean()
+
+
 # a stopped run
 
 
@@ -689,19 +802,71 @@ def steps(model, subject: SelfAugmented, start: int, stop: int) -> list[list[dic
     "config", [{}, {"tie_word_embeddings": True}], ids=["a head of its own", "tied"]
 )
 def test_a_loaded_run_makes_the_same_batches(tmp_path, config):
-    settings = Settings(segment_length=4, buffer_size=7, sample_every=2, temperature=2.0)
+    settings = Settings(
+        segment_length=4, buffer_size=7, sample_every=2, temperature=2.0, ema_every=2, ref_every=4
+    )
     model = policy(**config)
-    whole = source(model, settings)
+    whole = source(model, settings, ref_model=policy(1, **config).to(torch.bfloat16))
     steps(model, whole, 0, 5)
     whole.save(tmp_path)
     resumed_model = policy(**config)
     resumed_model.load_state_dict(model.state_dict())
     rest = steps(model, whole, 5, 11)
-    resumed = source(policy(8, **config), settings)
-    resumed.load(tmp_path)
-    assert steps(resumed_model, resumed, 5, 11) == rest
+    # stopped twice: what is saved of a resumed run is the whole run's
+    for start, stop in ((5, 7), (7, 11)):
+        reference = policy(9, **config).to(torch.bfloat16)
+        resumed = source(policy(8, **config), settings, ref_model=reference)
+        resumed.load(tmp_path)
+        assert steps(resumed_model, resumed, start, stop) == rest[start - 5 : stop - 5]
+        resumed.save(tmp_path)
     assert resumed.statistics() == whole.statistics()
-    assert torch.equal(weights(resumed.average.module), weights(whole.average.module))
+    assert resumed.steps == whole.steps == 11
+    for ours, theirs in (
+        (resumed.average.module, whole.average.module),
+        (resumed.ref_model, whole.ref_model),
+    ):
+        assert torch.equal(weights(ours), weights(theirs))
+
+
+@pytest.mark.holds(46)
+@pytest.mark.parametrize("mode", ["ema", "policy", "fixed"])
+def test_a_loaded_run_has_the_reference_of_its_save(tmp_path, mode):
+    """Bit by bit, between two renewals, in each mode; and then goes on with it."""
+    model, reference = policy(), policy(1)
+    every = {} if mode == "fixed" else {"ref_every": 3}
+    settings = Settings(segment_length=4, ref_mode=mode, **every)
+    whole = source(model, settings, ref_model=reference)
+    steps(model, whole, 0, 4)
+    whole.save(tmp_path)
+    saved = weights(reference)
+    assert not torch.equal(saved, weights(whole.average.module))
+    again, other = policy(), policy(5)
+    again.load_state_dict(model.state_dict())
+    resumed = source(policy(8), settings, ref_model=other)
+    resumed.load(tmp_path)
+    assert torch.equal(weights(other), saved)
+    for subject, trained in ((whole, model), (resumed, again)):
+        steps(trained, subject, 4, 7)
+    assert torch.equal(weights(other), weights(reference))
+    assert torch.equal(weights(reference), saved) == (mode == "fixed")
+
+
+@pytest.mark.fault(68)
+def test_a_save_without_its_reference_is_refused(tmp_path):
+    bare, whole = source(), source(ref_model=policy(1))
+    bare.save(tmp_path / "bare")
+    whole.save(tmp_path / "whole")
+    before = weights(whole.ref_model)
+    with pytest.raises(ValueError, match="save of a run with a reference to renew, got one witho"):
+        whole.load(tmp_path / "bare")
+    with pytest.raises(ValueError, match="save of a run without a reference to renew, got one wi"):
+        bare.load(tmp_path / "whole")
+    tensors, meta = read_file(tmp_path / "whole" / FILE)
+    del meta["steps"]
+    write_file(tmp_path / "old" / FILE, tensors, meta)
+    with pytest.raises(ValueError, match="with its step and its reference, got one of an earlier"):
+        whole.load(tmp_path / "old")
+    assert torch.equal(weights(whole.ref_model), before)
 
 
 @pytest.mark.holds(46)
@@ -782,6 +947,20 @@ def test_a_changed_bit_is_told(tmp_path_factory, place, bit):
 
 @pytest.mark.fault(68)
 @pytest.mark.holds(46)
+def test_a_tensor_of_another_name_is_told(tmp_path):
+    """Names are part of what the checksum is of, with the same bytes in the same order."""
+    path = tmp_path / "some.safetensors"
+    write_file(path, {"a": torch.ones(2), "c": torch.zeros(2)}, {})
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    renamed = {"a": torch.ones(2), "b": torch.zeros(2)}
+    safetensors.torch.save_file(renamed, path, metadata=metadata)
+    with pytest.raises(ValueError, match="its checksum is another one"):
+        read_file(path)
+
+
+@pytest.mark.fault(68)
+@pytest.mark.holds(46)
 def test_a_file_of_another_format_is_told(tmp_path, monkeypatch):
     with monkeypatch.context() as later:
         later.setattr("fusedpo.recipes.self_augmented._FORMAT", "fusedpo.self_augmented/2")
@@ -817,11 +996,13 @@ def test_a_save_that_fails_keeps_the_one_before(tmp_path, monkeypatch, where):
 
 def test_the_plain_loop_trains_against_a_moving_reference():
     model, reference = policy(), policy()
-    subject = source(model, Settings(segment_length=4, temperature=2.0, max_length=24))
-    collate, seen = PreferenceCollator(PAD), []
+    settings = Settings(segment_length=4, temperature=2.0, max_length=24, ref_every=4)
+    subject = source(model, settings)
+    collate, seen, trained = PreferenceCollator(PAD), [], []
 
     def loss_of(batch) -> torch.Tensor:
         seen.append(weights(reference))
+        trained.append(weights(model))
         inputs = collate(batch)
         labels = mask_shared_prefix(inputs["input_ids"], inputs["labels"], inputs["attention_mask"])
         ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -854,12 +1035,15 @@ def test_the_plain_loop_trains_against_a_moving_reference():
     assert history[0]["loss"] == pytest.approx(np.log(2), rel=1e-5, abs=0)
     assert sum(step["loss"] for step in history[6:]) / 6 < np.log(2)
     assert history[-1]["buffer/size"] == len(subject.buffer) > 20
+    # of the step after a renewal, and of those until the next
+    changed = [not torch.equal(a, b) for a, b in pairwise(seen)]
     assert torch.equal(seen[0], start)
+    assert [i + 1 for i, change in enumerate(changed) if change] == [4, 8]
     assert subject.average.updates == 12
     assert torch.equal(weights(reference), weights(subject.average.module))
     assert not torch.equal(weights(reference), weights(model))
     # the gradient of a step is clipped to 1
-    moved = (2 * (seen[1] - start)).norm()
+    moved = (trained[1] - trained[0]).norm()
     assert moved <= 0.1 * (1 + 1e-4)
 
 

@@ -12,6 +12,7 @@ import tiny
 
 from fusedpo import losses
 from fusedpo.cli import main
+from fusedpo.recipes.self_augmented import Settings
 from fusedpo.recipes.stdlib_pairs import hold_out, read_passages
 from fusedpo.trainers import methods
 from fusedpo.trainers.methods import Pairs, method_of, reward_function
@@ -86,6 +87,22 @@ def test_self_augmented_with_dpo_leaves_out_the_shared_prefix(folder: Path, tmp_
     assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-7)
 
 
+def test_the_reference_of_self_augmented_is_renewed_as_told(folder: Path, tmp_path: Path) -> None:
+    """Held-out margins against a reference of the step are those of no training."""
+    words = ("--loss", "sapo", "--base", "dpo", "--segment-length", "2", "--evaluations", "4")
+    found = {}
+    for more in ("--ref-every=1 --ema-decay=0", "--ref-every=1 --ref-mode=policy", "--ema-every=2"):
+        metrics = train(folder, tmp_path / "out", *words, *more.split())
+        log = [e["eval_rewards/margins"] for e in metrics["log"] if "eval_loss" in e]
+        found[more] = [abs(margin) for margin in log]
+    *renewed, kept = found.values()
+    assert all(max(margins) < 1e-6 for margins in renewed)
+    assert kept[0] == 0 and kept[-1] > 1e-4
+    given = {"ema_every": 2, "ref_every": 7, "ref_mode": "policy"}
+    settings = methods.SelfAugmented(**given, ema_decay=0.25).settings(seed=3)
+    assert settings == Settings(**given, ema_decay=0.25, seed=3)
+
+
 def test_similarities_of_a_column_are_taken_as_they_are(folder: Path, tmp_path: Path) -> None:
     rows = [{**row, "similarity": 0.25} for row in tiny.text_rows(24)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -118,6 +135,11 @@ def test_resuming_self_augmented_goes_on(folder: Path, tmp_path: Path) -> None:
         (
             ("--loss", "sspo", "--group-size", "1"),
             "group_size: expected a whole number",
+        ),
+        (("--loss", "sapo", "--ref-every", "5"), "ref_every: expected 108 without a reference"),
+        (
+            ("--loss", "sapo", "--base", "dpo", "--ref-mode", "fixed", "--ref-every", "5"),
+            "ref_every: expected 108 with ref_mode='fixed', where it has no effect",
         ),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,15 @@ class Recorded(PreferenceTrainer):
 
 
 def trainer(
-    folder: Path, loss: Any = None, follow: bool = True, callback: Any = None, **options: Any
+    folder: Path,
+    loss: Any = None,
+    follow: bool = True,
+    callback: Any = None,
+    settings: Settings = SETTINGS,
+    **options: Any,
 ) -> Recorded:
     model = tiny.model()
-    data = dataset(model)
+    data = dataset(model, settings)
     found = Recorded(
         model,
         TrainingArguments(str(folder), **{**OPTIONS, "max_steps": 6, **options}),
@@ -133,6 +139,45 @@ def test_batches_ahead_come_again_and_then_new_ones(tmp_path):
         assert [row["rejected_ids"] for row in rows] == [p["rejected_ids"].tolist() for p in pairs]
     assert again.source.batches == 3
     assert again.__getitems__(asked[3]) == data.__getitems__(asked[3])
+
+
+@pytest.mark.holds(46)
+def test_batches_that_wait_twice_keep_their_order(tmp_path):
+    """Saved by a run that was resumed, with some of an earlier save still to be asked for."""
+    data = dataset(tiny.model())
+    asked = [[0, 1], [2, 3], [4, 5]]
+    for indices in asked:
+        data.__getitems__(indices)
+    pairs = [pairs for _, pairs in data._ahead]
+    data.save(tmp_path / "first")
+    resumed = dataset(tiny.model(1))
+    resumed.load(tmp_path / "first")
+    resumed.__getitems__(asked[0])
+    resumed.save(tmp_path / "second")
+    again = dataset(tiny.model(2))
+    again.load(tmp_path / "second")
+    for indices, expected in zip(asked, pairs, strict=True):
+        rows = again.__getitems__(indices)
+        assert [r["rejected_ids"] for r in rows] == [p["rejected_ids"].tolist() for p in expected]
+    assert again.source.batches == 3
+
+
+@pytest.mark.holds(46)
+def test_a_run_resumed_twice_is_the_one_that_never_stopped(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5}
+    options["settings"] = replace(SETTINGS, ref_every=2)
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    for stop in (2, 3):
+        shutil.copytree(
+            tmp_path / ("whole" if stop == 2 else "first") / f"checkpoint-{stop}",
+            tmp_path / ("first" if stop == 2 else "second") / f"checkpoint-{stop}",
+        )
+        resumed = trainer(tmp_path / ("first" if stop == 2 else "second"), **options)
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.batches == whole.batches[3:]
+    for ours, theirs in ((resumed.model, whole.model), (resumed.ref_model, whole.ref_model)):
+        assert torch.equal(weights(ours), weights(theirs))
 
 
 def test_batches_ahead_are_of_the_rows_that_were_asked_for(tmp_path):
@@ -219,27 +264,50 @@ def test_collator_masks_the_shared_prefix():
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_average_and_reference_follow_once_an_optimizer_step(tmp_path, accumulate):
-    subject = trainer(tmp_path, gradient_accumulation_steps=accumulate, max_steps=4)
-    seen = [weights(subject.model)]
+def test_average_follows_once_an_optimizer_step_and_the_reference_at_its_own(tmp_path, accumulate):
+    settings = replace(SETTINGS, ref_every=3)
+    subject = trainer(
+        tmp_path, settings=settings, gradient_accumulation_steps=accumulate, max_steps=4
+    )
+    seen, behind = [weights(subject.model)], [weights(subject.ref_model)]
     record = SelfAugmentedCallback.on_step_end
 
     class After(SelfAugmentedCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             record(self, args, state, control, **kwargs)
             seen.append(weights(kwargs["model"]))
+            behind.append(weights(self.ref_model))
 
     subject.pop_callback(SelfAugmentedCallback)
     data = subject.train_dataset
     subject.add_callback(After(data, ref_model=subject.ref_model))
     subject.train()
-    expected = seen[0]
+    expected = [seen[0]]
     for later in seen[1:]:
-        expected = 0.5 * expected + 0.5 * later
+        expected.append(0.5 * expected[-1] + 0.5 * later)
     average = weights(data.source.average.module)
-    assert data.source.average.updates == 4
-    assert (average - expected).abs().max() <= 1e-6 * expected.abs().max()
-    assert torch.equal(weights(subject.ref_model), average)
+    assert data.source.average.updates == data.source.steps == 4
+    assert (average - expected[4]).abs().max() <= 1e-6 * average.abs().max()
+    assert torch.equal(behind[0], seen[0])
+    assert torch.equal(behind[1], behind[0]) and torch.equal(behind[2], behind[0])
+    assert (behind[3] - expected[3]).abs().max() <= 1e-6 * average.abs().max()
+    assert torch.equal(behind[4], behind[3]) and not torch.equal(behind[4], average)
+
+
+@pytest.mark.parametrize("mode", ["ema", "policy", "fixed"])
+def test_a_reference_of_its_own_becomes_the_policy_when_training_starts(tmp_path, mode):
+    """But for one that is to stay as it was given."""
+    subject = trainer(tmp_path, settings=replace(SETTINGS, ref_mode=mode), max_steps=1)
+    with torch.no_grad():
+        subject.ref_model.lm_head.weight += 1
+    own, start = weights(subject.ref_model), weights(subject.model)
+    subject.train()
+    assert torch.equal(weights(subject.ref_model), own if mode == "fixed" else start)
+
+
+def test_settings_of_a_reference_that_there_is_not_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="ref_every: expected 108 without a reference"):
+        trainer(tmp_path, settings=replace(SETTINGS, ref_every=2), follow=False)
 
 
 def test_a_source_of_another_process_is_refused(tmp_path):
@@ -280,6 +348,7 @@ def test_policy_learns_and_statistics_are_logged(tmp_path):
 def test_a_resumed_run_is_the_one_that_never_stopped(tmp_path, accumulate, stop):
     """Stopped within an epoch of four batches, at its end, and in the next one."""
     options = {
+        "settings": replace(SETTINGS, ref_every=3),
         "gradient_accumulation_steps": accumulate,
         "save_strategy": "steps",
         "save_steps": stop,
@@ -348,7 +417,7 @@ def test_training_twice_starts_with_nothing_ahead(tmp_path):
 def test_trl_trains_on_it(tmp_path):
     trl = pytest.importorskip("trl")
     model, reference = tiny.model(), tiny.model()
-    data = dataset(model)
+    data = dataset(model, replace(SETTINGS, ref_every=2))
     subject = trl.DPOTrainer(
         model,
         reference,
@@ -362,6 +431,7 @@ def test_trl_trains_on_it(tmp_path):
     subject.train()
     assert data.source.average.updates == 3
     assert data.source.batches == 4
-    assert torch.equal(weights(reference), weights(data.source.average.module))
-    assert not torch.equal(weights(reference), weights(model))
+    # of the second step, and the average has moved on
+    assert not torch.equal(weights(reference), weights(tiny.model()))
+    assert not torch.equal(weights(reference), weights(data.source.average.module))
     assert "buffer/reuse" in subject.state.log_history[0]

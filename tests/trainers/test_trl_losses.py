@@ -256,7 +256,8 @@ def test_soft_sequences_are_those_of_the_batch(model, tmp_path) -> None:
 
 def test_the_model_writes_its_own_rejected_responses(model, tmp_path) -> None:
     rows = [{"prompt": row["prompt"], "chosen": row["chosen"]} for row in ROWS]
-    options = {"self_augmented": True, "beta": 0.5, "self_augmented_args": {"segment_length": 4}}
+    settings = {"segment_length": 4, "ref_every": 3}
+    options = {"self_augmented": True, "beta": 0.5, "self_augmented_args": settings}
     subject = pairs(model(), tmp_path, FusedDPOTrainer, FusedDPOConfig, rows, **options)
     found = history(subject)
     assert "buffer/reuse" in found[0] and subject.fused_loss == losses.DPO(beta=0.5)
@@ -462,6 +463,27 @@ def test_arguments_of_the_loss_stay_with_a_model_that_writes(tmp_path) -> None:
 def test_settings_of_a_model_that_writes_need_one(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"self_augmented_args: expected None.*segment_length"):
         FusedDPOConfig(str(tmp_path), **COMMON, self_augmented_args={"segment_length": 4})
+
+
+def test_settings_of_a_reference_need_one_that_can_be_renewed(model, tmp_path) -> None:
+    options = {"self_augmented": True, "self_augmented_args": {"ref_every": 5}}
+    with pytest.raises(ValueError, match="ref_every: expected 108 without a reference"):
+        FusedDPOConfig(str(tmp_path), **COMMON, fused_loss="simpo", **options)
+
+    def trained(settings: Any) -> Any:
+        return FusedDPOTrainer(
+            model=model(),
+            args=FusedDPOConfig(
+                str(tmp_path), **COMMON, self_augmented=True, self_augmented_args=settings
+            ),
+            train_dataset=Dataset.from_list(ROWS),
+            processing_class=tiny.tokenizer(),
+            peft_config=lora(),
+        )
+
+    with pytest.raises(ValueError, match="ref_mode: expected 'fixed' for a reference that is the"):
+        trained(None)
+    history(trained({"ref_mode": "fixed", "segment_length": 4}))
 
 
 def test_the_kl_estimator_is_trls_wherever_its_weight_stands(tmp_path) -> None:
