@@ -5,8 +5,10 @@ A reconstruction from the paper's abstract and third-party accounts, as its text
     P'(y) = 1/2 + (1 - s) (P(y) - 1/2)         s: similarity of the two responses, in [0, 1]
     L     = SPPO's loss with P' in place of P, plus repulsion_weight R(h_w, h_l)
 
-If P_w + P_l = 1, so is the sum of the softened ones. h is the hidden state that predicts the last
-scored token of a response. With u = h / |h|, c = u_w . u_l and d = |h_w - h_l|, the repulsion R is
+If P_w + P_l = 1, so is the sum of the softened ones. Softening is towards 1/2, whatever SPPO's
+``baseline``: above 1/2, two responses that say the same both become less likely. h is the hidden
+state that predicts the last scored token of a response. With u = h / |h|, c = u_w . u_l and
+d = |h_w - h_l|, the repulsion R is
 
     unit_sq_euclid   -|u_w - u_l|^2 = 2 c - 2      (assumed default)
     cosine           c

@@ -1,25 +1,40 @@
 r"""Short-to-Long Preference Optimization (SoLoPO, arXiv 2505.11166).
 
-    L = base(x_short, y_w, y_l) + alpha |r(x_short, y_w) - r(x_long, y_w)|
+    L = base(x_short, y_w, y_l) + alpha s(r(x_short, y_w) - r(x_long, y_w))
 
 with the base's reward r: beta log(pi / pi_ref) for DPO, beta log pi / |y| for SimPO, the log-odds
-for ORPO. The objective is that of two consistent third-party accounts and a derivation of our own,
-as the paper's formula section could not be read: a reconstruction. The gradient goes through both
+for ORPO. The objective is that of consistent third-party accounts and a derivation of our own, as
+the paper's formula section could not be read: a reconstruction. The gradient goes through both
 sides unless ``detach_short``. ``both`` adds the same distance for the rejected response. With
-d = r(x_short) - r(x_long), the distance is
+d = r(x_short) - r(x_long), the distance s is
 
-    abs      |d|
-    sq       d^2
-    huber    sqrt(d^2 + kappa^2) - kappa
+    abs          |d|
+    sq           d^2
+    huber        sqrt(d^2 + kappa^2) - kappa
+    quadratic    (d / scale)^2, d of what the base's margin compares rather than of rewards
+
+s is to bound what the base's link f loses by the long context. Where f is logistic or a hinge it
+has slopes of at most 1, and so |d| is right:
+
+    f(m - d) <= f(m) + |d|
+
+for a margin m on the short context, d the chosen response's alone. The square of IPO (and of CPO's
+``link="ipo"``, and of SPPO) has no largest slope, so that no multiple of |d| bounds it: ``abs`` and
+``huber`` are refused there. For a margin of log-ratios and any k > 0 (our derivation)
+
+    (m - d - tau)^2 <= (1 + 1 / k) ((m - tau)^2 + k d^2)
+
+which is ``quadratic`` with alpha / scale^2 = k; in rewards, beta times these, ``sq`` would need a
+scale of its own.
 
 Rows: chosen on the short context, rejected on the short, chosen on the long (, rejected on the
 long). Where policy and reference are the same model, d is 0 only if both are scored alike: give the
-reference as ``ref_hidden``.
+reference as ``ref_hidden``. The accounts have alpha 3 over DPO, 1 over SimPO, 1 (and 4) over ORPO.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +42,14 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import bad_type, bad_value, non_negative, positive
-from fusedpo.losses._base import Input, PreferenceLoss, flag, hyperparameter, one_of
+from fusedpo.losses._base import (
+    Input,
+    MarginLoss,
+    PreferenceLoss,
+    flag,
+    hyperparameter,
+    one_of,
+)
 from fusedpo.losses.simpo import SimPO
 from fusedpo.scores import Scores
 
@@ -44,6 +66,18 @@ def _base(name: str, value: Any) -> PreferenceLoss:
     return value
 
 
+def _is_squared(loss: PreferenceLoss) -> bool:
+    """Whether the loss, or one that it is made of, is the square of a margin or a log-ratio."""
+    parts = getattr(loss, "losses", None) or [getattr(loss, "base", None)]
+    inner = [part for part in parts if part is not None]
+    if inner:
+        return any(map(_is_squared, inner))
+    try:
+        return loss.terms[-1] == "squared"
+    except NotImplementedError:  # one of a user's own that says nothing of itself
+        return False
+
+
 @dataclass(frozen=True)
 class ShortToLong(PreferenceLoss):
     """Short-to-Long Preference Optimization: a loss on short contexts, rewards aligned to long."""
@@ -53,13 +87,39 @@ class ShortToLong(PreferenceLoss):
     detach_short: bool = hyperparameter(
         False, "align the long context's reward only, without a gradient to the short one's", flag
     )
-    distance: Literal["abs", "sq", "huber"] = hyperparameter(
-        "abs", "between the rewards on the two contexts", one_of("abs", "sq", "huber")
+    distance: Literal["abs", "sq", "huber", "quadratic"] = hyperparameter(
+        "abs", "between the rewards on the two contexts", one_of("abs", "sq", "huber", "quadratic")
     )
     both: bool = hyperparameter(False, "align the rejected response's reward too", flag)
     kappa: float = hyperparameter(
         0.1, "width of the round bottom", positive, only={"distance": ("huber",)}
     )
+    scale: float = hyperparameter(
+        1.0,
+        "gap of the scores that the margin compares that counts as 1",
+        positive,
+        only={"distance": ("quadratic",)},
+        kw_only=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        of_margin = isinstance(self.base, MarginLoss)
+        if self.distance == "quadratic" and not of_margin:
+            raise bad_value(
+                "distance",
+                f"'abs', 'sq' or 'huber' over {self.base!r}, whose margin compares no scores",
+                "'quadratic'",
+                "take a loss of one margin, such as IPO()",
+            )
+        if self.distance in ("abs", "huber") and _is_squared(self.base):
+            fitting = "'quadratic'" if of_margin else "'sq'"
+            raise bad_value(
+                "distance",
+                f"{fitting} over {self.base!r}, a square, which no multiple of |d| bounds",
+                repr(self.distance),
+                f"give distance={fitting}",
+            )
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -73,7 +133,7 @@ class ShortToLong(PreferenceLoss):
     @property
     def terms(self) -> tuple[str, str, str, str, str]:
         gate, aggregate, sequence_map, _, link = self.base.terms
-        return (gate, aggregate, sequence_map, "triple", f"{link} + abs(gap)")
+        return (gate, aggregate, sequence_map, "triple", f"{link} + {self.distance}(gap)")
 
     @property
     def inputs(self) -> Mapping[str, Input]:
@@ -99,15 +159,21 @@ class ShortToLong(PreferenceLoss):
         short, long = responses[:2], responses[2:]
         total = self.base.per_example(*short, **inputs)
         for a, b in zip(short, long, strict=False):
-            total = total + self.alpha * self._distance(self.gap(a, b))
+            total = total + self.alpha * self._distance(a, b)
         return total
 
     def gap(self, short: Scores, long: Scores) -> Tensor:
         """[P], the reward on the short context minus that on the long one."""
-        reward = self.base.alignment_reward(short)
-        return (reward.detach() if self.detach_short else reward) - self.base.alignment_reward(long)
+        return self._apart(self.base.alignment_reward, short, long)
 
-    def _distance(self, d: Tensor) -> Tensor:
+    def _apart(self, of: Callable[[Scores], Tensor], short: Scores, long: Scores) -> Tensor:
+        known = of(short)
+        return (known.detach() if self.detach_short else known) - of(long)
+
+    def _distance(self, short: Scores, long: Scores) -> Tensor:
+        if isinstance(self.base, MarginLoss) and self.distance == "quadratic":
+            return (self._apart(self.base.score, short, long) / self.scale).square()
+        d = self.gap(short, long)
         if self.distance == "sq":
             return d.square()
         if self.distance == "huber":

@@ -4,9 +4,12 @@ r"""Self-Play Preference Optimization (Wu et al., arXiv 2405.00675, eq. 4.7 and 
     L    = 1/2 (a(y_w) - (P_w - 1/2) / beta)^2 + 1/2 (a(y_l) - (P_l - 1/2) / beta)^2
 
 P is the average win rate of a response against the samples of its prompt, itself included. The
-factor 1/2 is the authors'; TRL's ``sppo_hard`` (P_w = 1, P_l = 0) has none: ``2.0 * SPPO()``. beta
-is the paper's 1 / eta. ``scaled`` multiplies the loss by beta^2, which has the same minimum and
-keeps numbers near 1 in mixed precision.
+factor 1/2 is that of the authors' code; their eq. 4.7 and TRL's ``sppo_hard`` (P_w = 1, P_l = 0)
+have none: ``2.0 * SPPO()``. beta is the paper's 1 / eta. The 1/2 of P - 1/2 stands for
+beta log Z(x), Z = E exp(P / beta) the normaliser of eq. 4.4: at least 1/2 by Jensen's inequality,
+as rates have the mean 1/2, and at most 1. Anything between can be taken for it (App. A):
+``baseline``. ``scaled`` multiplies the loss by beta^2, which has the same minimum and keeps numbers
+near 1 in mixed precision.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fusedpo.checks import positive
+from fusedpo.checks import bad_value, number, positive
 from fusedpo.losses._base import Input, ResponseRatioLoss, flag, hyperparameter
 from fusedpo.scores import Scores
 
@@ -28,12 +31,21 @@ WIN_RATES = {
 }
 
 
+def _baseline(name: str, value: object) -> float:
+    if not 0.5 <= (value := number(name, value)) <= 1.0:
+        raise bad_value(name, "a number in [0.5, 1]", f"{value:g}")
+    return value
+
+
 @dataclass(frozen=True)
 class SPPO(ResponseRatioLoss):
     """Self-Play Preference Optimization: log-ratios fitted to win rates by least squares."""
 
-    beta: float = hyperparameter(1e-3, "1 / eta; aims at (P - 1/2) / beta", positive)
+    beta: float = hyperparameter(1e-3, "1 / eta; aims at (P - baseline) / beta", positive)
     scaled: bool = hyperparameter(False, "times beta^2: the same minimum, numbers near 1", flag)
+    baseline: float = hyperparameter(
+        0.5, "what a win rate is compared with, in place of beta log Z", _baseline, kw_only=True
+    )
 
     @property
     def inputs(self) -> Mapping[str, Input]:
@@ -49,7 +61,7 @@ class SPPO(ResponseRatioLoss):
         return rate
 
     def of_response(self, role: str, s: Scores, **inputs: Any) -> Tensor:
-        aim = self.target(role, **inputs).to(s.logp.dtype) - 0.5
+        aim = self.target(role, **inputs).to(s.logp.dtype) - self.baseline
         if self.scaled:
             return 0.5 * (self.beta * s.ratio - aim).square()
         return 0.5 * (s.ratio - aim / self.beta).square()

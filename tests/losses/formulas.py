@@ -378,8 +378,13 @@ def AOT(
     return loss, grads
 
 
-def SPPO(pairs: list[Pair], beta: float = 1e-3, scaled: bool = False) -> PairResult:
-    """1/2 [(a_w - (P_w - 1/2)/beta)^2 + (a_l - (P_l - 1/2)/beta)^2]; ``scaled``: times beta^2"""
+def SPPO(
+    pairs: list[Pair], beta: float = 1e-3, scaled: bool = False, baseline: float = 0.5
+) -> PairResult:
+    """1/2 [(a_w - (P_w - c)/beta)^2 + (a_l - (P_l - c)/beta)^2]; ``scaled``: times beta^2
+
+    c the ``baseline``.
+    """
     loss = 0.0
     grads = _zeros(pairs)
     factor = beta**2 if scaled else 1.0
@@ -388,7 +393,7 @@ def SPPO(pairs: list[Pair], beta: float = 1e-3, scaled: bool = False) -> PairRes
         for role, win in zip(("chosen", "rejected"), wins, strict=True):
             response = getattr(pair, role)
             a = sum(response.p) - sum(response.q)
-            u = a - (win - 0.5) / beta
+            u = a - (win - baseline) / beta
             loss += factor * u**2 / 2 / len(pairs)
             grad[role][:] = factor * u / len(pairs)
     return loss, grads
@@ -399,7 +404,9 @@ def soften(win_rate: float, similarity: float) -> float:
     return 0.5 + (1 - clip(similarity, 0.0, 1.0)) * (win_rate - 0.5)
 
 
-def SemanticSPPO(pairs: list[Pair], beta: float = 1e-3, scaled: bool = False) -> PairResult:
+def SemanticSPPO(
+    pairs: list[Pair], beta: float = 1e-3, scaled: bool = False, baseline: float = 0.5
+) -> PairResult:
     """SPPO of softened win rates. What it adds on hidden states is ``repulsion``."""
     softened = []
     for pair in pairs:
@@ -411,7 +418,7 @@ def SemanticSPPO(pairs: list[Pair], beta: float = 1e-3, scaled: bool = False) ->
         softened.append(
             Pair(pair.chosen, pair.rejected, pair.long_chosen, pair.long_rejected, inputs)
         )
-    return SPPO(softened, beta, scaled)
+    return SPPO(softened, beta, scaled, baseline)
 
 
 def repulsion(
@@ -579,16 +586,31 @@ def _reward(base: str, response: Response, hyper: dict) -> tuple[float, float]:
     if base == "ORPO":
         odds, slope = log_odds(sum(response.p) / tokens)
         return odds, slope / tokens
+    if base == "IPO":
+        beta = hyper.get("beta", 0.1)
+        return beta * (sum(response.p) - sum(response.q)), beta
     raise ValueError(base)
 
 
-def _distance(name: str, d: float, kappa: float) -> tuple[float, float]:
+def _compared(base: str, response: Response, hyper: dict) -> tuple[float, float]:
+    """What the margin of a base loss compares, before its beta; and its derivative."""
+    tokens = max(len(response.p), 1)
+    if base == "SimPO":
+        return sum(response.p) / tokens, 1 / tokens
+    ratio = sum(response.p) - sum(response.q)
+    summed = not hyper.get("average", True) if base == "IPO" else True
+    return (ratio, 1.0) if summed else (ratio / tokens, 1 / tokens)
+
+
+def _distance(name: str, d: float, kappa: float, scale: float) -> tuple[float, float]:
     if name == "abs":
         return abs(d), sgn(d)
     if name == "sq":
         return d**2, 2 * d
     if name == "huber":
         return math.sqrt(d**2 + kappa**2) - kappa, d / math.sqrt(d**2 + kappa**2)
+    if name == "quadratic":
+        return d**2 / scale**2, 2 * d / scale**2
     raise ValueError(name)
 
 
@@ -600,21 +622,24 @@ def ShortToLong(
     distance: str = "abs",
     kappa: float = 1.0,
     both: bool = False,
+    scale: float = 1.0,
     frozen: list[Pair] | None = None,
     **hyper,
 ) -> PairResult:
     """base + alpha * mean distance( r(short, y_w) - r(long, y_w) ); ``both``: and the same of y_l
 
     ``hyper`` goes to the base. ``detach_short`` holds r(short, y) constant in the distance only.
+    ``quadratic`` is ((x(short) - x(long)) / scale)^2, x what the base's margin compares.
     """
-    losses = {"DPO": DPO, "SimPO": SimPO, "ORPO": ORPO}
+    losses = {"DPO": DPO, "SimPO": SimPO, "ORPO": ORPO, "IPO": IPO}
     loss, grads = losses[base](pairs, **hyper)
     for pair, constant, grad in zip(pairs, frozen or pairs, grads, strict=True):
         for role in ("chosen", "rejected") if both else ("chosen",):
             short = getattr(constant if detach_short else pair, role)
-            r_short, dr_short = _reward(base, short, hyper)
-            r_long, dr_long = _reward(base, getattr(pair, f"long_{role}"), hyper)
-            value, slope = _distance(distance, r_short - r_long, kappa)
+            of = _compared if distance == "quadratic" else _reward
+            r_short, dr_short = of(base, short, hyper)
+            r_long, dr_long = of(base, getattr(pair, f"long_{role}"), hyper)
+            value, slope = _distance(distance, r_short - r_long, kappa, scale)
             loss += alpha * value / len(pairs)
             if not detach_short:
                 grad[role] += alpha * slope * dr_short / len(pairs)

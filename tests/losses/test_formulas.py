@@ -78,6 +78,7 @@ for _cls, _options in [
     (L.ORPO, {"beta": 0.7, "nll_weight": 0.0}),
     (L.SPPO, {}),
     (L.SPPO, {"beta": 0.2, "scaled": True}),
+    (L.SPPO, {"beta": 0.2, "baseline": 0.8}),
     (L.SFT, {}),
     (L.SFT, {"weight": 0.4}),
 ]:
@@ -90,6 +91,10 @@ PAIRS |= {
     "SemanticSPPO scaled": (
         L.SemanticSPPO(0.3, True, repulsion="none"),
         functools.partial(f.SemanticSPPO, beta=0.3, scaled=True),
+    ),
+    "SemanticSPPO baseline": (
+        L.SemanticSPPO(0.3, baseline=0.7, repulsion="none"),
+        functools.partial(f.SemanticSPPO, beta=0.3, baseline=0.7),
     ),
     "ShortToLong": (L.ShortToLong(), functools.partial(f.ShortToLong, base="SimPO")),
     "WPO IPO": (L.WPO(L.IPO()), functools.partial(f.WPO, f.IPO)),
@@ -174,6 +179,23 @@ for _base in (L.DPO(), L.SimPO(), L.ORPO()):
             L.ShortToLong(_base, **_options),
             functools.partial(f.ShortToLong, base=type(_base).__name__, **_options),
         )
+for _base, _hyper in (
+    (L.IPO(), {}),
+    (L.IPO(0.4, average=False), {"beta": 0.4, "average": False}),
+    (L.SimPO(), {}),
+):
+    for _options in (
+        {"distance": "quadratic", "both": True, "scale": 0.3},
+        {"distance": "quadratic", "detach_short": True, "alpha": 1.7},
+    ):
+        PAIRS[f"ShortToLong {_base} {_options}"] = (
+            L.ShortToLong(_base, **_options),
+            functools.partial(f.ShortToLong, base=type(_base).__name__, **_options, **_hyper),
+        )
+PAIRS["ShortToLong of rewards over IPO"] = (
+    L.ShortToLong(L.IPO(), distance="sq", alpha=0.7),
+    functools.partial(f.ShortToLong, base="IPO", distance="sq", alpha=0.7),
+)
 
 
 def _times(weight: float, result: f.PairResult) -> f.PairResult:

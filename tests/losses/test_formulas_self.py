@@ -89,6 +89,7 @@ PLAIN = {
     "DiscoPOP": functools.partial(f.DiscoPOP),
     "SPPO": functools.partial(f.SPPO),
     "SPPO scaled": functools.partial(f.SPPO, beta=0.1, scaled=True),
+    "SPPO baseline": functools.partial(f.SPPO, beta=0.1, scaled=True, baseline=0.8),
     "SemanticSPPO": functools.partial(f.SemanticSPPO),
     "SimPO": functools.partial(f.SimPO),
     "SimPO hinge": functools.partial(f.SimPO, link="hinge", sft_weight=0.3),
@@ -123,6 +124,10 @@ for _base in ("DPO", "SimPO", "ORPO"):
             PLAIN[f"ShortToLong {_base} {_distance} {_both}"] = functools.partial(
                 f.ShortToLong, base=_base, alpha=1.7, distance=_distance, kappa=0.3, both=_both
             )
+for _average in (True, False):
+    PLAIN[f"ShortToLong IPO {_average}"] = functools.partial(
+        f.ShortToLong, base="IPO", distance="quadratic", scale=0.4, average=_average, both=True
+    )
 PLAIN["ShortToLong normalized"] = functools.partial(
     f.ShortToLong, base="DPO", beta=3.0, length_normalized=True
 )
@@ -376,6 +381,10 @@ def test_other_values_by_hand() -> None:
     for distance, value in {"abs": 1.0, "sq": 1.0, "huber": math.sqrt(2) - 1}.items():
         loss, _ = f.ShortToLong([pair], alpha=3.0, distance=distance, kappa=1.0, beta=0.5)
         assert loss - base == pytest.approx(3 * value, rel=1e-12, abs=0)
+    # the log-ratio per token is 1/2 and -1/2
+    for distance, value in {"quadratic": (1 / 2) ** 2, "sq": 0.2**2 * 2**2}.items():
+        loss, _ = f.ShortToLong([pair], base="IPO", alpha=3.0, beta=0.2, distance=distance, scale=2)
+        assert loss - f.IPO([pair], beta=0.2)[0] == pytest.approx(3 * value, rel=1e-12, abs=0)
     loss, _ = f.ShortToLong([pair], base="SimPO", alpha=3.0, beta=4.0)
     assert loss - f.SimPO([pair], beta=4.0)[0] == pytest.approx(3 * 4.0, rel=1e-12, abs=0)
 

@@ -11,6 +11,7 @@ from losses.shared import inputs_for, made, scores
 
 from fusedpo.losses import SPPO, SemanticSPPO
 
+ROLES = ("chosen", "rejected")
 FORMS = ("unit_sq_euclid", "cosine", "hinge_sq", "gauss")
 
 
@@ -46,6 +47,18 @@ def test_responses_that_say_the_same_aim_at_one_half() -> None:
     shrunk = (w.ratio.square() + l.ratio.square()) / 2
     found = SemanticSPPO(0.3).per_example(w, l, **same)
     assert found.item() == pytest.approx(shrunk.item(), rel=1e-14)
+
+
+def test_a_baseline_is_sppos() -> None:
+    """Beside win rates that are softened as ever: responses that say the same aim below 0."""
+    w, l = scores(1, pairs=1)
+    loss = SemanticSPPO(0.3, baseline=0.8)
+    target = {f"win_rate_{role}": loss.target(role, **rates(0.9, 0.2, 0.4)) for role in ROLES}
+    found = loss.per_example(w, l, **rates(0.9, 0.2, 0.4))
+    assert torch.equal(found, SPPO(0.3, baseline=0.8).per_example(w, l, **target))
+    assert [t.item() for t in target.values()] == pytest.approx([0.74, 0.32], rel=1e-14)
+    same = loss.of_response("chosen", w, **rates(0.9, 0.2, 1.0))
+    assert same.item() == pytest.approx((w.ratio.item() + 1.0) ** 2 / 2, rel=1e-13)
 
 
 @pytest.mark.parametrize("similarity", [0.0, 0.3, 0.8, 1.0])

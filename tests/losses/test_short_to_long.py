@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,12 +14,19 @@ from fusedpo.losses import (
     AOT,
     CPO,
     DPO,
+    IPO,
     KTO,
     ORPO,
+    SPPO,
+    WPO,
+    FDivergence,
+    LengthDesensitized,
+    MarginLoss,
     PreferenceLoss,
     SemanticSPPO,
     ShortToLong,
     SimPO,
+    SLiC,
 )
 from fusedpo.scores import Scores
 
@@ -96,6 +104,77 @@ def test_a_response_is_logged_as_the_base_logs_it(base: PreferenceLoss) -> None:
     assert found["logps/chosen"] == loss.logged_logp(triple[0]).mean()
 
 
+SQUARES = [
+    IPO(),
+    IPO(0.4, average=False),
+    CPO(link="ipo"),
+    SPPO(),
+    WPO(IPO()),
+    LengthDesensitized(FDivergence(IPO(), "js_divergence")),
+    0.5 * DPO() + 0.1 * SPPO(),
+]
+
+
+@pytest.mark.parametrize("base", SQUARES, ids=repr)
+def test_a_square_has_no_distance_of_bounded_slope(base: PreferenceLoss) -> None:
+    fitting = "quadratic" if isinstance(base, MarginLoss) else "sq"
+    for distance in ("abs", "huber"):
+        with pytest.raises(ValueError, match=f"distance: expected '{fitting}' over .*, a square"):
+            ShortToLong(base, distance=distance)
+    assert ShortToLong(base, distance=fitting).distance == fitting
+
+
+def test_what_has_no_one_margin_has_no_quadratic_distance() -> None:
+    for base in (ORPO(), SPPO(), WPO(IPO()), 1.0 * IPO()):
+        with pytest.raises(ValueError, match="distance: expected 'abs', 'sq' or 'huber' over"):
+            ShortToLong(base, distance="quadratic")
+
+
+def long_and_short(loss: ShortToLong, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of random triples: the base on the long context, where the rejected response's score is the
+    short one's; and what short context and distance are in all."""
+    short, other, long = for_loss(loss, seed, pairs=200)
+    ratio = 30 * torch.randn(200, generator=torch.Generator().manual_seed(seed)).double()
+    if loss.needs_reference:
+        long = replace(long, logp=long.ref_logp + ratio)
+    return loss.base.per_example(long, other), loss.per_example(short, other, long)
+
+
+@pytest.mark.parametrize("base", [IPO(), IPO(0.4, average=False)], ids=repr)
+@pytest.mark.parametrize("k", [0.1, 1.0, 7.0])
+def test_the_quadratic_distance_bounds_the_square(base: PreferenceLoss, k: float) -> None:
+    """Split between alpha and scale; and no less a factor does, nor any multiple of |d|."""
+    reached = []
+    for alpha, scale in ((k, 1.0), (4 * k, 2.0)):
+        loss = ShortToLong(base, alpha, distance="quadratic", scale=scale)
+        long, whole = long_and_short(loss, 0)
+        assert (long <= (1 + 1 / k) * whole * (1 + 1e-12)).all()
+        reached.append(whole)
+    assert (reached[1] / reached[0] - 1).abs().max() < 1e-12
+    # at equality, (m - tau) = -k d
+    zero, one = torch.zeros(1).double(), torch.ones(1).double()
+    d = 3.0
+    tight = Scores(zero + 1 / (2 * base.beta) - k * d, one, zero)
+    far = replace(tight, logp=tight.logp - d)
+    still = Scores(zero, one, zero)
+    whole = ShortToLong(base, k, distance="quadratic").per_example(tight, still, far)
+    assert base.per_example(far, still).item() == pytest.approx(
+        (1 + 1 / k) * whole.item(), rel=1e-12
+    )
+    # in rewards the same weight is too little
+    in_rewards = ShortToLong(base, k, distance="sq").per_example(tight, still, far)
+    assert base.per_example(far, still) > (1 + 1 / k) * in_rewards
+
+
+@pytest.mark.parametrize("base", [DPO(), SLiC(), SimPO()], ids=repr)
+def test_the_plain_distance_bounds_a_logistic_loss_and_a_hinge(base: PreferenceLoss) -> None:
+    """With a weight of 1, in the units of the rewards."""
+    long, whole = long_and_short(ShortToLong(base), 0)
+    assert (long <= whole * (1 + 1e-12)).all()
+    less = long_and_short(ShortToLong(base, 0.7), 0)[1]
+    assert not (long <= less).all()
+
+
 @pytest.mark.parametrize("base", [AOT(), KTO(), SemanticSPPO(), ShortToLong()], ids=repr)
 def test_a_base_is_of_pairs_one_at_a_time(base: PreferenceLoss) -> None:
     with pytest.raises(ValueError, match="base"):
@@ -104,7 +183,10 @@ def test_a_base_is_of_pairs_one_at_a_time(base: PreferenceLoss) -> None:
 
 @pytest.mark.parametrize(
     "name, value",
-    [("base", "dpo"), ("alpha", -1.0), ("distance", "l2"), ("kappa", 0.0), ("both", 1)],
+    [
+        *(("base", "dpo"), ("alpha", -1.0), ("distance", "l2"), ("kappa", 0.0), ("both", 1)),
+        ("scale", 2.0),  # of another distance
+    ],
 )
 def test_bad_hyperparameters_are_refused(name: str, value: object) -> None:
     with pytest.raises((ValueError, TypeError), match=name):

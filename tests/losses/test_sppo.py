@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from losses.problems import scores_of
@@ -25,6 +28,31 @@ def test_a_worked_example() -> None:
         assert [g.item() for g in gradients] == pytest.approx([factor, 0.0], rel=1e-12)
 
 
+@pytest.mark.parametrize("baseline", [0.5, 0.75, 1.0])
+def test_the_baseline_stands_for_the_normaliser(baseline: float) -> None:
+    """Eq. 4.4 and 4.5: the loss is 0 where the log-ratio is P / beta - log Z, log Z being baseline
+    / beta; the worked example above is of log Z = 2."""
+    w, l = scores(0)
+    rates = {"win_rate_chosen": torch.rand(5).double(), "win_rate_rejected": torch.rand(5).double()}
+    log_z = baseline / 0.25
+    aims = (rates["win_rate_chosen"] / 0.25 - log_z, rates["win_rate_rejected"] / 0.25 - log_z)
+    at = [replace(s, logp=s.ref_logp + aim) for s, aim in zip((w, l), aims, strict=True)]
+    loss = SPPO(0.25, baseline=baseline)
+    assert loss.per_example(*at, **rates).max() < 1e-24
+    apart = sum((s.ratio - aim).square() for s, aim in zip((w, l), aims, strict=True)) / 2
+    assert (loss.per_example(w, l, **rates) / apart - 1).abs().max() < 1e-13
+
+
+def test_the_normaliser_is_in_the_range_of_the_baseline() -> None:
+    """beta log of the mean of exp(P / beta), of rates whose mean is 1/2, as they are by game."""
+    generator = torch.Generator().manual_seed(0)
+    for beta in (1e-3, 0.1, 10.0):
+        won = torch.rand(50, 5, 5, generator=generator, dtype=torch.float64)
+        rates = (0.5 + (won - won.mT) / 2).mean(-1)
+        found = beta * ((rates / beta).logsumexp(-1) - math.log(5))
+        assert (found >= 0.5).all() and (found <= rates.amax(-1)).all()
+
+
 def test_with_certain_win_rates_it_is_half_of_trls() -> None:
     """TRL's ``sppo_hard`` is (a_w - 1 / (2 beta))^2 + (a_l + 1 / (2 beta))^2."""
     w, l = scores(0)
@@ -38,7 +66,10 @@ def test_with_certain_win_rates_it_is_half_of_trls() -> None:
     }
 
 
-@pytest.mark.parametrize("name, value", [("beta", 0.0), ("scaled", 1)])
+@pytest.mark.parametrize(
+    "name, value",
+    [("beta", 0.0), ("scaled", 1), ("baseline", 0.49), ("baseline", 1.1), ("baseline", "0.5")],
+)
 def test_bad_hyperparameters_are_refused(name: str, value: object) -> None:
     with pytest.raises((ValueError, TypeError), match=name):
         SPPO(**{name: value})
