@@ -1,4 +1,5 @@
-"""The data half of group policy optimization: rewards, advantages, batches of sampled responses.
+"""The data half of sampled responses: rewards, advantages and batches for group policy
+optimization, and pairs of the best and the worst for preference losses.
 
 Letters: G responses a prompt, B of all prompts.
 """
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import bad_choice, bad_type, bad_value
+from fusedpo.recipes.semantic import best_and_worst
 from fusedpo.recipes.short_to_long import pad_sequences
 
 # a group whose rewards are all alike has no advantage, rather than rounding over nothing
@@ -62,6 +64,84 @@ def token_overlap(response: Sequence[int], target: Sequence[int]) -> float:
     """
     common = sum((Counter(response) & Counter(target)).values())
     return 2.0 * common / (len(response) + len(target)) if common else 0.0
+
+
+def pairs_of_samples(
+    prompts: Sequence[Any],
+    samples: Sequence[Sequence[Any]],
+    scores: Sequence[Any],
+    *,
+    ties: Literal["refuse", "drop"] = "refuse",
+) -> list[dict[str, Any]]:
+    """Rows of the best and the worst of the responses that were sampled for each prompt.
+
+    The data half of SimPO (arXiv 2405.14734, and on_policy_data_gen of the authors' code): five
+    responses, a reward model's score each; the highest is chosen and the lowest is rejected. With
+    ``win_rates_of_pairs`` as scores they are the pairs that SPPO trains on (arXiv 2405.00675). Of
+    several best the first is taken, and of several worst the last. A tie is where the best and the
+    worst have one score or are one text: there is nothing to prefer.
+
+    Args:
+        prompts: P of them, each a text or a list of messages.
+        samples: for each prompt at least two responses, of its kind; their number may differ.
+        scores: for each prompt as many finite numbers, higher is better.
+        ties: ``refuse``, or ``drop`` such prompts, as the authors do where all texts are one.
+
+    Returns:
+        For each prompt (that is not dropped) prompt, chosen, rejected, score_chosen and
+        score_rejected: columns that ``fusedpo train`` and TRL read, from
+        ``datasets.Dataset.from_list``.
+
+    Raises:
+        ValueError, TypeError: naming the prompt, what was expected and what came.
+    """
+    if ties not in ("refuse", "drop"):
+        raise bad_choice("ties", ties, ("refuse", "drop"))
+    if not len(prompts) == len(samples) == len(scores):
+        got = f"{len(samples)} and {len(scores)} for {len(prompts)} prompts"
+        raise bad_value("samples", "samples and scores of each prompt", got)
+    rows = []
+    for i, (prompt, responses, own) in enumerate(zip(prompts, samples, scores, strict=True)):
+        best, worst, values = _extremes(f"prompt {i + 1}", prompt, responses, own)
+        chosen, rejected = responses[best], responses[worst]
+        if chosen == rejected or values[best] == values[worst]:
+            if ties == "drop":
+                continue
+            same = "one text" if chosen == rejected else f"the score {values[best]:g} for both"
+            remedy = "sample more of them, or give ties='drop' to leave such prompts out"
+            raise bad_value(f"prompt {i + 1}", "a best response and a worse one", same, remedy)
+        rows.append(
+            {
+                "prompt": prompt,
+                "chosen": chosen,
+                "rejected": rejected,
+                "score_chosen": values[best],
+                "score_rejected": values[worst],
+            }
+        )
+    return rows
+
+
+def _extremes(
+    where: str, prompt: Any, responses: Sequence[Any], scores: Any
+) -> tuple[int, int, list[float]]:
+    """Places of the best and the worst response, and the scores."""
+    if isinstance(responses, str):
+        raise bad_type(f"{where}, samples", "a list of responses", "a str")
+    for response in responses:
+        if isinstance(response, str) != isinstance(prompt, str):
+            kinds = ("a text", "a list of messages")
+            expected, got = kinds if isinstance(prompt, str) else kinds[::-1]
+            raise bad_type(f"{where}, samples", f"{expected}, as the prompt is", got)
+    try:
+        best, worst = best_and_worst(scores)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{where}, {error}") from error
+    values = torch.as_tensor(scores).double()
+    if values.shape != (len(responses),):
+        expected = f"one for each of {len(responses)} samples"
+        raise bad_value(f"{where}, scores", expected, str(list(values.shape)))
+    return int(best), int(worst), values.tolist()
 
 
 def sampled_batch(

@@ -1,9 +1,12 @@
 """The data of SPPO and S-SPPO: win rates, and how much two responses say the same.
 
 SPPO (Wu et al., arXiv 2405.00675) trains towards the rate at which a response wins against K
-responses that were sampled for the same prompt. A preference model gives each a score s:
+responses that were sampled for the same prompt, P_i = 1/K sum_j P_ij. In the paper (sec. 5) P_ij is
+what a model of pairs says of i against j, which need not be transitive; in the authors' code it
+comes from one score s a response, and the two can be far apart:
 
-    P_ij = sigmoid(s_i - s_j),    P_i = 1/K sum_j P_ij
+    P_ij = sigmoid(s(y_i, y_j))    :func:`win_rates_of_pairs`
+    P_ij = sigmoid(s_i - s_j)      :func:`win_rates`
 
 S-SPPO (arXiv 2606.01561) moves that target towards 1/2 where responses mean the same. What follows
 is a reconstruction from the abstract and third-party accounts, as the paper's text could not be
@@ -30,7 +33,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, overload
@@ -53,7 +56,7 @@ WIN_RATES = ("win_rate_chosen", "win_rate_rejected")
 # pairs between two writes of a cache: what an interruption costs
 _SAVED_EVERY = 1024
 _CACHE_FORMAT = "fusedpo similarities 1"
-# two computed cosines of one pair of texts differ by rounding only
+# two computed cosines of one pair of texts differ by rounding only, and so do P_ij and 1 - P_ji
 _ASYMMETRY = 1e-6
 
 
@@ -111,31 +114,82 @@ def softened_win_rates(scores: Any, similarity: Any) -> Any:
     Raises:
         ValueError: if the shapes do not fit, or a similarity is outside [0, 1] or not symmetric.
     """
-    scores, similarity = _scores(scores), _real("similarity", similarity)
-    size = scores.shape[-1]
+    scores = _scores(scores)
+    return 0.5 + (_gate(similarity, "scores", scores) * _advantages(scores)).mean(-1)
+
+
+@overload
+def win_rates_of_pairs(probabilities: Tensor, similarity: Tensor | None = None) -> Tensor: ...
+@overload
+def win_rates_of_pairs(
+    probabilities: npt.ArrayLike, similarity: npt.ArrayLike | None = None
+) -> Array: ...
+def win_rates_of_pairs(probabilities: Any, similarity: Any = None) -> Any:
+    """The rate at which each of K responses wins against all K, by a model of pairs.
+
+    The mean over j of P_ij (arXiv 2405.00675, sec. 5), where i against j, j against k and k against
+    i may each be won. A response against itself counts, as 1/2. The game is to be constant-sum: a
+    model that says something else of j against i than 1 - P_ij sees a difference in the order that
+    the two are shown in, which is to be averaged out before.
+
+    Args:
+        probabilities: [..., K, K] in [0, 1], numpy (or lists) or torch: P_ij that i wins against j,
+            with P_ij + P_ji = 1 to 1e-6, and so 1/2 on the diagonal.
+        similarity: [..., K, K], see :func:`softened_win_rates`; not given, nothing is softened.
+
+    Returns:
+        [..., K] float64, numpy or torch as ``probabilities``; the K of a prompt have the mean 1/2.
+
+    Raises:
+        ValueError: if the shapes do not fit, a probability is outside [0, 1], or two do not add up
+            to 1; for a similarity as :func:`softened_win_rates`.
+        TypeError: if they are no real numbers.
+    """
+    won = _real("probabilities", probabilities)
+    if won.ndim < 2 or won.shape[-1] != won.shape[-2] or won.shape[-1] == 0:
+        expected = "[..., K, K] of at least one response"
+        raise bad_value("probabilities", expected, str(list(won.shape)))
+    _check_shares("probabilities", won, "apply the sigmoid to what are scores of pairs")
+    lost = won.swapaxes(-1, -2)
+    apart = abs(won + lost - 1)
+    if bool((apart > _ASYMMETRY).any()):
+        raise bad_value(
+            "probabilities",
+            "P_ij + P_ji = 1, 1/2 on the diagonal",
+            f"sums that are up to {float(apart.max()):g} away",
+            "average both orders: (P + 1 - P.swapaxes(-1, -2)) / 2",
+        )
+    advantages = (won - lost) / 2
+    if similarity is not None:
+        advantages = _gate(similarity, "probabilities", won) * advantages
+    return 0.5 + advantages.mean(-1)
+
+
+def _gate(similarity: Any, name: str, of: Any) -> Any:
+    """1 - similarity [..., K, K], exactly symmetric, of the responses of ``of`` [..., K]."""
+    similarity = _real("similarity", similarity)
+    size = of.shape[-1]
     if tuple(similarity.shape[-2:]) != (size, size):
         raise bad_value(
             "similarity",
-            f"[..., {size}, {size}], as scores are {list(scores.shape)}",
+            f"[..., {size}, {size}], as {name} are {list(of.shape)}",
             str(list(similarity.shape)),
         )
-    if isinstance(scores, Tensor) != isinstance(similarity, Tensor):
-        kinds = (type(scores).__name__, type(similarity).__name__)
-        raise bad_type("similarity", f"a {kinds[0]}, as scores are", f"a {kinds[1]}")
-    if not bool(((similarity >= 0) & (similarity <= 1)).all()):
-        low, high = float(similarity.min()), float(similarity.max())
-        raise bad_value(
-            "similarity",
-            "numbers in [0, 1]",
-            f"some from {low:g} to {high:g}",
-            "clip them: below 0 the gate would amplify",
-        )
+    if isinstance(of, Tensor) != isinstance(similarity, Tensor):
+        kinds = (type(of).__name__, type(similarity).__name__)
+        raise bad_type("similarity", f"a {kinds[0]}, as {name} are", f"a {kinds[1]}")
+    _check_shares("similarity", similarity, "clip them: below 0 the gate would amplify")
     mirrored = similarity.swapaxes(-1, -2)
     if bool((abs(similarity - mirrored) > _ASYMMETRY).any()):
         apart = float(abs(similarity - mirrored).max())
         raise bad_value("similarity", "a symmetric matrix", f"entries {apart:g} apart")
-    gate = 1 - (similarity + mirrored) / 2
-    return 0.5 + (gate * _advantages(scores)).mean(-1)
+    return 1 - (similarity + mirrored) / 2
+
+
+def _check_shares(argument: str, values: Any, remedy: str) -> None:
+    if not bool(((values >= 0) & (values <= 1)).all()):
+        low, high = float(values.min()), float(values.max())
+        raise bad_value(argument, "numbers in [0, 1]", f"some from {low:g} to {high:g}", remedy)
 
 
 @overload
@@ -423,6 +477,7 @@ def add_columns(
     encode: Encoder | None = None,
     similarity: Sequence[float] | npt.NDArray[Any] | Tensor | None = None,
     scores: Sequence[Sequence[float]] | npt.NDArray[Any] | Tensor | None = None,
+    probabilities: Sequence[Any] | npt.NDArray[Any] | Tensor | None = None,
     cache: SimilarityCache | None = None,
     batch_size: int = 64,
 ) -> list[dict[str, Any]]:
@@ -439,6 +494,7 @@ def add_columns(
         scores: of each row the scores of its K responses, chosen's first and rejected's second; K
             may differ between rows. If not given, win rates that a row has are kept, and a row
             without any gets 1 and 0: an oracle without doubt, as in TRL's ``sppo_hard``.
+        probabilities: in place of scores, of each row the matrix of :func:`win_rates_of_pairs`.
         cache, batch_size: see :func:`cosine_similarities`.
 
     Raises:
@@ -451,7 +507,14 @@ def add_columns(
         if not isinstance(row, Mapping):
             got = type(row).__name__
             raise bad_type(f"row {i + 1}", "a mapping with chosen and rejected", got)
-    rates = _given_rates(rows) if scores is None else _rates(scores, len(rows))
+    if scores is not None and probabilities is not None:
+        raise bad_value("scores", "either scores or probabilities", "both")
+    if probabilities is not None:
+        rates = _rates("probabilities", probabilities, len(rows), win_rates_of_pairs)
+    elif scores is not None:
+        rates = _rates("scores", scores, len(rows), win_rates)
+    else:
+        rates = _given_rates(rows)
     if encode is not None:
         texts = [_responses(row, f"row {i + 1}") for i, row in enumerate(rows)]
         chosen, rejected = [c for c, _ in texts], [r for _, r in texts]
@@ -476,18 +539,20 @@ def _known(similarity: Any, count: int) -> Array:
     return found
 
 
-def _rates(scores: Any, count: int) -> list[tuple[float, float]]:
-    if len(scores) != count:
-        raise bad_value("scores", f"those of {count} rows", str(len(scores)))
+def _rates(
+    argument: str, values: Any, count: int, rates_of: Callable[[Any], Any]
+) -> list[tuple[float, float]]:
+    if len(values) != count:
+        raise bad_value(argument, f"those of {count} rows", str(len(values)))
     rates = []
-    for i, row in enumerate(scores):
+    for i, row in enumerate(values):
         try:
-            found = win_rates(row)
+            found = rates_of(row)
         except (ValueError, TypeError) as error:
             raise type(error)(f"row {i + 1}, {error}") from error
         if found.ndim != 1 or len(found) < 2:
             raise bad_value(
-                f"row {i + 1}, scores",
+                f"row {i + 1}, {argument}",
                 "those of chosen, of rejected and of any others",
                 str(list(found.shape)),
             )

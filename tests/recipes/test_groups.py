@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusedpo.recipes.groups import group_advantages, sampled_batch, token_overlap
+from fusedpo.recipes.groups import (
+    group_advantages,
+    pairs_of_samples,
+    sampled_batch,
+    token_overlap,
+)
+from fusedpo.recipes.semantic import win_rates_of_pairs
+from fusedpo.trainers.rows import check_row
 
 
 @given(seed=st.integers(0, 1000), groups=st.integers(1, 4), size=st.integers(2, 6))
@@ -66,3 +75,90 @@ def test_a_batch_has_what_a_policy_loss_takes() -> None:
     assert batch["labels"].tolist() == [[-100, -100, 3, -100], [-100, -100, 4, 5]]
     assert batch["advantages"][0] == -batch["advantages"][1] > 0
     assert batch["rewards"].tolist() == [1.0, 0.0]
+
+
+# pairs of the best and the worst
+
+SAMPLES = [["a", "b", "c", "d", "e"], ["f", "g"]]
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.asarray])
+def test_the_best_is_chosen_and_the_worst_is_rejected(kind) -> None:
+    """Of five and of two, the first of two best, the last of two worst."""
+    scores = [kind([0.5, 2.0, -1.0, 2.0, -1.0]), kind([0.25, 0.75])]
+    rows = pairs_of_samples(["x", "y"], SAMPLES, scores)
+    assert rows == [
+        {
+            "prompt": "x",
+            "chosen": "b",
+            "rejected": "e",
+            "score_chosen": 2.0,
+            "score_rejected": -1.0,
+        },
+        {
+            "prompt": "y",
+            "chosen": "g",
+            "rejected": "f",
+            "score_chosen": 0.75,
+            "score_rejected": 0.25,
+        },
+    ]
+    # what every trainer of pairs reads
+    for row, plain in zip(Dataset.from_list(rows), rows, strict=True):
+        assert row == plain
+        checked = check_row(row, "row")
+        texts = (checked.prompt, checked.chosen, checked.rejected)
+        assert texts == (plain["prompt"], plain["chosen"], plain["rejected"])
+
+
+def test_scores_may_be_win_rates_and_responses_messages() -> None:
+    prompt = [{"role": "user", "content": "x"}]
+    said = [[{"role": "assistant", "content": text}] for text in "abc"]
+    won = [[0.5, 0.9, 0.4], [0.1, 0.5, 0.2], [0.6, 0.8, 0.5]]
+    (row,) = pairs_of_samples([prompt], [said], [win_rates_of_pairs(won)])
+    assert (row["prompt"], row["chosen"], row["rejected"]) == (prompt, said[2], said[1])
+    assert row["score_chosen"] == pytest.approx(1.9 / 3, rel=1e-12)
+
+
+def test_a_tie_is_refused_or_left_out() -> None:
+    prompts, samples = ["x", "y", "z"], [["a", "b"], ["a", "b"], ["c", "c"]]
+    scores = [[0.0, 1.0], [1.0, 1.0], [0.0, 1.0]]
+    with pytest.raises(
+        ValueError, match=r"prompt 2: expected a best .*, got the score 1 for both; "
+    ):
+        pairs_of_samples(prompts, samples, scores)
+    with pytest.raises(ValueError, match=r"prompt 1: expected a best .*, got one text; sample"):
+        pairs_of_samples(prompts[2:], samples[2:], scores[2:])
+    (row,) = pairs_of_samples(prompts, samples, scores, ties="drop")
+    assert row["prompt"] == "x" and row["chosen"] == "b"
+    # others may be alike, if those two are not
+    (row,) = pairs_of_samples(["x"], [["a", "a", "b"]], [[1.0, 1.0, 0.0]])
+    assert (row["chosen"], row["rejected"]) == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("samples", "scores", "message"),
+    [
+        ([["a"]], [[1.0]], "prompt 1, scores: expected those of at least two responses, got 1"),
+        ([["a", "b"]], [[1.0, 2.0, 3.0]], r"prompt 1, scores: expected one for each of 2 samples"),
+        ([["a", "b"]], [[[1.0, 2.0]]], r"prompt 1, scores: expected one for each .*, got \[1, 2\]"),
+        ([["a", "b"]], [[1.0, float("nan")]], "prompt 1, scores: expected finite numbers, got nan"),
+        ([["a", "b"]], [["1", "2"]], "prompt 1, scores: expected real numbers"),
+        ([["a", ["b"]]], [[1.0, 2.0]], "prompt 1, samples: expected a text, as the prompt is"),
+        (["ab"], [[1.0, 2.0]], "prompt 1, samples: expected a list of responses, got a str"),
+        (
+            [["a", "b"]],
+            [],
+            "samples: expected samples and scores of each prompt, got 1 and 0",
+        ),
+    ],
+)
+def test_bad_samples_are_refused_with_their_prompt(samples, scores, message) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+        pairs_of_samples(["x"], samples, scores)
+
+
+def test_ties_are_refused_or_dropped_and_nothing_else() -> None:
+    with pytest.raises(ValueError, match="ties: expected one of 'refuse', 'drop', got 'first'"):
+        pairs_of_samples([], [], [], ties="first")
+    assert pairs_of_samples([], [], []) == []

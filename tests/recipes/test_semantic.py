@@ -34,6 +34,7 @@ from fusedpo.recipes.semantic import (
     similarity_matrix,
     softened_win_rates,
     win_rates,
+    win_rates_of_pairs,
 )
 from fusedpo.recipes.stdlib_pairs import train_tokenizer
 
@@ -87,6 +88,97 @@ def test_the_softened_game_is_constant_sum_and_nearer_to_a_half(scores, data):
         for i in range(size)
     ]
     close(rates, expected)
+
+
+# each beats the next: no scores say so
+CYCLE = np.array([[0.5, 0.9, 0.2], [0.1, 0.5, 0.7], [0.8, 0.3, 0.5]])
+
+
+def test_win_rates_of_pairs_are_the_papers():
+    """Sec. 5: the mean over all K opponents, the response itself among them."""
+    close(win_rates_of_pairs(CYCLE), [1.6 / 3, 1.3 / 3, 1.6 / 3])
+    close(win_rates_of_pairs([[0.5, 1.0], [0.0, 0.5]]), [0.75, 0.25])
+    assert win_rates_of_pairs([[0.5]]) == 0.5
+    # of K = 2 it is (1/2 + P) / 2, of K = 3 the others count as much as they do by themselves
+    similarity = np.array([[1.0, 0.5, 0.0], [0.5, 1.0, 0.25], [0.0, 0.25, 1.0]])
+    softened = [
+        0.5 + (0.5 * 0.4 + 1.0 * -0.3) / 3,
+        0.5 + (0.5 * -0.4 + 0.75 * 0.2) / 3,
+        0.5 + (1.0 * 0.3 + 0.75 * -0.2) / 3,
+    ]
+    close(win_rates_of_pairs(CYCLE, similarity), softened)
+
+
+@given(MILD, st.data())
+def test_pairs_of_scores_are_won_as_the_scores_say(scores, data):
+    """Where a model of pairs is transitive and additive the two are one, softened too."""
+    size = len(scores)
+    won = 1 / (1 + np.exp(scores[None, :] - scores[:, None]))
+    np.testing.assert_allclose(win_rates_of_pairs(won), win_rates(scores), rtol=1e-9)
+    drawn = data.draw(hnp.arrays(np.float64, (size, size), elements=st.floats(0, 1)))
+    similarity = np.maximum(drawn, drawn.T)
+    softened = win_rates_of_pairs(won, similarity)
+    np.testing.assert_allclose(softened, softened_win_rates(scores, similarity), rtol=1e-9)
+    close(softened.mean(), 0.5)
+
+
+def test_scores_are_no_substitute_for_a_model_of_pairs():
+    """The rates of averaged scores, as in the authors' compute_prob.py, and those of pairs."""
+    relative = np.random.default_rng(0).normal(scale=2.0, size=(400, 5, 5))
+    relative = (relative - relative.swapaxes(1, 2)) / np.sqrt(2)
+    of_pairs = win_rates_of_pairs(1 / (1 + np.exp(-relative)))
+    apart = abs(of_pairs - win_rates(relative.mean(-1)))
+    # over beta = 1e-3 these are tens and hundreds of nats of target
+    assert apart.mean() > 0.03 and apart.max() > 0.1
+
+
+def test_win_rates_of_pairs_are_of_numpy_and_torch_and_leading_axes_are_batches():
+    won = np.stack([CYCLE, 1 - CYCLE])
+    found = win_rates_of_pairs(torch.tensor(won))
+    assert found.dtype == torch.float64 and found.shape == (2, 3)
+    close(found, win_rates_of_pairs(won))
+    close(win_rates_of_pairs(won)[1], win_rates_of_pairs(won[1]))
+    close(found.sum(0), [1.0, 1.0, 1.0])
+    # rounded to fp32 on the way, which the mean over both orders takes out
+    close(win_rates_of_pairs(torch.tensor(won, dtype=torch.float32)).mean(1), [0.5, 0.5])
+    similarity = np.full((2, 3, 3), 0.25)
+    softened = win_rates_of_pairs(torch.tensor(won), torch.tensor(similarity))
+    close(softened - 0.5, 0.75 * (found - 0.5))
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "message"),
+    [
+        ([0.5, 0.5], r"expected \[..., K, K\] of at least one response, got \[2\]"),
+        (np.zeros((2, 3)), r"expected \[..., K, K\] of at least one response, got \[2, 3\]"),
+        (np.zeros((0, 0)), r"expected \[..., K, K\]"),
+        (
+            [[0.5, 1.5], [-0.5, 0.5]],
+            r"expected numbers in \[0, 1\], got some from -0.5 to 1.5; app",
+        ),
+        ([[0.5, math.nan], [0.5, 0.5]], r"expected numbers in \[0, 1\]"),
+        (
+            [[0.5, 0.8], [0.3, 0.5]],
+            "expected P_ij .* got sums that are up to 0.1 away; average bot",
+        ),
+        (
+            [[0.0, 0.8], [0.2, 0.0]],
+            "expected P_ij .* 1/2 on the diagonal, got sums .* up to 1 away",
+        ),
+        ([["a"]], "expected real numbers"),
+        (torch.tensor([[True]]), "expected real numbers, got torch.bool"),
+    ],
+)
+def test_bad_probabilities_are_refused(probabilities, message):
+    with pytest.raises((ValueError, TypeError), match=f"^probabilities: {message}"):
+        win_rates_of_pairs(probabilities)
+
+
+def test_similarities_of_others_than_the_pairs_are_refused():
+    with pytest.raises(ValueError, match=r"similarity: expected \[..., 3, 3\], as probabil"):
+        win_rates_of_pairs(CYCLE, np.zeros((2, 2)))
+    with pytest.raises(TypeError, match="similarity: expected a ndarray, as probabilities are"):
+        win_rates_of_pairs(CYCLE, torch.zeros(3, 3))
 
 
 @given(MILD)
@@ -449,6 +541,8 @@ def test_known_similarities_and_win_rates_are_taken():
     both = add_columns([row, rated], similarity=[0.0, 0.0], scores=[[0.0, 0.0], [1.0, 2.0, 3.0]])
     assert both[0]["win_rate_chosen"] == 0.5
     assert both[1]["win_rate_chosen"] < both[1]["win_rate_rejected"]
+    (of_pairs,) = add_columns([row], similarity=[0.0], probabilities=[CYCLE])
+    close([of_pairs[c] for c in columns], [0.0, 1.6 / 3, 1.3 / 3])
 
 
 ROW = {"prompt": "", "chosen": "east", "rejected": "west"}
@@ -467,6 +561,21 @@ ROW = {"prompt": "", "chosen": "east", "rejected": "west"}
             ROW,
             {"similarity": [0.5], "scores": [[1.0, math.nan]]},
             "row 1, scores: expected finite numbers, got nan",
+        ),
+        (
+            ROW,
+            {"similarity": [0.5], "probabilities": [[[0.5, 0.6], [0.5, 0.5]]]},
+            "row 1, probabilities: expected P_ij",
+        ),
+        (
+            ROW,
+            {"similarity": [0.5], "probabilities": [[[0.5]]]},
+            "row 1, probabilities: expected those of chosen",
+        ),
+        (
+            ROW,
+            {"similarity": [0.5], "probabilities": [], "scores": []},
+            "scores: expected either scores or probabilities, got both",
         ),
         (
             {**ROW, "win_rate_chosen": 1.0},
