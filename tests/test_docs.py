@@ -193,6 +193,9 @@ def test_choosing_a_loss(names: dict[str, Any]) -> None:
         "two_triples": -log_sigmoid(short_w - short_l - 0.5) + (short_w - long_w).abs(),
         "two_groups": -advantages * gated.exp(),
     }
+    (row,) = names["rows"]
+    assert (row["chosen"], row["rejected"]) == ("Paris.", "Lyon.")
+    assert names["win_rates"].tolist() == pytest.approx([2.2 / 3, 1.6 / 3, 0.7 / 3], rel=1e-12)
     for name, value in truth.items():
         assert names[name].loss.item() == pytest.approx(value.mean().item(), rel=1e-5), name
 

@@ -3,7 +3,8 @@ r"""GRPO Done Right (Liu et al., arXiv 2503.20783, eq. 4).
     l_t = -min(r_t A, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A)
     L   = (1 / (G max_completion_length)) sum of l_t over all tokens of G responses
 
-so that the weight of a token does not depend on the length of its response. Its advantages are not
+so that the weight of a token does not depend on the length of its response; TRL and verl 0.9.1
+divide by responses and length likewise. Its advantages are not
 divided by the group's standard deviation.
 """
 

@@ -4,7 +4,8 @@ r"""Geometric-Mean Policy Optimization (Zhao et al., arXiv 2507.20673, eq. 4 and
     s   = exp(mean of d_t over tokens),   delta_t = log pi(y_t) - log pi_old(y_t)
     L   = mean over responses of -A s
 
-The clip is in log space: ratios count within exp(-epsilon) .. exp(epsilon).
+The clip is in log space: ratios count within exp(-epsilon) .. exp(epsilon). TRL's experimental
+trainer is this loss, with a bound for each side.
 """
 
 from __future__ import annotations

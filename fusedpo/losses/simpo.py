@@ -6,7 +6,8 @@ r"""Simple Preference Optimization (Meng, Xia and Chen, arXiv 2405.14734, eq. 6)
     L    = max(0, 1 - z)                                    link="hinge"
 
 plus sft_weight times the cross-entropy of the chosen responses, averaged over all their tokens.
-gamma is absolute, as in TRL's ``simpo_gamma``; the authors' code takes gamma / beta.
+gamma is absolute, as in TRL's ``simpo_gamma`` and in the paper's Table 8; the authors' code takes
+gamma / beta, by default 0.25. ``fusedpo.recipes.groups.pairs_of_samples`` makes their pairs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 r"""Soft Sequence Policy Optimization (SSPO; Glazyrina et al., arXiv 2602.19327).
 
 A reconstruction from the paper's abstracts and third-party accounts, as its formulas could not be
-read: soft gates over token ratios inside a sequence-level importance weight.
+read and there is no code: the geometric mean of soft gates over token ratios as the importance
+weight of a sequence. Whether the gate's logarithm is what is averaged, as here, is not said.
 
     delta_t = log pi(y_t) - log pi_old(y_t)
     tau     = tau_pos if A > 0 else tau_neg
