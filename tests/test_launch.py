@@ -83,7 +83,7 @@ METHODS = {
     "dpo": "--loss dpo",
     "s-sppo": "--loss s-sppo",
     "solopo": "--loss solopo",
-    "sapo": "--loss sapo --base dpo --segment-length 3",
+    "sapo": "--loss sapo --base dpo --segment-length 3 --ref-every 3",
     "sspo": "--loss sspo --group-size 3 --max-new-tokens 5 --reward test_launch:parity",
 }
 # a mean over the tokens of all processes
@@ -392,6 +392,10 @@ def test_each_process_keeps_pairs_of_its_own_and_the_same_average(runs, folder):
     assert not torch.equal(ours["buffer.tokens"], theirs["buffer.tokens"])
     assert any(name.startswith("average.") for name in ours)
     assert not any(name.startswith("average.") for name in theirs)
+    assert [any(name.startswith("reference.") for name in each) for each in (ours, theirs)] == [
+        1,
+        0,
+    ]
     sizes = [len(each["buffer.counts"]) for each in (ours, theirs)]
     logged = [entry["buffer/size"] for entry in numbers(folder / "sapo") if "buffer/size" in entry]
     assert logged[-1] <= sum(sizes) / 2 and sum(sizes) / 2 - logged[-1] <= 2

@@ -188,7 +188,10 @@ class FusedDPOConfig(_ByName, DPOConfig):
         if self.self_augmented and loss.inputs:
             raise bad_value("fused_loss", "one without inputs of its own", repr(loss))
         if self.self_augmented:
-            self.settings_of_pairs().check_loss(loss.needs_reference)
+            settings = self.settings_of_pairs()
+            settings.check_loss(loss.needs_reference)
+            if settings.ref_mode != "fixed":
+                self._refuse(("sync_ref_model",), "leave it out: ref_every renews the reference")
         by_pair = loss.needs_reference and not loss.weights_tokens and len(loss.roles) == 2
         if self.self_augmented or not by_pair:
             self._refuse(("precompute_ref_log_probs",), "leave it out")

@@ -429,6 +429,7 @@ def test_options_of_trls_own_policy_losses_are_refused(tmp_path, name: str) -> N
             "precompute_ref_log_probs",
         ),
         (FusedDPOConfig, {"fused_loss": "simpo", "sync_ref_model": True}, "sync_ref_model"),
+        (FusedDPOConfig, {"self_augmented": True, "sync_ref_model": True}, "sync_ref_model"),
         (
             FusedGRPOConfig,
             {
