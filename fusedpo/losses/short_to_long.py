@@ -167,8 +167,8 @@ class ShortToLong(PreferenceLoss):
         return self._apart(self.base.alignment_reward, short, long)
 
     def _apart(self, of: Callable[[Scores], Tensor], short: Scores, long: Scores) -> Tensor:
-        known = of(short)
-        return (known.detach() if self.detach_short else known) - of(long)
+        value = of(short)
+        return (value.detach() if self.detach_short else value) - of(long)
 
     def _distance(self, short: Scores, long: Scores) -> Tensor:
         if isinstance(self.base, MarginLoss) and self.distance == "quadratic":

@@ -135,17 +135,17 @@ class Settings:
     def __post_init__(self) -> None:
         check_hyperparameters(self)
 
-    def check_loss(self, needs_reference: bool, adapted: bool = False) -> None:
+    def check_loss(self, needs_reference: bool, adapters: bool = False) -> None:
         """Whether what is said of the reference can be done with a loss.
 
         Args:
             needs_reference: of the loss.
-            adapted: whether the reference is the model without its adapters.
+            adapters: whether the reference is the model without its adapters.
 
         Raises:
             ValueError: for a setting without effect, which stays its default.
         """
-        if adapted and needs_reference and self.ref_mode != "fixed":
+        if adapters and needs_reference and self.ref_mode != "fixed":
             raise bad_value(
                 "ref_mode",
                 "'fixed' for a reference that is the model without its adapters",
@@ -274,13 +274,13 @@ def _saved_weights(
 ) -> Restore:
     """The weights that :func:`_tensors` has of a module, in a file."""
     own = _tensors(module, prefix)
-    saved = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    if {name: t.shape for name, t in saved.items()} != {name: t.shape for name, t in own.items()}:
+    theirs = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if {name: t.shape for name, t in theirs.items()} != {name: t.shape for name, t in own.items()}:
         raise bad_value(str(path), f"the {prefix[:-1]} of this model", "that of another one")
 
     def restore() -> None:
         for name, tensor in own.items():
-            tensor.copy_(saved[name])
+            tensor.copy_(theirs[name])
 
     return restore
 

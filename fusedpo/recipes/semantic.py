@@ -145,13 +145,13 @@ def win_rates_of_pairs(probabilities: Any, similarity: Any = None) -> Any:
             to 1; for a similarity as :func:`softened_win_rates`.
         TypeError: if they are no real numbers.
     """
-    won = _real("probabilities", probabilities)
-    if won.ndim < 2 or won.shape[-1] != won.shape[-2] or won.shape[-1] == 0:
+    wins = _real("probabilities", probabilities)
+    if wins.ndim < 2 or wins.shape[-1] != wins.shape[-2] or wins.shape[-1] == 0:
         expected = "[..., K, K] of at least one response"
-        raise bad_value("probabilities", expected, str(list(won.shape)))
-    _check_shares("probabilities", won, "apply the sigmoid to what are scores of pairs")
-    lost = won.swapaxes(-1, -2)
-    apart = abs(won + lost - 1)
+        raise bad_value("probabilities", expected, str(list(wins.shape)))
+    _check_shares("probabilities", wins, "apply the sigmoid to what are scores of pairs")
+    defeats = wins.swapaxes(-1, -2)
+    apart = abs(wins + defeats - 1)
     if bool((apart > _ASYMMETRY).any()):
         raise bad_value(
             "probabilities",
@@ -159,9 +159,9 @@ def win_rates_of_pairs(probabilities: Any, similarity: Any = None) -> Any:
             f"sums that are up to {float(apart.max()):g} away",
             "average both orders: (P + 1 - P.swapaxes(-1, -2)) / 2",
         )
-    advantages = (won - lost) / 2
+    advantages = (wins - defeats) / 2
     if similarity is not None:
-        advantages = _gate(similarity, "probabilities", won) * advantages
+        advantages = _gate(similarity, "probabilities", wins) * advantages
     return 0.5 + advantages.mean(-1)
 
 

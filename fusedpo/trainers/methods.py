@@ -253,7 +253,7 @@ class SelfAugmented(Pairs):
             data_collator=collator,
             **options,
         )
-        settings.check_loss(loss.needs_reference, adapted=trainer.ref_model is None)
+        settings.check_loss(loss.needs_reference, adapters=trainer.ref_model is None)
         trainer.add_callback(SelfAugmentedCallback(dataset, ref_model=trainer.ref_model))
         return trainer
 

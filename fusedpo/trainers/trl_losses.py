@@ -558,7 +558,7 @@ def _augment(trainer: Any) -> None:
 
     settings = trainer.args.settings_of_pairs()
     needs_reference = trainer.fused_loss.needs_reference
-    settings.check_loss(needs_reference, adapted=trainer.ref_model is None)
+    settings.check_loss(needs_reference, adapters=trainer.ref_model is None)
     tokenizer = trainer.processing_class
     rows = [
         {"prompt_ids": row["prompt_ids"], "chosen_ids": row["chosen_ids"]}
