@@ -742,6 +742,27 @@ def test_pairs_are_evaluated_on_columns_of_their_own(model, tmp_path) -> None:
     assert found["eval_loss"] == pytest.approx((2 * each[0] + each[1]) / 3, rel=1e-5)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_means_of_tokens_are_those_of_the_step(model, tmp_path, accumulation: int) -> None:
+    """DAPO divides by the tokens of a generation batch, which serves several steps."""
+    shared = {"steps_per_generation": 4, "gradient_accumulation_steps": accumulation}
+    named = {"fused_loss": "dapo", "fused_loss_args": {"epsilon_high": 0.2}}
+    ours = groups(model(), tmp_path, FusedGRPOTrainer, FusedGRPOConfig, **named, **shared)
+    theirs = groups(model(), tmp_path, GRPOTrainer, GRPOConfig, loss_type="dapo", **shared)
+    batches = list(recorded(ours))
+    theirs.current_gradient_accumulation_steps = ours.current_gradient_accumulation_steps
+    assert ours.current_gradient_accumulation_steps == accumulation
+    sizes = []
+    for batch, _ in batches:
+        for each in (ours, theirs):
+            each.model.train()
+        (own, gradient), (other, expected) = (of_the_batch(each, batch) for each in (ours, theirs))
+        sizes.append(float(expected.norm()))
+        assert own == pytest.approx(other, rel=1e-4, abs=1e-6)
+        assert float((gradient - expected).norm()) <= 1e-4 * sizes[-1]
+    assert max(sizes) > 0.01
+
+
 def of_the_batch(subject: Any, batch: dict[str, Any]) -> tuple[float, torch.Tensor]:
     """Its loss, and the gradient of the head."""
     subject.model.zero_grad()
