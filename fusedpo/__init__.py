@@ -1,5 +1,8 @@
 """Fused preference-optimization losses: from hidden states to the loss, without the logits."""
 
+import importlib
+from typing import Any
+
 from fusedpo import distributed, losses
 from fusedpo.fused_head import add_fused_head, at_head, hidden_and_head, remove_fused_head
 from fusedpo.head import Head
@@ -22,8 +25,17 @@ __all__ = [
     "linear_logprobs",
     "linear_token_stats",
     "losses",
+    "patch",
     "plan",
     "policy_loss",
     "preference_loss",
     "remove_fused_head",
+    "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # of the trainers, which are built on what is here, and come when they are asked for
+    if name in ("patch", "unpatch"):
+        return getattr(importlib.import_module("fusedpo.trainers"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

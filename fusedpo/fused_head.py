@@ -225,7 +225,8 @@ def at_head(model: Any, task: AtHead, **inputs: Any) -> tuple[Any, Tensor | None
     Raises:
         ValueError: for a model without a fused head.
         UnsupportedHead: if the head is more than a weight, a bias, a soft cap and a factor, also
-            after ``add_fused_head(model, unsupported="fallback")``: a task needs the head itself.
+            after ``add_fused_head(model, unsupported="fallback")``: a task needs the head itself;
+            and if the model's call does not run its forward.
     """
     done: list[Any] = []
 
@@ -235,7 +236,13 @@ def at_head(model: Any, task: AtHead, **inputs: Any) -> tuple[Any, Tensor | None
 
     output = model(**inputs, fused=noted)
     if not done:
-        raise bad_value("model", "one with a fused head", type(model).__name__, "add_fused_head")
+        if fused_forward(model) is None:
+            remedy = "call add_fused_head(model) first"
+            raise bad_value("model", "one with a fused head", type(model).__name__, remedy)
+        raise UnsupportedHead(
+            "model: expected one whose call runs its forward, got an output of "
+            f"{type(model).__name__} without that"
+        )
     return _uncast(done[0], output["result"]), output["aux_loss"]
 
 

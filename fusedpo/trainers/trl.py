@@ -21,7 +21,12 @@ come from, in the version of TRL that is installed:
   of the head, KTO's class weights and, under adapters, its reference.
 
 A model whose head is not a weight, a bias, a soft cap and a factor makes its own logits, with one
-warning; so does, up to 1.13, an option that TRL would ignore with the flag.
+warning; so does, up to 1.13, an option that TRL would ignore with the flag, and a trainer whose own
+code keeps the model's forward from running.
+
+Other versions of TRL are refused (earlier ones) or warned of (later ones), and so are trainers that
+somebody else has put in the place of TRL's. A trainer whose first step calls nothing of what was
+replaced says so, once.
 """
 
 from __future__ import annotations
@@ -29,9 +34,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
 import os
+import re
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -106,11 +114,39 @@ _STATS = {
 }
 
 
+# the versions of TRL whose inside is known here
+_OLDEST, _NEWEST = (0, 29), (1, 16)
+_FLAG = "only with use_liger_kernel=True"
+# where a trainer's loss is computed: who overrides one of these and does not call TRL's leaves the
+# path on which patch has put something
+_PATH = (
+    "compute_loss",
+    "_compute_loss",
+    "get_batch_loss_metrics",
+    "concatenated_forward",
+    "_get_per_token_logps_and_entropies",
+)
+_ABSENT = object()
+
+
 @dataclass(frozen=True)
 class _Replaced:
+    """What stands under a name of a module or a class, and what its own stood there before."""
+
     owner: Any
     name: str
-    original: Any
+    original: Any  # _ABSENT: it was inherited
+    value: Any
+
+    def stands(self) -> bool:
+        """Whether nobody has replaced it since."""
+        return vars(self.owner).get(self.name) is self.value
+
+    def restore(self) -> None:
+        if self.original is _ABSENT:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, self.original)
 
 
 @dataclass(frozen=True)
@@ -122,40 +158,151 @@ class _Options:
 _replaced: list[_Replaced] = []
 
 
-def patch(memory_budget: Budget = None, backend: str = "auto", *, quiet: bool = False) -> None:
+def patch(
+    memory_budget: Budget = None, backend: str = "auto", *, quiet: bool = False
+) -> dict[str, str]:
     """Let the trainers of the installed TRL that are built from now on score labels without logits.
 
-    Prints one line that says what was replaced. Called again, only the options change.
+    Prints one line that says what was replaced. Called again, only the options change. What
+    somebody else has replaced stays as it is, with a warning, and so does a trainer of another
+    program that has its own way to the loss. A trainer whose first step calls nothing of what was
+    replaced here warns, once, on the main process.
 
     Args:
         memory_budget: what the head may hold at a time, in bytes or as "512MiB"; None: 256MiB.
         backend: "auto", "torch" or "triton".
-        quiet: print nothing.
+        quiet: print nothing. Warnings are given all the same.
+
+    Returns:
+        By the name of a method ("DPO", "CPO", ...) whose trainer is reached, under which condition:
+        "" or "only with use_liger_kernel=True".
 
     Raises:
         ValueError, TypeError: for an unknown option.
-        RuntimeError: if nothing in the installed version of TRL is known here.
+        RuntimeError: for TRL before 0.29, and if nothing in the installed version is known here.
     """
     check_options(memory_budget, backend)
+    _check_version()
     unpatch()
     options = _Options(memory_budget, backend)
-    done = [name for seam in _SEAMS for name in seam(options)]
-    if not done:
+    reached: dict[str, str] = {}
+    for seam in _SEAMS:
+        reached.update(seam(options))
+    if not reached:
         raise RuntimeError(
             f"trl: expected a version from 0.29 to 1.16, got {trl.__version__}, in which nothing "
             "is where it was; update fusedpo, or TRL"
         )
-    if not quiet and int(os.environ.get("RANK", "0")) == 0:
-        print(f"fusedpo: TRL {trl.__version__} without logits: {', '.join(done)}", file=sys.stderr)
+    for method, condition in reached.items():
+        _watch(method.lower(), condition)
+    _tell_of_others(reached)
+    if not quiet and _main_process():
+        print(f"fusedpo: TRL {trl.__version__} {_in_words(reached)}", file=sys.stderr)
+    return reached
+
+
+def _check_version() -> None:
+    number = tuple(int(part) for part in re.findall(r"\d+", trl.__version__)[:2])
+    expected = f"trl: expected a version from 0.29 to 1.16, got {trl.__version__}"
+    if number < _OLDEST:
+        raise RuntimeError(f"{expected}; update TRL")
+    if number > _NEWEST:
+        _tell(f"{expected}, which fusedpo was not tried with; compare the first losses without it")
+
+
+def _main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _tell(text: str) -> None:
+    """A warning, from the main process only."""
+    if _main_process():
+        warnings.warn(text, stacklevel=3)
+
+
+def _in_words(reached: dict[str, str]) -> str:
+    """What is reached, under which condition, and which trainers are not."""
+    by_condition: dict[str, list[str]] = {}
+    for method, condition in reached.items():
+        by_condition.setdefault(condition, []).append(method)
+    parts = [f"without logits: {', '.join(by_condition.pop('', ['none']))}"]
+    parts += [f"{condition}: {', '.join(names)}" for condition, names in by_condition.items()]
+    rest = [m.upper() for m in _METHODS if m.upper() not in reached and _class(m) is not None]
+    return "; ".join([*parts, *([f"as ever: {', '.join(rest)}"] if rest else [])])
+
+
+def _tell_of_others(reached: dict[str, str]) -> None:
+    """Which trainers of TRL somebody has replaced, and which of other programs have their own way
+    to the loss."""
+    for method in _METHODS:
+        shown = _shown(method)
+        if shown is not None and _module(method) is None:
+            _tell(
+                f"trl: {_title(method)} is {shown.__module__}.{shown.__qualname__}, which is not "
+                "TRL's and stays as it is; call patch() before what has replaced it is imported"
+            )
+    for method in reached:
+        cls = _class(method.lower())
+        for other in _subclasses(cls):
+            if names := _own_path(other, cls):
+                _tell(
+                    f"trl: {other.__module__}.{other.__qualname__} has its own {', '.join(names)}, "
+                    f"which does not call that of TRL's {cls.__name__}: it is not reached, and "
+                    "makes its logits as ever"
+                )
+
+
+def _subclasses(cls: Any) -> list[Any]:
+    """A class's subclasses, and theirs, but for those of TRL and of this library."""
+    below = [sub for own in cls.__subclasses__() for sub in (own, *_subclasses(own))]
+    return [sub for sub in dict.fromkeys(below) if not _of_package(sub, "trl", "fusedpo")]
+
+
+def _of_package(value: Any, *names: str) -> bool:
+    """Whether a class or a function was written in a package; wrappers carry the name of what they
+    wrap, but not its globals."""
+    module = getattr(value, "__globals__", {}).get("__name__") or value.__module__
+    return module.split(".")[0] in names
+
+
+def _own_path(cls: Any, trainer: Any) -> list[str]:
+    """The methods on the way to the loss that a subclass of TRL's trainer has of its own, without
+    calling what they stand in the place of."""
+    before = cls.__mro__[: cls.__mro__.index(trainer)]
+    others = [vars(base) for base in before if not _of_package(base, "trl", "fusedpo")]
+    return [
+        name
+        for name in _PATH
+        if hasattr(trainer, name)
+        and any("super" not in _names_of(of[name]) for of in others if name in of)
+    ]
+
+
+def _names_of(function: Any) -> tuple[str, ...]:
+    """What a function's code looks up; of what is no function, as if it called everything."""
+    code = getattr(function, "__code__", None)
+    return ("super",) if code is None else code.co_names
 
 
 def unpatch() -> None:
-    """Undo ``patch``. Trainers that were built meanwhile keep what they have."""
+    """Undo ``patch``.
+
+    Trainers that were built meanwhile keep what they have, and what somebody else has replaced
+    since stays replaced, with a warning.
+    """
     ours = {}
     while _replaced:
         last = _replaced.pop()
-        ours[id(getattr(last.owner, last.name))] = last.original
-        setattr(last.owner, last.name, last.original)
+        if last.original is not _ABSENT:
+            ours[id(last.value)] = last.original
+        if last.stands():
+            last.restore()
+        else:
+            what = "replaced" if last.name in vars(last.owner) else "removed"
+            _tell(
+                f"trl: {last.owner.__name__}.{last.name} was {what} by somebody else after "
+                "patch(), and stays so"
+            )
     # modules of TRL that were imported meanwhile have ours under the name they imported
     for module in [m for name, m in sys.modules.items() if name.split(".")[0] == "trl"]:
         for name, value in list(vars(module).items()):
@@ -168,47 +315,127 @@ def patched(
     memory_budget: Budget = None, backend: str = "auto", *, quiet: bool = True
 ) -> Iterator[None]:
     """``patch`` for a while. What was patched before is so again afterwards."""
-    before = [(r, getattr(r.owner, r.name)) for r in _replaced]
+    before = [r for r in _replaced if r.stands()]
     try:
         patch(memory_budget, backend, quiet=quiet)
         yield
     finally:
         unpatch()
-        for r, value in before:
-            _replace(r.owner, r.name, value)
+        for r in before:
+            _replace(r.owner, r.name, r.value)
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:
-    _replaced.append(_Replaced(owner, name, getattr(owner, name)))
+    _replaced.append(_Replaced(owner, name, vars(owner).get(name, _ABSENT), value))
     setattr(owner, name, value)
 
 
-def _module(method: str) -> Any:
-    """The module that a method's trainer is written in, or None."""
-    name = f"{method.upper()}Trainer"
+_METHODS = ("dpo", "kto", "grpo", "rloo", "sft", "cpo", "orpo", "tpo")
+
+
+def _title(method: str) -> str:
+    return f"{method.upper()}Trainer"
+
+
+def _shown(method: str) -> Any:
+    """What stands under the name of a method's trainer in TRL, or None."""
     for place in _PLACES:
         with contextlib.suppress(ModuleNotFoundError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            cls = getattr(importlib.import_module(place.format(method)), name, None)
+            cls = getattr(importlib.import_module(place.format(method)), _title(method), None)
             if cls is not None:
-                # where a trainer has moved, its earlier place has a class that inherits from it
-                own = [base for base in cls.__mro__ if base.__name__ == name][-1]
-                return sys.modules[own.__module__]
+                return cls
     return None
+
+
+def _trls(cls: Any, method: str) -> Any:
+    """The class of a method's trainer that TRL has written, among those a class inherits from.
+
+    Where a trainer has moved, its earlier place has a class that inherits from it.
+    """
+    own = [b for b in getattr(cls, "__mro__", ()) if b.__name__ == _title(method)]
+    return next((base for base in reversed(own) if _of_package(base, "trl")), None)
+
+
+def _module(method: str) -> Any:
+    """The module that a method's trainer is written in; None if there is none, or if somebody has
+    put another class in its place."""
+    own = _trls(_shown(method), method)
+    if own is None:
+        return None
+    module = sys.modules[own.__module__]
+    return module if _trls(getattr(module, _title(method), None), method) is own else None
+
+
+def _class(method: str) -> Any:
+    """A method's trainer as TRL has written it, or None."""
+    module = _module(method)
+    return None if module is None else _trls(getattr(module, _title(method)), method)
 
 
 def _trainer(method: str) -> Any:
     """A method's trainer, or a class that says that this version of TRL has none."""
     module = _module(method)
-    name = f"{method.upper()}Trainer"
     if module is not None:
-        return getattr(module, name)
+        return getattr(module, _title(method))
 
     def missing(self: Any, *args: Any, **kwargs: Any) -> None:
         places = " or ".join(place.format(method) for place in _PLACES)
-        raise ImportError(f"trl {trl.__version__}: expected {name} in {places}, got none")
+        shown = _shown(method)
+        got = "none" if shown is None else f"{shown.__module__}.{shown.__qualname__}"
+        remedy = "" if shown is None else "; import fusedpo.trainers.trl before what replaced it"
+        raise ImportError(
+            f"trl {trl.__version__}: expected {_title(method)} in {places}, got {got}{remedy}"
+        )
 
-    return type(name, (), {"__init__": missing})
+    return type(_title(method), (), {"__init__": missing})
+
+
+# whether anything of what was replaced is called
+
+
+class _Calls:
+    """How often the functions that stand in the place of TRL's were called in this process."""
+
+    count = 0
+
+
+def _watch(method: str, condition: str) -> None:
+    """Have a trainer look after its first steps whether anything that was replaced was called."""
+    cls = _class(method)
+    for name in ("training_step", "prediction_step"):
+        if hasattr(cls, name):
+            _replace(cls, name, _watched(getattr(cls, name), cls, condition))
+
+
+def _watched(step: Callable[..., Any], cls: Any, condition: str) -> Callable[..., Any]:
+    seen = f"_fusedpo_{step.__name__}"
+
+    @functools.wraps(step)
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = _Calls.count
+        result = step(self, *args, **kwargs)
+        # predictions are the logits, which are made then
+        wanted = kwargs.get("prediction_loss_only", args[2] if len(args) > 2 else True)
+        if wanted is False or hasattr(self, seen) or hasattr(self, "_fusedpo_told"):
+            return result
+        setattr(self, seen, True)
+        if before == _Calls.count and getattr(self.args, "process_index", 0) == 0:
+            warnings.warn(_unreached(self, cls, condition), stacklevel=2)
+        return result
+
+    return watched
+
+
+def _unreached(trainer: Any, cls: Any, condition: str) -> str:
+    kind = type(trainer)
+    names = _own_path(kind, cls)
+    why = f"; {condition}" if condition else ""
+    why += f"; its own {', '.join(names)} does not call TRL's" if names else ""
+    return (
+        f"trl: the first step of {kind.__module__}.{kind.__qualname__} called nothing that patch() "
+        f"has replaced: it makes its logits as ever{why}"
+    )
 
 
 # TRL 1.15 and later: what the model's forward returns is replaced
@@ -237,6 +464,7 @@ class _TRLForward(FusedForward):
             return super().__call__(*args, **kwargs)
         from trl.trainer.utils import FusedCausalLMOutput
 
+        _Calls.count += 1
         kwargs.pop("use_cache", None)
         items = kwargs.pop("num_items_in_batch", None)
         if kwargs.get("shift_labels") is not None:
@@ -266,12 +494,12 @@ class _TRLForward(FusedForward):
         return super().run(in_fp32, args, kwargs, carry=carry)
 
 
-def _fused_lm_heads(options: _Options) -> list[str]:
+def _fused_lm_heads(options: _Options) -> dict[str, str]:
     """TRL 1.15 and later."""
     utils = importlib.import_module("trl.trainer.utils")
     original = getattr(utils, "add_fused_lm_head", None)
-    if original is None or not hasattr(utils, "FusedCausalLMOutput"):
-        return []
+    if original is None or not hasattr(utils, "FusedCausalLMOutput") or not _still_trls(original):
+        return {}
 
     @functools.wraps(original)
     def add_fused_lm_head(
@@ -282,14 +510,28 @@ def _fused_lm_heads(options: _Options) -> list[str]:
     ) -> None:
         install(model, _TRLForward, options, temperature, cast_lm_head_to_fp32, outputs)
 
-    done = []
+    reached = {}
     for method in ("dpo", "kto", "grpo", "rloo", "sft"):
         module = _module(method)
-        if module is not None and getattr(module, "add_fused_lm_head", None) is original:
+        standing = getattr(module, "add_fused_lm_head", None)
+        if standing is original:
             _replace(module, "add_fused_lm_head", add_fused_lm_head)
-            done.append(method.upper())
+            reached[method.upper()] = ""
+        elif standing is not None:
+            _still_trls(standing)
     _replace(utils, "add_fused_lm_head", add_fused_lm_head)
-    return done
+    return reached
+
+
+def _still_trls(function: Any) -> bool:
+    """Whether a function of TRL's is TRL's own; somebody else's stays, with a warning."""
+    own = _of_package(function, "trl")
+    if not own:
+        _tell(
+            f"trl: {getattr(function, '__qualname__', function)} was replaced by somebody else "
+            "before patch(), and stays so: what calls it is not reached"
+        )
+    return own
 
 
 # CPO, ORPO and TPO: what the trainers do with the logits is replaced
@@ -358,6 +600,7 @@ def _concatenated_forward(original: Callable[..., Any], options: _Options) -> Ca
             return original(self, model, batch)
 
     def fused(self: Any, model: Any, batch: dict[str, Any]) -> tuple[Any, ...]:
+        _Calls.count += 1
         orpo = not hasattr(self, "cpo_alpha")
         rows = self.concatenated_inputs(
             batch,
@@ -395,15 +638,117 @@ def _concatenated_forward(original: Callable[..., Any], options: _Options) -> Ca
     return forward
 
 
-def _concatenated_forwards(options: _Options) -> list[str]:
-    done = []
+def _concatenated_forwards(options: _Options) -> dict[str, str]:
+    reached = {}
     for method in ("cpo", "orpo"):
-        cls = getattr(_module(method), f"{method.upper()}Trainer", None)
-        if cls is not None and hasattr(cls, "concatenated_forward"):
-            forward = _concatenated_forward(cls.concatenated_forward, options)
-            _replace(cls, "concatenated_forward", forward)
-            done.append(method.upper())
-    return done
+        cls = _class(method)
+        original = getattr(cls, "concatenated_forward", None)
+        if original is not None and _still_trls(original):
+            _replace(cls, "concatenated_forward", _concatenated_forward(original, options))
+            _replace(cls, "get_batch_loss_metrics", _of_whole_pairs(cls.get_batch_loss_metrics))
+            reached[method.upper()] = ""
+    return reached
+
+
+# a response that truncation has cut away is none: its pair is left out
+
+
+def _of_whole_pairs(original: Callable[..., Any]) -> Callable[..., Any]:
+    """CPO's and ORPO's ``get_batch_loss_metrics``, of the pairs whose responses both have a token.
+
+    TRL's formulas count a response without one: a mean of its log-probabilities is 0 / 0, and with
+    it the loss of the whole batch; a sum is 0, and its pair still divides the mean. Here loss and
+    metrics are those of the batch without these pairs. Of a batch that has no other the loss is 0,
+    and there are no metrics. Costs a wait for the device, as each of TRL's metrics does.
+    """
+
+    @functools.wraps(original)
+    def get_batch_loss_metrics(
+        self: Any, model: Any, batch: dict[str, Any], train_eval: str = "train"
+    ) -> tuple[Tensor, dict[str, float]]:
+        names = ("chosen_labels", "rejected_labels")
+        if self.is_encoder_decoder or any(name not in batch for name in names):
+            return original(self, model, batch, train_eval)
+        each = [(batch[name][:, 1:] != IGNORED).any(1) for name in names]
+        whole = (each[0] & each[1]).to(self.accelerator.device)
+        counts = torch.stack([(~whole).sum(), whole.sum()])[None]
+        missing, others = self.accelerator.gather(counts).sum(0).tolist()
+        if not missing:
+            return original(self, model, batch, train_eval)
+        prefix = "eval_" if train_eval == "eval" else ""
+        _count_missing(self, self._stored_metrics[train_eval], missing, prefix)
+        here = bool(whole.any())
+        kept = _rows(batch, whole.nonzero()[:, 0]) if here else _stand_in(batch)
+        with _gathering(self.accelerator, whole):
+            loss, metrics = original(self, model, kept, train_eval)
+        if not here:  # other processes wait for a gradient
+            loss = loss * 0
+        if not others:  # a mean of nothing, of which a prediction may ask for one all the same
+            known = {name: value for name, value in metrics.items() if value == value}
+            metrics = defaultdict(lambda: math.nan, known)
+        return loss, metrics
+
+    return get_batch_loss_metrics
+
+
+def _count_missing(
+    trainer: Any, metrics: dict[str, list[float]], missing: int, prefix: str = ""
+) -> None:
+    """Into one of the trainer's records, as a running sum, and once in words."""
+    if not hasattr(trainer, "_fusedpo_missing") and getattr(trainer.args, "process_index", 0) == 0:
+        warnings.warn(
+            f"batch: expected at least one token in every response, got {missing} pairs with none "
+            "in one of theirs; they are left out, and counted as pairs/left_out; truncation may "
+            "have cut the response away: raise max_length, or drop the rows",
+            stacklevel=3,
+        )
+    sums = vars(trainer).setdefault("_fusedpo_missing", defaultdict(int))
+    mode = trainer.model.training
+    sums[mode] += missing
+    metrics[f"{prefix}pairs/left_out"] = [float(sums[mode])]
+
+
+def _rows(batch: dict[str, Any], index: Tensor) -> dict[str, Any]:
+    """A batch of these rows only."""
+    places = index.tolist()
+    return {
+        name: value[index.to(value.device)]
+        if isinstance(value, Tensor)
+        else [value[place] for place in places]
+        for name, value in batch.items()
+    }
+
+
+def _stand_in(batch: dict[str, Any]) -> dict[str, Any]:
+    """A pair to run the model on where a batch has none: the first, a token of which is scored."""
+    pair = _rows(batch, torch.zeros(1, dtype=torch.long))
+    for side in ("chosen", "rejected"):
+        for name, last in (("input_ids", 0), ("attention_mask", 1), ("labels", 0)):
+            value = pair[f"{side}_{name}"]
+            pair[f"{side}_{name}"] = torch.cat(
+                [value[:, :1], torch.full_like(value[:, :1], last)], 1
+            )
+    return pair
+
+
+@contextlib.contextmanager
+def _gathering(accelerator: Any, whole: Tensor) -> Iterator[None]:
+    """Have what is gathered for metrics of as many pairs on every process, and come back without
+    those that are not whole [P]."""
+    original = accelerator.gather_for_metrics
+
+    def gather_for_metrics(values: Tensor) -> Tensor:
+        here = whole if values.dim() else whole.any()[None]
+        full = values.new_zeros(here.shape)
+        if bool(whole.any()):
+            full[here] = values
+        return original(full)[original(here.long()).bool()]
+
+    accelerator.gather_for_metrics = gather_for_metrics
+    try:
+        yield
+    finally:
+        del accelerator.gather_for_metrics
 
 
 def _tpo_compute_loss(original: Callable[..., Any], options: _Options) -> Callable[..., Any]:
@@ -421,6 +766,7 @@ def _tpo_compute_loss(original: Callable[..., Any], options: _Options) -> Callab
             return original(self, model, inputs, return_outputs)
 
     def fused(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
+        _Calls.count += 1
         mask = inputs["completion_mask"].bool()
         labels = aligned_labels(inputs["input_ids"].masked_fill(~mask, IGNORED))
         rest = {name: value for name, value in inputs.items() if name != "completion_mask"}
@@ -431,8 +777,11 @@ def _tpo_compute_loss(original: Callable[..., Any], options: _Options) -> Callab
 
         branches = 3 if self.tpo_alpha != 0.0 else 2
         scored = labels != IGNORED
+        chosen_has, rejected_has, *_ = scored.any(1).chunk(branches)
+        whole = chosen_has & rejected_has
+        scored = scored & whole.repeat(branches)[:, None]
         lengths = scored.sum(1)
-        logp = stats["logprob"].sum(1).double()
+        logp = (stats["logprob"] * scored).sum(1).double()
         each = zip(logp.chunk(branches), lengths.chunk(branches), strict=True)
         chosen, rejected, *gold = (Scores(p, n.clamp(min=1)) for p, n in each)
         formula: CPO | SimPO
@@ -445,13 +794,13 @@ def _tpo_compute_loss(original: Callable[..., Any], options: _Options) -> Callab
             formula = CPO(
                 beta=self.beta, nll_weight=0.0, link=self.loss_type, label_smoothing=smoothing
             )
-        loss = formula.per_example(chosen, rejected).mean()
+        loss = (formula.per_example(chosen, rejected) * whole).sum() / whole.sum().clamp(min=1)
         if gold:
-            tokens = lengths.chunk(branches)[2].sum()
+            tokens = lengths.chunk(branches)[2].sum().clamp(min=1)
             loss = loss - self.tpo_alpha * gold[0].logp.sum() / tokens
         averaged = self.loss_type in ("ipo", "tpo-l")
         logps = [(s.mean if averaged else s.logp).detach().float() for s in (chosen, rejected)]
-        _log_tpo(self, inputs, stats, scored, branches, logps)
+        _log_tpo(self, inputs, stats, scored, whole, branches, logps)
         return loss.float()
 
     return compute_loss
@@ -474,22 +823,29 @@ def _log_tpo(
     inputs: dict[str, Any],
     stats: dict[str, Tensor],
     scored: Tensor,
+    whole: Tensor,
     branches: int,
     logps: list[Tensor],
 ) -> None:
-    """What TPO's ``_compute_loss`` notes, from statistics of the tokens."""
+    """What TPO's ``_compute_loss`` notes, from statistics of the tokens, of the examples whose
+    chosen and rejected responses have some."""
     mode = "train" if self.model.training else "eval"
     metrics, accelerator = self._metrics[mode], self.accelerator
+    counted = accelerator.gather(whole.long()).bool()
+    if missing := int((~counted).sum()):
+        _count_missing(self, metrics, missing)
 
     def total(values: Tensor) -> float:
         return accelerator.gather_for_metrics(values).sum().item()
 
-    entropy = stats["entropy"][scored].mean()
-    metrics["entropy"].append(accelerator.gather_for_metrics(entropy).mean().item())
+    entropy = (stats["entropy"] * scored).sum() / scored.sum().clamp(min=1)
+    entropies = accelerator.gather_for_metrics(entropy[None])
+    if (some := accelerator.gather_for_metrics(scored.any()[None].long()).bool()).any():
+        metrics["entropy"].append(entropies[some].mean().item())
     if mode == "train":
         self._total_train_tokens += total(inputs["attention_mask"].sum()) // self._tp_size
     metrics["num_tokens"] = [self._total_train_tokens]
-    masks, means = scored.chunk(branches), stats["mean_logit"].chunk(branches)
+    masks, means = scored.chunk(branches), (stats["mean_logit"] * scored).chunk(branches)
     for name, mask, mean in zip(("chosen", "rejected"), masks, means, strict=False):
         tokens = total(mask.sum())
         metrics[f"logits/{name}"].append(total(mean.sum()) / tokens if tokens else 0.0)
@@ -506,15 +862,16 @@ def _log_tpo(
         "logps/rejected": logps[1],
     }
     for name, value in values.items():
-        metrics[name].append(accelerator.gather(value).mean().item())
+        if counted.any():
+            metrics[name].append(accelerator.gather(value)[counted].mean().item())
 
 
-def _tpo(options: _Options) -> list[str]:
-    cls = getattr(_module("tpo"), "TPOTrainer", None)
-    if cls is None:
-        return []
+def _tpo(options: _Options) -> dict[str, str]:
+    cls = _class("tpo")
+    if cls is None or not _still_trls(cls._compute_loss):
+        return {}
     _replace(cls, "_compute_loss", _tpo_compute_loss(cls._compute_loss, options))
-    return ["TPO"]
+    return {"TPO": ""}
 
 
 # TRL 0.29 to 1.14, behind use_liger_kernel: what these versions do not know of a model's head
@@ -565,9 +922,11 @@ def _telling_of_the_head(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
+        shaped = [value for value in vars(self).values() if isinstance(value, _LigerShaped)]
+        for value in shaped:
+            value.trainer = self
         if not self.args.use_liger_kernel:
             return
-        shaped = [value for value in vars(self).values() if isinstance(value, _LigerShaped)]
         reason = _ignored(self) if shaped else ""
         # weights that ZeRO-3 has taken apart are looked at in the first forward
         if not reason and not any(hasattr(p, "ds_id") for p in self.model.parameters()):
@@ -578,8 +937,7 @@ def _telling_of_the_head(original: Callable[..., None]) -> Callable[..., None]:
         if reason:
             warnings.warn(f"{reason}; its own logits are made instead", stacklevel=2)
             self.use_liger_kernel = self.args.use_liger_kernel = False
-        for value in shaped:
-            value.trainer = self
+            self._fusedpo_told = True
 
     return init
 
@@ -597,11 +955,11 @@ def _ignored(trainer: Any) -> str:
 # TRL 1.14: a function of the tokens, imported by name
 
 
-def _per_token_functions(options: _Options) -> list[str]:
+def _per_token_functions(options: _Options) -> dict[str, str]:
     utils = importlib.import_module("trl.trainer.utils")
     original = getattr(utils, "_ChunkedLogProbFunction", None)
-    if original is None or hasattr(utils, "FusedCausalLMOutput"):
-        return []
+    if original is None or hasattr(utils, "FusedCausalLMOutput") or not _still_trls(original):
+        return {}
 
     class PerToken:
         """In the place of TRL's autograd function."""
@@ -617,6 +975,7 @@ def _per_token_functions(options: _Options) -> list[str]:
             final_logit_softcapping: float | None = None,
             logit_scale: float = 1.0,
         ) -> tuple[Tensor | None, Tensor | None]:
+            _Calls.count += 1
             # TRL reads the configuration, and knows some of the names there
             after = _after.get() or AfterHead(final_logit_softcapping, logit_scale, weight.shape[0])
             found = linear_token_stats(
@@ -633,18 +992,26 @@ def _per_token_functions(options: _Options) -> list[str]:
             )
             return found.logprob, found.entropy
 
-    done = []
+    reached = {}
     for method in ("dpo", "kto", "grpo"):
-        module = _module(method)
-        if getattr(module, "_ChunkedLogProbFunction", None) is original:
+        module, cls = _module(method), _class(method)
+        if getattr(module, "_ChunkedLogProbFunction", None) is original and _is_constructed(cls):
             _replace(module, "_ChunkedLogProbFunction", PerToken)
-            cls = getattr(module, f"{method.upper()}Trainer")
             _replace(cls, "__init__", _telling_of_the_head(cls.__init__))
             name = "_chunked_logps" if method == "grpo" else "_get_per_token_logps_and_entropies"
             _replace(cls, name, _knowing_the_head(getattr(cls, name)))
-            done.append(f"{method.upper()} (use_liger_kernel=True)")
+            reached[method.upper()] = _FLAG
     _replace(utils, "_ChunkedLogProbFunction", PerToken)
-    return done
+    return reached
+
+
+def _is_constructed(cls: Any) -> bool:
+    """Whether a trainer still has a constructor of its own; without it there is nothing to reach,
+    and a warning."""
+    own = "__init__" in vars(cls)
+    if not own:
+        _tell(f"trl: the constructor of {cls.__name__} was removed by somebody else: not reached")
+    return own
 
 
 def _knowing_the_head(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -664,22 +1031,21 @@ def _knowing_the_head(original: Callable[..., Any]) -> Callable[..., Any]:
 # TRL 0.29 to 1.13: the classes of Liger-Kernel, or TRL's copies of them
 
 
-def _liger_classes(options: _Options) -> list[str]:
-    done = []
+def _liger_classes(options: _Options) -> dict[str, str]:
+    reached = {}
     for method in ("dpo", "kto", "grpo"):
-        module = _module(method)
+        module, cls = _module(method), _class(method)
         for prefix in ("LigerFusedLinear", "FusedLinear"):
             name = f"{prefix}{method.upper()}Loss"
-            if hasattr(module, name):
+            if hasattr(module, name) and _is_constructed(cls):
                 _replace(module, name, functools.partial(_LigerShaped, method, options))
-                cls = getattr(module, f"{method.upper()}Trainer")
                 _replace(cls, "__init__", _telling_of_the_head(cls.__init__))
                 if method == "kto":
                     kl_logps = _compute_kl_logps(cls._compute_kl_logps, options)
                     _replace(cls, "_compute_kl_logps", kl_logps)
-                done.append(f"{method.upper()} (use_liger_kernel=True)")
+                reached[method.upper()] = _FLAG
                 break
-    return done
+    return reached
 
 
 class _LigerShaped:
@@ -693,11 +1059,17 @@ class _LigerShaped:
         self.loss: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        _Calls.count += 1
         if self.loss is None:
             self.loss = self._make()
         return self.loss(*args, **kwargs)
 
     def _make(self) -> Any:
+        if self.trainer is None:
+            raise RuntimeError(
+                f"trl: expected the loss of a {_title(self.method)} that TRL's constructor has "
+                "made, got one that another constructor has; call unpatch() before it is built"
+            )
         after, options = _after_head_of(self.trainer), self.trainer.args
         given = {
             **self.given,
@@ -753,6 +1125,7 @@ def _compute_kl_logps(original: Callable[..., Any], options: _Options) -> Callab
                 if name.startswith("KL_") and name != "KL_completion_mask"
             }
             labels = inputs["input_ids"].masked_fill(batch["KL_completion_mask"] == 0, IGNORED)
+        _Calls.count += 1
         _give_fused_head(model, options)
         score = Score(
             aligned_labels(labels), memory_budget=options.memory_budget, backend=options.backend
@@ -830,6 +1203,12 @@ class FusedCPOTrainer(_Fused, _trainer("cpo")):  # type: ignore[misc]
         plain = super().concatenated_forward.__func__
         return _concatenated_forward(plain, self._fusedpo_options)(self, model, batch)
 
+    def get_batch_loss_metrics(
+        self, model: Any, batch: dict[str, Any], *rest: Any, **by_name: Any
+    ) -> Any:
+        plain = super().get_batch_loss_metrics.__func__
+        return _of_whole_pairs(plain)(self, model, batch, *rest, **by_name)
+
 
 class FusedORPOTrainer(_Fused, _trainer("orpo")):  # type: ignore[misc]
     """TRL's ``ORPOTrainer`` without logits; takes its arguments, and the options of ``patch``."""
@@ -837,6 +1216,12 @@ class FusedORPOTrainer(_Fused, _trainer("orpo")):  # type: ignore[misc]
     def concatenated_forward(self, model: Any, batch: dict[str, Any]) -> Any:
         plain = super().concatenated_forward.__func__
         return _concatenated_forward(plain, self._fusedpo_options)(self, model, batch)
+
+    def get_batch_loss_metrics(
+        self, model: Any, batch: dict[str, Any], *rest: Any, **by_name: Any
+    ) -> Any:
+        plain = super().get_batch_loss_metrics.__func__
+        return _of_whole_pairs(plain)(self, model, batch, *rest, **by_name)
 
 
 class FusedTPOTrainer(_Fused, _trainer("tpo")):  # type: ignore[misc]
