@@ -227,3 +227,27 @@ def warned(method: str, family: Any = "llama", **given: Any) -> tuple[list[str],
         patch.setattr(trl_runs, "quiet", warnings.catch_warnings)
         found = fused(method, family, tallest=1e9, **given)
     return [str(w.message) for w in caught if "its own logits" in str(w.message)], found
+
+
+def test_without_the_flag_it_says_so(monkeypatch):
+    """When patched, and once after the first step, in which TRL made its logits."""
+    monkeypatch.setattr(trl_runs, "quiet", warnings.catch_warnings)
+    with warnings.catch_warnings(record=True, action="always") as caught, ours.patched():
+        reached = ours.patch(quiet=True)
+        found = trl_runs.run("dpo")
+    assert reached == {
+        **dict.fromkeys(("DPO", "KTO", "GRPO"), "only with use_liger_kernel=True"),
+        **dict.fromkeys(("CPO", "ORPO", *(["TPO"] if ours._class("tpo") else [])), ""),
+    }
+    said = [text for w in caught if (text := str(w.message)).startswith("trl: ")]
+    assert len(said) == 1
+    assert said[0].endswith("makes its logits as ever; only with use_liger_kernel=True")
+    check("dpo without the flag", plain("dpo"), found, everything=True)
+
+
+@pytest.mark.parametrize("method", FLAGGED)
+def test_with_the_flag_it_says_nothing(method, monkeypatch):
+    monkeypatch.setattr(trl_runs, "quiet", warnings.catch_warnings)
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        fused(method, tallest=1e9, max_steps=1)
+    assert not [text for w in caught if (text := str(w.message)).startswith("trl: ")]
