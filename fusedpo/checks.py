@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 _LEAST_TORCH = (2, 6)
 TORCH = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2])
@@ -214,3 +217,40 @@ def bad_labels(labels: Tensor, vocab: int, ignore_index: int) -> ValueError:
 
 def _dtypes(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+# what a backward is asked for
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward of an autograd function, which refuses to be recorded or batched.
+
+    ``once_differentiable`` would not do: it raises only where an upstream gradient requires a
+    gradient, so of all that is linear in the outputs a second derivative would lack its largest
+    part, without a word.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *upstream: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph: expected False, as the gradients of fused losses cannot be "
+                "differentiated, got True; second derivatives need the full logits, in plain "
+                "PyTorch"
+            )
+        if any(_is_batched(t) for t in tree_leaves(upstream)):
+            raise RuntimeError(
+                "is_grads_batched: expected False, as the engine forms one gradient at a time, got "
+                "True; call torch.autograd.grad once for each of grad_outputs"
+            )
+        return backward(ctx, *upstream)
+
+    return checked
+
+
+def _is_batched(value: Any) -> bool:
+    """Whether this is a tensor of vmap's; autograd has an older one of its own."""
+    functorch = torch._C._functorch
+    return isinstance(value, Tensor) and (
+        functorch.is_batchedtensor(value) or functorch.is_legacy_batchedtensor(value)
+    )

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fusedpo.checks import FLOATS, bad_type, bad_value, number
+from fusedpo.checks import FLOATS, bad_type, bad_value, first_order, number
 from fusedpo.kernels.logit_tile import LOWEST, RowStats
 
 if TYPE_CHECKING:
@@ -380,7 +380,7 @@ class _SumOver(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.same and upstream.numel():
             upstream = upstream.clone(memory_format=torch.contiguous_format)

@@ -108,7 +108,8 @@ def linear_logprobs(
         logp = log_softmax(z.float(), -1).gather(-1, labels[..., None])[..., 0]
 
     but the logits are accumulated and kept in fp32 whatever the input's dtype, log-probabilities
-    near zero keep their digits, and only tokens that are not ignored are projected.
+    near zero keep their digits, and only tokens that are not ignored are projected. Gradients are
+    of first order: a backward with ``create_graph`` or ``is_grads_batched`` is refused.
 
     Args:
         hidden: [..., H], the head's inputs; float64, float32, bfloat16 or float16.
@@ -520,7 +521,7 @@ class _Engine(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @checks.first_order
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         # raises autograd's own error if the graph was freed, or an input was changed in place

@@ -204,6 +204,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(hidden, weight, bias, labels, scored, row_scale, entropy, *kept)
 
 
+@checks.first_order
 def _backward(ctx, upstream):  # type: ignore[no-untyped-def]
     hidden, weight, bias, labels, scored, row_scale, entropy, *kept = ctx.saved_tensors
     given = dict(zip(ctx.asked, upstream, strict=False))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedpo.checks import first_order
 from fusedpo.losses._links import Tail
 from fusedpo.scores import Sequences
 
@@ -58,7 +59,7 @@ class _Tail(torch.autograd.Function):
         return total, losses, scores
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream, None, None, None

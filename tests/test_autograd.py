@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,11 +13,19 @@ from engine import generate, plan_of, run, with_tile
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import relative, same_bits
+from repository import ROOT, files
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedpo
-from fusedpo import linear_logprobs, linear_token_stats, losses, plan, preference_loss
+from fusedpo import (
+    linear_logprobs,
+    linear_token_stats,
+    losses,
+    plan,
+    policy_loss,
+    preference_loss,
+)
 
 GRADIENT_ROUTES = ("frozen", "retain", "recompute", "one_pass")
 
@@ -23,7 +34,7 @@ GRADIENT_ROUTES = ("frozen", "retain", "recompute", "one_pass")
 def on_every_backend(
     request: pytest.FixtureRequest, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for function in (fusedpo.preference_loss, linear_logprobs, linear_token_stats):
+    for function in (preference_loss, policy_loss, linear_logprobs, linear_token_stats):
         there = functools.partial(function, backend=backend)
         monkeypatch.setattr(request.module, function.__name__, there)
 
@@ -125,14 +136,96 @@ def test_a_second_backward_of_the_loss_without_the_graph_is_pytorchs_error() -> 
         out.loss.backward()
 
 
+# what is linear in the statistics: then no upstream gradient requires one of its own
+LINEAR = {
+    "logprob": lambda h, w, y: linear_logprobs(h, w, y).sum(),
+    "entropy": lambda h, w, y: linear_token_stats(h, w, y, stats=("entropy",)).entropy.sum(),
+    "SFT": lambda h, w, y: preference_loss(losses.SFT(), h, w, y).loss,
+    "SimPO": lambda h, w, y: preference_loss(losses.SimPO(), h, w, y).loss,
+    "REINFORCE": lambda h, w, y: (
+        policy_loss(losses.REINFORCE(), h, w, y, advantages=torch.linspace(-1, 2, len(y))).loss
+    ),
+}
+TWICE = r"^create_graph: expected False, .* got True; second derivatives"
+BATCHED = r"^is_grads_batched: expected False, .* got True; call torch\.autograd\.grad once"
+
+
 @pytest.mark.holds(23)
 @pytest.mark.fault(45)
-def test_a_double_backward_is_refused() -> None:
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_second_derivative_is_refused_where_the_first_is_taken(name: str) -> None:
     hidden, weight, labels = small()
-    total = linear_logprobs(hidden, weight, labels).square().sum()
-    (gradient,) = torch.autograd.grad(total, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    total = functools.partial(LINEAR[name], w=weight, y=labels)
+    value = total(hidden)
+    with pytest.raises(RuntimeError, match=TWICE):
+        torch.autograd.grad(value, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match=TWICE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of .grad in a graph
+        value.backward(create_graph=True, retain_graph=True)
+    with pytest.raises(RuntimeError, match=TWICE):
+        torch.autograd.functional.hvp(total, hidden, torch.ones_like(hidden))
+    # what was refused has taken nothing away
+    leaves = (hidden, weight)
+    found = torch.autograd.grad(value, leaves, retain_graph=True)
+    assert same_bits(found, torch.autograd.grad(total(hidden), leaves))
+    assert same_bits(found, torch.autograd.grad(value, leaves))
+
+
+@pytest.mark.holds(23)
+@pytest.mark.fault(45)
+def test_a_second_derivative_inside_activation_checkpointing_is_refused() -> None:
+    hidden, weight, labels = small()
+    total = checkpoint(LINEAR["logprob"], hidden, weight, labels, use_reentrant=False)
+    with pytest.raises(RuntimeError, match=TWICE):
+        torch.autograd.grad(total, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_several_upstream_gradients_at_once_are_refused(name: str) -> None:
+    hidden, weight, labels = small()
+    total = LINEAR[name](hidden, weight, labels)
+    with pytest.raises(RuntimeError, match=BATCHED):
+        torch.autograd.grad(total, hidden, torch.ones(3), is_grads_batched=True, retain_graph=True)
+    jacobian = functools.partial(torch.autograd.functional.jacobian, vectorize=True)
+    with pytest.raises(RuntimeError, match=BATCHED):
+        jacobian(functools.partial(LINEAR[name], w=weight, y=labels), hidden)
+    assert torch.autograd.grad(total, hidden)[0].abs().sum() > 0
+
+
+def backwards(tree: ast.AST) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """The backwards of autograd functions and operators in a module, and what they are of."""
+    functions = {f.name: f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and any("Function" in ast.unparse(b) for b in node.bases):
+            yield from ((node.name, f) for f in node.body if getattr(f, "name", "") == "backward")
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".register_autograd"):
+            yield ast.unparse(node.func), functions[ast.unparse(node.args[0])]
+
+
+@pytest.mark.holds(23)
+def test_every_autograd_function_of_the_package_refuses_second_derivatives() -> None:
+    seen = {}
+    for path in files():
+        if path.suffix == ".py" and path.parts[0] in ("fusedpo", "kernels"):
+            tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+            for name, backward in backwards(tree):
+                seen[name] = [ast.unparse(d).split(".")[-1] for d in backward.decorator_list]
+    assert seen.keys() >= {"_Engine", "_Tail", "_SumOver", "token_stats.register_autograd"}
+    assert all(names[-1:] == ["first_order"] for names in seen.values()), seen
+
+
+@pytest.mark.holds(23)
+@on_torch
+def test_a_second_derivative_of_a_sum_over_ranks_is_refused(
+    monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values, group: values)
+    values = torch.ones(3, requires_grad=True)
+    for same in (True, False):
+        total = fusedpo.distributed.sum_over(None, values, same=same).sum()
+        with pytest.raises(RuntimeError, match=TWICE):
+            torch.autograd.grad(total, values, create_graph=True)
+        assert torch.equal(torch.autograd.grad(total, values)[0], torch.ones(3))
 
 
 @pytest.mark.holds(6)

@@ -494,3 +494,15 @@ def test_what_is_wrong_is_asserted_in_what_is_traced(as_traced: None) -> None:
         flat(labels.flatten(), cu_seqlens=torch.tensor([0, 9, 30, 18, 36]))
     with pytest.raises(TypeError, match=r"^memory_budget: .* inside torch\.compile, got a Plan"):
         linear_logprobs(hidden, weight, labels, memory_budget=fusedpo.plan(27, VOCAB, WIDTH))
+
+
+@pytest.mark.holds(23)
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_second_derivative_is_refused_in_a_graph_too(compiler: str) -> None:
+    """By the operator, or by a compiler that has made a graph of both passes."""
+    hidden, weight, labels = data()
+    f = torch.compile(lambda h: linear_logprobs(h, weight, labels).sum(), backend=compiler)
+    total = f(hidden)
+    with pytest.raises(RuntimeError, match=r"create_graph|double backward"):
+        (first,) = torch.autograd.grad(total, hidden, create_graph=True)
+        (total + first.square().sum()).backward()
