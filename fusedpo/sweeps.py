@@ -217,8 +217,9 @@ class Tiles:
     """The problem cut into tiles: reads operands, makes logits, and runs the sweeps over them."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> None:
-        self.hidden, self.weight, self.call = hidden, weight, call
-        self.bias = None if bias is None else bias.contiguous()
+        # kernels read memory, which holds the negatives where the bit says so; then it is copied
+        self.hidden, self.weight, self.call = hidden.resolve_neg(), weight.resolve_neg(), call
+        self.bias = None if bias is None else bias.resolve_neg().contiguous()
         self.rows, self.plan = call.rows, call.plan
         self.acc = accumulated_dtype(hidden.dtype)
         self.operand = call.operand
@@ -231,7 +232,7 @@ class Tiles:
         if self.shard is not None:
             self.targets = self.targets - self.shard.offset
         self.count = call.rows.count
-        self.flat = _flat(hidden)
+        self.flat = _flat(self.hidden)
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.acc, device=self.hidden.device)

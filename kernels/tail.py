@@ -468,7 +468,7 @@ def tail(
     given = (logprob, starts, lengths, baseline, reference, tau, weight)
     with on_device_of(logprob):
         tail_kernel[(examples,)](
-            *(None if t is None else t.detach().contiguous() for t in given),
+            *(None if t is None else t.detach().resolve_neg().contiguous() for t in given),
             loss,
             score,
             gradient,

@@ -420,6 +420,78 @@ def test_any_layout_of_the_inputs(layout: str) -> None:
         assert relative(ours[1], expected[1]) < 5e-6
 
 
+def with_negative_bit(t: torch.Tensor) -> torch.Tensor:
+    """The same numbers, whose memory holds their negatives, as of x.conj().imag."""
+    found = torch._neg_view(-t.detach()).requires_grad_(t.requires_grad)
+    assert found.is_neg() and torch.equal(found, t)
+    return found
+
+
+@pytest.mark.holds(28)
+@pytest.mark.fault(18)
+@pytest.mark.parametrize("how", ["planned", "frozen", "entropy", "fused"])
+def test_a_negative_bit_is_resolved(how: str, backend: str) -> None:
+    hidden, weight, labels = small()
+    g = torch.Generator().manual_seed(1)
+    trained = how in ("planned", "entropy")
+    plain = {
+        "hidden": hidden.requires_grad_(how != "fused"),
+        "weight": weight.requires_grad_(trained),
+        "labels": labels if trained else labels.clamp(min=0),  # with all scored, none is copied
+        "bias": torch.randn(50, generator=g).requires_grad_(trained),
+        "temperature": torch.rand(labels.shape, generator=g) + 0.5,
+        "upstream": torch.randn(labels.shape, generator=g),
+        "upstream_entropy": torch.randn(labels.shape, generator=g),
+    }
+    names = ("logprob", "entropy") if how == "entropy" else ("logprob",)
+    budget = None
+    if how == "fused":
+        options = {"fused": backend == "triton", "backend": backend, "softcap": False}
+        budget = plan(labels.numel(), 50, 8, needs=(), **options)
+
+    def result(problem: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        given = dict(problem)
+        upstream = (given.pop("upstream"), given.pop("upstream_entropy"))[: len(names)]
+        stats = linear_token_stats(**given, stats=names, memory_budget=budget)
+        outputs = [getattr(stats, name) for name in names]
+        leaves = [t for t in given.values() if t.requires_grad]
+        return [*outputs, *(torch.autograd.grad(outputs, leaves, upstream) if leaves else ())]
+
+    expected = result(plain)
+    for name, tensor in plain.items():
+        found = result({**plain, name: with_negative_bit(tensor)})
+        assert same_bits(found, expected), name
+
+
+@pytest.mark.holds(28)
+@pytest.mark.fault(18)
+@pytest.mark.parametrize("name", ["DPO", "SoftSequence"])
+def test_a_negative_bit_beside_the_loss_is_resolved(name: str) -> None:
+    """Also in float64, which is taken as it is."""
+    hidden, weight, labels = small()
+    labels = labels.clamp(min=0)
+    g = torch.Generator().manual_seed(1)
+    numbers = torch.randn(labels.shape, generator=g).double()
+    function, loss = preference_loss, losses.DPO()
+    if name == "DPO":
+        every = [{"ref_logprobs": numbers - 4}, {"ref_hidden": hidden.detach() * 0.9}]
+    else:
+        function, loss = policy_loss, losses.SoftSequence()
+        weights = {"importance_weights": numbers[:, 1].abs()}
+        every = [{"old_logprobs": numbers - 4, "advantages": numbers[:, 0], **weights}]
+
+    def result(given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        out = function(loss, hidden, weight, labels, **given)
+        gradients = torch.autograd.grad(out.loss, (hidden, weight))
+        return [out.loss.detach(), out.per_example, *gradients]
+
+    for arguments in every:
+        expected = result(arguments)
+        for argument, tensor in arguments.items():
+            found = result({**arguments, argument: with_negative_bit(tensor)})
+            assert same_bits(found, expected), argument
+
+
 @pytest.mark.holds(28)
 @pytest.mark.fault(18)
 def test_last_states_of_any_layout(backend: str) -> None:
