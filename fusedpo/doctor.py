@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from fusedpo import precision
 from fusedpo.backend import _LEAST_CUDA, _LEAST_TRITON
 from fusedpo.checks import bad_value
 
@@ -178,8 +179,8 @@ TRAPS: dict[str, Trap] = {
     "tf32": Trap(
         "note",
         lambda f: f.tf32,
-        "products of float32 are made in TF32, with about 3 digits, as torch has been told: unset "
-        "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE for full precision",
+        "a model's products of float32 are made in TF32, with about 3 digits, as torch has been "
+        "told (this library's are not): unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE for full precision",
         "torch.get_float32_matmul_precision()",
     ),
     "old TRL": Trap(
@@ -384,7 +385,7 @@ def gather(device: torch.device, broken: Mapping[str, str]) -> Facts:
 
 
 def rounds_to_tf32(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return device.type == "cuda" and precision.rounds()
 
 
 def _shadow() -> str | None:

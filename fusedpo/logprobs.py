@@ -26,7 +26,6 @@ All five fold the same tiles in the same order, so their log-probabilities are b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -37,6 +36,7 @@ from fusedpo.backend import resolve
 from fusedpo.head import Head
 from fusedpo.operators import token_stats
 from fusedpo.plan import Needs, Plan, Scope, parse_budget, plan
+from fusedpo.precision import own_precision
 from fusedpo.scored import assert_on_device, count_scored, label_fault, temperature_faults, tracing
 from fusedpo.sweeps import (
     DIFFERENTIABLE,
@@ -107,9 +107,10 @@ def linear_logprobs(
         z = softcap * tanh(z / softcap) * logit_scale / temperature
         logp = log_softmax(z.float(), -1).gather(-1, labels[..., None])[..., 0]
 
-    but the logits are accumulated and kept in fp32 whatever the input's dtype, log-probabilities
-    near zero keep their digits, and only tokens that are not ignored are projected. Gradients are
-    of first order: a backward with ``create_graph`` or ``is_grads_batched`` is refused.
+    but the logits are accumulated and kept in fp32 whatever the input's dtype (and whatever
+    ``torch.set_float32_matmul_precision`` says), log-probabilities near zero keep their digits, and
+    only tokens that are not ignored are projected. Gradients are of first order: a backward with
+    ``create_graph`` or ``is_grads_batched`` is refused.
 
     Args:
         hidden: [..., H], the head's inputs; float64, float32, bfloat16 or float16.
@@ -458,10 +459,6 @@ def _traced(
     return TokenStats(**dict(zip(stats, values[: len(stats)], strict=True)))
 
 
-def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, enabled=False)
-
-
 def _graph_is_kept() -> bool:
     """Whether the running backward was asked to keep the graph, so that it may be run again."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
@@ -485,7 +482,7 @@ class _Engine(torch.autograd.Function):
         route = call.plan.route
         unit = kept = assumed = None
         head = HeadGradient(None, None)
-        with _no_autocast(hidden.device):
+        with own_precision(hidden.device, call.operand):
             tiles = Tiles(hidden, weight, bias, call)
             if need_hidden and route != "retain":
                 unit = tiles.new_unit()
@@ -534,7 +531,7 @@ class _Engine(torch.autograd.Function):
         need_hidden, need_weight, need_bias = (
             n in call.needs for n in ("hidden", "weight", "bias")
         )
-        with _no_autocast(hidden.device):
+        with own_precision(hidden.device, call.operand):
             tiles = Tiles(hidden, weight, bias, call)
             g = tiles.zeros(tiles.count) if g is None else g.to(tiles.acc)
             stats = dict(zip(KEPT, vectors, strict=True))

@@ -21,6 +21,7 @@ from torch import Tensor
 from fusedpo import checks
 from fusedpo.backend import resolve
 from fusedpo.plan import Needs, plan
+from fusedpo.precision import own_precision
 from fusedpo.sweeps import (
     DIFFERENTIABLE,
     KEPT,
@@ -131,7 +132,7 @@ def token_stats(*arguments: Any) -> list[Tensor]:
         stats: names with commas between them.
     """
     *problem, needs, stats = arguments
-    with torch.autocast(problem[0].device.type, enabled=False):
+    with own_precision(problem[0].device, problem[-1]):
         # planned as the backward will be, so that a budget is refused here
         tiles = _tiles(tuple(stats.split(",")), _wanted(needs), *problem)
         found = tiles.sweep_forward(None)
@@ -161,7 +162,7 @@ def token_stats_backward(*arguments: Any) -> list[Tensor]:
     *problem, kept, entropy, upstream, upstream_entropy, needs = arguments
     hidden, _, bias, *_ = problem
     wanted = _wanted(needs)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with own_precision(hidden.device, problem[-1]):
         tiles = _tiles((), wanted, *problem)
         rows = tiles.rows
         found = {name: rows.gather(t) for name, t in zip(KEPT, kept, strict=True)}

@@ -253,38 +253,6 @@ def test_kernels_take_fp32_as_it_is() -> None:
     assert products and all("input_precision='ieee'" in call for _, call in products), products
 
 
-class Products(TorchDispatchMode):
-    """What every product of matrices takes, and torch's own switch at that time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[tuple[torch.dtype, str]] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
-            switch = torch.get_float32_matmul_precision()
-            given = (*args, *(kwargs or {}).values())
-            self.seen |= {(t.dtype, switch) for t in given if isinstance(t, Tensor)}
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.fault(17)
-@pytest.mark.parametrize("switch", ["highest", "high"])
-@pytest.mark.parametrize("budget", ["64KiB", None])
-def test_products_of_fp32_follow_the_switch_of_torch(budget: str | None, switch: str) -> None:
-    hidden, weight, labels = data()
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision(switch)
-        with Products() as products:
-            out = preference_loss(losses.SimPO(), hidden, weight, labels, memory_budget=budget)
-            out.loss.backward()
-        assert products.seen == {(torch.float32, switch)}
-        assert torch.get_float32_matmul_precision() == switch
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 # weights, and what is detached
 
 

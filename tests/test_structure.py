@@ -19,7 +19,7 @@ from fusedpo import catalogue, losses
 # lowest first; a module imports from the lines above its own, and from its own package
 LAYERS = (
     ("kernels",),
-    ("checks", "tables"),
+    ("checks", "precision", "tables"),
     ("distributed",),
     ("plan", "scored", "scores"),
     ("backend", "head", "losses", "sweeps"),

@@ -37,6 +37,7 @@ from fusedpo import (
 )
 from fusedpo.backend import resolve
 from fusedpo.plan import format_bytes
+from fusedpo.precision import full_precision
 
 SUMMARY = "say what is installed, what will be used, and whether it computes the right thing"
 EXAMPLES = """\
@@ -406,12 +407,11 @@ class Problem:
 
         formula = functools.partial(self.formula, name)
         exact, exact_loss, exact_gradients, largest = self.full(torch.float64, "cpu", formula, cap)
-        naive_gradients = self.full(self.dtype, str(self.device), formula, cap)[2]
+        with full_precision():
+            naive_gradients = self.full(self.dtype, str(self.device), formula, cap)[2]
         per_logit, floor = (2e-6, max(5e-6, 2 * torch.finfo(self.dtype).eps))
         if self.dtype == torch.float64:
             per_logit, floor = 1e-12, 1e-12
-        elif self.dtype == torch.float32 and doctor.rounds_to_tf32(self.device):
-            per_logit, floor = 2e-4, 5e-3
         bound = per_logit * max(10.0, largest)
         seen = [("log-probabilities", float((logprob.double().cpu() - exact).abs().max()), bound)]
         gap = abs(float(loss.detach()) - float(exact_loss)) / max(1.0, abs(float(exact_loss)))
