@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,36 @@ def test_a_second_backward_gives_the_same_gradients(route: str, dtype: torch.dty
 
 @pytest.mark.holds(6)
 @pytest.mark.fault(43)
+def test_a_backward_through_the_logprob_follows_one_through_the_entropy() -> None:
+    """What waits for it is kept as long as the graph is, and let go of with it."""
+    hidden, weight, labels = small()
+    leaves = (hidden, weight)
+
+    def stats() -> fusedpo.TokenStats:
+        return linear_token_stats(hidden, weight, labels, stats=("logprob", "entropy"))
+
+    alone = [
+        torch.autograd.grad(getattr(stats(), name).sum(), leaves) for name in ("entropy", "logprob")
+    ]
+    for last in ("entropy", "logprob"):
+        found = stats()
+        names = ("entropy", "logprob", "entropy", last)
+        got = [
+            torch.autograd.grad(getattr(found, name).sum(), leaves, retain_graph=i < 3)
+            for i, name in enumerate(names)
+        ]
+        assert all(
+            same_bits(gradient, alone[name == "logprob"])
+            for name, gradient in zip(names, got, strict=True)
+        )
+        engine = engine_of(found.logprob)
+        assert engine.unit is None
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            found.logprob.sum().backward()
+
+
+@pytest.mark.holds(6)
+@pytest.mark.fault(43)
 @pytest.mark.parametrize("route", ["frozen", "recompute", "retain"])
 def test_a_second_backward_takes_another_upstream_gradient(route: str, backend: str) -> None:
     hidden, weight, labels = small()
@@ -106,11 +137,40 @@ def test_a_second_backward_of_a_loss_takes_another_factor(route: str, backend: s
     def total() -> torch.Tensor:
         return preference_loss(losses.SimPO(), hidden, weight, labels, **options).loss
 
-    leaves, loss = (hidden, weight), total()
-    found = torch.autograd.grad(3.0 * loss, leaves, retain_graph=True)
-    assert same_bits(found, torch.autograd.grad(3.0 * total(), leaves))
-    found = torch.autograd.grad(-0.5 * loss, leaves)
-    assert same_bits(found, torch.autograd.grad(-0.5 * total(), leaves))
+    check_factors(total, (hidden, weight))
+
+
+@pytest.mark.holds(6)
+@pytest.mark.fault(43)
+@on_torch
+@pytest.mark.parametrize("needs", [("bias",), ("hidden", "bias"), ("weight", "bias")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_second_backward_of_a_plan_for_more_gradients_takes_another_factor(
+    dtype: torch.dtype, needs: tuple[str, ...], backend: str
+) -> None:
+    """Such as a head's bias alone by ``one_pass``, which is otherwise for a trained weight."""
+    hidden, weight, labels = small(dtype)
+    tensors = {"hidden": hidden, "weight": weight, "bias": torch.linspace(-1, 1, 50).to(dtype)}
+    for name, t in tensors.items():
+        t.requires_grad_(name in needs)
+    shape = (int((labels >= 0).sum()), 50, 8)
+    options = {"dtype": dtype, "needs": tuple(tensors), "scope": "pair", "groups": 2}
+    chosen = with_tile(plan(*shape, route="one_pass", **options), 3, 16)
+
+    def total() -> torch.Tensor:
+        given = {**tensors, "labels": labels, "memory_budget": chosen}
+        return preference_loss(losses.SimPO(), **given).loss
+
+    check_factors(total, [t for t in tensors.values() if t.requires_grad])
+
+
+def check_factors(total: Callable[[], torch.Tensor], leaves: Sequence[torch.Tensor]) -> None:
+    """Backwards of one graph, with a factor each, are those of graphs of their own."""
+    loss = total()
+    for factor, last in ((3.0, False), (-0.5, True)):
+        found = torch.autograd.grad(factor * loss, leaves, retain_graph=not last)
+        assert same_bits(found, torch.autograd.grad(factor * total(), leaves))
+        assert all(gradient.abs().sum() > 0 for gradient in found)
 
 
 @pytest.mark.fault(44)
@@ -572,17 +632,24 @@ def test_labels_may_be_changed_before_the_backward(masked: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+def engine_of(output: torch.Tensor) -> Any:
+    """The engine's node in the graph of an output."""
+    nodes = [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and "_Engine" in type(node).__name__:
+            return node
+        nodes += [n for n, _ in getattr(node, "next_functions", ())]
+    raise AssertionError("no part of the graph is the engine's")
+
+
 @pytest.mark.parametrize("route", ["recompute", "one_pass"])
 def test_the_last_backward_lets_go_of_what_was_held(route: str) -> None:
     hidden, weight, labels = small(torch.bfloat16)
     out = preference_loss(losses.SimPO(), hidden, weight, labels, memory_budget="64KiB")
     if route == "one_pass":
         out = preference_loss(losses.SimPO(), hidden, weight, labels)
-    nodes, engine = [out.loss.grad_fn], None
-    while nodes:
-        node = nodes.pop()
-        engine = node if node is not None and "_Engine" in type(node).__name__ else engine
-        nodes += [n for n, _ in getattr(node, "next_functions", ())]
+    engine = engine_of(out.loss)
     assert engine.unit is not None or engine.call.plan.route == "retain"
     out.loss.backward()
     assert engine.unit is None and (engine.head is None or not engine.head.wanted)
