@@ -698,8 +698,17 @@ def refused(name: str) -> list[tuple[str, str]]:
 
 def counts() -> list[float]:
     rank = dist.get_rank()
-    given = [3 if rank else 5, 2.5, torch.tensor(7 + rank)]
-    return [fusedpo.distributed.global_count(count).item() for count in given]
+    kept = torch.tensor(1.0 + rank, dtype=torch.float64)
+    given = [
+        3 if rank else 5,
+        2.5,
+        torch.tensor(7 + rank),
+        2**24 + 1,
+        torch.tensor(2**25 + 2),
+        kept,
+    ]
+    found = [fusedpo.distributed.global_count(count).item() for count in given]
+    return [*found, kept.item() - rank]
 
 
 def averaged_gradients() -> list[str]:
