@@ -25,11 +25,12 @@ def check_name(backend: str) -> None:
         raise checks.bad_choice("backend", backend, _CHOICES)
 
 
-def resolve(backend: str, hidden: Tensor) -> Backend:
+def resolve(backend: str, hidden: Tensor, *others: Tensor | None) -> Backend:
     """The backend of a call.
 
     ``"auto"`` takes the kernels on a GPU that can run them, and PyTorch everywhere else; with one
-    warning where the GPU is too old for them, or Triton is, or is missing.
+    warning where the GPU is too old for them, or Triton is, or is missing, or where hidden or one
+    of the others has no memory for them to read.
 
     Raises:
         ValueError: for an unknown backend, or for ``"triton"`` where it cannot run, saying why.
@@ -37,7 +38,7 @@ def resolve(backend: str, hidden: Tensor) -> Backend:
     check_name(backend)
     if backend == "torch" or (backend == "auto" and not hidden.is_cuda):
         return "torch"
-    obstacle = _obstacle(hidden)
+    obstacle = _obstacle(hidden, *others)
     if obstacle is None:
         return "triton"
     expected, got = obstacle
@@ -57,8 +58,8 @@ def _warn_once(expected: str, got: str) -> None:
     )
 
 
-def _obstacle(hidden: Tensor) -> tuple[str, str] | None:
-    """What the kernels lack for these hidden states: (what is expected, what there is), or None."""
+def _obstacle(hidden: Tensor, *others: Tensor | None) -> tuple[str, str] | None:
+    """What the kernels lack for these tensors: (what is expected, what there is), or None."""
     found = _triton_version()
     if found is None or found < _LEAST_TRITON:
         least = ".".join(map(str, _LEAST_TRITON))
@@ -66,6 +67,9 @@ def _obstacle(hidden: Tensor) -> tuple[str, str] | None:
         return f"Triton {least} or newer", got
     if hidden.dtype == torch.float64:
         return "hidden states in float32, bfloat16 or float16", "float64"
+    for tensor in (hidden, *others):
+        if _wraps_others(tensor):
+            return "tensors with memory of their own", type(tensor).__name__
     if not hidden.is_cuda:
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None
@@ -75,6 +79,13 @@ def _obstacle(hidden: Tensor) -> tuple[str, str] | None:
         if capability < _LEAST_CUDA:
             return "a GPU of compute capability 8.0 or newer", ".".join(map(str, capability))
     return None
+
+
+def _wraps_others(tensor: Tensor | None) -> bool:
+    """Whether this is a subclass around other tensors, such as a quantised weight, which only
+    torch's operations can read."""
+    own = Tensor.__torch_dispatch__
+    return getattr(type(tensor), "__torch_dispatch__", own) is not own
 
 
 @functools.cache

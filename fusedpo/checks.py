@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 _LEAST_TORCH = (2, 6)
@@ -80,7 +81,53 @@ def is_tensor(argument: str, value: object) -> Tensor:
         raise bad_type(argument, "a torch.Tensor", type(value).__name__)
     if type(value).__name__ == "DTensor":
         raise bad_type(argument, "a plain tensor", "a DTensor", f"pass {argument}.full_tensor()")
+    # while a graph is traced, tensors are fake, and what they stand for is not
+    if not torch.compiler.is_compiling():
+        _has_numbers(argument, value)
     return value
+
+
+_TELLS_BYTES = "for what a call takes, fusedpo.plan(...) tells the bytes"
+_NUMBERS = "a tensor with numbers in it"
+
+
+def _has_numbers(argument: str, value: Tensor) -> None:
+    """Raise for a tensor that is not one number beside the other, or is more than numbers."""
+    if type(value).__name__ == "FakeTensor":
+        raise bad_type(argument, _NUMBERS, "a FakeTensor", _TELLS_BYTES)
+    if value.is_nested:
+        remedy = f"pad it, or pass {argument}.values() as packed rows with cu_seqlens"
+        raise bad_type(argument, "a dense tensor", "a nested tensor", remedy)
+    if value.layout is not torch.strided:
+        remedy = f"pass {argument}.to_dense()"
+        raise bad_type(argument, "a dense tensor", str(value.layout), remedy)
+    if forward_ad._current_level >= 0 and _tangent(value) is not None:
+        raise bad_value(
+            argument,
+            "a tensor without a tangent",
+            "one of forward-mode differentiation",
+            "use torch.autograd.grad",
+        )
+
+
+def _tangent(value: Tensor) -> Tensor | None:
+    """Its derivative in forward mode."""
+    tangent: Tensor | None = forward_ad.unpack_dual(value).tangent  # type: ignore[no-untyped-call]
+    return tangent
+
+
+def not_transformed() -> None:
+    """Raise inside a transform of ``torch.func``."""
+    if torch.compiler.is_compiling():
+        return
+    transform = torch._C._functorch.peek_interpreter_stack()
+    if transform is not None:
+        raise bad_value(
+            "torch.func",
+            "a call outside of its transforms",
+            f"one inside {transform.key().name.lower()}",
+            "use torch.autograd.grad, and a loop or a larger batch instead of vmap",
+        )
 
 
 def floating(argument: str, value: object) -> Tensor:
@@ -123,6 +170,7 @@ def head_inputs(
     hidden: object, weight: object, bias: object, *, prefix: str = ""
 ) -> tuple[Tensor, Tensor]:
     """Types and shapes of hidden [..., H], weight [V, H], bias [V]."""
+    not_transformed()
     hidden = floating(f"{prefix}hidden", hidden)
     weight = floating(f"{prefix}weight", weight)
     if weight.dim() != 2 or weight.numel() == 0:
@@ -144,6 +192,9 @@ def head_inputs(
         bias = floating(f"{prefix}bias", bias)
         shaped(f"{prefix}bias", bias, (weight.shape[0],), "[V] =", "")
     same_device(**{f"{prefix}hidden": hidden, f"{prefix}weight": weight, f"{prefix}bias": bias})
+    # after the devices, as all others' are this one, a reference's too
+    if hidden.is_meta and not prefix and not torch.compiler.is_compiling():
+        raise bad_type("hidden", _NUMBERS, "one on the meta device", _TELLS_BYTES)
     _same_dtype(prefix, hidden, weight, bias)
     return hidden, weight
 

@@ -129,7 +129,7 @@ def lay_out(
         assert_on_device(faults)
         rows = Rows.all_of(labels, ignore_index)
         return Layout(labels, rows, _traced_sequences(rows, borders, empty), None, backend)
-    backend = resolve(backend, hidden)
+    backend = resolve(backend, hidden, head.weight, head.bias)
     if sequence_group is not None:
         every, rank = count_parts(
             labels, ignore_index, faults, sequence_group, borders=borders, num_scored=num_scored

@@ -227,7 +227,7 @@ def _prepare(
     if tracing():
         assert_on_device(faults)
         return Rows.all_of(labels, ignore_index), options
-    options["backend"] = resolve(backend, hidden)
+    options["backend"] = resolve(backend, hidden, head.weight, head.bias)
     (count,) = count_scored(labels, ignore_index, faults, num_scored=num_scored)
     return Rows.of(labels, ignore_index, count), options
 
@@ -383,7 +383,7 @@ def score_with_states(
         return found, rows_of_states.to(accumulated_dtype(hidden.dtype))
     # whoever has groups has looked into the loss for them
     scope: Scope | None = None if groups is None else "pair"
-    resolved = resolve(backend, hidden)
+    resolved = resolve(backend, hidden, head.weight, head.bias)
     chosen = plan_for(
         hidden,
         head,

@@ -82,6 +82,27 @@ def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     fusedpo.backend._warn_once.cache_clear()
 
 
+class Wrapper(torch.Tensor):
+    """As a quantised weight: around other tensors, without memory of its own."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError
+
+
+def test_a_weight_without_memory_takes_pytorch(
+    old_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    assert resolve("auto", OnGpu(), weight, None) == "triton"
+    wrapped = torch.Tensor._make_wrapper_subclass(Wrapper, (2, 3))
+    with pytest.warns(UserWarning, match="need tensors with memory of their own: got Wrapper"):
+        assert resolve("auto", OnGpu(), wrapped, None) == "torch"
+    with pytest.raises(ValueError, match=r"^backend: expected tensors with memory of their own"):
+        resolve("triton", OnGpu(), weight, wrapped)
+
+
 @pytest.mark.fault(62)
 def test_an_old_gpu_takes_pytorch(old_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match=r"takes PyTorch, .* capability 8.0 or newer: got 7.5"):

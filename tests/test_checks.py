@@ -372,6 +372,183 @@ def test_every_function_refuses(call, given, error, message):
     refused(call, given, error, message)
 
 
+# tensors that have no numbers in memory of their own, and calls that are not one call
+
+
+def fake() -> dict[str, Tensor]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode()
+    return {name: mode.from_tensor(t.detach()) for name, t in GOOD.items()}
+
+
+def jagged(t: Tensor) -> Tensor:
+    return torch.nested.nested_tensor(list(t.detach().unbind(0)), layout=torch.jagged)
+
+
+NO_NUMBERS = r"expected a tensor with numbers in it, got {}; for what a call takes, fusedpo\.plan"
+SPECIAL: dict[str, Row] = {
+    **{
+        f"{name} {layout}": (
+            {name: make(GOOD[name].detach())},
+            TypeError,
+            rf"^{name}: expected a dense tensor, got torch\.{layout}; pass {name}\.to_dense\(\)",
+        )
+        for name in ("hidden", "weight", "labels")
+        for layout, make in (
+            ("sparse_coo", Tensor.to_sparse),
+            ("sparse_csr", lambda t: torch.eye(3, dtype=t.dtype).to_sparse_csr()),
+            ("_mkldnn", Tensor.to_mkldnn),
+        )
+        if layout != "_mkldnn" or name != "labels"
+    },
+    **{
+        f"{name} nested": (
+            {name: make(GOOD[name])},
+            TypeError,
+            rf"^{name}: expected a dense tensor, got a nested tensor; pad it, or pass {name}"
+            r"\.values\(\) as packed rows with cu_seqlens",
+        )
+        for name in ("hidden", "labels")
+        for make in (jagged, lambda t: torch.nested.nested_tensor(list(t.detach().unbind(0))))
+    },
+    "all on the meta device": (
+        {name: t.detach().to("meta") for name, t in GOOD.items()},
+        TypeError,
+        "^hidden: " + NO_NUMBERS.format("one on the meta device"),
+    ),
+    "all fake": (fake(), TypeError, "^hidden: " + NO_NUMBERS.format("a FakeTensor")),
+    "a fake weight": (
+        {"weight": fake()["weight"]},
+        TypeError,
+        "^weight: " + NO_NUMBERS.format("a FakeTensor"),
+    ),
+}
+
+
+@pytest.mark.holds(13, 40)
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|nested tensors)")
+@pytest.mark.parametrize("call", [logprobs, stats, pairs, module])
+@rows(SPECIAL)
+def test_a_tensor_that_is_not_dense_or_has_no_numbers_is_refused(call, given, error, message):
+    with pytest.raises(error, match=message):
+        call(**given)
+
+
+@pytest.mark.holds(40)
+@pytest.mark.parametrize(
+    ("loss", "name"), [(DPO, "ref_logprobs"), (DPO, "ref_hidden"), (losses.GRPO(), "advantages")]
+)
+def test_nor_is_one_beside_the_loss(loss, name):
+    numbers = {"ref_hidden": HIDDEN.detach(), "advantages": torch.ones(B)}.get(name, normal(B, T))
+    call = fusedpo.policy_loss if name == "advantages" else fusedpo.preference_loss
+    with pytest.raises(TypeError, match=rf"^{name}: expected a dense tensor, got torch.sparse_coo"):
+        call(loss, **GOOD, **{name: numbers.to_sparse()})
+
+
+def forward_mode(call: Callable[[Tensor], Any]) -> None:
+    import torch.autograd.forward_ad as forward_ad
+
+    with forward_ad.dual_level():
+        call(forward_ad.make_dual(HIDDEN.detach(), HIDDEN.detach()))
+
+
+TRANSFORMS: dict[str, tuple[Callable[[Callable[[Tensor], Any]], Any], str]] = {
+    "grad": (lambda f: torch.func.grad(f)(HIDDEN), r"torch\.func: .*, got one inside grad"),
+    "vmap": (lambda f: torch.func.vmap(f)(HIDDEN[None]), r"torch\.func: .*, got one inside vmap"),
+    "jvp": (lambda f: torch.func.jvp(f, (HIDDEN,), (HIDDEN,)), r"torch\.func: .* inside jvp"),
+    "hessian": (lambda f: torch.func.hessian(f)(HIDDEN), r"torch\.func: .*, got one inside "),
+    "nothing of ours": (
+        lambda f: torch.func.grad(lambda x: f(HIDDEN) + x)(torch.ones(())),
+        r"torch\.func: expected a call outside of its transforms, got one inside grad; use "
+        r"torch\.autograd\.grad, and a loop or a larger batch instead of vmap",
+    ),
+    "forward mode": (
+        forward_mode,
+        r"hidden: expected a tensor without a tangent, got one of forward-mode differentiation; "
+        r"use torch\.autograd\.grad",
+    ),
+}
+
+
+@pytest.mark.holds(40)
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("call", [logprobs, pairs])
+def test_a_transform_is_refused_by_name(call, name, backend):
+    transform, message = TRANSFORMS[name]
+
+    def total(hidden: Tensor) -> Tensor:
+        found = call(hidden=hidden, backend=backend)
+        return found.sum() if isinstance(found, Tensor) else found.loss
+
+    with pytest.raises(ValueError, match="^" + message):
+        transform(total)
+
+
+class Subclass(Tensor):
+    """One that is a plain tensor but for its type."""
+
+
+class Watched(Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Quantised(Tensor):
+    """One without memory of its own, as of torchao: operations take what is behind it."""
+
+    def __new__(cls, behind: Tensor) -> Quantised:
+        return Tensor._make_wrapper_subclass(cls, behind.shape, dtype=behind.dtype)
+
+    def __init__(self, behind: Tensor) -> None:
+        self.behind = behind
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        def plain(value: Any) -> Any:
+            return value.behind if isinstance(value, cls) else value
+
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].behind)
+        return func(*map(plain, args), **{k: plain(v) for k, v in (kwargs or {}).items()})
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("kind", [Subclass, Watched])
+def test_a_subclass_with_memory_is_a_tensor(kind, frozen, backend):
+    hidden, weight = HIDDEN.detach().requires_grad_(), WEIGHT.detach()
+    leaves = [hidden] if frozen else [hidden, weight.requires_grad_()]
+    expected = logprobs(hidden=hidden, weight=weight, backend=backend)
+    made = {
+        "hidden": hidden.as_subclass(kind),
+        "weight": weight.as_subclass(kind),
+        "labels": LABELS.as_subclass(kind),
+    }
+    found = logprobs(**made, backend=backend)
+    assert torch.equal(found, expected)
+    gradients = torch.autograd.grad(found.sum(), leaves)
+    for one, other in zip(gradients, torch.autograd.grad(expected.sum(), leaves), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_subclass_without_memory_is_left_to_pytorch(monkeypatch):
+    """The kernels read memory: they are refused, and "auto" does without them."""
+    quantised, hidden = Quantised(WEIGHT.detach()), HIDDEN.detach().requires_grad_()
+    expected = logprobs(hidden=hidden, weight=WEIGHT.detach(), backend="torch")
+    for backend in ("torch", "auto"):
+        found = logprobs(hidden=hidden, weight=quantised, backend=backend)
+        assert torch.equal(found, expected)
+        assert torch.autograd.grad(found.sum(), hidden)[0].abs().sum() > 0
+    message = r'^backend: expected tensors with memory of their own for "triton", got Quantised'
+    for given in ({"weight": quantised}, {"weight": WEIGHT, "bias": Quantised(torch.ones(V))}):
+        for call in (logprobs, pairs):
+            with pytest.raises(ValueError, match=message):
+                call(backend="triton", **given)
+    with pytest.raises(ValueError, match=message):
+        pairs(DPO, ref_hidden=HIDDEN.detach(), ref_weight=quantised, backend="triton")
+
+
 @pytest.mark.holds(40)
 @rows(
     {

@@ -100,7 +100,7 @@ def main() -> None:
     driver.set_active(Driver(target_named(sys.argv[1]).gpu))
     compile_only()
     # neither a GPU nor the interpreter: say that there is one, and take products as it would
-    fusedpo.backend._obstacle = lambda hidden: None
+    fusedpo.backend._obstacle = lambda *tensors: None
     fusedpo.logprobs.operand_dtype = lambda hidden: hidden.dtype
     torch.set_num_threads(1)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
