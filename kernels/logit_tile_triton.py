@@ -12,6 +12,21 @@ and, per number of a hidden row, ``finish``: 4 and 2 read, 2 or 4 written.
 
 Arithmetic is in fp32. A row belongs to one program, so nothing is added atomically and results
 repeat bit for bit. Offsets are 64 bits wide.
+
+Triton puts no barrier between what a program's warps load from global memory and what they store
+there. What is read and written again, and why no two threads meet:
+
+    fold        its row's peak and shift, which all warps read before the barrier of the row's
+                maximum, and one thread writes behind it; steps, total, weighted, squares and plain,
+                of which only what the writing thread itself has read is written; a number of rest,
+                or of x where it is out, by the thread that read it; the target's own product is
+                read before that barrier, too
+    settle      a number of the block by the thread that read it; the target's entry alone where
+                nothing else is touched. Tiles of a row, programs of their own, share no column
+    jacobian    a number of x where it is out, by the thread that read it
+    finish      nothing
+
+That scalars are, ``machine_code`` reads from the compiled kernels (races.py).
 """
 
 from __future__ import annotations
@@ -110,8 +125,6 @@ def fold_kernel(
     # the target's own logit: one number more to read, rather than a search among all
     here = (y >= 0) & (y < width)
     own = tl.load(x_ptr + y, mask=here, other=0.0).to(tl.float32)
-    own = _logits(own, bias_ptr, y, here, softcap, scale, BIAS, SOFTCAP)
-    tl.store(own_ptr + row, own, mask=here)
 
     # the largest of the others, and the sum of all
     if WHOLE:
@@ -121,6 +134,9 @@ def fold_kernel(
         if PLAIN:
             plain = tl.sum(tl.where(inside, z, 0.0), 0)
         z = _others(z, lanes, inside, y)
+        # before the barrier of the maximum: behind it, one warp writes what all have read by then
+        before = tl.load(peak_ptr + row)
+        old_shift = tl.load(shift_ptr + row)
         highest = tl.max(z, 0)
     else:
         plains = tl.zeros([BLOCK], tl.float32)
@@ -135,13 +151,16 @@ def fold_kernel(
             peaks = tl.maximum(peaks, _others(z, columns, inside, y))
         if PLAIN:
             plain = tl.sum(plains, 0)
+        before = tl.load(peak_ptr + row)
+        old_shift = tl.load(shift_ptr + row)
         highest = tl.max(peaks, 0)
+    # not earlier: pointers may alias, so a store keeps the row's loads behind it
+    own = _logits(own, bias_ptr, y, here, softcap, scale, BIAS, SOFTCAP)
+    tl.store(own_ptr + row, own, mask=here)
     if PLAIN:
         tl.store(plain_ptr + row, tl.load(plain_ptr + row) + plain)
 
     # the new shift: the first peak there was, and above that whole multiples of log 2
-    before = tl.load(peak_ptr + row)
-    old_shift = tl.load(shift_ptr + row)
     peak = tl.maximum(before, highest)
     rise = tl.maximum(tl.ceil((peak - old_shift) * 1.4426950408889634), 0.0)
     # nothing is left of the past, or there is none

@@ -1,9 +1,10 @@
 """What the compiler makes of a kernel, read from its machine code; no GPU is needed.
 
 Triton compiles for a named target, and its wheel carries the tools that read what came out. So what
-a kernel's speed rests on can be held by a test on any machine: that nothing spills, that products
-run on the matrix units, that memory is read 16 bytes at a time. ``Specimen`` is a kernel together
-with what it promises, ``compile_for`` reads its machine code, ``faults`` compares the two.
+a kernel rests on can be held by a test on any machine: that nothing spills, that products run on
+the matrix units, that memory is read 16 bytes at a time, that no warp reads what another has
+overwritten. ``Specimen`` is a kernel together with what it promises, ``compile_for`` reads its
+machine code, ``faults`` compares the two.
 
 A module of kernels offers its specimens in a function ``specimens(target: str) ->
 list[Specimen]``, ``python -m fusedpo.kernels.report`` prints what became of them.
@@ -26,6 +27,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from fusedpo.kernels.races import races, traffic
 
 BULK = "bulk"  # width of a copy by the tensor memory accelerator: a whole tile
 
@@ -130,6 +133,10 @@ class Specimen:
         wide_stores: whether it must store 16 bytes at a time, too.
         narrow: how many narrower loads a streaming kernel may have, and how many narrower stores;
             for what there is once a row.
+        ahead: bytes that a program must ask for, 16 at a time, before it stores anything or waits
+            at a barrier; on NVIDIA.
+        occupancy: the least it must reach on NVIDIA.
+        same: arguments that may be the same memory as another: its name by theirs.
         element: what ``bytes`` and ``flop`` count for: "logit", "row".
         bytes: global memory read and written for each element.
         flop: floating-point operations for each element.
@@ -149,6 +156,9 @@ class Specimen:
     streaming: bool = False
     wide_stores: bool = False
     narrow: int = 16
+    ahead: int = 0
+    occupancy: float = 0.0
+    same: Mapping[str, str] = field(default_factory=dict)
     element: str
     bytes: float
     flop: float
@@ -172,6 +182,10 @@ class MachineCode:
         loads, stores: from and to global memory, by bytes of one thread; "bulk" for whole tiles.
         fma: fused multiply-adds of the ordinary units.
         plain_products: products of matrices that were left to them.
+        ahead: 16-byte loads before the first store or barrier, whichever comes first.
+        races: arguments that the warps of a program read and write with no barrier in between;
+            none for AMD, whose code is not looked at.
+        moved: whether the assembler has taken a load or store across a barrier.
     """
 
     registers: int
@@ -188,6 +202,9 @@ class MachineCode:
     stores: Mapping[str, int]
     fma: int
     plain_products: int
+    ahead: int = 0
+    races: tuple[str, ...] = ()
+    moved: bool = False
 
 
 def target_named(name: str) -> Target:
@@ -213,6 +230,13 @@ def compile_for(specimen: Specimen, target: Target) -> MachineCode:
     shared = compiled.metadata.shared
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
     warps = compiled.metadata.num_warps
+    if target.nvidia:
+        written, made = traffic(compiled.asm["ptx"]), used.pop("traffic")
+        whole = min(len(written), len(made)) - 1  # the last one of each goes on behind a branch
+        used["moved"] = written[:whole] != made[:whole]
+        if specimen.num_warps > 1:
+            arguments = [a for a in specimen.kernel.arg_names if a not in specimen.constexprs]
+            used["races"] = races(compiled.asm["ptx"], arguments, specimen.same)
     return MachineCode(
         **used,
         shared=shared,
@@ -252,6 +276,18 @@ def faults(specimen: Specimen, target: Target, code: MachineCode) -> list[str]:
         if other:
             listed = ", ".join(f"{n} {i}" for i, n in code.matrix.items())
             found.append(f"matrix instructions of an earlier generation: {listed}")
+    if code.races:
+        found.append(f"no barrier between reading and writing {', '.join(code.races)}")
+    if code.moved:
+        found.append("the assembler moved loads or stores of global memory across a barrier")
+    if target.nvidia and code.occupancy < specimen.occupancy:
+        found.append(
+            f"occupancy {code.occupancy:.0%}, {specimen.occupancy:.0%} promised: "
+            f"{code.registers} registers, {code.shared} bytes of shared memory"
+        )
+    ahead = specimen.ahead // (16 * target.gpu.warp_size * specimen.num_warps)
+    if target.nvidia and code.ahead < ahead:
+        found.append(f"{code.ahead} loads before the first store or barrier, {ahead} promised")
     if specimen.streaming:
         found += _narrow_faults("loads", code.loads, specimen.narrow)
     if specimen.streaming and specimen.wide_stores:
@@ -320,8 +356,12 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
         path.write_bytes(cubin)
         usage = _run(_tool("cuobjdump"), "-res-usage", str(path))
         text = _run(_tool("nvdisasm"), "-c", str(path))
-    instructions = Counter(_SASS.findall(text))
+    program = _SASS.findall(text)
+    instructions = Counter(program)
+    start = next((i for i, x in enumerate(program) if x.startswith(("STG", "BAR"))), None)
     return {
+        "ahead": sum(_global_access(x) == "ld 16" for x in program[:start]),
+        "traffic": _sass_traffic(text),
         "registers": _number(r"REG:(\d+)", usage),
         "stack": _number(r"STACK:(\d+)", usage),
         "spills": sum(n for i, n in instructions.items() if i.split(".")[0] in ("LDL", "STL")),
@@ -329,6 +369,26 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
         "spilled_scalar": 0,
         "instructions": instructions,
     }
+
+
+def _sass_traffic(text: str) -> list[Counter[str]]:
+    """As races.traffic."""
+    straight = re.split(r"^\.L_x_\w+:", text, maxsplit=1, flags=re.MULTILINE)[0]
+    found: list[Counter[str]] = [Counter()]
+    for instruction in _SASS.findall(straight):
+        if instruction.startswith("BAR."):
+            found.append(Counter())
+        elif access := _global_access(instruction):
+            found[-1][access] += 1
+    return found
+
+
+def _global_access(instruction: str) -> str | None:
+    """Of LDG.E.128, "ld 16"; None for what is neither a load nor a store of global memory."""
+    name, *modifiers = instruction.split(".")
+    if name not in ("LDG", "STG"):
+        return None
+    return f"{name[:2].lower()} {_nvidia_width(modifiers)}"
 
 
 def _read_amd(asm: Mapping[str, str]) -> dict[str, Any]:

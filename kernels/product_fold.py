@@ -20,6 +20,9 @@ and inside a group the programs that share a split, and so read the same weight 
 same time, are neighbours. The weight is streamed from memory once a group.
 
 Offsets are 64 bits wide; accumulators and statistics are fp32.
+
+No kernel here reads global memory that it writes: a program writes its own rows of its own split of
+``part``, the merging kernel its own rows of the result, and ``part`` is complete before it starts.
 """
 
 from __future__ import annotations

@@ -107,6 +107,10 @@ def _fold() -> list[Specimen]:
                     streaming=True,
                     wide_stores=out is not None,
                     narrow=32,
+                    ahead=_bytes_of(x) * tile.block if whole and not options else 0,
+                    # in place and with all options, two programs of the longest rows may not fit
+                    occupancy=0.25 if options or out == x else 0.5,
+                    same={"out_ptr": "x_ptr"} if out == x else {},
                     element="logit",
                     bytes=_bytes_of(x) + (_bytes_of(out) if out else 0),
                     flop=24.0 if options else 4.0,

@@ -19,6 +19,27 @@ def softmax_kernel(x_ptr, out_ptr, stride, columns, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def peak_kernel(
+    x_ptr, peak_ptr, own_ptr, out_ptr, columns, LATE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """exp(x - peak) with the largest number that any call has seen. LATE: as it must not be."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    if LATE:
+        tl.store(own_ptr + row, tl.load(x_ptr + row * columns))
+    else:
+        before = tl.load(peak_ptr + row)
+    x = tl.load(x_ptr + row * columns + column, mask=inside, other=float("-inf"))
+    highest = tl.max(x, 0)
+    if LATE:
+        before = tl.load(peak_ptr + row)
+    peak = tl.maximum(before, highest)
+    tl.store(peak_ptr + row, peak)
+    tl.store(out_ptr + row * columns + column, tl.exp(x - peak), mask=inside)
+
+
+@triton.jit
 def dot_kernel(
     a_ptr,
     b_ptr,
@@ -59,6 +80,9 @@ def specimens(target: str) -> list[Specimen]:
         _softmax("scalar loads and stores", divisible=()),
         # 128 numbers a thread (64 where a warp is wider), and 32 (64) registers
         _softmax("spills", num_warps=1, options={"maxnreg": 32, "waves_per_eu": 8}),
+        _peak("good", LATE=False),
+        # AMD's code is not looked at
+        *([] if target.startswith("gfx") else [_peak("read too late", LATE=True)]),
         _dot("good"),
         _dot("broadcast", DOT=False, BROADCAST=True, BLOCK_V=16, BLOCK_K=16),
         _dot("one of two broadcast", BROADCAST=True, BLOCK_V=16, BLOCK_K=16),
@@ -88,6 +112,20 @@ def _softmax(
         streaming=True,
         wide_stores=True,
         **others,
+    )
+
+
+def _peak(variant: str, LATE: bool) -> Specimen:
+    pointers = ("x_ptr", "peak_ptr", "own_ptr", "out_ptr")
+    return _specimen(
+        "peak",
+        variant,
+        peak_kernel,
+        {**dict.fromkeys(pointers, "*fp32"), "columns": "i32"},
+        constexprs={"LATE": LATE, "BLOCK": 4096},
+        divisible=(*pointers, "columns"),
+        ahead=4096 * 4,
+        occupancy=0.5,
     )
 
 

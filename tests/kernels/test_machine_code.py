@@ -22,6 +22,7 @@ pytest.importorskip("triton")
 
 from fusedpo.kernels import machine_code
 from fusedpo.kernels.machine_code import TARGETS, MachineCode, Specimen, target_named
+from fusedpo.kernels.races import races
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="Triton's compiler and tools exist for Linux only"
@@ -35,6 +36,11 @@ PLANTED = {
     ("softmax", "scalar stores"): ["no 16-byte stores"],
     ("softmax", "scalar loads and stores"): ["no 16-byte loads", "no 16-byte stores"],
     ("softmax", "spills"): ["spills"],
+    ("peak", "good"): [],
+    ("peak", "read too late"): [
+        "no barrier between reading and writing peak_ptr",
+        "0 loads before the first store or barrier, 8 promised",
+    ],
     ("dot", "good"): [],
     ("dot", "broadcast"): ["no matrix instruction", "products of matrices by plain FMA"],
     ("dot", "one of two broadcast"): ["products of matrices by plain FMA"],
@@ -43,7 +49,11 @@ PLANTED = {
     ("dot", "too much shared memory"): ["cannot be launched"],
     ("not a kernel", "does not compile"): ["undefined_name is not defined"],
 }
-NOT_EVERYWHERE = {("dot", "fp32"): {"gfx942"}, ("dot", "thin"): {"sm_80", "gfx942"}}
+NOT_EVERYWHERE = {
+    ("peak", "read too late"): {"gfx942"},
+    ("dot", "fp32"): {"gfx942"},
+    ("dot", "thin"): {"sm_80", "gfx942"},
+}
 
 
 def report(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]], str]:
@@ -104,7 +114,9 @@ def test_the_report_shows_every_row_and_fault_and_fails(planted):
 @pytest.mark.parametrize("target", NAMES)
 def test_what_is_read_of_a_good_kernel(planted, target):
     rows = [row for row in planted[1] if row["target"] == target and row["variant"] == "good"]
-    softmax, dot = (row["code"] for row in rows)
+    softmax, peak, dot = (row["code"] for row in rows)
+    assert peak["races"] == [] and not peak["moved"]
+    assert peak["ahead"] == (8 if target_named(target).nvidia else 0)
     lanes = target_named(target).gpu.warp_size
     # 4096 numbers of 4 bytes by 4 warps
     assert softmax["loads"] == softmax["stores"] == {"16": 4096 * 4 // (4 * lanes) // 16}
@@ -128,7 +140,7 @@ def test_processes_find_the_same(planted, tmp_path):
 
 def test_a_report_without_specimens_fails(tmp_path):
     status, _, text = report(tmp_path, "--module", "planted", "--kernel", "sofmax")
-    assert status == 2 and "there are: dot, not a kernel, softmax" in text
+    assert status == 2 and "there are: dot, not a kernel, peak, softmax" in text
 
 
 # the kernels of the package
@@ -253,6 +265,10 @@ def specimen(**others: Any) -> Specimen:
         ({}, {"spilled_vector": 1}, ["spills"]),
         ({"default": False}, {"stack": 8, "spills": 2}, []),
         ({"default": False}, {"occupancy": 0.0}, ["cannot be launched"]),
+        ({"occupancy": 0.5}, {"occupancy": 0.25}, ["occupancy 25%, 50% promised"]),
+        ({"ahead": 16384}, {"ahead": 7}, ["7 loads before the first store or barrier, 8 promised"]),
+        ({}, {"races": ("a_ptr", "b_ptr")}, ["reading and writing a_ptr, b_ptr"]),
+        ({}, {"moved": True}, ["the assembler moved"]),
         ({"matrix": True}, {"matrix": {"HGMMA.64x128x16": 4}}, []),
         ({"matrix": True}, {"matrix": {"HGMMA": 4, "HMMA.16816.F32": 1}}, ["1 HMMA.16816.F32"]),
     ],
@@ -262,6 +278,60 @@ def test_faults(promises, code, words):
     found = machine_code.faults(specimen(**promises), target_named("sm_90"), code)
     assert len(found) == len(words)
     assert all(word in fault for word, fault in zip(words, found, strict=True))
+
+
+PTX = """
+.visible .entry k(
+	.param .u64 k_param_0,
+	.param .u64 k_param_1
+)
+{
+	.reg .b32 	%r<9>;
+	ld.param.b64 	%rd1, [k_param_0];
+	ld.param.b64 	%rd2, [k_param_1];
+	mov.u32 	%r1, %tid.x;
+	setp.eq.b32 	%p1, %r1, 0;
+	mad.wide.u32 	%rd3, %r1, 4, %rd2;
+	ld.global.b32 { %r2 }, [ %rd1 + 0 ];
+	BEFORE
+	add.f32 	%r3, %r2, %r2;
+	@%p1 st.global.b32 [ %rd1 + 0 ], { %r3 };
+	AFTER
+	ret;
+}
+"""
+BARRIER, ELEMENTS = "bar.sync 	0;", "st.global.b32 [ %rd3 + 0 ], { %r2 };"
+BRANCH = "setp.eq.b32 	%p2, %r2, 0;\n	@%p2 bra 	$L__BB0_1;\n	%s\n$L__BB0_1:"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ("", "", ()),  # only the thread that stores uses what it has read
+        ("", ELEMENTS, ("a",)),
+        (BARRIER, ELEMENTS, ()),
+        (BRANCH.replace("%s", ""), "", ("a",)),
+        # a barrier on one of two ways is none
+        (BRANCH.replace("%s", BARRIER), "", ("a",)),
+        ("shfl.sync.bfly.b32 	%r4, %r2, 16, 31, -1;\n	st.shared.b32 [%r1], %r4;", "", ("a",)),
+        # what a thread stores for itself is its own
+        ("ld.global.b32 { %r5 }, [ %rd3 + 0 ];", ELEMENTS.replace("%r2", "%r5"), ()),
+        # read behind the store
+        (BARRIER, "ld.global.b32 %r6, [%rd1];\n	st.shared.b32 [%r1], %r6;", ("a",)),
+    ],
+)
+def test_races_between_warps(before, after, expected):
+    ptx = PTX.replace("BEFORE", before).replace("AFTER", after)
+    assert races(ptx, ("a", "b")) == expected
+
+
+def test_a_race_between_two_names_of_the_same_memory():
+    # all threads use what is read, and none but the elements are written
+    ptx = (
+        PTX.replace("BEFORE", ELEMENTS).replace("AFTER", "").replace("@%p1 st.global", "@%p1 st.x")
+    )
+    assert races(ptx, ("a", "b")) == ()
+    assert races(ptx, ("a", "b"), {"b": "a"}) == ("a",)
 
 
 def test_what_cannot_be_compiled_is_said():
