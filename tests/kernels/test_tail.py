@@ -240,6 +240,19 @@ def test_links_with_their_options(link: str, combine: str) -> None:
         assert not faults(problem.run(), problem), (scale, shift)
 
 
+@pytest.mark.parametrize("x", [1.0, 1.0 - 2**-53, 1.0 + 2**-52])
+@pytest.mark.parametrize("scale", [1.0, -1.0])
+def test_the_hinge_has_no_slope_at_its_corner(x: float, scale: float) -> None:
+    """As torch.relu has none, whose gradient at 0 is 0; a unit in the last place below, it has."""
+    logprob = torch.tensor([x / scale], dtype=torch.float64)
+    starts, lengths = torch.tensor([0]), torch.tensor([1])
+    options = {"link": "hinge", "combine": "single", "scale": scale}
+    problem = Problem(logprob, starts, lengths, options)
+    loss, _, gradient = problem.run()
+    assert loss.tolist() == [max(0.0, 1.0 - x)]
+    assert gradient.tolist() == [-scale if x < 1.0 else 0.0] == definition(problem)[2].tolist()
+
+
 @given(
     lengths=st.lists(st.sampled_from(EDGES), min_size=1, max_size=3),
     others=st.lists(st.sampled_from(EDGES), min_size=3, max_size=3),
