@@ -141,13 +141,6 @@ TRAPS: dict[str, Trap] = {
         "PyTorch is used instead: install a torch that brings it",
         "fusedpo/backend.py",
     ),
-    "interpreter and numpy": Trap(
-        "warning",
-        lambda f: f.older("triton", "3.7") and f.since("numpy", "2.4"),
-        "Triton {f.versions[triton]}'s interpreter fails with numpy {f.versions[numpy]} (kernels "
-        "on a GPU do not): for TRITON_INTERPRET=1, take Triton 3.7 or pip install 'numpy<2.4'",
-        "release notes of NumPy 2.4: arrays of one number are no longer numbers",
-    ),
     "interpreter": Trap(
         "warning",
         lambda f: f.environment.get("TRITON_INTERPRET") == "1",

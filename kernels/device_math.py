@@ -7,6 +7,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusedpo.kernels import interpreter
+
+interpreter.mend()
+
 
 @triton.jit
 def tanh(x):

@@ -41,8 +41,9 @@ with the gate phi, the sequence map m and the link f out of these:
     linear          x                                    1
 
 The gradient of the sum of the losses is one number per sequence times phi' of each of its tokens.
-So a program owns one example and reads its rows twice, and nobody else's. There is no atomic, and
-the order of summation depends on the length alone: results repeat to the last bit.
+So a program owns one example and reads its rows twice, and nobody else's; what it writes, no
+program reads. There is no atomic, and the order of summation depends on the length alone: results
+repeat to the last bit.
 
 Everything is computed in fp64. That costs little, there being one number per token; and a reference
 is subtracted from sums over tens of thousands of tokens that agree with it in most digits.
@@ -60,7 +61,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedpo.kernels import interpreter
 from fusedpo.kernels.tiles import on_device_of
+
+interpreter.mend()
 
 GATES = (
     "identity",

@@ -75,11 +75,6 @@ CASES: dict[str, tuple[Facts, str, Facts]] = {
         "need Triton 3.6 or newer, and there is 3.5.1",
         given({"triton": "3.5.1"}, device="cpu"),
     ),
-    "interpreter and numpy": (
-        given({"triton": "3.6.0", "numpy": "2.4.0"}),
-        "'numpy<2.4'",
-        given({"triton": "3.6.0", "numpy": "2.3.5"}),
-    ),
     "interpreter": (
         environment(TRITON_INTERPRET="1"),
         "for tests: unset it",
