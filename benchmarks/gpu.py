@@ -1,7 +1,8 @@
 """What does a GPU say? ``python -m fusedpo.benchmarks.gpu``
 
-Everything is a ratio to something timed in the same rounds. Sections:
+Everything timed is a ratio to something timed in the same rounds. Sections:
 
+    smoke    whether every route gives what float64 gives; if one does not, nothing else is run
     routes   forward and backward by every route, over the bare products it is made of
     tail     from log-probabilities to losses: one launch, and PyTorch with autograd
     kernels  every kernel over its own floor
@@ -9,7 +10,8 @@ Everything is a ratio to something timed in the same rounds. Sections:
     memory   bytes beyond the outputs, planned and held; waits of the host for the device
 
 Each has its share of the time. One that runs out says what was left undone; one that fails does not
-stop the others, but makes the exit status 1.
+stop the others, but makes the exit status 1. An interrupt (SIGINT) ends the sections, and what was
+measured until then is saved.
 """
 
 from __future__ import annotations
@@ -34,7 +36,14 @@ if TYPE_CHECKING:
     from fusedpo.benchmarks.section import Section, Setting
 
 # seconds of each section; together under seven minutes
-SECONDS = {"routes": 120.0, "tail": 40.0, "kernels": 70.0, "shapes": 110.0, "memory": 50.0}
+SECONDS = {
+    "smoke": 25.0,
+    "routes": 120.0,
+    "tail": 40.0,
+    "kernels": 70.0,
+    "shapes": 110.0,
+    "memory": 50.0,
+}
 
 _DRY = Shape(pairs=2, tokens=4, hidden=32, vocab=300)
 _QUICK = Shape(pairs=4, tokens=256, hidden=2048, vocab=32_000)
@@ -67,15 +76,17 @@ def setting_of(device: str, *, quick: bool, dry: bool) -> Setting:
         calls=16,
         rows=(256, 2048) if quick else (256, 1024, 4096, 16384, 65536),
         vocabularies=(shape.vocab,) if quick else (32_000, 65_536, shape.vocab, 262_144),
-        peers=("full_logits", "liger", "trl", "linear_cross_entropy"),
+        # the one that compiles its step last
+        peers=("full_logits", "trl", "linear_cross_entropy", "liger"),
         tail=(32, 512),
     )
 
 
 def sections() -> Mapping[str, Callable[..., Section]]:
-    from fusedpo.benchmarks import kernels, routes
+    from fusedpo.benchmarks import kernels, routes, smoke
 
     return {
+        "smoke": smoke.smoke,
         "routes": routes.routes,
         "tail": kernels.tail,
         "kernels": kernels.kernels,
@@ -135,6 +146,8 @@ def run(
             section = known[name](setting, Deadline(share))
             answer[name] = section.to_json()
             section.show(dry=setting.dry)
+        except KeyboardInterrupt:
+            answer[name] = {"failed": "interrupted: the time of the whole was up"}
         except Exception:
             print(f"{name} FAILED", file=sys.stderr)
             traceback.print_exc()
@@ -145,11 +158,70 @@ def run(
         if setting.cuda:
             torch.cuda.empty_cache()
         save()
+        left = names[i + 1 :]
+        stopped = str(answer[name].get("failed", "")).startswith("interrupted")
+        if left and (stopped or (name == "smoke" and failures(answer, [name]))):
+            print(f"{name} FAILED: not run: {', '.join(left)}", file=sys.stderr)
+            answer |= {n: {"failed": f"not run, as {name} failed"} for n in left}
+            save()
+            return
 
 
 def failures(answer: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """Sections that failed or computed something wrong."""
     return [name for name in names if "failed" in answer[name] or answer[name]["wrong"]]
+
+
+def summary(answer: Mapping[str, Any], names: Sequence[str], most: int = 44) -> list[str]:
+    """At most so many lines: what is wrong first, then a line of numbers a row."""
+    lines = []
+    for name in names:
+        if failed := answer[name].get("failed"):
+            lines.append(f"{name}: FAILED: {failed}")
+        lines += [f"{name}: WRONG: {what}" for what in answer[name].get("wrong", [])]
+        if ran_out := answer[name].get("ran_out"):
+            lines.append(f"{name}: no time was left for {', '.join(ran_out)}")
+    rows = [(name, row) for name in names for row in answer[name].get("rows", [])]
+    right = [row for name, row in rows if name == "smoke"]
+    if right:
+        worst = max(error for row in right for error in row["errors"].values())
+        lines.append(f"smoke: {len(right)} checks, worst error {worst:.2g} of its bound")
+    lines += [_line(name, row) for name, row in rows if name != "smoke"]
+    lines = [line[:160] for line in lines]
+    if len(lines) > most:
+        lines[most - 1 :] = [f"{len(lines) - most + 1} lines more in the answers"]
+    return lines
+
+
+# a row's number as it is called where it is kept, in words and units
+_NUMBERS = (
+    ("seconds", "us", 1e6),
+    ("kernel_seconds", "us", 1e6),
+    ("speedup", "x as fast as PyTorch", 1.0),
+    ("ratio", "x its products", 1.0),
+    ("predicted_ratio", "predicted", 1.0),
+    ("share_of_floor", "of its floor", 1.0),
+    ("bytes_per_second", "GB/s", 1e-9),
+    ("flop_per_second", "TFLOP/s", 1e-12),
+    ("host_seconds", "us host", 1e6),
+    ("held_bytes", "MiB held", 2.0**-20),
+    ("planned_bytes", "MiB planned", 2.0**-20),
+)
+
+
+def _line(section: str, row: Mapping[str, Any]) -> str:
+    keys = ("name", "what", "loss", "tokens", "vocab")
+    words = [str(row[key]) for key in keys if row.get(key) is not None]
+    numbers = [
+        f"{row[key] * factor:.4g} {unit}"
+        for key, unit, factor in _NUMBERS
+        if isinstance(row.get(key), (int, float))
+    ]
+    for route, ratio in (row.get("ratios") or {}).items():
+        if ratio is not None:
+            numbers.append(f"{route} {ratio:.3f} x its products")
+    missing = [str(row["missing"])] if row.get("missing") else []
+    return f"{section}: {' '.join(words)}: {', '.join(numbers + missing) or '-'}"
 
 
 def missed(answer: Mapping[str, Any], names: Sequence[str]) -> list[str]:
@@ -197,6 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run(names, setting, answer, options.seconds, save)
     if (written := save()) is not None:
         print(f"written to {written}")
+    print("=== summary")
+    print("\n".join(summary(answer, names)))
     wrong = failures(answer, names)
     if wrong:
         print(f"FAILED or wrong: {', '.join(wrong)}")

@@ -1,60 +1,84 @@
 #!/usr/bin/env bash
-# All that a GPU has to say about this library, in one command of less than ten minutes:
+# What a GPU has to say about this library, in two calls of a few minutes each:
 #
-#     benchmarks/gpu.sh [--dry-run]
+#     benchmarks/gpu.sh [--dry-run] [--only PART,...] [first | second | both]
 #
-#     part        what                                             leaves in $OUT (build/gpu)
-#     tests       tests/gpu: the engine on the device              tests.log
-#     kernels     tests/kernels: the kernels, compiled             kernels.log
-#     bench       python -m fusedpo.benchmarks.gpu                 bench.log, gpu.json
-#     tune        python -m fusedpo.kernels.tune, if time is left  tune.log, tune.json
-#     budget, length, references, precision: python -m fusedpo.benchmarks.PART --quick, if time is
-#                 left                                             PART.log, PART.png, MACHINE.json
+#     call     part     what                                                        seconds at most
+#     first    bench    python -m fusedpo.benchmarks.gpu: whether every route is    180
+#                       right, and nothing more if one is not; routes, kernels, tail
+#              tune     python -m fusedpo.kernels.tune                              45
+#     second   tests    tests/gpu: the engine on the device                         110
+#              kernels  tests/kernels: the kernels, compiled                        90
+#              more     python -m fusedpo.benchmarks.gpu: shapes, memory            80
 #
-# A part that fails or runs out of time does not stop the next one. It is named in the last lines,
-# and the exit status is 1.
+# The first takes at most 230 s, the second at most 300 s; ``both``, the default, is one after the
+# other. Each leaves one archive in $OUT (build/gpu), first.tgz and second.tgz, with logs, answers
+# (JSON) and the tests' reports (XML), and prints its last lines, at most 60, as a table of what
+# there is to know. A part that fails does not stop the next one, except where a route is wrong. One
+# that runs out of time is interrupted (SIGINT), so that it says what it knows. The exit status is 1
+# if one failed.
 #
 # PYTHON (python3) has to have torch with CUDA, triton, numpy, pytest, hypothesis and mpmath.
 # pytest-xdist, liger-kernel and trl are used where they are installed; without, tests run one after
-# the other, and those programs are missing in the tables. Where nothing can be installed, unpack
-# wheels into a folder and name it in PYTHONPATH. The repository need not be installed.
+# the other, and those programs are missing in the tables. Of trl its kernels are enough. Where
+# nothing can be installed, unpack wheels into a folder and name it in PYTHONPATH. The repository
+# need not be installed. Other questions: python -m fusedpo.benchmarks.budget --device cuda, and so
+# on.
 #
-# --dry-run tries the parts on the CPU at tiny sizes, in Triton's interpreter; no number of it means
-# anything. Of those from budget on, which are one program at heart, it tries the first.
+# --only runs some of the parts. --dry-run tries the parts on the CPU at tiny sizes, in Triton's
+# interpreter; no number of it means anything.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+usage() {
+    echo "usage: benchmarks/gpu.sh [--dry-run] [--only PART,...] [first | second | both]" >&2
+    exit 2
+}
 python=${PYTHON:-python3}
 out=${OUT:-build/gpu}
-limit=575 # seconds for everything
-dry=
-case "${1:-}" in
---dry-run) dry=1 ;;
-"") ;;
-*)
-    echo "usage: benchmarks/gpu.sh [--dry-run]" >&2
-    exit 2
-    ;;
-esac
+dry= only= calls=
+while [ $# -gt 0 ]; do
+    case $1 in
+    --dry-run) dry=1 ;;
+    --only)
+        [ $# -gt 1 ] || usage
+        only=$2
+        shift
+        ;;
+    first | second) calls=$1 ;;
+    both) calls="first second" ;;
+    *) usage ;;
+    esac
+    shift
+done
+for part in ${only//,/ }; do
+    case $part in
+    bench | tune | tests | kernels | more) ;;
+    *) usage ;;
+    esac
+done
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 [ -z "$dry" ] || export OMP_NUM_THREADS=1
 
-verdicts=()
 failed=0
 left() { echo $((limit - SECONDS)); }
 
-# part NAME LIMIT LEAST COMMAND...: run it for at most LIMIT seconds; not at all with fewer than LEAST
+# part NAME SECONDS COMMAND...: run it for at most so many seconds of what is left of the call
 part() {
-    local name=$1 most=$2 least=$3 begin=$SECONDS status=0
-    shift 3
-    if [ "$(left)" -lt "$least" ]; then
-        verdicts+=("$name: no time was left for it")
-        return
-    fi
+    local name=$1 most=$2 begin=$SECONDS status=0
+    shift 2
+    [ -z "$only" ] || [[ ",$only," == *",$name,"* ]] || return 0
+    most=$((most * slack))
     if [ "$(left)" -lt "$most" ]; then most=$(left); fi
+    if [ "$most" -lt 10 ]; then
+        verdicts+=("$name: no time was left for it")
+        return 0
+    fi
     echo "=== $name: $*"
-    timeout --kill-after=5 "$most" "$@" 2>&1 | tee "$out/$name.log" || status=$?
+    # in a script that runs in the background, an interrupt would be ignored
+    env --default-signal=INT timeout --signal=INT --kill-after=10 "$most" "$@" 2>&1 |
+        tee "$work/$name.log" || status=$?
     local took="$((SECONDS - begin)) s"
     case $status in
     0) verdicts+=("$name: passed in $took") ;;
@@ -69,42 +93,74 @@ part() {
     esac
 }
 
-pytest=("$python" -m pytest -q --tb=short -p no:cacheprovider --maxfail=40)
-if [ -z "$dry" ] && "$python" -c 'import xdist' 2>/dev/null; then
-    # much of the time goes into compiling kernels
-    workers=$(nproc)
-    pytest+=(-n "$((workers < 12 ? workers : 12))" --dist loadgroup)
-fi
-# what needs no GPU is tested without one
-elsewhere=(--ignore tests/kernels/test_machine_code.py --ignore tests/kernels/test_tune.py)
+# tests NAME SECONDS ARGUMENTS...
+tests() {
+    local name=$1 most=$2
+    shift 2
+    part "$name" "$most" "$python" -m pytest -q -rfE --tb=short -p no:cacheprovider --maxfail=40 \
+        "--junitxml=$work/$name.xml" "${workers[@]}" "$@"
+}
 
-if [ -n "$dry" ]; then
-    export FUSEDPO_TEST_DEVICE=cpu
-    part tests 120 1 "${pytest[@]}" tests/gpu
-    part kernels 60 1 "${pytest[@]}" "${elsewhere[@]}" tests/kernels/test_tail.py \
-        -k "links_with_their_options"
-    part bench 120 1 "$python" -m fusedpo.benchmarks.gpu --dry-run --json "$out/gpu.json"
-    part tune 60 1 "$python" -m fusedpo.kernels.tune --dry-run --json "$out/tune.json"
-    tiny=(--device cpu --threads 1 --quick --shapes 64,16,512 --seconds 1)
-    part budget 60 1 "$python" -m fusedpo.benchmarks.budget "${tiny[@]}" \
-        --peers full_logits fusedpo --output "$out"
-else
+first() {
+    local sizes=(--seconds 170 --only smoke,kernels,routes,tail) tiles=(--seconds 40 --rounds 10)
+    [ -z "$dry" ] || sizes=(--dry-run --only smoke,kernels,routes,tail) tiles=(--dry-run)
+    part bench 180 "$python" -m fusedpo.benchmarks.gpu "${sizes[@]}" --json "$work/gpu.json"
+    if grep -qs "^smoke FAILED" "$work/bench.log"; then
+        verdicts+=("a route is wrong: nothing else was run")
+        return
+    fi
+    # compiled at once, since compiling takes longer than measuring
+    part tune 45 "$python" -m fusedpo.kernels.tune "${tiles[@]}" --processes "$processes" \
+        --json "$work/tune.json"
+}
+
+second() {
+    # what needs no GPU is tested without one
+    local elsewhere=(--ignore tests/kernels/test_machine_code.py
+        --ignore tests/kernels/test_tune.py --ignore tests/kernels/test_launches.py)
+    local sizes=(--seconds 70 --only shapes,memory) which=("${elsewhere[@]}" tests/kernels)
+    if [ -n "$dry" ]; then
+        sizes=(--dry-run --only shapes,memory)
+        which=(tests/kernels/test_tail.py -k links_with_their_options)
+    fi
+    tests tests 110 tests/gpu
+    tests kernels 90 "${which[@]}"
+    part more 80 "$python" -m fusedpo.benchmarks.gpu "${sizes[@]}" --json "$work/more.json"
+}
+
+# what a call found, in at most 60 lines
+table() {
+    grep -hE "^(FAILED|ERROR) " "$work"/*.log | cut -c 1-160 | head -10 || true
+    for log in bench more; do
+        [ ! -f "$work/$log.log" ] || sed -n '/^=== summary/,$p' "$work/$log.log" | sed 1d
+    done | head -44
+    printf '%s\n' "${verdicts[@]}"
+}
+
+workers=() processes=1 slack=1
+cores=$(nproc)
+if [ -z "$dry" ]; then
     export FUSEDPO_TEST_DEVICE=cuda
-    part tests 120 1 "${pytest[@]}" tests/gpu
-    part kernels 80 1 "${pytest[@]}" "${elsewhere[@]}" tests/kernels
-    part bench 340 60 "$python" -m fusedpo.benchmarks.gpu --seconds 290 --json "$out/gpu.json"
-    part tune 60 40 "$python" -m fusedpo.kernels.tune --seconds 25 --rounds 10 \
-        --json "$out/tune.json"
-    # those that compile nothing of their own: there is no time for it
-    quick=(--device cuda --quick --seconds 5 --output "$out"
-        --peers full_logits linear_cross_entropy trl liger fusedpo)
-    part budget 90 60 "$python" -m fusedpo.benchmarks.budget "${quick[@]}"
-    part length 90 60 "$python" -m fusedpo.benchmarks.length "${quick[@]}"
-    part references 60 45 "$python" -m fusedpo.benchmarks.references "${quick[@]}"
-    part precision 60 45 "$python" -m fusedpo.benchmarks.precision "${quick[@]}"
+    processes=$((cores < 12 ? cores : 12))
+    # much of the time goes into compiling kernels
+    ! "$python" -c 'import xdist' 2>/dev/null || workers=(-n "$processes" --dist loadgroup)
+else
+    export FUSEDPO_TEST_DEVICE=cpu
+    processes=2 slack=3 # the interpreter, on any machine
 fi
 
-echo
-echo "=== after $SECONDS s; results are in $out"
-printf '%s\n' "${verdicts[@]}"
+for call in ${calls:-first second}; do
+    limit=$((SECONDS + 230 * slack)) verdicts=()
+    [ "$call" = first ] || limit=$((SECONDS + 300 * slack))
+    begin=$SECONDS
+    work=$(mktemp -d)
+    "$call"
+    table >"$work/table.txt"
+    tar -czf "$out/$call.tgz" -C "$work" .
+    echo
+    echo "=== the $call call took $((SECONDS - begin)) s; all of it is in $out/$call.tgz"
+    cat "$work/table.txt"
+    rm -r "$work"
+    if grep -q "a route is wrong" <<<"${verdicts[*]}"; then break; fi
+done
 exit "$failed"

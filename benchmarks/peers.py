@@ -60,7 +60,6 @@ def linear_cross_entropy(case: Case, hidden: Tensor, weight: Tensor, labels: Ten
 def trl(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """As ``trl.trainer.utils.add_fused_lm_head``: scored positions where Triton runs, else all."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction, _use_triton
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     mask = labels != IGNORE_INDEX
     compact = _use_triton(hidden.device)
@@ -70,7 +69,7 @@ def trl(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         None,
         labels[mask] if compact else labels.clamp(min=0).flatten(),
         1.0,
-        _CHUNKED_LOGPROB_CHUNK_SIZE,
+        _trl_chunk(),
         None,
         1.0,
         ("log_probs",),
@@ -78,6 +77,19 @@ def trl(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     if compact:
         return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs)
     return logprobs.view(mask.shape).masked_fill(~mask, 0)
+
+
+@cache
+def _trl_chunk() -> int:
+    """TRL's vocabulary entries a tile; its number in 1.16 where its trainers cannot be imported.
+
+    They need packages (datasets) that its kernel does not.
+    """
+    try:
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+    except ImportError:
+        return 32768
+    return _CHUNKED_LOGPROB_CHUNK_SIZE
 
 
 def liger_scaled(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -187,8 +187,9 @@ def _relative(got: Tensor | None, expected: Tensor) -> float:
     # a block of rows at a time: a head in fp32 takes gigabytes
     gap = size = 0.0
     for mine, truth in zip(got.split(8192), expected.split(8192), strict=True):
-        gap += float((mine.float() - truth.float()).square().sum(dtype=torch.float64))
-        size += float(truth.float().square().sum(dtype=torch.float64))
+        exact = truth.to(torch.promote_types(truth.dtype, torch.float32))
+        gap += float((mine.to(exact.dtype) - exact).square().sum(dtype=torch.float64))
+        size += float(exact.square().sum(dtype=torch.float64))
     return (gap / size) ** 0.5 if size else float("inf")
 
 
@@ -230,10 +231,10 @@ def routes(setting: Setting, deadline: Deadline) -> Section:
     missing = {}
     for peer in setting.peers:
         case = case_of(setting, shape, peer)
-        if reason := why_not(case):
-            missing[PEERS[peer].label] = reason
-        elif deadline.over:
+        if deadline.over:
             section.ran_out.append(PEERS[peer].label)
+        elif reason := why_not(case):
+            missing[PEERS[peer].label] = reason
         else:
             functions[PEERS[peer].label] = _peer_step(case, inputs)
     times = setting.clock.interleaved(functions, setting.rounds, deadline)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -285,6 +288,21 @@ def _without_empty_splits(tile: Any, vocab: int) -> Any:
     return replace(tile, splits=-(-tiles // -(-tiles // splits)))
 
 
+def warm(kernel: str, sizes: Sizes, device: str, few: bool, processes: int) -> None:
+    """Compile a kernel's candidates in processes of their own, which share Triton's cache."""
+    count = len(candidates(kernel, sizes, device, few=few))
+    # spawned, not forked: the device is in use
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, count), mp_context=context) as pool:
+        list(pool.map(partial(_warm, kernel, sizes, device, few), range(count)))
+
+
+def _warm(kernel: str, sizes: Sizes, device: str, few: bool, i: int) -> None:
+    # what cannot run says why when it is measured
+    with suppress(Exception):
+        candidates(kernel, sizes, device, few=few)[i].call(0)
+
+
 def measure(
     found: Sequence[Candidate], clock: Clock, rounds: int, deadline: Deadline, calls: int
 ) -> dict[str, Measured]:
@@ -349,6 +367,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     whole = Deadline(args.seconds)
     for i, kernel in enumerate(kernels):
         print(f"{kernel} ...", file=sys.stderr, flush=True)
+        # the tiles of the others compile in a moment
+        if args.processes > 1 and kernel == "product_fold":
+            warm(kernel, sizes, args.device, args.dry_run, args.processes)
         found = candidates(kernel, sizes, args.device, few=args.dry_run)
         deadline = Deadline(whole.left / (len(kernels) - i))
         # a product of seconds' length needs no repeating; a copy of microseconds' does
@@ -386,6 +407,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=120.0, help="for all of it")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="that compile product_fold's tiles beforehand"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
     parser.add_argument(
         "--dry-run",

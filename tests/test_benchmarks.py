@@ -8,23 +8,29 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+import tarfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import fusedpo
 from fusedpo import tables
-from fusedpo.benchmarks import gpu, kernels, measure, sweep, worker
+from fusedpo.benchmarks import gpu, kernels, measure, smoke, sweep, worker
 from fusedpo.benchmarks.formulas import FORMULAS, WITH_REFERENCE
 from fusedpo.benchmarks.peers import PEERS, Unsupported, by_formula, full_logits, step, why_not
+from fusedpo.benchmarks.section import Section, Setting
 from fusedpo.benchmarks.shapes import MIB, TINY, Case, Inputs, Shape, head_of, make_inputs
+from fusedpo.kernels.timing import Deadline
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-5
@@ -716,10 +722,15 @@ without_gpu = pytest.mark.skipif(
 )
 
 
-def run_script(out: Path, python: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_script(
+    out: Path,
+    python: str,
+    *arguments: str,
+    script: Path = ROOT / "benchmarks" / "gpu.sh",
+) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     return subprocess.run(
-        [str(ROOT / "benchmarks" / "gpu.sh"), *arguments],
+        [str(script), *arguments],
         env={**environment, "OUT": str(out), "PYTHON": python},
         capture_output=True,
         text=True,
@@ -734,6 +745,10 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run_script(out, sys.executable, "--dry-run")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     (out / "stdout").write_text(done.stdout, encoding="utf-8")
+    assert sorted(path.name for path in out.glob("*.tgz")) == ["first.tgz", "second.tgz"]
+    for call in ("first", "second"):
+        with tarfile.open(out / f"{call}.tgz") as archive:
+            archive.extractall(out, filter="data")
     assert results == {
         path: path.read_bytes() for path in measure.RESULTS.rglob("*.*") if path.is_file()
     }
@@ -747,19 +762,27 @@ in_one_process = pytest.mark.xdist_group("dry run of gpu.sh")
 @without_gpu
 @in_one_process
 def test_the_dry_run_names_every_part(dry_run: Path) -> None:
-    last = (dry_run / "stdout").read_text(encoding="utf-8").splitlines()[-5:]
-    parts = ["tests", "kernels", "bench", "tune", "budget"]
-    assert [line.split(": passed")[0] for line in last] == parts
+    tables = (dry_run / "stdout").read_text(encoding="utf-8").split("=== the ")
+    for table, parts in zip(
+        tables[1:], (["bench", "tune"], ["tests", "kernels", "more"]), strict=True
+    ):
+        lines = table.split("\n=== ")[0].splitlines()[1:]
+        assert len(lines) <= 60
+        assert [line.split(": passed")[0] for line in lines[-len(parts) :]] == parts
     log = (dry_run / "tests.log").read_text(encoding="utf-8")
     assert " passed" in log and "is about CUDA devices alone" in log
+    assert (dry_run / "tests.xml").exists() and (dry_run / "kernels.xml").exists()
 
 
 @pytest.mark.slow
 @without_gpu
 @in_one_process
 def test_the_dry_run_goes_through_every_section(dry_run: Path) -> None:
-    answers = json.loads((dry_run / "gpu.json").read_text(encoding="utf-8"))
-    answer = answers["gpu"]
+    answers = [
+        json.loads((dry_run / name).read_text(encoding="utf-8"))["gpu"]
+        for name in ("gpu.json", "more.json")
+    ]
+    answer = answers[1] | answers[0]
     assert answer["dry_run"] is True
     assert {"commit", "versions", "date", "python"} <= answer["machine"].keys()
     for name in gpu.SECONDS:
@@ -782,18 +805,6 @@ def test_the_dry_run_goes_through_every_section(dry_run: Path) -> None:
 @pytest.mark.slow
 @without_gpu
 @in_one_process
-def test_the_dry_run_asks_a_question_as_well(dry_run: Path) -> None:
-    (found,) = dry_run.glob("*-1-threads.json")
-    answers = json.loads(found.read_text(encoding="utf-8"))
-    rows = answers["budget"]["rows"]
-    assert {row["case"]["peer"] for row in rows} == {"full_logits", "fusedpo"}
-    assert not any(row["missing"] for row in rows)
-    assert (dry_run / "budget.png").read_bytes()[:4] == b"\x89PNG"
-
-
-@pytest.mark.slow
-@without_gpu
-@in_one_process
 def test_the_dry_run_tries_tiles_of_every_kernel(dry_run: Path) -> None:
     answer = json.loads((dry_run / "tune.json").read_text(encoding="utf-8"))
     assert answer["dry_run"] is True
@@ -806,25 +817,137 @@ def test_the_dry_run_tries_tiles_of_every_kernel(dry_run: Path) -> None:
         assert all(row["median_seconds"] > 0 for row in rows)
 
 
+def shell_python(path: Path, case: str) -> str:
+    """A Python that does what the case of a shell says, or else names its arguments."""
+    path.write_text(f'#!/bin/sh\ncase "$*" in {case} esac\necho "ran $*"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def member(archive: Path, name: str) -> str:
+    with tarfile.open(archive) as opened:
+        file = opened.extractfile(f"./{name}")
+        assert file is not None
+        return file.read().decode()
+
+
 def test_a_part_that_fails_is_named_and_stops_nothing(tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\ncase "$*" in *tests/gpu*) exit 3 ;; esac\necho "ran $*"\n')
-    python.chmod(0o755)
-    done = run_script(tmp_path / "out", str(python), "--dry-run")
+    case = "*tests/gpu*) echo 'FAILED tests/gpu/test_a.py::b - c'; exit 3 ;;"
+    done = run_script(tmp_path, shell_python(tmp_path / "python", case), "--dry-run")
     assert done.returncode == 1
-    last = done.stdout.splitlines()[-5:]
-    assert last[0].startswith("tests: FAILED with status 3")
-    assert all(": passed in " in line for line in last[1:])
-    assert "ran -m fusedpo.benchmarks.gpu" in (tmp_path / "out" / "bench.log").read_text()
+    last = done.stdout.split("=== the second call")[1].splitlines()[1:]
+    assert last[0] == "FAILED tests/gpu/test_a.py::b - c"
+    assert last[1].startswith("tests: FAILED with status 3")
+    assert all(": passed in " in line for line in last[2:]) and len(last) == 4
+    assert "ran -m fusedpo.benchmarks.gpu" in member(tmp_path / "first.tgz", "bench.log")
+    assert "ran -m fusedpo.benchmarks.gpu" in member(tmp_path / "second.tgz", "more.log")
 
 
-def test_the_whole_takes_less_than_ten_minutes() -> None:
-    """Each part has a limit, and none may begin or go on beyond the limit of all."""
+def test_a_wrong_route_ends_both_calls(tmp_path: Path) -> None:
+    case = "*smoke*) echo 'smoke FAILED: not run: routes'; exit 1 ;;"
+    done = run_script(tmp_path, shell_python(tmp_path / "python", case), "--dry-run")
+    assert done.returncode == 1 and "a route is wrong: nothing else was run" in done.stdout
+    assert "=== tune" not in done.stdout and "=== tests" not in done.stdout
+    assert not (tmp_path / "second.tgz").exists()
+
+
+def test_only_some_parts_and_one_call(tmp_path: Path) -> None:
+    python = shell_python(tmp_path / "python", "")
+    done = run_script(tmp_path, python, "--dry-run", "--only", "tune,more", "second")
+    assert done.returncode == 0
+    assert [line for line in done.stdout.splitlines() if line.startswith("=== more")]
+    assert done.stdout.count(": passed in ") == 1 and not (tmp_path / "first.tgz").exists()
+    for wrong in (["--unknown"], ["--only", "budgets"], ["--only"], ["third"]):
+        assert run_script(tmp_path, python, *wrong).returncode == 2
+
+
+def test_what_runs_out_of_time_is_interrupted_and_says_what_it_knows(tmp_path: Path) -> None:
+    script = tmp_path / "gpu.sh"
     text = (ROOT / "benchmarks" / "gpu.sh").read_text(encoding="utf-8")
-    limits = [line for line in text.splitlines() if line.startswith("limit=")]
-    assert int(limits[0].split("=")[1].split()[0]) <= 580
-    assert "--seconds 290" in text and sum(gpu.SECONDS.values()) < 7 * 60
-    assert run_script(ROOT, "python", "--unknown").returncode == 2
+    text = text.replace('cd "$(dirname "$0")/.."', f'cd "{ROOT}"')
+    script.write_text(text.replace("part more 80", "part more 4"))
+    script.chmod(0o755)
+    case = "*shapes*) trap 'echo FAILED a::b; exit 2' INT; sleep 60 & wait ;;"
+    done = run_script(
+        tmp_path,
+        shell_python(tmp_path / "python", case),
+        "--dry-run",
+        *("--only", "more", "second"),
+        script=script,
+    )
+    assert done.returncode == 1
+    assert "FAILED a::b\nmore: RAN OUT OF TIME" in done.stdout
+
+
+def test_each_call_has_a_limit_below_five_minutes() -> None:
+    """Each part has one, and none may begin or go on beyond that of its call."""
+    text = (ROOT / "benchmarks" / "gpu.sh").read_text(encoding="utf-8")
+    limits = [int(n) for n in re.findall(r"limit=\$\(\(SECONDS \+ (\d+) \* slack\)\)", text)]
+    assert limits == [230, 300]
+    parts = [int(n) for n in re.findall(r"^    (?:part|tests) \w+ (\d+) ", text, re.MULTILINE)]
+    assert sum(parts[:2]) <= 230 and sum(parts[2:]) <= 300
+
+
+def planted_gradient(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
+    original = fusedpo.linear_logprobs
+
+    def planted(hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        seen = hidden.view_as(hidden)
+        seen.register_hook(change)
+        return original(seen, *arguments, **options)
+
+    monkeypatch.setattr(fusedpo, "linear_logprobs", planted)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter")
+@pytest.mark.parametrize("dtype", smoke.BOUNDS)
+def test_the_first_question_rejects_wrong_gradients(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    setting = gpu.setting_of("cpu", quick=False, dry=True)
+    check = smoke._of_logprobs(setting, dtype, (33, 32), 300)
+    assert max(check().values()) <= 1.0
+
+    def without_a_row(g: Tensor) -> Tensor:
+        return torch.cat([g[:-1], torch.zeros_like(g[-1:])])
+
+    for change in (torch.zeros_like, lambda g: 0.9 * g, without_a_row):
+        with monkeypatch.context() as patch:
+            planted_gradient(patch, change)
+            assert check()["hidden"] > 1.0
+
+
+@pytest.mark.parametrize("failure", [None, KeyboardInterrupt(), ValueError("no kernel")])
+def test_nothing_is_measured_where_a_route_is_wrong(
+    failure: BaseException | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor behind an interrupt, whose sections keep what they know."""
+
+    def first(setting: Setting, deadline: Deadline) -> Section:
+        if failure is not None:
+            raise failure
+        return Section("", (), wrong=["retain: the error of its loss is 2.0"])
+
+    monkeypatch.setattr(gpu, "sections", lambda: {"smoke": first})
+    saved: list[bool] = []
+    answer: dict[str, Any] = {}
+    setting = gpu.setting_of("cpu", quick=False, dry=True)
+    gpu.run(["smoke", "routes"], setting, answer, 60.0, lambda: saved.append(True))
+    assert gpu.failures(answer, ["smoke", "routes"]) == ["smoke", "routes"] and saved
+    assert answer["routes"] == {"failed": "not run, as smoke failed"}
+    lines = gpu.summary(answer, ["smoke", "routes"])
+    assert lines[0].startswith("smoke: ") and lines[1].startswith("routes: FAILED: not run")
+
+
+def test_a_summary_is_short_and_begins_with_what_is_wrong() -> None:
+    rows = [{"name": f"way {i}", "seconds": 1e-3 * i, "ratio": 1.25} for i in range(99)]
+    answer = {"routes": {"rows": rows, "wrong": ["recompute: no"], "ran_out": ["Liger"]}}
+    lines = gpu.summary(answer, ["routes"])
+    assert len(lines) == 44 and lines[0] == "routes: WRONG: recompute: no"
+    assert lines[1] == "routes: no time was left for Liger"
+    assert lines[3] == "routes: way 1: 1000 us, 1.25 x its products"
+    assert lines[-1] == "58 lines more in the answers"
 
 
 def test_a_dry_run_is_none_of_the_results() -> None:
