@@ -73,7 +73,7 @@ bench: .venv/bench
 bench-results: .venv/bench
 	$(BIN)/python -m fusedpo.benchmarks.readme --write --add build/bench/*.json
 
-# with a GPU: tests, benchmarks and tiles on it, in less than ten minutes
+# with a GPU: benchmarks, tiles and tests on it, in two calls that take less than ten minutes
 bench-gpu: .venv/bench
 	PYTHON=$(BIN)/python benchmarks/gpu.sh
 

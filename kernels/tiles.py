@@ -2,7 +2,7 @@
 
 No kernel tunes itself: these functions choose, tests hold every choice to its machine code, and
 ``python -m fusedpo.kernels.tune`` measures the alternatives on a GPU for whoever wants to change
-them.
+them. The choices were made from machine code and arithmetic; none has been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def row_tile(columns: int) -> StreamTile:
 
 
 def jacobian_tile(columns: int) -> StreamTile:
-    """For an elementwise kernel: enough of a row to hide latency, few enough to fill the chip."""
+    """For an elementwise kernel: meant to be enough of a row to hide latency; untested."""
     return _stream(columns, largest=4096)
 
 
