@@ -155,10 +155,10 @@ def page() -> str:
         "What a route moves beyond its products is added in full, as if nothing overlapped. The",
         "products are taken at the speed of a large one. A tile's products are slower: their last",
         "wave of programs is not full, and their results are fp32. So the ratios are lower bounds,",
-        "reached where every kernel reaches the bandwidth and no product is slowed; how much slower",
-        "they are, benchmarks/gpu.sh says.",
+        "reached where every kernel reaches the bandwidth and no product is slowed; how much",
+        "slower they are, benchmarks/gpu.sh says.",
         "",
-        "| route | products | at the speed of a large one | beyond them | least ratio | target |",
+        "| route | products | at that speed | beyond them | least ratio | target |",
         "|---|---|---|---|---|---|",
     ]
     details = []

@@ -72,9 +72,9 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-# (rows at most, tile), fewest rows first. Untested on a GPU: chosen by arithmetic, and held to their
-# machine code. A matrix unit that multiplies 64 rows at a time (sm_90) or 128 (sm_100) should not be
-# worth its tile for a handful of rows, which wait for the weight anyway.
+# (rows at most, tile), fewest rows first. Untested on a GPU: chosen by arithmetic, and held to
+# their machine code. A matrix unit that multiplies 64 rows at a time (sm_90) or 128 (sm_100) should
+# not be worth its tile for a handful of rows, which wait for the weight anyway.
 _HALF = {
     "sm_80": (
         (16, Tile(16, 128, 128, 4, 3)),

@@ -192,8 +192,8 @@ PROMISES = (
     ),
     Promise(
         "The same inputs give the same bits, every run, with the same GPU model (or processor and "
-        "threads), the same torch and the same shapes of the call; what else is in the batch, and its order, "
-        "change no more than rounding does",
+        "threads), the same torch and the same shapes of the call; what else is in the batch, and "
+        "its order, change no more than rounding does",
         (9, 18, 19),
         "rows of one pass that are not put back in order",
     ),
