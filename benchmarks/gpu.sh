@@ -97,7 +97,7 @@ part() {
 tests() {
     local name=$1 most=$2
     shift 2
-    part "$name" "$most" "$python" -m pytest -q -rfE --tb=short -p no:cacheprovider --maxfail=40 \
+    part "$name" "$most" "$python" -m pytest -q -rfEs --tb=short -p no:cacheprovider --maxfail=40 \
         "--junitxml=$work/$name.xml" "${workers[@]}" "$@"
 }
 
