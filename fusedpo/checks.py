@@ -57,6 +57,30 @@ def number(argument: str, value: object) -> float:
     return found
 
 
+def written(argument: str, value: object) -> str:
+    """A text that can be encoded: a string may hold half of a character, as JSON can write it."""
+    if not isinstance(value, str):
+        raise bad_type(argument, "text", type(value).__name__)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(value[error.start])
+        got = f"half of a surrogate pair, {half}, at character {error.start + 1}"
+        raise bad_value(argument, "text of whole characters", got) from None
+    return value
+
+
+def known_tokens(argument: str, ids: Sequence[int], vocab_size: int | None) -> None:
+    """Refuse a token that the model has no row for."""
+    if vocab_size is not None and ids and max(ids) >= vocab_size:
+        raise bad_value(
+            argument,
+            f"tokens in [0, {vocab_size}), of which the model has rows",
+            str(max(ids)),
+            "take the model's own tokenizer, or call model.resize_token_embeddings",
+        )
+
+
 def positive(argument: str, value: object) -> float:
     if (value := number(argument, value)) <= 0:
         raise bad_value(argument, "a number above 0", f"{value:g}")

@@ -324,6 +324,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(name, folder, tmp_path, capsys):
             "line 2: expected a JSON object",
         ),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "one to hold out, got 0 and 1"),
+        (
+            '{"prompt": "a", "chosen": "b", "rejected": "\\ud83d"}\n',
+            r"line 1, rejected: expected text of whole characters, got half of .* '\\ud83d'",
+        ),
     ],
 )
 def test_a_bad_dataset_is_one_line_and_exit_code_2(content, message, folder, tmp_path, capsys):
@@ -333,6 +337,27 @@ def test_a_bad_dataset_is_one_line_and_exit_code_2(content, message, folder, tmp
     assert main(command) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_demonstration_has_weights_of_the_dtype_that_is_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        jobs, "_demo_passages", lambda seed: ([stdlib_pairs.Passage("", "red")], [])
+    )
+    job = jobs.TrainJob("demo", "demo", tmp_path / "out", losses.SimPO(), dtype="bfloat16")
+    model, _ = jobs._load_model(job)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_with_the_row(
+    folder, tmp_path, capsys
+):
+    tiny.save(tmp_path / "model", vocab_size=290)
+    command = arguments(folder, tmp_path / "out", *quick())
+    command[command.index("--model") + 1] = str(tmp_path / "model")
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"pairs.jsonl line \d+: expected tokens in \[0, 290\), of which", error), error
     assert not (tmp_path / "out").exists()
 
 

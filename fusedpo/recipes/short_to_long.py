@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedpo.checks import bad_choice, bad_type, bad_value, positive
+from fusedpo.checks import bad_choice, bad_type, bad_value, known_tokens, positive, written
 from fusedpo.recipes.stdlib_pairs import Passage
 
 Ids: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int32]]"
@@ -393,7 +393,12 @@ class Tokenized:
 
 
 def tokenize_rows(
-    rows: Iterable[TextRow], tokenizer: Any, max_length: int, *, chat: bool = False
+    rows: Iterable[TextRow],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    chat: bool = False,
+    vocab_size: int | None = None,
 ) -> Tokenized:
     """Token ids of rows, each sequence at most ``max_length`` tokens.
 
@@ -409,9 +414,12 @@ def tokenize_rows(
         max_length: tokens of prompt and response together.
         chat: write each prompt as a user's message, and each response as the assistant's, with the
             tokenizer's chat template.
+        vocab_size: rows of the model's embedding, which no token may be beyond; not looked at if
+            None.
 
     Raises:
-        ValueError: if there is no chat template, or the instruction is not found in what it writes.
+        ValueError: for a token beyond vocab_size; if there is no chat template, or the instruction
+            is not found in what it writes.
     """
     if max_length < 2:
         raise bad_value(
@@ -439,6 +447,7 @@ def tokenize_rows(
         common = _common(tail, _common(chosen, rejected))
         prompt, long_prompt = ([*start, *head, *common] for head in (short, long))
         chosen, rejected = (x[len(common) :] for x in (chosen, rejected))
+        known_tokens(where, (*prompt, *long_prompt, *chosen, *rejected), vocab_size)
         length = len(long_prompt) + max(len(chosen), len(rejected))
         if not (row["chosen"] and row["rejected"] and chosen and rejected and prompt):
             dropped.append(f"{where}: a response is empty")
@@ -460,9 +469,7 @@ def _row(prompt: Ids, long_prompt: Ids, chosen: Ids, rejected: Ids) -> ShortToLo
 
 def _check_text(row: TextRow, where: str) -> None:
     for column in TextRow.__annotations__:
-        value = row.get(column)
-        if not isinstance(value, str):
-            raise bad_type(f"{where}, {column}", "text", type(value).__name__)
+        written(f"{where}, {column}", row.get(column))
     if not row["instruction"]:
         raise bad_value(f"{where}, instruction", "text", "none")
 

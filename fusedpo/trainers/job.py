@@ -477,7 +477,8 @@ def _load_model(job: TrainJob) -> tuple[Any, Any]:
     if job.model == DEMO:
         train, _ = _demo_passages(job.seed)
         tokenizer = stdlib_pairs.train_tokenizer((p.text for p in train), _VOCAB)
-        return stdlib_pairs.small_llama(tokenizer), tokenizer
+        model: Any = stdlib_pairs.small_llama(tokenizer)
+        return model if job.dtype == "auto" else model.to(getattr(torch, job.dtype)), tokenizer
     path = Path(job.model).expanduser()
     if path.is_dir():
         name = str(path)
@@ -541,9 +542,10 @@ def _tokenize_rows(
     """Rows to train on and rows held out."""
     limit = getattr(model.config, "max_position_embeddings", None) or job.max_length
     max_length = min(job.max_length, limit)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
 
     def prepare(rows: list[Any]) -> list[Any]:
-        done = job.way.tokenized(rows, tokenizer, max_length)
+        done = job.way.tokenized(rows, tokenizer, max_length, vocabulary)
         if done.dropped:
             why = "have an empty response" if type(job.way) is not TwoContexts else "do not fit"
             console.print(

@@ -103,13 +103,15 @@ class Pairs:
         names = [
             name
             for name, about in loss.inputs.items()
-            if about.default is None or any(row.get(name) is not None for row in rows[:1])
+            if about.default is None or any(row.get(name) is not None for row in rows)
         ]
         return [check_row(row, splits.where(i), names) for i, row in enumerate(rows)]
 
-    def tokenized(self, rows: Sequence[Any], tokenizer: Any, max_length: int) -> Tokenized:
-        """The rows in token ids."""
-        done = tokenize(rows, tokenizer, max_length)
+    def tokenized(
+        self, rows: Sequence[Any], tokenizer: Any, max_length: int, vocab_size: int | None = None
+    ) -> Tokenized:
+        """The rows in token ids, of which the model has rows."""
+        done = tokenize(rows, tokenizer, max_length, vocab_size)
         return Tokenized(done.rows, done.dropped, done.truncated)
 
     def is_saved(self, checkpoint: Path, processes: int) -> bool:
@@ -149,7 +151,7 @@ class Semantic(Pairs):
     def checked(self, rows: Sequence[Mapping[str, Any]], splits: Splits, loss: Loss) -> list[Any]:
         from fusedpo.recipes import semantic
 
-        if rows and rows[0].get(semantic.SIMILARITY) is None:
+        if all(row.get(semantic.SIMILARITY) is None for row in rows):
             encode = (
                 semantic.lexical_encoder()
                 if self.encoder == "lexical"
@@ -299,10 +301,12 @@ class TwoContexts(Pairs):
     def checked(self, rows: Sequence[Mapping[str, Any]], splits: Splits, loss: Loss) -> list[Any]:
         return list(rows)
 
-    def tokenized(self, rows: Sequence[Any], tokenizer: Any, max_length: int) -> Tokenized:
+    def tokenized(
+        self, rows: Sequence[Any], tokenizer: Any, max_length: int, vocab_size: int | None = None
+    ) -> Tokenized:
         from fusedpo.recipes.short_to_long import tokenize_rows
 
-        done = tokenize_rows(rows, tokenizer, max_length)
+        done = tokenize_rows(rows, tokenizer, max_length, vocab_size=vocab_size)
         return Tokenized(done.rows, done.dropped)
 
     def trainer(

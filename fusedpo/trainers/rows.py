@@ -7,26 +7,49 @@ A row is either of text or of chat messages::
      "chosen": [{"role": "assistant", "content": "4"}],
      "rejected": [{"role": "assistant", "content": "5"}]}
 
-The prompt of messages may be left out: it is then what ``chosen`` and ``rejected`` begin with.
+The prompt of messages may be left out: it is then what ``chosen`` and ``rejected`` begin with. What
+else transformers' ``apply_chat_template`` takes reaches it: the keys of a message (``tool_calls``,
+``reasoning_content``, ``name``, ...), and the columns ``tools``, ``documents`` and
+``chat_template_kwargs``, as lists and objects or as JSON, the last one as in TRL.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 
-from fusedpo.checks import bad_choice, bad_type, bad_value
+from fusedpo.checks import bad_choice, bad_type, bad_value, known_tokens, written
 
 Message: TypeAlias = Mapping[str, Any]
 Text: TypeAlias = "str | list[Message]"
 Ids: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int32]]"
 
 COLUMNS = ("prompt", "chosen", "rejected")
+# what the chat template takes beside messages, and what no model of text alone can be given
+_OF_TEMPLATE = ("tools", "documents", "chat_template_kwargs")
+_NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
+# arguments of apply_chat_template that are decided here
+_DECIDED = (
+    "conversation",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_dict",
+    "return_tensors",
+    "return_assistant_tokens_mask",
+    "padding",
+    "truncation",
+    "max_length",
+    "tokenizer_kwargs",
+)
+# keys of a message that say something by themselves
+_CALLS, _THOUGHTS = ("tool_calls", "function_call"), ("reasoning_content", "reasoning", "thinking")
+_SAYING = ("content", *_CALLS, *_THOUGHTS)
 
 # the formats that are left to `datasets`, by suffix
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
@@ -38,13 +61,15 @@ _CHUNK = 1024
 
 @dataclass(frozen=True)
 class Preference:
-    """One checked row. The three texts are all strings or all lists of messages."""
+    """One checked row. The three texts are all strings or all lists of messages; ``template`` is
+    what the chat template takes beside them."""
 
     prompt: Text
     chosen: Text
     rejected: Text
     where: str
     inputs: Mapping[str, float] = field(default_factory=dict)
+    template: Mapping[str, Any] = field(default_factory=dict)
 
 
 class TokenRow(TypedDict):
@@ -196,7 +221,32 @@ def _splits(data: Any, name: str) -> Splits:
     held_out = next((data[s] for s in _HELD_OUT_SPLITS if s in data and len(data[s])), None)
     if not len(data[train]):
         raise bad_value("dataset", "at least one row", f"none in {name}")
-    return Splits(data[train], held_out, name)
+    return Splits(_Unpadded(data[train]), None if held_out is None else _Unpadded(held_out), name)
+
+
+@dataclass(frozen=True)
+class _Unpadded(Sequence[Mapping[str, Any]]):
+    """Rows of a table, without the nulls of keys that only other rows have.
+
+    In a table all objects of a column have the keys of all of them, so that a row's tools would be
+    written with the others' arguments.
+    """
+
+    rows: Any
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return {name: _unpadded(value) for name, value in self.rows[index].items()}
+
+
+def _unpadded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_unpadded(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: _unpadded(each) for name, each in value.items() if each is not None}
 
 
 def _first_line(error: BaseException) -> str:
@@ -210,6 +260,10 @@ def check_row(row: Mapping[str, Any], where: str, inputs: Sequence[str] = ()) ->
         row: has ``chosen`` and ``rejected``, and ``prompt`` unless they are messages.
         where: the row's place, for the error.
         inputs: further columns that the loss takes, one number a row.
+
+    Columns that nothing here reads are left alone; ``tools``, ``documents``,
+    ``chat_template_kwargs`` and those of images, sound and video, which decide the prompt, are
+    read or refused.
 
     Raises:
         ValueError, TypeError: naming the place, the column, what was expected and what came.
@@ -233,7 +287,11 @@ def check_row(row: Mapping[str, Any], where: str, inputs: Sequence[str] = ()) ->
         assert not isinstance(rejected, str), "both are messages, or an error was raised above"
         prompt, chosen, rejected = _split_messages(prompt, chosen, rejected, where)
     numbers = {name: _number(row[name], f"{where}, {name}") for name in inputs}
-    return Preference(prompt, chosen, rejected, where, numbers)
+    template = _template(row, where)
+    if template and isinstance(chosen, str):
+        remedy = "give prompt, chosen and rejected as messages"
+        raise bad_value(where, "messages, which a chat template writes", "text", remedy)
+    return Preference(prompt, chosen, rejected, where, numbers, template)
 
 
 def _missing(row: Mapping[str, Any], column: str, where: str) -> None:
@@ -245,25 +303,88 @@ def _missing(row: Mapping[str, Any], column: str, where: str) -> None:
     raise bad_value(where, needed, f"{', '.join(present) or 'none'} ({column} is missing)", near)
 
 
+def _template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What the chat template takes beside the messages."""
+    for column in _NOT_TEXT:
+        if row.get(column):
+            raise bad_value(f"{where}, {column}", "none, as rows are of text", "some")
+    columns = {name: _decoded(row.get(name), f"{where}, {name}") for name in _OF_TEMPLATE}
+    options = columns.pop("chat_template_kwargs") or {}
+    place = f"{where}, chat_template_kwargs"
+    if not isinstance(options, Mapping):
+        raise bad_type(place, "an object", type(options).__name__)
+    for name in _DECIDED:
+        if name in options:
+            raise bad_value(place, "what the chat template alone looks at", repr(name))
+    for name, value in columns.items():
+        if not isinstance(value, (Sequence, type(None))) or isinstance(value, (str, bytes)):
+            raise bad_type(f"{where}, {name}", "a list", type(value).__name__)
+    # an empty list has some templates announce tools, and write none
+    return {**{name: list(value) for name, value in columns.items() if value}, **options}
+
+
+def _decoded(value: Any, where: str) -> Any:
+    """A column of objects, which may be written as JSON."""
+    _check_written(value, where)
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        got = f"{error.msg} at column {error.colno}"
+        raise bad_value(where, "a list or an object, or JSON of it", got) from error
+
+
+def _check_written(value: Any, where: str) -> None:
+    """Every text in a value can be encoded."""
+    if isinstance(value, str):
+        written(where, value)
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            _check_written(each, where)
+    elif isinstance(value, Sequence):
+        for each in value:
+            _check_written(each, where)
+
+
 def _kind(text: Text) -> str:
     return "text" if isinstance(text, str) else "messages"
 
 
 def _text(value: object, column: str, where: str) -> Text:
+    place = f"{where}, {column}"
+    _check_written(value, place)
     if isinstance(value, str):
         return value
     if isinstance(value, Sequence) and all(isinstance(message, Mapping) for message in value):
-        for message in value:
-            for key in ("role", "content"):
-                if message.get(key) is None:
-                    got = f"a message with {', '.join(map(str, message)) or 'nothing'}"
-                    raise bad_value(f"{where}, {column}", "messages with role and content", got)
-        return list(value)
-    raise bad_type(
-        f"{where}, {column}",
-        'text, or a list of {"role": ..., "content": ...}',
-        type(value).__name__,
-    )
+        return [_message(message, place) for message in value]
+    raise bad_type(place, 'text, or a list of {"role": ..., "content": ...}', type(value).__name__)
+
+
+def _message(message: Message, where: str) -> Message:
+    """A message with its content as text, or with none if it says something otherwise.
+
+    Null is as absent, as in transformers since 5.23: templates write it as None.
+    """
+    kept = {key: value for key, value in message.items() if value is not None}
+    content = kept.get("content")
+    if "role" not in kept or (content is None and not any(kept.get(key) for key in _SAYING)):
+        got = f"a message with {', '.join(map(str, message)) or 'nothing'}"
+        raise bad_value(where, "messages with role and content", got)
+    if content is None or isinstance(content, str):
+        return kept
+    if not isinstance(content, Sequence):
+        raise bad_type(f"{where}, content", "text, or a list of its parts", type(content).__name__)
+    return {**kept, "content": "".join(_part(part, f"{where}, content") for part in content)}
+
+
+def _part(part: object, where: str) -> str:
+    """Text of a part of a message: a template for text alone would print a list as it is."""
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    text = part.get("text") if isinstance(part, Mapping) and kind == "text" else None
+    if not isinstance(text, str):
+        raise bad_value(where, 'parts like {"type": "text", "text": ...}', f"one of {kind}")
+    return text
 
 
 def _number(value: object, argument: str) -> float:
@@ -315,7 +436,9 @@ class Tokenized:
     truncated: int
 
 
-def tokenize(rows: Iterable[Preference], tokenizer: Any, max_length: int) -> Tokenized:
+def tokenize(
+    rows: Iterable[Preference], tokenizer: Any, max_length: int, vocab_size: int | None = None
+) -> Tokenized:
     """Token ids of checked rows, each sequence at most ``max_length`` tokens.
 
     Prompt and response are tokenized as one text, because a tokenizer may merge across the border
@@ -327,10 +450,13 @@ def tokenize(rows: Iterable[Preference], tokenizer: Any, max_length: int) -> Tok
         rows: checked rows.
         tokenizer: of transformers.
         max_length: tokens of prompt and response together.
+        vocab_size: rows of the model's embedding, which no token may be beyond; not looked at if
+            None.
 
     Raises:
-        ValueError: for a max_length below 2; and for messages, naming the row, if the tokenizer has
-            no chat template or its template does not take them.
+        ValueError: for a max_length below 2; naming the row, for a token beyond vocab_size; and for
+            messages if the tokenizer has no chat template, or its template does not take them or
+            leaves out their tools.
     """
     if max_length < 2:
         raise bad_value(
@@ -341,6 +467,7 @@ def tokenize(rows: Iterable[Preference], tokenizer: Any, max_length: int) -> Tok
     truncated = 0
     for chunk in _chunks(rows, _CHUNK):
         for row, (prompt, chosen, rejected) in zip(chunk, _encode(chunk, tokenizer), strict=True):
+            known_tokens(row.where, (*prompt, *chosen, *rejected), vocab_size)
             longest = max(len(chosen), len(rejected))
             truncated += len(prompt) + longest > max_length
             prompt = _keep_end(prompt, max(1, max_length - longest), tokenizer.bos_token_id)
@@ -375,7 +502,7 @@ def _chunks(rows: Iterable[Preference], size: int) -> Iterator[list[Preference]]
 def _empty(row: Preference) -> bool:
     """Whether either response says nothing: its end-of-sequence token alone is no preference."""
     return any(
-        not (text if isinstance(text, str) else "".join(str(m["content"]) for m in text))
+        not (text if isinstance(text, str) else any(m.get(key) for m in text for key in _SAYING))
         for text in (row.chosen, row.rejected)
     )
 
@@ -424,20 +551,53 @@ def _render(row: Preference, tokenizer: Any) -> tuple[str, str, str]:
             "give prompt, chosen and rejected as strings, or a model with a chat template",
         )
 
-    def text(messages: list[Message], generation: bool) -> str:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation
-        )
+    prompt = row.prompt
 
+    def text(messages: list[Message], generation: bool = False, **changes: Any) -> str:
+        options = {**row.template, **changes, "add_generation_prompt": generation}
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except Exception as error:
+            got = f"a refusal: {_first_line(error)}"
+            raise bad_value(row.where, "messages that the chat template accepts", got) from error
+
+    chosen, rejected = text([*prompt, *row.chosen]), text([*prompt, *row.rejected])
+    for name in ("tools", "documents"):
+        if row.template.get(name) and _same(chosen, text, [*prompt, *row.chosen], **{name: None}):
+            raise _left_out(row, name)
+    if chosen == rejected and row.chosen != row.rejected:
+        raise _left_out(row, "what messages say")  # as one for parts of messages does to text
+    for response, whole in ((row.chosen, chosen), (row.rejected, rejected)):
+        _check_messages(row, response, whole, text)
+    return text(prompt, True), chosen, rejected
+
+
+def _check_messages(row: Preference, response: Any, whole: str, text: Callable[..., str]) -> None:
+    """Refuse a chat template that passes over what a message says beside its content."""
+    messages = [*row.prompt, *response]
+    # what was thought of in earlier turns may be left out
+    for kind, part in ((_CALLS, messages), (_THOUGHTS, response)):
+        names = {name for name in kind for message in part if message.get(name)}
+        without = [{k: v for k, v in m.items() if k not in kind} for m in messages]
+        if names and _same(whole, text, without):
+            raise _left_out(row, " and ".join(sorted(names)))
+
+
+def _same(whole: str, text: Callable[..., str], messages: Sequence[Any], **changes: Any) -> bool:
+    """Whether the template writes the same of other messages; it may refuse them."""
     try:
-        return (
-            text(row.prompt, True),
-            text([*row.prompt, *row.chosen], False),
-            text([*row.prompt, *row.rejected], False),
-        )
-    except Exception as error:
-        got = f"a refusal: {_first_line(error)}"
-        raise bad_value(row.where, "messages that the chat template accepts", got) from error
+        return text(messages, **changes) == whole
+    except ValueError:
+        return False
+
+
+def _left_out(row: Preference, name: str) -> ValueError:
+    return bad_value(
+        row.where,
+        f"a chat template that writes {name}",
+        "one that leaves them out",
+        "take another template, or leave them out of the row",
+    )
 
 
 def _keep_end(prompt: list[int], size: int, bos: int | None) -> list[int]:

@@ -382,6 +382,10 @@ def test_rows_without_use_are_dropped_with_the_reason():
 def test_bad_rows_and_templates_are_refused(monkeypatch):
     with pytest.raises(TypeError, match="row 2, long_context: expected text, got NoneType"):
         tokenize_rows([ROW, {**ROW, "long_context": None}], TOKENIZER, 100)
+    with pytest.raises(ValueError, match="row 2, chosen: expected text of whole characters"):
+        tokenize_rows([ROW, {**ROW, "chosen": "\ud83d"}], TOKENIZER, 100)
+    with pytest.raises(ValueError, match=r"row 1: expected tokens in \[0, 5\), of which the model"):
+        tokenize_rows([ROW], TOKENIZER, 100, vocab_size=5)
     with pytest.raises(ValueError, match="row 1, instruction: expected text, got none"):
         tokenize_rows([{**ROW, "instruction": ""}], TOKENIZER, 100)
     with pytest.raises(ValueError, match="max_length: expected at least 2"):

@@ -16,7 +16,7 @@ from fusedpo.recipes.self_augmented import Settings
 from fusedpo.recipes.stdlib_pairs import hold_out, read_passages
 from fusedpo.trainers import methods
 from fusedpo.trainers.methods import Pairs, method_of, reward_function
-from fusedpo.trainers.rows import COLUMNS
+from fusedpo.trainers.rows import COLUMNS, Splits
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +209,17 @@ def test_contexts_of_the_demonstration_hide_what_is_asked_for(
     assert method.demo(passages, seed=1).train != splits.train
     done = method.tokenized(splits.train, tiny.tokenizer(), 10_000)
     assert len(done.rows) == 30 and not done.dropped
+
+
+def test_a_column_that_some_rows_have_is_missed_in_the_others() -> None:
+    """Not left out for all, because the first row lacks it."""
+    for method, loss, column in (
+        (methods.Pairs(), losses.SPPO(), "win_rate_rejected"),
+        (methods.Semantic(), losses.SemanticSPPO(), "similarity"),
+    ):
+        rows = [*tiny.text_rows(2), {**tiny.text_rows(1)[0], column: 0.5}]
+        with pytest.raises(ValueError, match=f"row 1: expected the column {column}, which this"):
+            method.checked(rows, Splits(rows, None, "pairs"), loss)
 
 
 def test_every_loss_has_a_method() -> None:

@@ -202,6 +202,47 @@ def test_missing_files_are_refused_without_asking_the_hub(name, monkeypatch):
             {"chosen": [assistant("a")], "rejected": [assistant("b")]},
             "line 7: expected messages that begin alike",
         ),
+        (
+            {"chosen": [{"role": "assistant", "content": None, "tool_calls": []}], "rejected": []},
+            "line 7, chosen: expected messages with role and content, got a message with role, con",
+        ),
+        (
+            {"chosen": [{"role": "user", "content": 3}], "rejected": []},
+            "line 7, chosen, content: expected text, or a list of its parts, got int",
+        ),
+        (
+            {"chosen": [{"role": "user", "content": [{"type": "image"}]}], "rejected": []},
+            r'line 7, chosen, content: expected parts like {"type": "text", .* got one of image',
+        ),
+        ({**GOOD, "images": ["a.png"]}, "line 7, images: expected none, as rows are of text"),
+        (
+            {**GOOD, "tools": [{}]},
+            "line 7: expected messages, which a chat template writes, got te",
+        ),
+        (
+            {**GOOD, "tools": "[{"},
+            "line 7, tools: expected a list or an object, or JSON of it, got",
+        ),
+        ({**GOOD, "tools": {"a": 1}}, "line 7, tools: expected a list, got dict"),
+        (
+            {**GOOD, "chat_template_kwargs": [1]},
+            "line 7, chat_template_kwargs: expected an object, got list",
+        ),
+        (
+            {**GOOD, "chat_template_kwargs": {"tokenize": True}},
+            "line 7, chat_template_kwargs: expected what the chat template alone looks at, "
+            "got 'tokenize'",
+        ),
+        (
+            {**GOOD, "chosen": "b\ud83d"},
+            r"line 7, chosen: expected text of whole characters, got half of a surrogate pair, "
+            r"'\\ud83d', at character 2",
+        ),
+        (
+            {"chosen": [user("a"), assistant("\udc00")], "rejected": [user("a"), assistant("")]},
+            "line 7, chosen: expected text of whole characters",
+        ),
+        ({**GOOD, "tools": [{"a": "\ud83d"}]}, "line 7, tools: expected text of whole characters"),
     ],
 )
 def test_bad_rows_are_refused_with_their_place(row, message):
@@ -285,6 +326,122 @@ def test_messages_without_a_chat_template_are_refused(monkeypatch):
     monkeypatch.setattr(tiny.tokenizer(), "chat_template", None)
     with pytest.raises(ValueError, match="line 1: expected text, as the tokenizer has no chat"):
         tokens({"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [OTHER]})
+
+
+# writes all that a template can be given, as those of models that call tools do
+TEMPLATE = """{% for t in tools or [] %}tool {{ t | tojson }}\n{% endfor %}\
+{% for d in documents or [] %}document {{ d.text }}\n{% endfor %}\
+{% if enable_thinking is false %}no think\n{% endif %}\
+{% for m in messages %}{{ m.role }}:\
+{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}\
+{% if m.content is defined %}{{ m.content }}{% endif %}\
+{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}\n\
+{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}assistant:{% endif %}"""
+TOOL = {"type": "function", "function": {"name": "cat", "parameters": {"moon": "integer"}}}
+
+
+def call(**arguments: Any) -> dict[str, Any]:
+    function = {"name": "cat", "arguments": arguments}
+    return {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
+
+
+CALLING = {"prompt": [QUESTION], "chosen": [call(a=1)], "rejected": [OTHER], "tools": [TOOL]}
+
+
+@pytest.fixture
+def _writes_all(monkeypatch):
+    monkeypatch.setattr(tiny.tokenizer(), "chat_template", TEMPLATE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"prompt": [QUESTION, call(b=2), {"role": "tool", "content": "sun"}]},
+        {"chosen": [{**ANSWER, "reasoning_content": "moon"}]},
+        {"chosen": [{"role": "assistant", "content": "", "reasoning_content": "moon"}]},
+        {"tools": None},
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("_writes_all")
+def test_what_the_chat_template_takes_reaches_it_as_with_trl(changes):
+    import trl
+
+    row = {**CALLING, **changes}
+    (found,) = tokens(row, 512).rows
+    theirs = trl.apply_chat_template(row, tiny.tokenizer(), tools=row["tools"])
+    for name in ("prompt", "chosen", "rejected"):
+        expected = tiny.tokenizer()(theirs[name], add_special_tokens=False)["input_ids"]
+        assert found[f"{name}_ids"].tolist() == expected, name
+
+
+@pytest.mark.usefixtures("_writes_all")
+def test_columns_of_objects_may_be_json_and_documents_are_written():
+    as_json = {**CALLING, "tools": json.dumps([TOOL])}
+    both = tokens(CALLING, 512).rows + tokens(as_json, 512).rows
+    assert both[0]["prompt_ids"].tolist() == both[1]["prompt_ids"].tolist()
+    (found,) = tokens({**CALLING, "documents": [{"text": "fish"}]}, 512).rows
+    assert "document fish" in text(found["prompt_ids"])
+
+
+@pytest.mark.usefixtures("_writes_all")
+def test_content_in_parts_is_their_text():
+    parts = [{"type": "text", "text": "red"}, {"type": "text", "text": "?"}]
+    (found,) = tokens({**CALLING, "prompt": [{"role": "user", "content": parts}]}, 512).rows
+    (expected,) = tokens(CALLING, 512).rows
+    assert found["prompt_ids"].tolist() == expected["prompt_ids"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "line 1: expected a chat template that writes tools, got one that leaves them out; "),
+        ({"tools": None}, "line 1: expected a chat template that writes tool_calls, got one"),
+        ({"tools": None, "documents": [{"text": "fish"}]}, "a chat template that writes documents"),
+        (
+            {"tools": None, "chosen": [ANSWER], "rejected": [OTHER]},
+            "line 1: expected a chat template that writes what messages say, got one that leaves",
+        ),
+        (
+            {"tools": None, "chosen": [{**ANSWER, "reasoning_content": "moon"}]},
+            "line 1: expected a chat template that writes reasoning_content, got one",
+        ),
+    ],
+)
+def test_a_chat_template_that_leaves_them_out_is_refused(monkeypatch, changes, message):
+    content = "{{ m.content or '' }}"
+    if "what messages say" in message:  # a template for lists of parts does so to text
+        content = "{% for part in m.content %}{{ part.text }}{% endfor %}"
+    plain = "{% for m in messages %}{{ m.role }}: " + content + "\n{% endfor %}"
+    monkeypatch.setattr(tiny.tokenizer(), "chat_template", plain)
+    with pytest.raises(ValueError, match=message):
+        tokens({**CALLING, **changes}, 512)
+
+
+def test_a_table_does_not_give_a_row_the_keys_of_others(tmp_path):
+    """datasets fills them with null, and a template would write them."""
+    other = {"type": "function", "function": {"name": "dog", "parameters": {"sun": "string"}}}
+    rows = [CALLING, {**CALLING, "tools": [other], "chosen": [call(b=2)]}]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
+    read = load(str(tmp_path / "a.parquet"))
+    assert [row["tools"] for row in read.train] == [[TOOL], [other]]
+    calls = [row["chosen"][0]["tool_calls"] for row in read.train]
+    assert calls == [row["chosen"][0]["tool_calls"] for row in rows]
+
+
+def test_a_token_that_the_model_has_no_row_for_is_named():
+    rows = [check_row({**GOOD, "chosen": " cat"}, "line 1"), check_row(GOOD, "line 2")]
+    (green,) = tiny.tokenizer()(" green", add_special_tokens=False)["input_ids"]
+    assert len(tokenize(rows, tiny.tokenizer(), 64, green + 1).rows) == 2
+    with pytest.raises(ValueError) as error:
+        tokenize(rows, tiny.tokenizer(), 64, green)
+    assert str(error.value) == (
+        f"line 2: expected tokens in [0, {green}), of which the model has rows, got {green}; "
+        "take the model's own tokenizer, or call model.resize_token_embeddings"
+    )
 
 
 def test_messages_that_the_chat_template_refuses_are_named(monkeypatch):
