@@ -32,7 +32,12 @@ from fusedpo.recipes.self_augmented import (
     understood,
     write_file,
 )
-from fusedpo.trainers.transformers import FusedTrainer, padding_token
+from fusedpo.trainers.transformers import (
+    FusedTrainer,
+    check_rows,
+    padding_token,
+    vocabulary,
+)
 
 Reward = Callable[[Mapping[str, Any], Sequence[int]], float]
 """From a row of the dataset and the token ids of a response to a number, larger for better."""
@@ -69,7 +74,7 @@ class GroupTrainer(FusedTrainer):
 
     def __init__(
         self,
-        model: Any,
+        model: Any = None,
         args: TrainingArguments | None = None,
         *,
         loss: Loss,
@@ -99,8 +104,9 @@ class GroupTrainer(FusedTrainer):
                 "gradient_accumulation_steps", "1", str(args.gradient_accumulation_steps)
             )
         tokenizer = options.get("processing_class")
-        self.pad_token_id = padding_token(tokenizer)
+        self.pad_token_id = padding_token(tokenizer, vocabulary(model))
         self.eos_token_id = getattr(tokenizer, "eos_token_id", None)
+        check_rows(options, ("prompt_ids",))
         options["data_collator"] = _as_they_are
         super().__init__(
             model, args, loss=loss, ref_model=ref_model, memory_budget=memory_budget, **options

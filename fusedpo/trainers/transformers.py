@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from fusedpo.checks import bad_type, bad_value
+from fusedpo.checks import bad_type, bad_value, known_tokens
 from fusedpo.fused_head import (
     Score,
     add_fused_head,
@@ -42,6 +42,7 @@ from fusedpo.head import Head
 from fusedpo.logprobs import linear_logprobs
 from fusedpo.losses import Loss, PreferenceLoss
 from fusedpo.objective import LossOutput, preference_loss
+from fusedpo.plan import Plan
 from fusedpo.recipes.short_to_long import IGNORED, pad_sequences
 from fusedpo.trainers.rows import TokenRow
 
@@ -70,6 +71,8 @@ if TYPE_CHECKING:
 else:  # mixins are bases of none but Trainers
     _Base = object
 
+# columns of a row in token ids
+_OF_ROWS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # what of a batch is the loss's, beside its own inputs; the rest is the model's
 _OF_LOSS = ("labels", "cu_seqlens", "advantages", "old_logprobs", "importance_weights")
 
@@ -83,11 +86,14 @@ class PreferenceCollator:
         pad_to_multiple_of: round the length up to a multiple of this.
         packed: one row after the other without padding, told apart by their positions, for models
             whose attention does so (in transformers FlashAttention, and SDPA since 4.53).
+        vocab_size: rows of the model's embedding, which no token may be beyond; not looked at if
+            None.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
     packed: bool = False
+    vocab_size: int | None = None
 
     def __call__(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
         """Labels are those of Hugging Face: labels[t] is token t, -100 on prompt and padding.
@@ -95,7 +101,16 @@ class PreferenceCollator:
         Returns:
             input_ids, attention_mask and labels [2 P, T] int64; if packed, input_ids, position_ids
             and labels [1, N] and cu_seqlens [2 P + 1]. Each further input [P] fp32.
+
+        Raises:
+            ValueError: for a row without token ids, or with one beyond ``vocab_size``.
         """
+        for number, row in enumerate(rows, start=1):
+            where = f"row {number} of the batch"
+            _check_columns(row, _OF_ROWS, where)
+            if self.vocab_size is not None:
+                tokens = [int(token) for name in _OF_ROWS for token in row[name]]  # type: ignore[literal-required]
+                known_tokens(where, tokens, self.vocab_size)
         responses = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
         prompts = [row["prompt_ids"] for row in rows] * 2
         if self.packed:
@@ -196,7 +211,7 @@ class FusedTrainerMixin(_Base):
 
     def __init__(
         self,
-        model: Any,
+        model: Any = None,
         args: TrainingArguments | None = None,
         *,
         loss: Loss,
@@ -204,8 +219,9 @@ class FusedTrainerMixin(_Base):
         memory_budget: int | float | str | None = None,
         **options: Any,
     ) -> None:
-        _check(model, loss, ref_model, options)
         args = args or TrainingArguments()
+        _check(model, loss, ref_model, options)
+        _check_arguments(args, loss)
         # rows are not the arguments of model.forward
         args.remove_unused_columns = False
         datasets = (options.get("train_dataset"), options.get("eval_dataset"))
@@ -213,11 +229,13 @@ class FusedTrainerMixin(_Base):
             # else one process makes batches for all, and cuts them between chosen and rejected
             config: Any = args.accelerator_config
             config.dispatch_batches = False
-        if loss.needs_reference and ref_model is None and not hasattr(model, "disable_adapter"):
-            ref_model = copy.deepcopy(model)
-        for each in (model, ref_model):
-            if each is not None and (memory_budget is not None or fused_forward(each) is None):
-                add_fused_head(each, memory_budget=memory_budget)
+        self.loss = loss
+        self._budget = memory_budget
+        self.memory_budget: int | float | str | Plan | None = memory_budget
+        self.ref_model: Any = None
+        self._own_reference = ref_model
+        if model is not None:
+            self._prepare_head(model)
         super().__init__(model=model, args=args, **options)
         # before transformers 5.19 this says that the loss is scaled, not loss_is_scaled_for_ga
         self.model_accepts_loss_kwargs = True
@@ -228,24 +246,50 @@ class FusedTrainerMixin(_Base):
                 f"{self.args.n_gpu} devices",
                 "start with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES",
             )
-        if ref_model is not None and self._sharded:
-            raise bad_value(
-                "ref_model",
-                "none under FSDP and DeepSpeed, where it would be whole on every device",
-                type(ref_model).__name__,
-                "train adapters, whose reference is the model without them, or a loss without a "
-                "reference, or under DistributedDataParallel",
-            )
-        self.loss = loss
-        fused = fused_forward(model)
-        self.memory_budget = memory_budget if fused is None else fused.memory_budget
-        self.ref_model = None
-        if ref_model is not None:
-            self.ref_model = ref_model.requires_grad_(False).eval()
-            placed = ("hf_device_map", "quantization_method")
-            if all(getattr(ref_model, name, None) is None for name in placed):
-                self.ref_model.to(self.args.device)
+        if model is not None:
+            self._place_reference(model)
         self._train_means, self._eval_means = _Means(), _Means()
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """A new model, with a head and a reference of its own; before each training."""
+        model = super().call_model_init(trial)
+        self._prepare_head(model)
+        self._place_reference(model)
+        return model
+
+    def _prepare_head(self, model: Any) -> None:
+        """Fuse the heads of a model and its reference."""
+        check_model("model", model)
+        reference = self._own_reference
+        if self.loss.needs_reference and reference is None:
+            reference = _frozen_copy(model)
+        for each in (model, reference):
+            if each is not None and (self._budget is not None or fused_forward(each) is None):
+                add_fused_head(each, memory_budget=self._budget)
+        fused = fused_forward(model)
+        self.memory_budget = self._budget if fused is None else fused.memory_budget
+        self.ref_model = reference
+
+    def _place_reference(self, model: Any) -> None:
+        """Freeze the reference, where the model is; or do without one of its own."""
+        if self.ref_model is None:
+            return
+        if self._sharded:
+            if self._own_reference is not None or not hasattr(model, "disable_adapter"):
+                raise bad_value(
+                    "ref_model",
+                    "none under FSDP and DeepSpeed, where it would be whole on every device",
+                    type(self.ref_model).__name__,
+                    "train new adapters, whose reference is the model without them, or a loss "
+                    "without a reference, or under DistributedDataParallel",
+                )
+            _check_new_adapters(model)
+            self.ref_model = None
+            return
+        self.ref_model.requires_grad_(False).eval()
+        placed = ("hf_device_map", "quantization_method")
+        if all(getattr(self.ref_model, name, None) is None for name in placed):
+            self.ref_model.to(self.args.device)
 
     @property
     def _sharded(self) -> bool:
@@ -342,10 +386,12 @@ class FusedTrainerMixin(_Base):
         subject = self.ref_model or (model if self._sharded else unwrapped)
         with_it = contextlib.nullcontext() if self.ref_model else unwrapped.disable_adapter()
         with with_it, evaluating(subject), self.accelerator.autocast():
-            if not self._sharded:
-                return hidden_and_head(subject, **of_model)
-            found, _ = at_head(subject, Score(labels, memory_budget=self.memory_budget), **of_model)
-        return found.logprob
+            if self._sharded:
+                score = Score(labels, memory_budget=self.memory_budget)
+                return at_head(subject, score, **of_model)[0].logprob
+            # entered from outside, where virtual tokens are put in front
+            (hidden, head), _ = at_head(subject, lambda *states: states, **of_model)
+        return of_tokens(hidden, labels), head
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the training batches since the last time."""
@@ -363,15 +409,19 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
     among the bases.
 
     Args:
-        model: a causal language model; its head is fused, see ``add_fused_head``.
+        model: a causal language model; its head is fused, see ``add_fused_head``. None with
+            ``model_init``, whose models are prepared likewise, each with its own reference.
         args: batch sizes count pairs.
         loss: one of ``fusedpo.losses``; for one of other responses than a chosen and a rejected
             one, ``data_collator`` makes the batches (``ShortToLongCollator``).
         ref_model: the reference of a loss that compares with one. If not given: a frozen copy of
-            ``model`` as it is now, or ``model`` without its adapters if it has any.
+            ``model`` as it is now. With adapters it is a copy of them, and of what else is trained,
+            over the same frozen weights; under FSDP and DeepSpeed it is ``model`` without them,
+            which new adapters are equal to, and others are refused.
         memory_budget: what the head may hold at a time, in bytes or as "512MiB".
         options: as of ``transformers.Trainer``. The datasets have rows as ``rows.tokenize`` makes
-            them.
+            them. Arguments of Trainer and TrainingArguments that change a loss of logits are
+            refused.
 
     The metrics of the loss (``rewards/chosen``, ``rewards/margins``, ...) are logged beside
     ``loss`` as means over all pairs since the last time, with the prefix ``eval_`` in evaluation.
@@ -380,7 +430,7 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
 
     def __init__(
         self,
-        model: Any,
+        model: Any = None,
         args: TrainingArguments | None = None,
         *,
         loss: Loss,
@@ -391,8 +441,11 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
         if not isinstance(loss, PreferenceLoss):
             raise bad_type("loss", "a preference loss, such as fusedpo.losses.SimPO()", repr(loss))
         if options.get("data_collator") is None:
-            pad = padding_token(options.get("processing_class"))
-            options["data_collator"] = PreferenceCollator(pad)
+            vocab = vocabulary(model)
+            pad = padding_token(options.get("processing_class"), vocab)
+            options["data_collator"] = PreferenceCollator(pad, vocab_size=vocab)
+        if isinstance(options["data_collator"], PreferenceCollator):
+            check_rows(options, _OF_ROWS)
         self.roles = len(loss.roles)
         super().__init__(
             model, args, loss=loss, ref_model=ref_model, memory_budget=memory_budget, **options
@@ -467,9 +520,12 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
         In the last round accelerate fills the batches with rows of the first ones.
         """
         state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0:
+        if not state.end_of_dataloader or state.remainder <= 0 or not self.accelerator.even_batches:
             return count
-        before = self.args.process_index * self.args.eval_batch_size
+        size = self.args.eval_batch_size
+        if self.accelerator.split_batches:
+            size //= self.args.world_size
+        before = self.args.process_index * size
         return min(max(state.remainder - before, 0), count)
 
     def _first(self, inputs: Mapping[str, Tensor], kept: int, count: int) -> dict[str, Tensor]:
@@ -489,6 +545,14 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
     ) -> EvalLoopOutput:
         """As of Trainer, with the loss and its metrics as means over pairs."""
         self._eval_means = _Means()
+        halves = (
+            (self.args.fp16_full_eval, torch.float16),
+            (self.args.bf16_full_eval, torch.bfloat16),
+        )
+        for asked, dtype in halves:
+            # the policy is cast likewise, and stays so
+            if asked and not self.is_in_train and self.ref_model is not None:
+                self.ref_model.to(dtype)
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
@@ -504,6 +568,9 @@ class PreferenceTrainer(PreferenceTrainerMixin, Trainer):
 def _check(model: Any, loss: Loss, ref_model: Any, options: Mapping[str, Any]) -> None:
     if not isinstance(loss, Loss):
         raise bad_type("loss", "a loss, such as fusedpo.losses.SimPO()", repr(loss))
+    if (model is None) == (options.get("model_init") is None):
+        got = "both" if model is not None else "neither"
+        raise bad_value("model", "a model, or None and model_init", got)
     if ref_model is not None and not loss.needs_reference:
         raise bad_value(
             "ref_model",
@@ -513,16 +580,125 @@ def _check(model: Any, loss: Loss, ref_model: Any, options: Mapping[str, Any]) -
         )
     if ref_model is model and ref_model is not None:
         raise bad_value("ref_model", "a model of its own", "the model that is trained")
-    for name in ("compute_metrics", "compute_loss_func"):
+    for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
         if options.get(name) is not None:
             raise bad_value(name, "None, as no logits are made", repr(options[name]))
-    config = model.config
+    for name, each in (("model", model), ("ref_model", ref_model)):
+        if each is not None:
+            check_model(name, each)
+
+
+def check_model(argument: str, model: Any) -> None:
+    """Refuse what is no causal language model."""
+    config = getattr(model, "config", None)
+    if not isinstance(model, torch.nn.Module) or config is None:
+        got = repr(model) if isinstance(model, str) else type(model).__name__
+        remedy = "load it with transformers.AutoModelForCausalLM.from_pretrained"
+        raise bad_type(argument, "a causal language model of transformers", got, remedy)
     if getattr(config, "is_encoder_decoder", False):
-        raise bad_value("model", "a decoder-only language model", type(model).__name__)
+        raise bad_value(argument, "a decoder-only language model", type(model).__name__)
 
 
-def padding_token(processing_class: Any) -> int:
+def _check_arguments(args: TrainingArguments, loss: Loss) -> None:
+    """Refuse what would change a loss of logits, or which rows a batch is of, and does not here."""
+    own = (
+        "label_smoothing of the loss" if hasattr(loss, "label_smoothing") else "a loss that has it"
+    )
+    if args.label_smoothing_factor:
+        got = str(args.label_smoothing_factor)
+        raise bad_value("label_smoothing_factor", "0, as no logits are made", got, f"take {own}")
+    if args.label_names not in (None, ["labels"]):
+        raise bad_value("label_names", "None or ['labels']", repr(args.label_names))
+    if args.world_size > 1 and not args.average_tokens_across_devices:
+        expected = "True, as every pair counts the same on whichever process"
+        raise bad_value("average_tokens_across_devices", expected, "False")
+    past = getattr(args, "past_index", -1)  # gone from transformers 5.23
+    if past >= 0:
+        raise bad_value("past_index", "-1, as no states are kept", str(past))
+    config: Any = args.accelerator_config
+    if config.dispatch_batches:
+        expected = "None or False, as batches would be cut between chosen and rejected"
+        raise bad_value("accelerator_config.dispatch_batches", expected, "True")
+    parallel = getattr(args, "parallelism_config", None)
+    if any(getattr(parallel, name, False) for name in ("cp_enabled", "sp_enabled")):
+        got = "context or sequence parallelism"
+        expected = "whole sequences on every process"
+        raise bad_value("parallelism_config", expected, got, "see sequence_group for a loop of own")
+    if args.use_liger_kernel:
+        # Liger's layers, but not its heads, of which one replaces the model's forward
+        asked = args.liger_kernel_config or {}
+        heads = ("fused_linear_cross_entropy", "cross_entropy")
+        for name in heads:
+            if asked.get(name):
+                expected = "not True, as the head is fused here"
+                raise bad_value(f"liger_kernel_config[{name!r}]", expected, "True")
+        args.liger_kernel_config = {**asked, **dict.fromkeys(heads, False)}
+
+
+def check_rows(options: Mapping[str, Any], columns: Sequence[str]) -> None:
+    """Refuse datasets whose first row lacks one of these columns, as one of text does."""
+    for name in ("train_dataset", "eval_dataset"):
+        of_name = options.get(name)
+        for each in of_name.values() if isinstance(of_name, dict) else (of_name,):
+            if isinstance(each, Sized) and hasattr(each, "__getitem__") and len(each):
+                _check_columns(each[0], columns, name)
+
+
+def _check_columns(row: Any, columns: Sequence[str], where: str) -> None:
+    if not isinstance(row, Mapping) or any(name not in row for name in columns):
+        got = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        remedy = "make rows of text into such with fusedpo.trainers.rows.tokenize"
+        raise bad_value(where, f"rows with {', '.join(columns)}", got, remedy)
+
+
+def _frozen_copy(model: Any) -> Any:
+    """A copy of the model as it is now; if it has adapters, with the same frozen weights."""
+    shared = {}
+    if hasattr(model, "disable_adapter"):
+        shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, shared)
+
+
+def _check_new_adapters(model: Any) -> None:
+    """Refuse adapters that the model without them may differ from."""
+    weights = dict(model.named_parameters())
+    for name, weight in weights.items():
+        # of an adapter's low-rank product one factor is 0 at first
+        starts_at_0 = any(part in name for part in ("lora_B", "lora_embedding_B"))
+        copied = _original(name, weights)
+        if not weight.requires_grad or weight.is_meta or (not starts_at_0 and "lora_" in name):
+            continue
+        own: Any = getattr(weight, "ds_tensor", weight)  # of ZeRO-3, the part on this process
+        equal = copied is not None and torch.equal(weight, copied)
+        if not (equal or (starts_at_0 and not own.any())):
+            raise bad_value(
+                "model",
+                "new LoRA adapters under FSDP and DeepSpeed, where the reference is the model "
+                "without them",
+                f"{name}, which may have learned something",
+                "merge the adapters into the model and train new ones, or train under "
+                "DistributedDataParallel",
+            )
+
+
+def _original(name: str, weights: Mapping[str, Tensor]) -> Tensor | None:
+    """What a module that is trained whole beside adapters was copied from."""
+    before, whole, after = name.partition(".modules_to_save.")
+    return weights.get(f"{before}.original_module.{after.partition('.')[2]}") if whole else None
+
+
+def vocabulary(model: Any) -> int | None:
+    """How many rows the embedding has; None if that is not to be seen."""
+    find = getattr(model, "get_input_embeddings", None)
+    weight = getattr(find() if callable(find) else None, "weight", None)
+    # ZeRO-3 shows none of its rows
+    return int(weight.shape[0]) if weight is not None and weight.numel() else None
+
+
+def padding_token(processing_class: Any, vocab_size: int | None = None) -> int:
     """The id that pads: the tokenizer's, or that of its end of sequence, or 0; it is masked.
+
+    One that the model has no row for is passed over.
 
     Raises:
         ValueError: without a tokenizer.
@@ -530,6 +706,7 @@ def padding_token(processing_class: Any) -> int:
     if processing_class is None:
         raise bad_value("processing_class", "the tokenizer, or a data_collator", "neither of them")
     for name in ("pad_token_id", "eos_token_id"):
-        if (token := getattr(processing_class, name, None)) is not None:
+        token = getattr(processing_class, name, None)
+        if token is not None and (vocab_size is None or token < vocab_size):
             return int(token)
     return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import math
 import subprocess
@@ -13,7 +15,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+import transformers
+from packaging.version import Version
+from peft import LoraConfig, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
 from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
@@ -251,34 +256,79 @@ def test_given_reference_is_used(tmp_path):
     assert not any(p.requires_grad for p in reference.parameters())
 
 
-def adapted(targets: list[str]) -> Any:
-    model = get_peft_model(tiny.model(), LoraConfig(target_modules=targets, r=4))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zero at first
-            torch.nn.init.normal_(parameter, std=0.3)
+def adapted(targets: list[str], **settings: Any) -> Any:
+    return get_peft_model(tiny.model(), LoraConfig(target_modules=targets, r=4, **settings))
+
+
+def learn(model: Any) -> Any:
+    """A model whose adapters, and what else is trained, are another one than without them."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn_like(parameter)
     return model
 
 
-@pytest.mark.parametrize("targets", [["q_proj"], ["lm_head"]])
-def test_adapters_are_left_out_of_the_reference(tmp_path, targets):
-    """A model that can switch its adapters off is its own reference."""
-    model = adapted(targets)
-    subject = trainer(tmp_path / "a", model, DPO())
-    assert subject.ref_model is None
-    plain = adapted(targets)
-    plain.load_state_dict(model.state_dict())
-    reference = trainer(tmp_path / "b", plain.merge_and_unload(), DPO(), ref_model=tiny.model())
-    found, expected = subject.evaluate(), reference.evaluate()
+ADAPTERS = {
+    "layer": lambda: adapted(["q_proj"]),
+    "head": lambda: adapted(["lm_head"]),
+    "whole module": lambda: adapted(["q_proj"], modules_to_save=["lm_head"]),
+    "weights": lambda: adapted(["q_proj"], use_dora=True),
+    "prompt": lambda: get_peft_model(
+        tiny.model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_the_reference_of_adapters_is_a_copy_of_them(tmp_path, kind):
+    """Of those that have learned something: without them the model is another one."""
+    model = learn(ADAPTERS[kind]())
+    start, names = copy.deepcopy(model), set(model.state_dict())
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    options = {"max_steps": 3, "per_device_train_batch_size": 7}
+    subject = trainer(tmp_path, model, DPO(), **options)
+    before = subject.evaluate()
+    assert before["eval_loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert before["eval_rewards/margins"] == 0
+    subject.train()
+    after = subject.evaluate()
+    assert after["eval_rewards/margins"] > 0
+    # as with a whole model of its own
+    expected = trainer(tmp_path, model, DPO(), ref_model=start).evaluate()
     for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-4), name
-    assert found["eval_rewards/margins"] != 0
+        assert after[name] == pytest.approx(expected[name], rel=1e-5), name
+    # nothing of it is in the model, and nothing frozen is there twice
+    assert set(model.state_dict()) == names
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+    theirs = dict(subject.ref_model.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert (theirs[name] is parameter) == (name not in trained), name
+        assert not theirs[name].requires_grad or name in trained
+
+
+def test_adapters_are_saved_and_resumed_without_their_reference(tmp_path):
+    options = {"max_steps": 4, "per_device_train_batch_size": 2, "optim": "adamw_torch"}
+    torch.manual_seed(5)
+    start = learn(adapted(["q_proj"]))
+    whole, resumed = copy.deepcopy(start), copy.deepcopy(start)
+    subject = trainer(tmp_path / "a", whole, DPO(), **options, save_strategy="steps", save_steps=2)
+    subject.train()
+    checkpoint = tmp_path / "a" / "checkpoint-2"
+    with safe_open(checkpoint / "adapter_model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(get_peft_model_state_dict(start))
+    assert not [path for path in checkpoint.iterdir() if path.is_dir()]
+    subject = trainer(tmp_path / "b", resumed, DPO(), **options)
+    subject.train(resume_from_checkpoint=str(checkpoint))
+    assert torch.equal(parameters(resumed), parameters(whole))
 
 
 def test_virtual_tokens_of_prompt_tuning_are_left_out_of_the_loss(tmp_path):
-    """They stand in front of every row; without them the model is its own reference."""
+    """They stand in front of every row."""
     settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = get_peft_model(tiny.model(), settings)
-    subject = trainer(tmp_path, model, DPO(), per_device_train_batch_size=4)
+    plain = tiny.model()
+    subject = trainer(tmp_path, model, DPO(), ref_model=plain, per_device_train_batch_size=4)
     batch = next(iter(subject.get_train_dataloader()))
     loss = subject.compute_loss(model, dict(batch))
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -289,8 +339,8 @@ def test_virtual_tokens_of_prompt_tuning_are_left_out_of_the_loss(tmp_path):
         logp = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
         return (logp * (labels != -100)).sum(-1)
 
-    with torch.no_grad(), model.disable_adapter():
-        reference = scores(model)
+    with torch.no_grad():
+        reference = scores(plain)
     ratio = scores(model) - reference
     margin = ratio[:4] - ratio[4:]
     naive = -torch.nn.functional.logsigmoid(0.1 * margin).mean()
@@ -312,11 +362,15 @@ def test_where_weights_are_sharded_the_reference_is_its_log_probabilities(
     """Found within a forward, the only time when weights are whole; they are the same numbers."""
     model = adapted(targets)
     whole = trainer(tmp_path, model, DPO())
+    sharded(monkeypatch)
+    subject = trainer(tmp_path, model, DPO())
+    assert subject.ref_model is None
+    monkeypatch.undo()
+    learn(model)
     batch = whole.data_collator(ROWS)
     expected = whole.compute_loss(model, dict(batch))
     gradients = torch.autograd.grad(expected, [p for p in model.parameters() if p.requires_grad])
     sharded(monkeypatch)
-    subject = trainer(tmp_path, model, DPO())
     seen = []
     reference = subject._reference
     monkeypatch.setattr(subject, "_reference", lambda *a: (seen.append(reference(*a)), seen[-1])[1])
@@ -329,14 +383,45 @@ def test_where_weights_are_sharded_the_reference_is_its_log_probabilities(
         assert same(mine, theirs)
 
 
+@pytest.mark.parametrize("kind", ["layer", "whole module", "weights", "prompt"])
+def test_where_weights_are_sharded_adapters_have_to_be_new(tmp_path, monkeypatch, kind):
+    """There the reference is the model without them."""
+    sharded(monkeypatch)
+    new = ADAPTERS[kind]()
+    if kind != "prompt":
+        assert trainer(tmp_path, new, DPO()).ref_model is None
+        learn(new)
+    with pytest.raises(ValueError) as error:
+        trainer(tmp_path, new, DPO())
+    assert str(error.value).startswith(
+        "model: expected new LoRA adapters under FSDP and DeepSpeed, where the reference is the "
+        "model without them, got "
+    )
+    trainer(tmp_path, new, SimPO())
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_where_weights_are_sharded_a_module_trained_whole_has_to_be_new(
+    tmp_path, monkeypatch, module
+):
+    sharded(monkeypatch)
+    model = adapted(["q_proj"], modules_to_save=[module])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 1
+    with pytest.raises(ValueError, match=f"{module}.modules_to_save.default.weight, which may"):
+        trainer(tmp_path, model, DPO())
+
+
 def test_a_model_as_the_reference_is_refused_where_weights_are_sharded(tmp_path, monkeypatch):
     sharded(monkeypatch)
     with pytest.raises(ValueError) as error:
         trainer(tmp_path, loss=DPO())
     assert str(error.value) == (
         "ref_model: expected none under FSDP and DeepSpeed, where it would be whole on every "
-        "device, got LlamaForCausalLM; train adapters, whose reference is the model without them, "
-        "or a loss without a reference, or under DistributedDataParallel"
+        "device, got LlamaForCausalLM; train new adapters, whose reference is the model without "
+        "them, or a loss without a reference, or under DistributedDataParallel"
     )
 
 
@@ -607,6 +692,229 @@ def test_unused_arguments_are_refused(tmp_path):
         trainer(tmp_path, model, DPO(), ref_model=model)
     with pytest.raises(ValueError, match="processing_class: expected the tokenizer"):
         PreferenceTrainer(model, TrainingArguments(str(tmp_path)), loss=SimPO())
+
+
+ARGUMENTS = {
+    "label_smoothing_factor": (
+        {"label_smoothing_factor": 0.3},
+        "label_smoothing_factor: expected 0, as no logits are made, got 0.3; "
+        "take label_smoothing of the loss",
+    ),
+    "label_names": (
+        {"label_names": ["chosen"]},
+        "label_names: expected None or ['labels'], got ['chosen']",
+    ),
+    "liger": (
+        {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}},
+        "liger_kernel_config['fused_linear_cross_entropy']: expected not True, as the head is "
+        "fused here, got True",
+    ),
+    "dispatch_batches": (
+        {"accelerator_config": {"dispatch_batches": True}},
+        "accelerator_config.dispatch_batches: expected None or False, as batches would be cut "
+        "between chosen and rejected, got True",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments_that_would_do_nothing_are_refused(tmp_path, name):
+    arguments, message = ARGUMENTS[name]
+    with pytest.raises(ValueError) as error:
+        trainer(tmp_path, **arguments)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("average_tokens_across_devices", False, "average_tokens_across_devices: expected True"),
+        ("past_index", 2, "past_index: expected -1, as no states are kept, got 2"),
+        (
+            "parallelism_config",
+            types.SimpleNamespace(cp_enabled=True, sp_enabled=False),
+            "parallelism_config: expected whole sequences on every process",
+        ),
+    ],
+)
+def test_arguments_of_several_processes_are_refused(tmp_path, monkeypatch, name, value, message):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    setattr(args, name, value)
+    options = {"train_dataset": ROWS, "processing_class": tiny.tokenizer()}
+    with pytest.raises(ValueError, match=message):
+        PreferenceTrainer(tiny.model(), args, loss=SimPO(), **options)
+
+
+# what TrainingArguments has, and what becomes of it here
+OBEYED = """
+    output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate
+    lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1
+    adam_beta2 adam_epsilon optim_target_modules gradient_accumulation_steps max_grad_norm bf16 fp16
+    bf16_full_eval fp16_full_eval tf32 activation_checkpointing activation_checkpointing_kwargs
+    gradient_checkpointing gradient_checkpointing_kwargs torch_compile torch_compile_backend
+    torch_compile_mode use_liger_kernel use_cache neftune_noise_alpha torch_empty_cache_steps
+    auto_find_batch_size eval_strategy eval_steps eval_delay per_device_eval_batch_size
+    eval_on_start full_determinism seed data_seed use_cpu accelerator_config dataloader_drop_last
+    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+    dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
+    train_sampling_strategy length_column_name ddp_find_unused_parameters ddp_bucket_cap_mb
+    ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed
+    load_best_model_at_end metric_for_best_model greater_is_better ignore_data_skip
+    restore_callback_states_from_checkpoint resume_from_checkpoint local_rank
+"""
+REFUSED = """
+    label_smoothing_factor label_names average_tokens_across_devices past_index liger_kernel_config
+    parallelism_config
+"""
+# beside the loss: logs, files, the Hub; and of metrics of logits, which there are none of
+BESIDE = """
+    logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter
+    include_num_input_tokens_seen log_level log_level_replica disable_tqdm report_to run_name
+    project trackio_space_id trackio_bucket_id trackio_static_space_id prediction_loss_only
+    eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics
+    batch_eval_metrics save_only_model save_strategy save_steps save_on_each_node save_total_limit
+    enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id hub_strategy
+    hub_always_push hub_revision debug skip_memory_metrics do_train do_eval do_predict
+    remove_unused_columns
+"""
+
+
+def test_every_argument_of_the_newest_transformers_has_been_decided_on():
+    """A later version may bring one that changes the loss: obey or refuse it, and add it above."""
+    if Version(transformers.__version__).release[:2] < (5, 23):
+        pytest.skip("older versions have others, which were looked at where they are refused")
+    names = {each.name for each in dataclasses.fields(TrainingArguments)}
+    assert names <= set(f"{OBEYED} {REFUSED} {BESIDE}".split())
+
+
+def test_ligers_layers_are_taken_and_its_heads_are_not(tmp_path):
+    """One of its heads would take the place of the model's forward, by default."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    layers = {"rope": False, "rms_norm": False, "swiglu": False}  # they change classes for good
+    model = tiny.model()
+    subject = trainer(tmp_path, model, use_liger_kernel=True, liger_kernel_config=layers)
+    forward = model.forward
+    _apply_liger_kernel_to_instance(model=model, **subject.args.liger_kernel_config)
+    assert model.forward is forward
+    assert subject.args.liger_kernel_config.items() > layers.items()
+
+
+def test_noise_on_embeddings_is_in_training_alone(tmp_path):
+    found = {}
+    for noise in (None, 50.0):
+        subject = trainer(tmp_path, loss=DPO(), neftune_noise_alpha=noise)
+        evaluated = subject.evaluate()["eval_loss"]
+        subject.train()
+        found[noise] = evaluated, subject.state.log_history[-2]["loss"]
+    assert found[50.0][0] == found[None][0]
+    assert found[50.0][1] != found[None][1]
+
+
+@pytest.mark.parametrize("model", [tiny.model, lambda: learn(adapted(["q_proj"]))])
+def test_evaluation_in_half_precision_has_its_reference_too(tmp_path, model):
+    found = trainer(tmp_path, model(), DPO(), bf16_full_eval=True).evaluate()
+    assert found["eval_rewards/margins"] == 0
+
+
+def test_a_compiled_model_is_trained_alike(tmp_path):
+    whole, compiled = tiny.model(), tiny.model()
+    expected = update(trainer(tmp_path, whole, DPO()), whole)
+    options = {"torch_compile": True, "torch_compile_backend": "eager"}
+    assert same(update(trainer(tmp_path, compiled, DPO(), **options), compiled), expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "index", "kept"),
+    [
+        ({}, 0, 2),
+        ({}, 1, 1),
+        ({"split_batches": True}, 0, 1),
+        ({"split_batches": True}, 1, 1),
+        ({"even_batches": False}, 1, 2),
+    ],
+)
+def test_repeated_rows_are_told_however_rows_are_shared_out(
+    tmp_path, monkeypatch, config, index, kept
+):
+    """Of 7 rows in rounds of 4: 3 are left, which two processes have by twos, or by ones of two."""
+    subject = trainer(tmp_path, per_device_eval_batch_size=2, accelerator_config=config)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    monkeypatch.setattr(TrainingArguments, "process_index", index)
+    left = 3 if "split_batches" not in config else 2
+    state = types.SimpleNamespace(end_of_dataloader=True, remainder=left)
+    monkeypatch.setattr(subject.accelerator, "gradient_state", state)
+    assert subject._not_repeated(1 if "split_batches" in config else 2) == kept
+
+
+def test_models_are_made_anew_with_a_head_and_a_reference(tmp_path):
+    """As Trainer's model_init does for each training."""
+    made = []
+
+    def make() -> LlamaForCausalLM:
+        made.append(tiny.model(initializer_range=0.3 + 0.1 * len(made)))
+        return made[-1]
+
+    args = trainer(tmp_path, max_steps=2).args
+    options = {"train_dataset": ROWS, "eval_dataset": ROWS, "processing_class": tiny.tokenizer()}
+    subject = PreferenceTrainer(None, args, loss=DPO(), model_init=make, **options)
+    for number in (1, 2):
+        assert len(made) == number and subject.model is made[-1]
+        assert subject.evaluate()["eval_rewards/margins"] == 0 or number > 1
+        subject.train()
+        start = tiny.model(initializer_range=0.3 + 0.1 * number)
+        assert torch.equal(parameters(subject.ref_model), parameters(start))
+        expected = trainer(tmp_path, start, DPO(), max_steps=2)
+        assert torch.equal(
+            update(expected, start), parameters(made[-1]) - parameters(subject.ref_model)
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "model: expected a model, or None and model_init, got neither"),
+        ({"model": tiny.model(), "model_init": tiny.model}, "and model_init, got both"),
+        (
+            {"model": "owner/name"},
+            "model: expected a causal language model of transformers, got 'owner/name'; load it "
+            "with transformers.AutoModelForCausalLM.from_pretrained",
+        ),
+        (
+            {"model": tiny.model(), "ref_model": "owner/name", "loss": DPO()},
+            "ref_model: expected a causal language model of transformers, got 'owner/name'",
+        ),
+        (
+            {"model": tiny.model(), "train_dataset": tiny.text_rows(2)},
+            "train_dataset: expected rows with prompt_ids, chosen_ids, rejected_ids, got prompt, "
+            "chosen, rejected; make rows of text into such with fusedpo.trainers.rows.tokenize",
+        ),
+        (
+            {"model": tiny.model(), "eval_dataset": {"a": ROWS, "b": tiny.text_rows(2)}},
+            "eval_dataset: expected rows with prompt_ids",
+        ),
+        ({"model": tiny.model(), "train_dataset": [[1, 2]]}, "train_dataset: .* got list; make"),
+    ],
+)
+def test_what_is_not_a_model_or_rows_of_tokens_is_refused(tmp_path, changes, message):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    options = {"loss": SimPO(), "processing_class": tiny.tokenizer(), "train_dataset": ROWS}
+    with pytest.raises((TypeError, ValueError), match=message):
+        PreferenceTrainer(args=args, **{**options, **changes})
+
+
+def test_tokens_that_the_model_has_no_row_for_are_refused(tmp_path):
+    largest = max(int(max(row["prompt_ids"])) for row in ROWS)
+    subject = trainer(tmp_path, tiny.model(vocab_size=largest))
+    with pytest.raises(
+        ValueError, match=rf"row \d of the batch: expected tokens in \[0, {largest}\)"
+    ):
+        subject.train()
+    with pytest.raises(ValueError, match="row 2 of the batch: expected rows with prompt_ids"):
+        PreferenceCollator(0)([ROWS[0], {"prompt_ids": [1]}])
+    assert padding_token(types.SimpleNamespace(pad_token_id=9, eos_token_id=2), 9) == 2
+    assert padding_token(types.SimpleNamespace(pad_token_id=9, eos_token_id=9), 9) == 0
 
 
 def test_one_number_to_divide_by_is_refused(tmp_path):
