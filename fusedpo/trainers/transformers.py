@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -636,11 +636,14 @@ def _check_arguments(args: TrainingArguments, loss: Loss) -> None:
 
 
 def check_rows(options: Mapping[str, Any], columns: Sequence[str]) -> None:
-    """Refuse datasets whose first row lacks one of these columns, as one of text does."""
+    """Refuse datasets that lack one of these columns, as those of text do."""
     for name in ("train_dataset", "eval_dataset"):
         of_name = options.get(name)
         for each in of_name.values() if isinstance(of_name, dict) else (of_name,):
-            if isinstance(each, Sized) and hasattr(each, "__getitem__") and len(each):
+            # one that makes its rows when it is asked for them is left to the collator
+            if names := getattr(each, "column_names", None):
+                _check_columns(dict.fromkeys(names), columns, name)
+            elif isinstance(each, Sequence) and len(each):
                 _check_columns(each[0], columns, name)
 
 

@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import tiny
 import torch
@@ -567,13 +568,11 @@ def test_options_of_the_fused_head_stay(tmp_path):
 
 
 def test_streams_are_not_cut_between_chosen_and_rejected(tmp_path):
-    from datasets import Dataset
-
     rows = [
         {name: row[name].tolist() for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
         for row in ROWS
     ]
-    stream = Dataset.from_list(rows).to_iterable_dataset()
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
     subject = trainer(tmp_path, rows=stream)
     assert subject.args.accelerator_config.dispatch_batches is False
 
@@ -893,6 +892,13 @@ def test_models_are_made_anew_with_a_head_and_a_reference(tmp_path):
         (
             {"model": tiny.model(), "eval_dataset": {"a": ROWS, "b": tiny.text_rows(2)}},
             "eval_dataset: expected rows with prompt_ids",
+        ),
+        (
+            {
+                "model": tiny.model(),
+                "train_dataset": datasets.Dataset.from_list(tiny.text_rows(2)),
+            },
+            "train_dataset: expected rows with prompt_ids",
         ),
         ({"model": tiny.model(), "train_dataset": [[1, 2]]}, "train_dataset: .* got list; make"),
     ],
