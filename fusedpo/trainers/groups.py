@@ -236,6 +236,12 @@ class GroupTrainer(FusedTrainer):
     ) -> dict[str, float]:
         """The mean reward of a response to each of some held-out prompts; sampling repeats."""
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, dict):
+            each = (
+                self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+                for name, part in rows.items()
+            )
+            return {name: value for metrics in each for name, value in metrics.items()}
         rows = [rows[i] for i in range(min(self.eval_prompts, len(rows)))]
         if not rows:
             raise bad_value("eval_dataset", "at least one row", "none")

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from fusedpo import linear_logprobs
 from fusedpo.fused_head import hidden_and_head
-from fusedpo.losses import DPO, GRPO, SoftSequence
+from fusedpo.losses import DAPO, DPO, GRPO, SoftSequence
 from fusedpo.trainers.groups import GroupTrainer
 
 
@@ -63,8 +63,11 @@ def test_the_reward_rises(tmp_path: Path) -> None:
         assert name in logged[0], name
 
 
-def test_the_first_update_is_on_policy_and_the_next_are_not(tmp_path: Path) -> None:
-    made = trainer(tmp_path, updates=3)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_first_update_is_on_policy_and_the_next_are_not(
+    tmp_path: Path, temperature: float
+) -> None:
+    made = trainer(tmp_path, updates=3, temperature=temperature)
     made.train()
     ratios = [e["kl_old"] for e in made.state.log_history if "kl_old" in e]
     assert len(ratios) == 6
@@ -72,8 +75,9 @@ def test_the_first_update_is_on_policy_and_the_next_are_not(tmp_path: Path) -> N
     assert all(ratio > 0 for i, ratio in enumerate(ratios) if i % 3)
 
 
-def test_the_old_log_probabilities_are_the_policys(tmp_path: Path) -> None:
-    made = trainer(tmp_path)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_old_log_probabilities_are_the_policys(tmp_path: Path, temperature: float) -> None:
+    made = trainer(tmp_path, temperature=temperature)
     rows = made.train_dataset[:2]
     batch = made._sample(made.model, rows)
     assert batch["input_ids"].shape[0] == 8 and batch["rewards"].shape == (8,)
@@ -85,7 +89,120 @@ def test_the_old_log_probabilities_are_the_policys(tmp_path: Path) -> None:
     ).last_hidden_state
     labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     _, head = hidden_and_head(made.model, input_ids=batch["input_ids"])
-    assert torch.equal(batch["old_logprobs"], linear_logprobs(states, head.weight, labels).detach())
+    expected = linear_logprobs(states, head.weight, labels, temperature=temperature).detach()
+    assert torch.equal(batch["old_logprobs"], expected)
+
+
+def test_processes_and_steps_sample_differently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(tmp_path)
+    found = []
+    for process, step in ((0, 0), (1, 0), (0, 1), (1, 1), (0, 0)):
+        monkeypatch.setattr(TrainingArguments, "process_index", process)
+        made.state.global_step = step
+        ids = made._sample(made.model, made.train_dataset[:2])["input_ids"]
+        found.append(str(ids.tolist()))
+    assert len(set(found)) == 4 and found[0] == found[-1]
+
+
+def test_rewards_are_of_their_prompts_and_vary_within_groups(tmp_path: Path) -> None:
+    """A prompt that is easier than another says nothing about its responses."""
+
+    def reward(row: Any, response: Any) -> float:
+        return 10.0 * int(row["prompt_ids"][1]) + longest_word(row, response)
+
+    made = trainer(tmp_path, reward=reward)
+    rows = made.train_dataset[:3]
+    made._sampled = made._sample(made.model, rows)
+    groups = made._sampled["rewards"].view(3, 4)
+    for row, group in zip(rows, groups, strict=True):
+        assert torch.all(group >= 10 * int(row["prompt_ids"][1]))
+        assert torch.all(group <= 10 * int(row["prompt_ids"][1]) + 1)
+    logged = made._further_metrics()
+    assert float(logged["reward"]) == pytest.approx(float(groups.mean()), rel=1e-6)
+    within = sum(float(torch.tensor(group.tolist()).std()) for group in groups) / 3
+    assert float(logged["reward_std"]) == pytest.approx(within, rel=1e-5)
+    lengths = (made._sampled["labels"] != -100).sum(1).tolist()
+    assert float(logged["completions/mean_length"]) == pytest.approx(sum(lengths) / 12)
+
+
+def test_processes_share_the_held_out_prompts_and_their_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five prompts on two processes: three and two of them, and means over five."""
+    rewarded: list[int] = []
+
+    def reward(row: Any, response: Any) -> float:
+        rewarded.append(int(row["prompt_ids"][1]))
+        return float(len(response))
+
+    made = trainer(tmp_path, reward=reward, eval_prompts=5)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    sums, own = [], []
+    for process in (0, 1):
+        monkeypatch.setattr(TrainingArguments, "process_index", process)
+        monkeypatch.setattr(made.accelerator, "reduce", lambda t, how: (sums.append(t), t)[1])
+        made.evaluate()
+        own.append(list(rewarded))
+        rewarded.clear()
+    prompts = [int(row["prompt_ids"][1]) for row in made.eval_dataset]
+    assert own == [prompts[0:5:2], prompts[1:5:2]]
+    total = sums[0] + sums[1]
+    assert total[0] == total[1] > 0
+
+    def reduce(tensor: torch.Tensor, how: str) -> torch.Tensor:
+        assert how == "sum"
+        return total
+
+    monkeypatch.setattr(made.accelerator, "reduce", reduce)
+    found = made.evaluate()
+    assert found["eval_reward"] == pytest.approx(float(total[0]) / 5, rel=1e-12)
+    assert found["eval_completions/mean_length"] == pytest.approx(float(total[1]) / 5, rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", [SoftSequence(), DAPO(), GRPO(entropy_bonus=0.1)], ids=repr)
+def test_processes_divide_by_what_all_of_them_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Any
+) -> None:
+    """The other one has three times as many responses, and tokens: a mean of twice as many."""
+    made = trainer(tmp_path, loss)
+    rows = made.train_dataset[:2]
+
+    def gradient() -> torch.Tensor:
+        """On-policy the loss itself is near 0."""
+        made._left = 2 if made._sampled else 0
+        loss = made.compute_loss(made.model, {"rows": rows})
+        return torch.autograd.grad(loss, made.model.lm_head.weight)[0]
+
+    alone = gradient()
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    seen = []
+
+    def reduce(tensor: torch.Tensor, how: str) -> torch.Tensor:
+        assert how == "mean"
+        seen.append(tensor.tolist())
+        return 2 * tensor
+
+    monkeypatch.setattr(made.accelerator, "reduce", reduce)
+    halved = gradient()
+    assert (2 * halved - alone).abs().max() <= 1e-5 * alone.abs().max() != 0
+    assert seen == [[8, int((made._sampled["labels"] != -100).sum())]]
+
+
+def test_several_sets_of_held_out_prompts_are_evaluated_by_name(tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    rows = made.eval_dataset
+    found = made.evaluate({"a": rows[:2], "b": rows[2:]})
+    assert {"eval_a_reward", "eval_b_completions/mean_length"} <= set(found)
+    assert found["eval_b_reward"] == made.evaluate(rows[2:])["eval_reward"]
+
+
+def test_prompts_of_text_are_refused(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    options = {"processing_class": tiny.tokenizer(), "train_dataset": tiny.text_rows(2)}
+    with pytest.raises(ValueError, match="train_dataset: expected rows with prompt_ids, got prom"):
+        GroupTrainer(tiny.model(), args, loss=GRPO(), reward=longest_word, **options)
 
 
 def test_a_checkpoint_without_samples_is_gone_on_from_with_new_ones(tmp_path: Path) -> None:
