@@ -107,6 +107,9 @@ class GroupTrainer(FusedTrainer):
         self.pad_token_id = padding_token(tokenizer, vocabulary(model))
         self.eos_token_id = getattr(tokenizer, "eos_token_id", None)
         check_rows(options, ("prompt_ids",))
+        if options.get("data_collator") is not None:
+            got = repr(options["data_collator"])
+            raise bad_value("data_collator", "None, as batches are sampled", got)
         options["data_collator"] = _as_they_are
         super().__init__(
             model, args, loss=loss, ref_model=ref_model, memory_budget=memory_budget, **options

@@ -19,7 +19,7 @@ from fusedpo.recipes import self_augmented as recipe
 from fusedpo.recipes import stdlib_pairs
 from fusedpo.recipes.groups import token_overlap
 from fusedpo.report import PAIR_SIGNALS, Signal
-from fusedpo.trainers.rows import Splits, check_row, tokenize
+from fusedpo.trainers.rows import Splits, check_plain, check_row, tokenize
 
 if TYPE_CHECKING:
     from fusedpo.trainers.transformers import FusedTrainerMixin
@@ -299,6 +299,8 @@ class TwoContexts(Pairs):
         return Splits(train, held_out, "the standard library", "row")
 
     def checked(self, rows: Sequence[Mapping[str, Any]], splits: Splits, loss: Loss) -> list[Any]:
+        for i, row in enumerate(rows):
+            check_plain(row, splits.where(i))
         return list(rows)
 
     def tokenized(

@@ -288,9 +288,8 @@ def check_row(row: Mapping[str, Any], where: str, inputs: Sequence[str] = ()) ->
         prompt, chosen, rejected = _split_messages(prompt, chosen, rejected, where)
     numbers = {name: _number(row[name], f"{where}, {name}") for name in inputs}
     template = _template(row, where)
-    if template and isinstance(chosen, str):
-        remedy = "give prompt, chosen and rejected as messages"
-        raise bad_value(where, "messages, which a chat template writes", "text", remedy)
+    if isinstance(chosen, str):
+        check_plain(row, where)
     return Preference(prompt, chosen, rejected, where, numbers, template)
 
 
@@ -305,9 +304,7 @@ def _missing(row: Mapping[str, Any], column: str, where: str) -> None:
 
 def _template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What the chat template takes beside the messages."""
-    for column in _NOT_TEXT:
-        if row.get(column):
-            raise bad_value(f"{where}, {column}", "none, as rows are of text", "some")
+    _refuse(row, _NOT_TEXT, where, "none, as models are of text")
     columns = {name: _decoded(row.get(name), f"{where}, {name}") for name in _OF_TEMPLATE}
     options = columns.pop("chat_template_kwargs") or {}
     place = f"{where}, chat_template_kwargs"
@@ -321,6 +318,17 @@ def _template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise bad_type(f"{where}, {name}", "a list", type(value).__name__)
     # an empty list has some templates announce tools, and write none
     return {**{name: list(value) for name, value in columns.items() if value}, **options}
+
+
+def check_plain(row: Mapping[str, Any], where: str) -> None:
+    """Refuse a row of text with columns that only a chat template writes."""
+    _refuse(row, (*_OF_TEMPLATE, *_NOT_TEXT), where, "none beside text, but beside messages")
+
+
+def _refuse(row: Mapping[str, Any], columns: Sequence[str], where: str, expected: str) -> None:
+    for column in columns:
+        if row.get(column):
+            raise bad_value(f"{where}, {column}", expected, "some")
 
 
 def _decoded(value: Any, where: str) -> Any:

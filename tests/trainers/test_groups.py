@@ -261,6 +261,7 @@ def test_a_reference_is_compared_with(tmp_path: Path) -> None:
     [
         ({"loss": DPO()}, TypeError, "loss: expected a policy loss"),
         ({"group_size": 1}, ValueError, "group_size: expected at least 2, got 1"),
+        ({"data_collator": list}, ValueError, "data_collator: expected None, as batches are sampl"),
         ({"updates": 0}, ValueError, "updates: expected at least 1, got 0"),
         (
             {"args": {"gradient_accumulation_steps": 2}},

@@ -214,10 +214,10 @@ def test_missing_files_are_refused_without_asking_the_hub(name, monkeypatch):
             {"chosen": [{"role": "user", "content": [{"type": "image"}]}], "rejected": []},
             r'line 7, chosen, content: expected parts like {"type": "text", .* got one of image',
         ),
-        ({**GOOD, "images": ["a.png"]}, "line 7, images: expected none, as rows are of text"),
+        ({**GOOD, "images": ["a.png"]}, "line 7, images: expected none, as models are of text"),
         (
             {**GOOD, "tools": [{}]},
-            "line 7: expected messages, which a chat template writes, got te",
+            "line 7, tools: expected none beside text, but beside messages",
         ),
         (
             {**GOOD, "tools": "[{"},
