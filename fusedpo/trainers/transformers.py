@@ -222,6 +222,7 @@ class FusedTrainerMixin(_Base):
         args = args or TrainingArguments()
         _check(model, loss, ref_model, options)
         _check_arguments(args, loss)
+        _check_sampling(args, options.get("train_dataset"))
         # rows are not the arguments of model.forward
         args.remove_unused_columns = False
         datasets = (options.get("train_dataset"), options.get("eval_dataset"))
@@ -633,6 +634,16 @@ def _check_arguments(args: TrainingArguments, loss: Loss) -> None:
                 expected = "not True, as the head is fused here"
                 raise bad_value(f"liger_kernel_config[{name!r}]", expected, "True")
         args.liger_kernel_config = {**asked, **dict.fromkeys(heads, False)}
+
+
+def _check_sampling(args: TrainingArguments, rows: Any) -> None:
+    """Refuse sampling by lengths that Trainer does not find: it looks for input_ids."""
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    of_lengths = strategy in ("group_by_length", "batch_rebalance")
+    names = getattr(rows, "column_names", None) or ()
+    if rows is not None and of_lengths and args.length_column_name not in names:
+        expected = f"a datasets.Dataset with the column {args.length_column_name} beside it"
+        raise bad_value("train_sampling_strategy", expected, repr(strategy))
 
 
 def check_rows(options: Mapping[str, Any], columns: Sequence[str]) -> None:

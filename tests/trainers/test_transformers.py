@@ -708,6 +708,11 @@ ARGUMENTS = {
         "liger_kernel_config['fused_linear_cross_entropy']: expected not True, as the head is "
         "fused here, got True",
     ),
+    "train_sampling_strategy": (
+        {"train_sampling_strategy": "group_by_length"},
+        "train_sampling_strategy: expected a datasets.Dataset with the column length beside it, "
+        "got 'group_by_length'",
+    ),
     "dispatch_batches": (
         {"accelerator_config": {"dispatch_batches": True}},
         "accelerator_config.dispatch_batches: expected None or False, as batches would be cut "
