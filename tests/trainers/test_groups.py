@@ -106,6 +106,13 @@ def test_processes_and_steps_sample_differently(
     assert len(set(found)) == 4 and found[0] == found[-1]
 
 
+def test_a_low_temperature_samples_the_likeliest_response_alone(tmp_path: Path) -> None:
+    made = trainer(tmp_path, temperature=1e-4)
+    batch = made._sample(made.model, made.train_dataset[:2])
+    for group in batch["input_ids"].view(2, 4, -1):
+        assert torch.equal(group, group[:1].expand_as(group))
+
+
 def test_rewards_are_of_their_prompts_and_vary_within_groups(tmp_path: Path) -> None:
     """A prompt that is easier than another says nothing about its responses."""
 
