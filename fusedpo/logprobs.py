@@ -25,6 +25,7 @@ All five fold the same tiles in the same order, so their log-probabilities are b
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,7 +36,7 @@ from fusedpo import checks
 from fusedpo.backend import resolve
 from fusedpo.head import Head
 from fusedpo.operators import token_stats
-from fusedpo.plan import Needs, Plan, Scope, parse_budget, plan
+from fusedpo.plan import Needs, Plan, Scope, parse_budget, plan, replan
 from fusedpo.precision import own_precision
 from fusedpo.scored import assert_on_device, count_scored, label_fault, temperature_faults, tracing
 from fusedpo.sweeps import (
@@ -127,8 +128,8 @@ def linear_logprobs(
             where scored. Not differentiated, and refused if it requires a gradient.
         ignore_index: label of the positions to leave out.
         memory_budget: bytes, a text such as ``"512MiB"``, or a Plan: what may be held beyond the
-            outputs.
-            256 MiB by default.
+            outputs. 256 MiB by default. A Plan made for a call that holds less is refused, with the
+            one to make.
         backend: ``"torch"``, ``"triton"`` (a CUDA or ROCm device, not float64), or ``"auto"``: the
             Triton kernels where they can run.
         num_scored: how many labels are not ignored, if the caller knows it. On a GPU that is the
@@ -257,68 +258,82 @@ def plan_for(
     factors: int = 1,
     backend: str = "torch",
     reordered: bool = False,
+    like: Plan | None = None,
 ) -> Plan:
     """The plan of a call: the user's own, if one was given and is for this problem.
 
-    reordered: ``one_pass`` would put the rows into another order.
+    Args:
+        reordered: ``one_pass`` would put the rows into another order.
+        like: of a policy, whose tiles a reference's ``forward`` takes where the sizes are the same
+            and its budget allows: equal models then agree to the last bit.
     """
-    entropy_gradient = "entropy" in stats and "entropy" in differentiable
-    vocab, width = head.widest, head.weight.shape[1]
-    shards = 1 if head.shard is None else len(head.shard.sizes)
+    sizes = rows.count, head.widest, head.weight.shape[1]
+    problem: dict[str, Any] = {
+        "dtype": hidden.dtype,
+        "weight_dtype": head.weight.dtype,
+        "operand_dtype": operand_dtype(hidden),
+        "needs": needs_of(hidden, head),
+        "scope": scope,
+        "groups": groups,
+        "factors": factors,
+        "entropy": "entropy" in stats and "entropy" in differentiable,
+        "entropy_value": "entropy" in stats,
+        "softcap": head.softcap is not None,
+        "gathered": gathers(hidden, rows),
+        "reordered": reordered,
+        "device": hidden.device,
+        "backend": resolve(backend, hidden),
+        "shards": 1 if head.shard is None else len(head.shard.sizes),
+    }
     if isinstance(memory_budget, Plan):
-        given = memory_budget
-        have = (rows.count, vocab, width, hidden.dtype)
-        if (given.tokens, given.vocab, given.hidden, given.dtype) != have:
-            raise checks.bad_value(
-                "memory_budget", f"a plan for tokens, vocab, hidden, dtype = {have}", str(given)
-            )
-        if given.shards != shards:
-            raise checks.bad_value(
-                "memory_budget", f"a plan for shards={shards}", f"one for shards={given.shards}"
-            )
-        missing = {*needs_of(hidden, head)} - given.needs
-        if missing or ("entropy" in stats and not given.entropy):
-            wanted = ", ".join(sorted(missing) or ["entropy"])
-            raise checks.bad_value("memory_budget", f"a plan with needs for {wanted}", str(given))
-        if given.route == "one_pass" and operand_dtype(hidden) == torch.float16:
-            raise checks.bad_value(
-                "memory_budget",
-                "another route than one_pass for products in float16, which would underflow",
-                str(given),
-            )
-        if given.fused and resolve(backend, hidden) != "triton":
-            raise checks.bad_value(
-                "memory_budget", 'a fused plan only with backend="triton"', str(given)
-            )
-        if given.route == "one_pass" and (scope in (None, "batch") or entropy_gradient):
-            raise checks.bad_value(
-                "memory_budget",
-                "a plan of a route that serves this call",
-                str(given),
-                "one_pass needs a loss whose gradient is known within a token, sequence or pair",
-            )
-        return given
-    return plan(
-        rows.count,
-        vocab,
-        width,
-        dtype=hidden.dtype,
-        weight_dtype=head.weight.dtype,
-        operand_dtype=operand_dtype(hidden),
-        budget=parse_budget(memory_budget),
-        needs=needs_of(hidden, head),
-        scope=scope,
-        groups=groups,
-        factors=factors,
-        entropy=entropy_gradient,
-        entropy_value="entropy" in stats,
-        softcap=head.softcap is not None,
-        gathered=gathers(hidden, rows),
-        reordered=reordered,
-        device=hidden.device,
-        backend=resolve(backend, hidden),
-        shards=shards,
-    )
+        _check_plan(memory_budget, sizes, problem)
+        return memory_budget
+    if like is not None and _problem_of(like) == (*sizes, hidden.dtype, problem["shards"]):
+        tiled = replan(like, "forward", *sizes, **problem)
+        if tiled is not None and tiled.bytes <= like.budget:
+            return tiled
+    return plan(*sizes, budget=parse_budget(memory_budget), **problem)
+
+
+def _problem_of(chosen: Plan) -> tuple[int, int, int, torch.dtype, int]:
+    """What a plan has to have in common with a call: tokens, vocab, hidden, dtype, shards."""
+    return chosen.tokens, chosen.vocab, chosen.hidden, chosen.dtype, chosen.shards
+
+
+def _check_plan(chosen: Plan, sizes: tuple[int, int, int], problem: dict[str, Any]) -> None:
+    """Raise unless a plan is for this call and foretells all that it will hold."""
+
+    def refuse(expected: str) -> ValueError:
+        return checks.bad_value("memory_budget", expected, str(chosen), _made_by(sizes, problem))
+
+    call = (*sizes, problem["dtype"], problem["shards"])
+    if _problem_of(chosen)[:4] != call[:4]:
+        raise refuse(f"a plan for tokens, vocab, hidden, dtype = {call[:4]}")
+    if _problem_of(chosen) != call:
+        raise refuse(f"a plan for shards={call[4]} rather than {chosen.shards}")
+    missing = {*problem["needs"]} - chosen.needs
+    if missing or (problem["entropy_value"] and not chosen.entropy):
+        raise refuse(f"a plan with needs for {', '.join(sorted(missing) or ['entropy'])}")
+    actual = replan(chosen, chosen.route, *sizes, **problem)
+    if actual is None and chosen.fused:
+        raise refuse('a fused plan only with backend="triton", and dtypes alike, not float64')
+    if actual is None:
+        raise refuse(f"a plan of a route that serves this call, which {chosen.route} does not")
+    if actual.bytes > chosen.bytes:
+        raise refuse(f"a plan that foretells the {actual.bytes} bytes of this call by its route")
+
+
+def _made_by(sizes: tuple[int, int, int], problem: dict[str, Any]) -> str:
+    """The call of plan() that is for a problem, but for budget and route."""
+    groups = problem["groups"]
+    told = {**problem, "groups": groups if isinstance(groups, int) else max(1, len(groups))}
+    told["device"] = str(told["device"])
+    for name in ("weight_dtype", "operand_dtype"):
+        if told[name] == told["dtype"]:
+            del told[name]
+    usual = inspect.signature(plan).parameters
+    options = [f", {k}={v!r}" for k, v in told.items() if v != usual[k].default]
+    return f"plan({', '.join(map(str, sizes))}{''.join(options)}) makes one"
 
 
 def score(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, product
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -165,7 +165,8 @@ def parse_budget(budget: int | float | str | None, argument: str = "memory_budge
             )
         size = float(match[1]) * _UNITS[match[2].upper()]
     elif isinstance(budget, Real) and not isinstance(budget, bool):
-        size = float(budget)
+        # not through a float, which would round a large int
+        size = budget if isinstance(budget, int) else float(budget)
     else:
         # plan() itself takes no Plan
         expected = "a number or a text" if argument == "budget" else "a number, a text or a Plan"
@@ -204,6 +205,7 @@ class _Problem:
     entropy_value: bool
     softcap: bool
     gathered: bool
+    reordered: bool
     backend: Backend
     on_cpu: bool
     shards: int = 1
@@ -391,6 +393,16 @@ def _one_pass(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
 _Way = Callable[[_Problem, int, int], tuple[int, dict[str, int]]]
 
 
+def _held(p: _Problem, route: Route, way: _Way, n: int, v: int) -> tuple[int, dict[str, int]]:
+    """Products, and everything that is held beyond the outputs, by buffer."""
+    copied = p.gathered or (p.reordered and route == "one_pass")
+    products, buffers = way(replace(p, gathered=copied), n, v)
+    if not p.tokens:  # then no tile is made
+        head = "weight gradient accumulators"
+        buffers = {name: size * (name == head) for name, size in buffers.items()}
+    return products, {**buffers, "row statistics": p.row_bytes()}
+
+
 def _eligible(p: _Problem) -> dict[Route, list[_Way]]:
     """Routes that can serve the needs, each with the ways to run it."""
     if not p.needs:
@@ -451,19 +463,132 @@ def _least(p: _Problem, n: int, v: int) -> int:
 
 
 def _choose_tile(p: _Problem, budget: int, largest: tuple[int, int]) -> tuple[int, int]:
-    """The tile, from the shapes and the budget alone.
+    """The tile, from the shapes, the head and the budget alone.
 
-    It does not depend on the route, so that a policy and its reference, or a loss and the
-    log-probabilities it logs, are summed in the same order and agree to the last bit.
+    It does not depend on the route, on what is asked for, or on how the rows lie in memory, so that
+    a policy and its reference, or a loss and the log-probabilities it logs or was sampled with, are
+    summed in the same order and agree to the last bit.
     """
     rows, cols = largest
     # the costliest tile any caller with these shapes can ask for decides, not this caller's needs
-    widest = replace(p, needs=frozenset({"hidden", "weight"}))
+    widest = replace(
+        p,
+        needs=frozenset({"hidden", "weight"}),
+        entropy=True,
+        entropy_value=True,
+        # of slices nothing but a given plan's own tile is promised: there it would cost [N, H]
+        gathered=p.gathered or p.shards == 1,
+    )
     while True:
         n, v = max(1, min(rows, p.tokens)), min(cols, p.vocab)
         if _least(widest, n, v) <= budget or (rows, cols) == _SMALLEST_TILE:
             return n, v
         rows, cols = _shrink(rows, cols)
+
+
+def _problem(
+    tokens: int,
+    vocab: int,
+    hidden: int,
+    *,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    operand_dtype: torch.dtype | None,
+    needs: Iterable[Needs],
+    scope: Scope | None,
+    groups: int | Sequence[int],
+    factors: int,
+    entropy: bool,
+    entropy_value: bool,
+    softcap: bool,
+    gathered: bool,
+    reordered: bool,
+    device: str | torch.device,
+    backend: Backend,
+    shards: int,
+) -> _Problem:
+    """The problem that plan()'s arguments describe, checked."""
+    for name, size, least in (
+        ("tokens", tokens, 0),
+        ("vocab", vocab, 1),
+        ("hidden", hidden, 1),
+        ("factors", factors, 1),
+        ("shards", shards, 1),
+    ):
+        _whole_number(name, size, least)
+    for name, value in (
+        ("dtype", dtype),
+        ("weight_dtype", dtype if weight_dtype is None else weight_dtype),
+        ("operand_dtype", dtype if operand_dtype is None else operand_dtype),
+    ):
+        if value not in FLOATS:
+            raise bad_type(name, "a floating-point dtype that the engine takes", str(value))
+    if not isinstance(needs, Iterable):
+        raise bad_type("needs", "names of gradients", type(needs).__name__)
+    wanted: frozenset[Needs] = frozenset([needs] if isinstance(needs, str) else needs)  # type: ignore[list-item]
+    for need in wanted:
+        if need not in get_args(Needs):
+            raise bad_choice("needs", need, get_args(Needs))
+    if scope is not None and scope not in get_args(Scope):
+        raise bad_choice("scope", scope, get_args(Scope))
+    if backend not in get_args(Backend):
+        raise bad_choice("backend", backend, get_args(Backend))
+    number, borders = _groups(groups, tokens)
+    on_cpu = _is_cpu(device)
+    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
+    return _Problem(
+        tokens=tokens,
+        vocab=vocab,
+        hidden=hidden,
+        hidden_size=dtype.itemsize,
+        weight_size=(weight_dtype or dtype).itemsize,
+        operand=(accumulated if on_cpu else operand_dtype or dtype).itemsize,
+        acc=accumulated.itemsize,
+        fp16_products=not on_cpu and (operand_dtype or dtype) == torch.float16,
+        needs=wanted,
+        scope=scope,
+        groups=number,
+        borders=borders,
+        factors=factors,
+        entropy=entropy and bool(wanted),
+        entropy_value=entropy_value or entropy,
+        softcap=softcap,
+        gathered=gathered,
+        reordered=reordered,
+        backend=backend,
+        on_cpu=on_cpu,
+        shards=shards,
+    )
+
+
+def _whole_number(argument: str, value: object, least: int, expected: str = "an int") -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise bad_type(argument, expected, type(value).__name__)
+    if value < least:
+        raise bad_value(argument, f"at least {least}", str(value))
+
+
+def _groups(groups: object, tokens: int) -> tuple[int, frozenset[int] | None]:
+    """How many groups there are, and the rows at which one begins or ends, if they are known."""
+    expected = "an int, or the scored tokens of each group as a sequence of ints"
+    if not isinstance(groups, Sequence) or isinstance(groups, str):
+        _whole_number("groups", groups, 1, expected)
+        return groups, None  # type: ignore[return-value]
+    for size in groups:
+        _whole_number("groups", size, 0, expected)
+    if sum(groups) != tokens:
+        expected = f"a number, or numbers of tokens that sum to {tokens}"
+        raise bad_value("groups", expected, f"numbers that sum to {sum(groups)}")
+    return max(1, len(groups)), frozenset(accumulate(groups, initial=0))
+
+
+def _is_cpu(device: Any) -> bool:
+    try:
+        return torch.device(device).type == "cpu"
+    except (RuntimeError, TypeError):
+        raise bad_value(
+            "device", 'the name of a device, as "cpu" or "cuda"', repr(device)
+        ) from None
 
 
 def plan(
@@ -526,78 +651,41 @@ def plan(
             are summed in another order than those of the other routes.
 
     Returns:
-        The plan. ``str(plan)`` is one readable line. It can be passed on as ``memory_budget``.
+        The plan. ``str(plan)`` is one readable line. It can be passed on as ``memory_budget`` to a
+        call of these sizes that holds no more by its route, and is refused by any other.
 
     Raises:
         BudgetTooSmall: a ValueError, if no route fits, with the least that would.
-        TypeError: if a size is no int, a dtype is none of float64, float32, bfloat16 and float16,
-            or ``budget`` is neither a number nor a text.
+        TypeError: if a size is no int, ``groups`` neither an int nor a sequence of ints, a dtype is
+            none of float64, float32, bfloat16 and float16, or ``budget`` is neither a number nor a
+            text.
         ValueError: if a size is too small, the numbers of ``groups`` do not sum to ``tokens``, a
-            name or ``budget`` is none of those above, ``route`` cannot serve the needs, or
-            ``fused`` is True where no kernel can be (a gradient is wanted, the backend is
+            name, ``device`` or ``budget`` is none of those above, ``route`` cannot serve the needs,
+            or ``fused`` is True where no kernel can be (a gradient is wanted, the backend is
             ``"torch"``, dtypes are float64 or differ in size).
     """
-    borders = None
-    if not isinstance(groups, int):
-        borders = frozenset(accumulate(groups, initial=0))
-        if sum(groups) != tokens:
-            expected = f"a number, or numbers of tokens that sum to {tokens}"
-            raise bad_value("groups", expected, f"numbers that sum to {sum(groups)}")
-        groups = max(1, len(groups))
-    sizes = (
-        ("tokens", tokens, 0),
-        ("vocab", vocab, 1),
-        ("hidden", hidden, 1),
-        ("groups", groups, 1),
-        ("factors", factors, 1),
-        ("shards", shards, 1),
-    )
-    for name, size, least in sizes:
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise bad_type(name, "an int", type(size).__name__)
-        if size < least:
-            raise bad_value(name, f"at least {least}", str(size))
-    for name, value in (
-        ("dtype", dtype),
-        ("weight_dtype", weight_dtype or dtype),
-        ("operand_dtype", operand_dtype or dtype),
-    ):
-        if value not in FLOATS:
-            raise bad_type(name, "a floating-point dtype that the engine takes", str(value))
-    wanted: frozenset[Needs] = frozenset([needs] if isinstance(needs, str) else needs)  # type: ignore[list-item]
-    for need in wanted:
-        if need not in get_args(Needs):
-            raise bad_choice("needs", need, get_args(Needs))
-    if scope is not None and scope not in get_args(Scope):
-        raise bad_choice("scope", scope, get_args(Scope))
-    if backend not in get_args(Backend):
-        raise bad_choice("backend", backend, get_args(Backend))
     allowed = parse_budget(budget, "budget")
-    on_cpu = torch.device(device).type == "cpu"
-    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
-    p = _Problem(
-        tokens=tokens,
-        vocab=vocab,
-        hidden=hidden,
-        hidden_size=dtype.itemsize,
-        weight_size=(weight_dtype or dtype).itemsize,
-        operand=(accumulated if on_cpu else operand_dtype or dtype).itemsize,
-        acc=accumulated.itemsize,
-        fp16_products=not on_cpu and (operand_dtype or dtype) == torch.float16,
-        needs=wanted,
+    p = _problem(
+        tokens,
+        vocab,
+        hidden,
+        dtype=dtype,
+        weight_dtype=weight_dtype,
+        operand_dtype=operand_dtype,
+        needs=needs,
         scope=scope,
         groups=groups,
-        borders=borders,
         factors=factors,
-        entropy=entropy and bool(wanted),
-        entropy_value=entropy_value or entropy,
+        entropy=entropy,
+        entropy_value=entropy_value,
         softcap=softcap,
         gathered=gathered,
+        reordered=reordered,
+        device=device,
         backend=backend,
-        on_cpu=on_cpu,
         shards=shards,
     )
-    rows, cols = _choose_tile(p, allowed, _LARGEST_TILE["cpu" if on_cpu else "other"])
+    rows, cols = _choose_tile(p, allowed, _LARGEST_TILE["cpu" if p.on_cpu else "other"])
     eligible = _eligible(p)
     if route is not None and route not in eligible:
         raise bad_choice("route (for these needs)", route, eligible)
@@ -609,11 +697,7 @@ def plan(
                 continue
             # the last choice, as a policy scored otherwise would not agree to the last bit
             rank += 100 * (way is _fused_forward)
-            copied = gathered or (reordered and name == "one_pass")
-            products, buffers = way(replace(q, wide=wide, gathered=copied), rows, cols)
-            if not tokens:  # then no tile is made
-                head = "weight gradient accumulators"
-                buffers = {name: size * (name == head) for name, size in buffers.items()}
+            products, buffers = _held(replace(q, wide=wide), name, way, rows, cols)
             back_rows, back_cols = q.back or (rows, cols)
             chosen = Plan(
                 route=name,
@@ -625,13 +709,13 @@ def plan(
                 products=products,
                 wide=wide,
                 split=way is _split,
-                buffers={**buffers, "row statistics": p.row_bytes()},
+                buffers=buffers,
                 budget=allowed,
                 tokens=tokens,
                 vocab=vocab,
                 hidden=hidden,
                 dtype=dtype,
-                needs=wanted,
+                needs=p.needs,
                 entropy=p.entropy_value,
                 fused=way is _fused_forward,
                 shards=shards,
@@ -652,3 +736,33 @@ def plan(
         )
         raise BudgetTooSmall(str(told), fewest)
     return min(fitting, key=lambda c: c[0])[1]
+
+
+def replan(chosen: Plan, route: Route, *sizes: int, **problem: Any) -> Plan | None:
+    """The plan of a route with another plan's tiles; None if it cannot serve the problem.
+
+    Its bytes may be more than those of the other one, and than its budget.
+
+    Args:
+        chosen: whose tiles and ways are taken; its ``needs`` have those of the problem.
+        route: its own, or ``forward``.
+        sizes, problem: tokens, vocab, hidden, and what decides bytes, as plan() takes them.
+    """
+    p = _problem(*sizes, **problem)
+    way: _Way = {
+        "forward": _fused_forward if chosen.fused else _forward,
+        "frozen": _frozen,
+        "retain": _retain,
+        "one_pass": _one_pass,
+        "recompute": _split if chosen.split else _recompute,
+    }[route]
+    needs: frozenset[Needs] = chosen.needs if route == chosen.route else frozenset()
+    if way not in _eligible(replace(p, needs=needs)).get(route, ()):
+        return None
+    rows, back_rows, slab = (
+        min(rows, max(1, p.tokens)) for rows in (chosen.rows, chosen.back_rows, chosen.slab)
+    )
+    cols, back_cols = min(chosen.cols, p.vocab), min(chosen.back_cols, p.vocab)
+    shaped = replace(p, wide=chosen.wide, back=(back_rows, back_cols), slab=slab)
+    products, buffers = _held(shaped, route, way, rows, cols)
+    return replace(chosen, route=route, products=products, buffers=buffers, needs=needs)

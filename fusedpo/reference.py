@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedpo import checks
 from fusedpo.head import Head
-from fusedpo.logprobs import score
+from fusedpo.logprobs import plan_for, score
 from fusedpo.losses import Loss
 from fusedpo.plan import Plan
 from fusedpo.sweeps import Rows
@@ -126,17 +126,9 @@ def reference_logprobs(
     with torch.no_grad():
         own = memory_budget
         if policy_plan is not None:
-            shards = 1 if head.shard is None else len(head.shard.sizes)
-            if (head.widest, head.weight.shape[1], hidden.dtype, shards) == (
-                policy_plan.vocab,
-                policy_plan.hidden,
-                policy_plan.dtype,
-                policy_plan.shards,
-            ):
-                # the policy's own tiles: equal models then agree to the last bit
-                own = replace(policy_plan, route="forward")
-            elif isinstance(memory_budget, Plan):
-                own = policy_plan.budget
+            own = plan_for(
+                hidden, head, rows, policy_plan.budget, backend=backend, like=policy_plan
+            )
         return score(
             hidden, head, rows, temperature=temperature, memory_budget=own, backend=backend
         ).logprob

@@ -53,6 +53,7 @@ def plan_of(
     *,
     budget: str = "8GiB",
     device: str | torch.device = "cpu",
+    entropy_value: bool = False,
 ) -> Plan:
     """A plan for the case, with its tile forced to rows x cols if they are given."""
     chosen = plan(
@@ -63,6 +64,7 @@ def plan_of(
         scope="pair",
         groups=3,
         entropy=case.upstream_entropy is not None,
+        entropy_value=entropy_value,
         softcap=case.softcap is not None,
         budget=budget,
         backend=backend or BACKEND,

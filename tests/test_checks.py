@@ -6,6 +6,7 @@ And what is no error: a NaN in the data comes out as NaN, where it was and nowhe
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fusedpo
-from fusedpo import losses, plan
+from fusedpo import Plan, losses, plan
+from fusedpo.plan import BudgetTooSmall
 
 V, H, B, T = 50, 6, 4, 5
 IGNORED = -100
@@ -131,6 +133,14 @@ EVERYWHERE: dict[str, Row] = {
         TypeError,
         r"^ignore_index: expected an int, got float",
     ),
+    **{
+        f"ignore_index beyond {str(dtype)[6:]}": (
+            {"labels": LABELS.to(dtype), "ignore_index": value},
+            ValueError,
+            rf"^ignore_index: expected a number that {str(dtype)[6:]} labels can hold, got {value}",
+        )
+        for dtype, value in ((torch.int32, 2**31), (torch.int64, -(2**63) - 1))
+    },
     "labels one short": (
         {"labels": LABELS[:, 1:]},
         ValueError,
@@ -1096,6 +1106,78 @@ def test_a_plan_that_the_loss_does_not_admit_is_refused():
             call(memory_budget=one_pass)
 
 
+def foretold(call: Callable, less: Plan, **given: Any) -> int:
+    """The bytes that a refused plan should have foretold."""
+    with pytest.raises(
+        ValueError, match=r"^memory_budget: expected a plan that foretells"
+    ) as error:
+        call(memory_budget=less, **given)
+    return int(str(error.value).split("foretells the ")[1].split(" bytes")[0])
+
+
+@pytest.mark.holds(20, 40)
+@pytest.mark.parametrize(
+    ("less", "more", "given"),
+    [
+        pytest.param({}, {"softcap": True}, {"softcap": 5.0}, id="softcap"),
+        pytest.param({"gathered": False}, {"gathered": True}, {}, id="gathered"),
+        pytest.param(
+            {"softcap": True, "backend": "triton"},
+            {"softcap": True},
+            {"softcap": 5.0},
+            id="backend",
+        ),
+    ],
+)
+def test_a_plan_made_for_less_is_refused(less, more, given):
+    """With the bytes of the plan that is made for the call; which serves one for less, too."""
+    shared = {"needs": ("hidden",)}
+    given = {"weight": WEIGHT.detach(), **given}
+    enough, too_small = plan(N, V, H, **shared, **more), plan(N, V, H, **shared, **less)
+    assert foretold(logprobs, too_small, **given) == enough.bytes > too_small.bytes
+    logprobs(memory_budget=enough, **given)
+    logprobs(memory_budget=enough, **{**given, "softcap": None})
+    with torch.no_grad():
+        logprobs(memory_budget=enough, **given)
+
+
+@pytest.mark.holds(20, 40)
+@pytest.mark.parametrize(
+    ("loss", "less", "more"),
+    [(SIMPO, {"groups": 1}, {"groups": 4}), (losses.ORPO(), {"groups": 4}, {"factors": 2})],
+    ids=["groups", "factors"],
+)
+def test_a_plan_for_fewer_groups_or_factors_is_refused(loss, less, more):
+    """As each takes an accumulator, where a pair goes on in the rows taken next."""
+    hidden, labels = normal(8, 10, H).requires_grad_(), torch.arange(80).reshape(8, 10) % V
+
+    def one_pass(**options: Any) -> Plan:
+        least = functools.partial(plan, 80, V, H, scope="pair", route="one_pass", **options)
+        with pytest.raises(BudgetTooSmall) as error:
+            least(budget=1)
+        return least(budget=error.value.least)
+
+    call = functools.partial(pairs, loss, hidden=hidden, labels=labels)
+    enough, too_small = one_pass(**{**less, **more}), one_pass(**less)
+    assert foretold(call, too_small) == enough.bytes > too_small.bytes
+    call(memory_budget=enough)
+
+
+@pytest.mark.holds(40)
+def test_a_plan_whose_route_holds_no_entropy_gradient_is_refused():
+    looked_at = plan(N, V, H, entropy_value=True, route="retain")
+    with pytest.raises(ValueError, match=r"^memory_budget: expected a plan of a route that serves"):
+        stats(memory_budget=looked_at)
+    assert stats(memory_budget=plan(N, V, H, entropy=True)).entropy is not None
+
+
+def test_a_refused_plan_names_the_one_to_make():
+    with pytest.raises(ValueError, match=r"^memory_budget: ") as error:
+        pairs(memory_budget=plan(N, V, H, needs=()), softcap=3.0)
+    made = eval(str(error.value).split("; ")[1].removesuffix(" makes one"), {"plan": plan})
+    pairs(memory_budget=made, softcap=3.0)
+
+
 @pytest.mark.holds(40)
 @rows(
     {
@@ -1107,6 +1189,28 @@ def test_a_plan_that_the_loss_does_not_admit_is_refused():
             TypeError,
             r"^tokens: expected an int, got float$",
         ),
+        **{
+            f"groups {value!r}": (
+                {"groups": value},
+                TypeError,
+                rf"^groups: expected an int, or the scored tokens .*, got {kind}$",
+            )
+            for value, kind in ((2.0, "float"), ([1.0, 15], "float"), ("16", "str"))
+        },
+        "groups of less than nothing": (
+            {"groups": [-5, 21]},
+            ValueError,
+            r"^groups: expected at least 0, got -5$",
+        ),
+        "needs no names": ({"needs": 5}, TypeError, r"^needs: expected names of .*, got int$"),
+        **{
+            f"device {value!r}": (
+                {"device": value},
+                ValueError,
+                rf'^device: expected the name of a device, as "cpu" or "cuda", got {value!r}$',
+            )
+            for value in ("cud", None)
+        },
         "shards a flag": ({"shards": True}, TypeError, r"^shards: expected an int, got bool$"),
         "dtype of whole numbers": (
             {"dtype": torch.int8},

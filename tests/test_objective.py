@@ -488,7 +488,8 @@ def test_head_options_reach_the_loss(route: str) -> None:
         "logit_scale": 0.5,
         "temperature": 0.7,
     }
-    chosen = plan(int((data["labels"] >= 0).sum()), VOCAB, WIDTH, scope="pair", route=route)
+    count = int((data["labels"] >= 0).sum())
+    chosen = plan(count, VOCAB, WIDTH, scope="pair", groups=2, softcap=True, route=route)
     args = (DPO(), data["hidden"], data["weight"], data["labels"])
 
     def value(**some) -> float:
@@ -616,10 +617,9 @@ def test_a_bias_alone_may_be_asked_for_twice() -> None:
     data = batch(0, 2, dtype=torch.bfloat16)
     bias = torch.zeros(VOCAB, dtype=torch.bfloat16, requires_grad=True)
     count = int((data["labels"] >= 0).sum())
+    options = {"dtype": torch.bfloat16, "scope": "pair", "groups": 2}
     needs = ("hidden", "weight", "bias")
-    chosen = plan(
-        count, VOCAB, WIDTH, dtype=torch.bfloat16, scope="pair", route="one_pass", needs=needs
-    )
+    chosen = plan(count, VOCAB, WIDTH, **options, route="one_pass", needs=needs)
     args = (SimPO(), data["hidden"], data["weight"].detach(), data["labels"])
     out = preference_loss(*args, bias=bias, memory_budget=chosen)
     first = torch.autograd.grad(out.loss * 3, bias, retain_graph=True)[0]

@@ -337,6 +337,25 @@ def test_under_autocast_in_a_graph() -> None:
     assert relative(gradients[0], truth[0]) < 4e-3 and relative(gradients[1], truth[1]) < 1e-5
 
 
+@pytest.mark.holds(34)
+@pytest.mark.parametrize("budget", ["64KiB", "200KiB", None])
+@pytest.mark.parametrize("sliced", [False, True])
+def test_equal_policies_have_no_margin_in_a_graph(budget: str | None, sliced: bool) -> None:
+    """To the last bit, though policy and reference are planned apart there."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 70, 24, generator=g), torch.randn(900, 24, generator=g)
+    labels = torch.randint(900, (4, 70), generator=g)
+    same = torch.empty(4, 71, 24)[:, :70].copy_(hidden) if sliced else hidden.clone()
+    hidden.requires_grad_()
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        options = {"ref_hidden": same, "memory_budget": budget}
+        found = preference_loss(losses.DPO(), hidden, weight, labels, **options).metrics
+        return found["rewards/margins"], found["rewards/chosen"]
+
+    assert torch.compile(step, backend="aot_eager", fullgraph=True)() == (0, 0)
+
+
 @pytest.mark.holds(2)
 def test_half_precision_is_rounded_once() -> None:
     hidden, weight, labels = data(dtype=torch.bfloat16)

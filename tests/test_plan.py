@@ -119,14 +119,20 @@ def test_more_memory_never_costs_more_products(small: int, factor: int) -> None:
     assert many.products <= few.products
 
 
-def test_the_tile_does_not_depend_on_the_route() -> None:
+@pytest.mark.holds(34)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_tile_depends_on_sizes_and_budget_alone(backend: str) -> None:
     """Or a policy and its reference would be summed in different orders."""
-    kinds = [{"needs": ()}, {"needs": ("hidden",)}, {}, {"scope": "pair"}, {"route": "retain"}]
-    tiles = set()
-    for kind in kinds:
-        chosen = plan(700, 9000, 64, budget="64MiB", **kind)
-        tiles.add((chosen.rows, chosen.cols))
-    assert len(tiles) == 1
+    kinds: list[dict] = [{"needs": ()}, {"needs": ("hidden",)}, {}, {"scope": "pair"}]
+    kinds += [{"entropy_value": True, "needs": ()}, {"entropy_value": True}, {"entropy": True}]
+    kinds += [{"gathered": False, "needs": ()}, {"gathered": False}, {"route": "retain"}]
+    for budget in ("256KiB", "1MiB", "3MiB", "5MiB", "64MiB"):
+        tiles = set()
+        for kind in kinds:
+            if kind.get("route") != "retain" or budget == "64MiB":
+                chosen = plan(700, 9000, 64, budget=budget, backend=backend, **kind)
+                tiles.add((chosen.rows, chosen.cols))
+        assert len(tiles) == 1, (budget, tiles)
 
 
 def test_a_plan_prints_as_one_readable_line() -> None:
@@ -165,7 +171,14 @@ def test_every_dtype_is_one_that_the_engine_takes(argument: str, value: object) 
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("1TiB", 2**40), ("2 tb", 2 * 10**12), ("1.5GiB", 3 * 2**29), ("7", 7)]
+    ("text", "size"),
+    [
+        (2**60 + 1, 2**60 + 1),
+        ("1TiB", 2**40),
+        ("2 tb", 2 * 10**12),
+        ("1.5GiB", 3 * 2**29),
+        ("7", 7),
+    ],
 )
 def test_units_of_a_budget(text: str, size: int) -> None:
     assert parse_budget(text) == size

@@ -183,6 +183,30 @@ def test_equals_the_naive_program_as_planned(
     check(loss, data)
 
 
+@pytest.mark.holds(34)
+@pytest.mark.parametrize("options", [{}, {"log_entropy": True}, {"entropy_bonus": 0.1}], ids=str)
+@pytest.mark.parametrize("budget", ["64KiB", "200KiB"])
+def test_the_ratio_to_the_same_policy_is_one_where_the_budget_cuts_the_tile(
+    options: dict, budget: str
+) -> None:
+    """To the last bit, whatever else is asked for than what was when it sampled."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 70, 16, generator=g), torch.randn(900, 16, generator=g)
+    given = (hidden.requires_grad_(), weight, torch.randint(900, (4, 70), generator=g))
+    old = linear_logprobs(*given, memory_budget=budget).detach()
+    loss = GRPO(entropy_bonus=options.get("entropy_bonus", 0.0))
+    out = policy_loss(
+        loss,
+        *given,
+        advantages=torch.ones(4),
+        old_logprobs=old,
+        log_entropy="log_entropy" in options,
+        memory_budget=budget,
+    )
+    assert torch.equal(out.logprobs, old)
+    assert out.metrics["ratio/mean"] == 1 and out.metrics["kl_old"] == 0
+
+
 @pytest.mark.parametrize("loss", DEFAULTS, ids=lambda loss: type(loss).__name__)
 def test_the_sampling_policy_itself_has_a_ratio_of_one(loss: PolicyLoss) -> None:
     """Without old log-probabilities, and with its own: the gradient is -A times its weight."""

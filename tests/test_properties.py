@@ -990,7 +990,7 @@ def test_no_fresh_memory_reaches_a_statistic(backend: str) -> None:
     for seed in range(6):
         case = generate(seed, dtype=torch.float32)
         for fused in (False, True) if backend == "triton" else (False,):
-            chosen = plan_of(case, "forward", 50, 150)
+            chosen, found = plan_of(case, "forward", 50, 150, entropy_value=True), []
             if fused:
                 chosen = plan(
                     chosen.tokens,
@@ -1001,7 +1001,6 @@ def test_no_fresh_memory_reaches_a_statistic(backend: str) -> None:
                     fused=True,
                 )
                 case.weight = case.weight.contiguous()
-            chosen, found = dataclasses.replace(chosen, entropy=True), []
             for poison in (contextlib.nullcontext(), Poison()):
                 with poison, torch.no_grad():
                     stats = linear_token_stats(

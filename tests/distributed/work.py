@@ -32,7 +32,7 @@ from fusedpo import linear_logprobs, linear_token_stats, plan, policy_loss, pref
 from fusedpo.head import Head
 from fusedpo.logprobs import STATS, score
 from fusedpo.losses import Loss, PolicyLoss
-from fusedpo.plan import Plan
+from fusedpo.plan import Plan, replan
 from fusedpo.sweeps import Rows, Tiles
 
 # as in the other tests: memory that nobody has written holds NaN
@@ -67,22 +67,29 @@ def subgroups(shape: tuple[int, int]) -> tuple[Any, Any]:
 
 
 def plan_of(case: Case, route: str, sizes: Sequence[int], tile: tuple[int, int]) -> Plan:
-    chosen = plan(
-        int(case.scored.sum()),
-        max(sizes),
-        case.weight.shape[1],
-        dtype=case.dtype,
-        needs=() if route == "forward" else tuple(case.leaves()),
-        scope="pair",
-        groups=3,
-        entropy=case.upstream_entropy is not None,
-        softcap=case.softcap is not None,
-        budget="8GiB",
-        route=route,
-        shards=len(sizes),
-        backend=engine.BACKEND,
-    )
-    return with_tile(chosen, *tile)
+    shape = (int(case.scored.sum()), max(sizes), case.weight.shape[1])
+    problem = {
+        "dtype": case.dtype,
+        "weight_dtype": None,
+        "operand_dtype": None,
+        "needs": () if route == "forward" else tuple(case.leaves()),
+        "scope": "pair",
+        "groups": 3,
+        "factors": 1,
+        "entropy": case.upstream_entropy is not None,
+        "entropy_value": False,
+        "gathered": True,
+        "reordered": False,
+        "device": "cpu",
+        "softcap": case.softcap is not None,
+        "shards": len(sizes),
+        "backend": engine.BACKEND,
+    }
+    chosen = with_tile(plan(*shape, **problem, budget="8GiB", route=route), *tile)
+    # narrower tiles have more steps that wait for the other ranks
+    counted = replan(chosen, chosen.route, *shape, **problem)
+    assert counted is not None, "a route that plan() gave"
+    return counted
 
 
 def solve(case: Case, sizes: Sequence[int], chosen: Plan | None, budget: Any = None) -> Result:
