@@ -272,6 +272,14 @@ def label_tensor(
     same_device(hidden=hidden, labels=labels)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
         raise bad_type("ignore_index", "an int", type(ignore_index).__name__)
+    bounds = torch.iinfo(labels.dtype)
+    if not bounds.min <= ignore_index <= bounds.max:
+        raise bad_value(
+            "ignore_index",
+            f"a number that {_dtypes([labels.dtype])} labels can hold",
+            str(ignore_index),
+            "pass labels.long()" if labels.dtype == torch.int32 else "",
+        )
     return labels
 
 

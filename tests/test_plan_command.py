@@ -116,6 +116,11 @@ def test_the_examples_run(line, capsys, tmp_path, monkeypatch) -> None:
         ("--model gpt2 --tokens 0", "--tokens: expected a whole number of at least 1, got 0"),
         ("--model gpt2 --pairs -1", "--pairs: expected a whole number of at least 1, got -1"),
         ("--model gpt2 --context -1", "--context: expected a whole number of at least 0"),
+        (
+            "--model gpt2 --tokens 99999999999999999999",
+            "--tokens: expected a .* of at most 1000000",
+        ),
+        ("--model gpt2 --pairs 1000000", "--pairs: expected a whole number of at most 10000"),
         ("--hidden 0 --vocab 10", "--hidden: expected a whole number of at least 1"),
         ("--model gpt2 --budget lots", "--budget: expected a number of bytes or a text with"),
         ("--model gpt2 --fit lots", "--fit: expected a number of bytes or a text with"),

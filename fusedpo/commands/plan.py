@@ -36,6 +36,16 @@ examples:
     fusedpo plan --model gemma-2-2b --tokens 8192 --loss orpo --json
 """
 
+# what no run comes near: beyond, bytes are no longer numbers that a plan can be made of, and a list
+# of the pairs takes seconds
+_RANGES = {
+    "tokens": (1, 10**9),
+    "pairs": (1, 10**4),
+    "context": (0, 10**9),
+    "hidden": (1, 10**9),
+    "vocab": (1, 10**9),
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     def number(group: Any, option: str, default: int | None, help: str) -> None:
@@ -113,10 +123,12 @@ def _size(option: str, text: str | None) -> int:
 
 def _workload(given: argparse.Namespace) -> Workload:
     """The arguments, checked."""
-    for option, least in (("tokens", 1), ("pairs", 1), ("context", 0), ("hidden", 1), ("vocab", 1)):
+    for option, (least, most) in _RANGES.items():
         value = getattr(given, option)
         if value is not None and value < least:
             raise bad_value(f"--{option}", f"a whole number of at least {least}", str(value))
+        if value is not None and value > most:
+            raise bad_value(f"--{option}", f"a whole number of at most {most}", str(value))
     budget, loss = _size("--budget", given.budget), losses.get(given.loss)
     by_torch = given.device == "cpu" or given.dtype == "float64"
     backend: Backend = given.backend or ("torch" if by_torch else "triton")
