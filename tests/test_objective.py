@@ -509,7 +509,7 @@ def test_head_options_reach_the_loss(route: str) -> None:
 
 def test_fused_loss_is_preference_loss_with_its_options_set_once() -> None:
     data = batch(8, 2)
-    module = FusedLoss(SimPO(), memory_budget="1MiB", softcap=3.0)
+    module = FusedLoss(SimPO(), memory_budget="1MiB", softcap=3.0, backend=engine.BACKEND)
     args = (data["hidden"], data["weight"], data["labels"])
     assert torch.equal(
         module(*args).loss,

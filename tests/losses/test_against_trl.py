@@ -6,9 +6,12 @@ and averages included. What TRL has and this library has not stands in NOT_OURS,
 
 from __future__ import annotations
 
+import dataclasses
+
 import peers_trl as trl
 import pytest
 import torch
+from oracles import relative
 
 pytest.importorskip(
     "trl", minversion="1.16", reason="compares with the trainers of TRL 1.16, not installed"
@@ -187,7 +190,7 @@ def test_the_value_of_wpo_on_a_hinge() -> None:
     pairs = trl.rows(5)
     peer = trl.dpo_loss("hinge", pairs, use_weighting=True)
     found, _ = trl.preference(f"WPO({DPO['hinge'][0]})", pairs)
-    assert trl.relative(found.loss, peer.loss) < trl.LOSS_ERROR
+    assert relative(found.loss, peer.loss) < trl.LOSS_ERROR
     with pytest.raises(RuntimeError, match="inplace"):
         peer.gradients()
 
@@ -274,10 +277,10 @@ def test_orpo_with_prompts_but_for_the_cross_entropy() -> None:
     pairs = trl.rows(2)
     with_odds, without = trl.orpo_loss(pairs, beta=0.5), trl.orpo_loss(pairs, beta=0.0)
     found, gradients = trl.preference("ORPO(beta=0.5, nll_weight=0.0)", pairs)
-    assert trl.relative(found.loss, with_odds.loss - without.loss) < trl.LOSS_ERROR
+    assert relative(found.loss, with_odds.loss - without.loss) < trl.LOSS_ERROR
     alone = without.gradients()
     for name, exact in with_odds.gradients().items():
-        assert trl.relative(gradients[name], exact - alone[name]) < trl.GRADIENT_ERROR
+        assert relative(gradients[name], exact - alone[name]) < trl.GRADIENT_ERROR
     assert float(with_odds.metrics["log_odds_ratio"]) == pytest.approx(
         float(found.metrics["log_odds_ratio"]), rel=1e-4
     )
@@ -341,6 +344,21 @@ def test_importance_weights_of_tokens(loss_type: str, ours: str, options: dict) 
     inputs["importance_weights"] = weights.masked_fill(~batch.mask, 1.0)
     peer = trl.grpo_loss(loss_type, batch, **inputs, **epsilons(options))
     trl.agree(trl.policy(ours, batch, **inputs), peer)
+
+
+def test_a_loss_that_cancels_is_judged_by_its_terms_and_wrong_ones_are_not_excused() -> None:
+    """VESPO's on these rows is a tenth of them: a zero, 0.9 of it, and a response less show."""
+    batch, inputs = trl.sampled(5)
+    peer = trl.grpo_loss("vespo", batch, **inputs)
+    out, gradients = trl.policy("VESPO()", batch, **inputs)
+    lengths = batch.lengths
+    response = out.per_example[1] * lengths[1] / lengths.sum()
+    for wrong in (out.loss * 0, out.loss * 0.9, out.loss - response):
+        spoilt = dataclasses.replace(out, loss=wrong.detach())
+        assert any(said.startswith("loss:") for said in trl.faults((spoilt, gradients), peer))
+    for factor in (0.0, 0.9):
+        spoilt = {name: factor * gradient for name, gradient in gradients.items()}
+        assert len(trl.faults((out, spoilt), peer)) == 2
 
 
 def test_off_policy_mask() -> None:
