@@ -285,14 +285,20 @@ def plan_for(
         "backend": resolve(backend, hidden),
         "shards": 1 if head.shard is None else len(head.shard.sizes),
     }
+    # a kernel reads rows without gaps between their numbers
+    fused = None if hidden.stride(-1) == head.weight.stride(-1) == 1 else False
     if isinstance(memory_budget, Plan):
-        _check_plan(memory_budget, sizes, problem)
+        _check_plan(memory_budget, sizes, problem, fused)
         return memory_budget
-    if like is not None and _problem_of(like) == (*sizes, hidden.dtype, problem["shards"]):
+    if (
+        like is not None
+        and (fused is None or not like.fused)
+        and _problem_of(like) == (*sizes, hidden.dtype, problem["shards"])
+    ):
         tiled = replan(like, "forward", *sizes, **problem)
         if tiled is not None and tiled.bytes <= like.budget:
             return tiled
-    return plan(*sizes, budget=parse_budget(memory_budget), **problem)
+    return plan(*sizes, budget=parse_budget(memory_budget), **problem, fused=fused)
 
 
 def _problem_of(chosen: Plan) -> tuple[int, int, int, torch.dtype, int]:
@@ -300,7 +306,9 @@ def _problem_of(chosen: Plan) -> tuple[int, int, int, torch.dtype, int]:
     return chosen.tokens, chosen.vocab, chosen.hidden, chosen.dtype, chosen.shards
 
 
-def _check_plan(chosen: Plan, sizes: tuple[int, int, int], problem: dict[str, Any]) -> None:
+def _check_plan(
+    chosen: Plan, sizes: tuple[int, int, int], problem: dict[str, Any], fused: bool | None
+) -> None:
     """Raise unless a plan is for this call and foretells all that it will hold."""
 
     def refuse(expected: str) -> ValueError:
@@ -314,9 +322,14 @@ def _check_plan(chosen: Plan, sizes: tuple[int, int, int], problem: dict[str, An
     missing = {*problem["needs"]} - chosen.needs
     if missing or (problem["entropy_value"] and not chosen.entropy):
         raise refuse(f"a plan with needs for {', '.join(sorted(missing) or ['entropy'])}")
+    if chosen.route == "one_pass" and problem["operand_dtype"] == torch.float16:
+        raise refuse("another route than one_pass for products in float16, which would underflow")
     actual = replan(chosen, chosen.route, *sizes, **problem)
-    if actual is None and chosen.fused:
-        raise refuse('a fused plan only with backend="triton", and dtypes alike, not float64')
+    if chosen.fused and (actual is None or fused is False):
+        raise refuse(
+            'a fused plan only with backend="triton", dtypes alike, not float64, and numbers of a '
+            "row of hidden and weight side by side"
+        )
     if actual is None:
         raise refuse(f"a plan of a route that serves this call, which {chosen.route} does not")
     if actual.bytes > chosen.bytes:

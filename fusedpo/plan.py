@@ -296,7 +296,11 @@ def _forward(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
 
 def _fused_forward(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:
     # statistics of each part of the vocabulary: six at most, of parts that fill a chip together
-    return 1, {"parts of statistics": max(4 * 2**20, p.tokens * 16 * 6 * p.acc)}
+    return 1, {
+        "parts of statistics": max(4 * 2**20, p.tokens * 16 * 6 * p.acc),
+        # where the rows are in memory, and what it is made of
+        "places of rows": 3 * p.tokens * 8 if p.gathered else 0,
+    }
 
 
 def _frozen(p: _Problem, n: int, v: int) -> tuple[int, dict[str, int]]:

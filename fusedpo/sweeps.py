@@ -18,6 +18,7 @@ What a sweep allocates is what fusedpo.plan counts; a buffer added here is to be
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -202,15 +203,23 @@ def _product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
 
 def gathers(hidden: Tensor, rows: Rows) -> bool:
     """Whether rows of hidden have to be copied: some are left out, or they are no rectangle."""
-    return rows.positions is not None or _flat(hidden) is None
+    return rows.positions is not None or _flat(hidden)[1] is not None
 
 
-def _flat(hidden: Tensor) -> Tensor | None:
-    """[P, H], or None for a slice that cannot be flattened without a copy of all of it."""
+def _flat(hidden: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
+    """Rows [R, H] in the memory of hidden [..., H]; and from each to the next along the leading
+    axes, in rows, or None if they are the positions in order.
+
+    A slice as ``hidden[:, :-1]`` cannot be flattened without a copy of all of it; rows may overlap.
+    """
     try:
-        return hidden.view(-1, hidden.shape[-1])
+        return hidden.view(-1, hidden.shape[-1]), None
     except RuntimeError:
-        return None
+        *strides, within = hidden.stride()
+    apart = max(1, math.gcd(*strides))
+    steps = tuple(stride // apart for stride in strides)
+    last = sum((size - 1) * step for size, step in zip(hidden.shape, steps, strict=False))
+    return hidden.as_strided((last + 1, hidden.shape[-1]), (apart, within)), steps
 
 
 class Tiles:
@@ -232,7 +241,7 @@ class Tiles:
         if self.shard is not None:
             self.targets = self.targets - self.shard.offset
         self.count = call.rows.count
-        self.flat = _flat(self.hidden)
+        self.flat, self.steps = _flat(self.hidden)
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.acc, device=self.hidden.device)
@@ -270,16 +279,28 @@ class Tiles:
 
     def hidden_rows(self, start: int, stop: int) -> Tensor:
         """[n, H] in the operands' dtype."""
-        positions = self.rows.positions
-        if self.flat is not None:
-            block = self.flat[start:stop] if positions is None else self.flat[positions[start:stop]]
-        else:
-            if positions is None:
-                chosen = torch.arange(start, stop, device=self.hidden.device)
-            else:
-                chosen = positions[start:stop]
-            block = self.hidden[torch.unravel_index(chosen, self.hidden.shape[:-1])]
+        places = self.places(start, stop)
+        block = self.flat[start:stop] if places is None else self.flat[places]
         return block.to(self.operand)
+
+    def places(self, start: int, stop: int) -> Tensor | None:
+        """[n] int64, where rows start .. stop are among those in memory; None: right there."""
+        positions = self.rows.positions
+        if positions is not None:
+            return self.in_memory(positions[start:stop])
+        if self.steps is None:
+            return None
+        return self.in_memory(torch.arange(start, stop, device=self.hidden.device))
+
+    def in_memory(self, positions: Tensor) -> Tensor:
+        """Flattened positions, as rows in memory: by numbers that no device has to be sent."""
+        if self.steps is None:
+            return positions
+        places = torch.zeros_like(positions)
+        for size, step in zip(reversed(self.hidden.shape[:-1]), reversed(self.steps), strict=True):
+            places += positions % size * step
+            positions = positions // size
+        return places
 
     def state_positions(self) -> Tensor:
         """[K] into the flattened positions, of the rows whose hidden states are wanted."""
@@ -289,10 +310,7 @@ class Tiles:
 
     def states(self) -> Tensor:
         """[K, H] in full precision."""
-        positions = self.state_positions()
-        if self.flat is not None:
-            return self.flat[positions].to(self.acc)
-        return self.hidden[torch.unravel_index(positions, self.hidden.shape[:-1])].to(self.acc)
+        return self.flat[self.in_memory(self.state_positions())].to(self.acc)
 
     def weight_rows(self, start: int, stop: int) -> Tensor:
         """[v, H] in the operands' dtype."""
@@ -465,14 +483,11 @@ class Tiles:
         from fusedpo.kernels.product_fold import product_fold
 
         asked = self.call.stats
-        flat, positions = self.flat, self.rows.positions
-        if flat is None:
-            flat = self.hidden.reshape(-1, self.width)
         found = product_fold(
-            flat,
+            self.flat,
             self.weight,
             self.targets,
-            positions=positions,
+            positions=self.places(0, self.count),
             bias=self.bias,
             softcap=self.call.softcap,
             scale=self.call.scale,

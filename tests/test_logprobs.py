@@ -10,7 +10,8 @@ import torch
 from engine import DTYPES, ROUTES, generate, plan_of, routes_for, run, with_tile
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import Case, faults, naive, relative
+from oracles import Case, faults, naive, relative, same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedpo
 from fusedpo import linear_logprobs, linear_token_stats
@@ -546,3 +547,69 @@ def test_a_budget_is_a_number_of_bytes_or_a_text() -> None:
     assert parse_budget(" 1.5 GB ") == 1_500_000_000
     assert parse_budget(1e6) == 1_000_000
     assert parse_budget(None) == 256 * 2**20
+
+
+class Creations(TorchDispatchMode):
+    """Numbers of the largest result beside the hidden states' own memory, and how many constants
+    came from Python."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.known, self.largest, self.constants = hidden.untyped_storage().data_ptr(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.constants += func is torch.ops.aten.lift_fresh.default
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() != self.known:
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+def without_the_last(hidden: torch.Tensor) -> torch.Tensor:
+    """As hidden[:, :-1] of one position more: it cannot be flattened."""
+    wide = torch.empty(hidden.shape[0], hidden.shape[1] + 1, *hidden.shape[2:])
+    return wide[:, :-1].copy_(hidden)
+
+
+LAYOUTS = {
+    "sliced": without_the_last,
+    "turned": lambda hidden: hidden.transpose(0, 1).contiguous().transpose(0, 1),
+    "repeated": lambda hidden: hidden[:1].expand_as(hidden),
+    "of three axes": lambda hidden: without_the_last(hidden.reshape(2, 2, *hidden.shape[1:])),
+}
+
+
+@pytest.mark.holds(25)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_slice_of_hidden_states_is_read_where_it_is(
+    layout: str, masked: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a copy of all of it, and without numbers that a device would wait for."""
+    g = torch.Generator().manual_seed(0)
+    hidden = LAYOUTS[layout](torch.randn(4, 12, 16, generator=g))
+    weight, labels = torch.randn(20, 16, generator=g), torch.randint(20, (4, 12), generator=g)
+    labels[:, : 5 * masked] = -100
+    labels = labels.reshape(hidden.shape[:-1])
+    scored = int((labels >= 0).sum())
+    for fused in (False, True) if backend == "triton" else (False,):
+        chosen = fusedpo.plan(scored, 20, 16, needs=(), backend=backend, fused=fused)
+        chosen = dataclasses.replace(chosen, rows=8)
+        options = {"memory_budget": chosen, "backend": backend, "num_scored": scored}
+        expected = linear_logprobs(hidden.contiguous(), weight, labels, **options)
+        with Creations(hidden) as seen:
+            found = linear_logprobs(hidden, weight, labels, **options)
+        assert same_bits(found, expected)
+        assert not seen.constants
+        if backend == "torch":  # an interpreted kernel works on copies
+            assert seen.largest < scored * 16
+    if backend == "triton":
+        from fusedpo.kernels import product_fold
+
+        def spy(rows: torch.Tensor, *arguments: object, **more: object) -> dict:
+            assert rows.untyped_storage().data_ptr() == hidden.untyped_storage().data_ptr()
+            return original(rows, *arguments, **more)
+
+        original = product_fold.product_fold
+        monkeypatch.setattr(product_fold, "product_fold", spy)
+        assert same_bits(linear_logprobs(hidden, weight, labels, **options), expected)

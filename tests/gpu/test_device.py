@@ -118,9 +118,12 @@ def test_the_tail_repeats_bit_for_bit(loss: losses.Loss) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("route", ROUTES)
-def test_nothing_waits_for_the_device(route: str, backend: str) -> None:
+@pytest.mark.parametrize("sliced", [False, True])
+def test_nothing_waits_for_the_device(route: str, backend: str, sliced: bool) -> None:
     """With the counts handed over; wrong ones would be asserted on the device."""
     chosen, given = plan_of(route, backend), inputs()
+    if sliced:  # as hidden[:, :-1], which cannot be flattened
+        given = (torch.cat((given[0], given[0][:, :1]), 1)[:, :-1], *given[1:])
     expected = step(chosen, backend, given)  # compiles, and fills caches
     step(chosen, backend, given, num_scored=COUNTS)
     with no_waiting():
