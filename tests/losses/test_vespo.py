@@ -35,6 +35,14 @@ def test_a_response_from_far_away_counts_for_nothing(delta: float) -> None:
     assert 0 <= found.value < 1e-12 and math.isfinite(found.gradients[0].sum())
 
 
+def test_a_log_ratio_is_limited_by_token_and_by_response() -> None:
+    """phi e^(-3) is W^2 e^(-3 W): W is 1e-8 at least, where a response is that unlikely by tokens
+    of no less than -20 each; a token of -30 is one of -20."""
+    for deltas, w in (([-10.0, -15.0], 1e-8), ([-30.0, 19.0], math.exp(-1.0))):
+        found = of_samples(VESPO(), sampled(deltas, advantages=[1.0])).value
+        assert found == pytest.approx(w**2 * math.exp(3 - 3 * w), rel=1e-12)
+
+
 @pytest.mark.parametrize("name", ["k_pos", "lambda_pos", "k_neg", "lambda_neg"])
 def test_bad_hyperparameters_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=name):
