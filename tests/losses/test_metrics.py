@@ -26,7 +26,7 @@ from fusedpo.policy import PolicyProblem
 from fusedpo.scores import Sequences
 
 LOG_2 = math.log(2)
-# pi / pi_old of two tokens of a response, and of two of another; log(pi_ref / pi) of all
+# pi / pi_old of three tokens of a response, and of one of another; log(pi_ref / pi) of all
 RATIOS = torch.tensor([2.0, 0.25, 8.0, 0.5], dtype=torch.float64)
 BEHIND = torch.tensor([LOG_2, -LOG_2, 0.0, 2 * LOG_2], dtype=torch.float64)
 
@@ -34,11 +34,11 @@ BEHIND = torch.tensor([LOG_2, -LOG_2, 0.0, 2 * LOG_2], dtype=torch.float64)
 def metrics(loss: PolicyLoss, *signs: float, reference: bool = False) -> dict[str, float]:
     """Of the two responses with log-probabilities of -1 and these advantages."""
     logprob = torch.full((4,), -1.0, dtype=torch.float64)
-    lengths = torch.tensor([2, 2])
+    lengths = torch.tensor([3, 1])
     problem = PolicyProblem(
         loss,
-        Sequences(torch.tensor([0, 0, 1, 1]), lengths, lengths.cumsum(0) - lengths),
-        advantage=torch.tensor(signs, dtype=torch.float64).repeat_interleave(2),
+        Sequences(torch.tensor([0, 0, 0, 1]), lengths, lengths.cumsum(0) - lengths),
+        advantage=torch.tensor(signs, dtype=torch.float64).repeat_interleave(lengths),
         weight=torch.full((4,), 0.25, dtype=torch.float64),
         old=logprob - RATIOS.log(),
         reference=logprob + BEHIND if reference else None,
@@ -61,25 +61,20 @@ def metrics(loss: PolicyLoss, *signs: float, reference: bool = False) -> dict[st
                 "kl_old": (0.5 + 4 + 0.125 + 2 - 4 + LOG_2 * (1 - 2 + 3 - 1)) / 4,
                 "entropy": 0.3,
                 "clip_ratio/low_mean": 1 / 4,  # 0.5; 0.25 has a gradient that raises it
-                "clip_ratio/high_mean": 1 / 4,  # 2; 8 has one that lowers it
-                "clip_ratio/region_mean": 1 / 2,
+                "clip_ratio/high_mean": 1 / 2,
+                "clip_ratio/region_mean": 3 / 4,
             },
         ),
-        (GRPO(), (-1, 1), {"clip_ratio/low_mean": 1 / 4, "clip_ratio/high_mean": 1 / 4}),
-        (GRPO(), (1, 0), {"clip_ratio/low_mean": 0, "clip_ratio/region_mean": 1 / 4}),
-        # of responses, whose ratios are sqrt(1/2) and 2
-        (GSPO(), (1, -1), {"clip_ratio/low_mean": 0, "clip_ratio/high_mean": 0}),
-        (GSPO(), (-1, 1), {"clip_ratio/low_mean": 1 / 2, "clip_ratio/region_mean": 1}),
-        (CISPO(epsilon_high=1.5), (1, -1), {"cispo_clip_ratio": 1 / 4}),
-        (CISPO(epsilon_high=1.5), (-1, 1), {"cispo_clip_ratio": 1 / 4}),
-        (CISPO(epsilon_high=1.5), (1, 0), {"cispo_clip_ratio": 1 / 4}),
-        (CISPO(epsilon_high=1.5), (-1, -1), {"cispo_clip_ratio": 0}),
-        # W = 1/2 and 4: e^3 W^2 e^(-3 W) and e^2 W^3 e^(-2 W)
-        (
-            VESPO(),
-            (1, -1),
-            {"vespo/phi_seq_mean": (math.exp(1.5) / 4 + 64 * math.exp(-6)) / 2},
-        ),
+        (GRPO(), (-1, 1), {"clip_ratio/low_mean": 1 / 4, "clip_ratio/high_mean": 0}),
+        (GRPO(), (0, -1), {"clip_ratio/high_mean": 0, "clip_ratio/region_mean": 1 / 4}),
+        # of responses, whose ratios are 4^(1/3) and 1/2
+        (GSPO(), (1, -1), {"clip_ratio/low_mean": 1 / 2, "clip_ratio/high_mean": 1 / 2}),
+        (GSPO(), (-1, 1), {"clip_ratio/low_mean": 0, "clip_ratio/region_mean": 0}),
+        (CISPO(epsilon_high=1.5), (1, -1), {"cispo_clip_ratio": 1 / 2}),
+        (CISPO(epsilon_high=5.0), (1, 1), {"cispo_clip_ratio": 1 / 4}),
+        (CISPO(epsilon_high=1.5), (-1, 1), {"cispo_clip_ratio": 0}),
+        # W = 4 and 1/2: e^3 W^2 e^(-3 W) and e^2 W^3 e^(-2 W)
+        (VESPO(), (1, -1), {"vespo/phi_seq_mean": (16 * math.exp(-9) + math.e / 8) / 2}),
     ],
     ids=str,
 )
