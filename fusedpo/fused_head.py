@@ -12,7 +12,12 @@ gathered for its own forward only (FSDP, ZeRO) is gathered.
 
 What a family does *after* its head is found by experiment at the first call: the model's forward is
 run once more, without gradients, with made-up logits in place of the head's, and has to be a soft
-cap and a factor of them; see ``_after_head``.
+cap and a factor of them; see ``_after_head``. That is kept for the state that head, model and
+configuration were in (``_Scorer.state``), and held in every later call to what becomes of a few
+made-up logits.
+
+Threads may run one model at a time each its own way: what stands in for a head does so in the
+thread that put it there, and for all others the head does what it does.
 """
 
 from __future__ import annotations
@@ -20,11 +25,12 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -47,6 +53,7 @@ AtHead = Callable[[Tensor, Head], Any]
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "module", "_checkpoint_wrapped_module")
 _COMPARED = 16  # positions that are compared with the model's own logits
 _TINY, _HUGE = 2.0**-10, 1e4  # made-up logits: where a soft cap does nothing, and where it is all
+_STATES = 8  # of a head that are kept, each with the hooks and the functions it had
 
 
 class UnsupportedHead(ValueError):
@@ -208,7 +215,7 @@ def after_head(model: Any, **inputs: Any) -> AfterHead:
     """
     causal = causal_model(model)
     fused = _forward_of(causal)
-    return _after_head(causal, fused.forward, (), {**inputs, **fused.settings()})
+    return _after_head(fused, (), {**inputs, **fused.settings()})
 
 
 def at_head(model: Any, task: AtHead, **inputs: Any) -> tuple[Any, Tensor | None]:
@@ -297,13 +304,17 @@ class FusedForward:
         self.memory_budget = memory_budget
         self.backend = backend
         self.unsupported = unsupported
-        self.known: dict[str, AfterHead] = {}
+        self.known: dict[Any, AfterHead] = {}
         self.reason = ""  # why the head is not supported, if it is not
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy has modules of its own; and hooks that are gone need not be copied, nor pickled
+        return {**vars(self), "known": {}}
 
     def of(self, copied: Any) -> FusedForward:
         """The same for a copy of the model, which runs its own weights."""
         own = copy.copy(self)
-        own.model, own.known = copied, dict(self.known)
+        own.model = copied
         if getattr(self.original, "__self__", None) is self.model:
             own.original = types.MethodType(self.original.__func__, copied)
         return own
@@ -381,9 +392,13 @@ class FusedForward:
         """
         kwargs = {**kwargs, **self.settings()}
         scorer = _Scorer.of(self.model)
-        if scorer.name not in self.known:
-            self.known[scorer.name] = _after_head(self.model, self.forward, args, kwargs)
-        after = self.known[scorer.name]
+        state = scorer.state(self.model, self.forward)
+        after = self.known.get(state)
+        if after is None:
+            after = _after_head(self, args, kwargs)
+            for oldest in [*self.known][: 1 - _STATES]:
+                self.known.pop(oldest, None)
+            self.known[state] = after
 
         def at_head(hidden: Tensor) -> Any:
             states, weight, bias = scorer.inputs(hidden)
@@ -393,7 +408,14 @@ class FusedForward:
         call = _Call(at_head, carry)
         with scorer.replaced(call, call.hook):
             output = self.forward(*args, **kwargs)
-        return call.result(), getattr(output, "aux_loss", None)
+        result = call.result()
+        if not call.holds(after, output):
+            self.known.pop(state, None)
+            raise UnsupportedHead(
+                "model: expected logits that are capped and scaled as at an earlier call, got some "
+                "that are not; call it again, and it is looked at anew"
+            )
+        return result, getattr(output, "aux_loss", None)
 
     def settings(self) -> dict[str, Any]:
         given = {"use_cache": False, "return_dict": True}
@@ -468,8 +490,9 @@ class _Call:
     def __init__(self, task: Callable[[Tensor], Any], carry: bool) -> None:
         self.task, self.carry = task, carry
         self.found: Any = None
-        self.packed: Tensor | None = None
-        self.returned: Tensor | None = None
+        self.packed: Tensor | None = None  # [1, n, V]
+        self.returned: Tensor | None = None  # of the head's call
+        self.made: Tensor | None = None  # [2, V], made-up logits behind what is packed
         self.calls = 0
         self.width = 1  # of the vocabulary
 
@@ -484,15 +507,16 @@ class _Call:
             raise UnsupportedHead("model: expected a head that is called once in a forward")
         self.found = self.task(hidden)
         carried = self._carried()
-        if not carried:
-            return hidden.new_zeros(1, 1, self.width)
         # as wide as the vocabulary, for the code that takes it for logits
-        flat = torch.cat([t.reshape(-1) for t in carried])
+        flat = torch.cat([t.reshape(-1) for t in carried]) if carried else hidden.new_zeros(0)
         padded = torch.nn.functional.pad(flat, (0, -len(flat) % self.width))
         self.packed = padded.view(1, -1, self.width)
-        return self.packed
+        spread = _spread(self.width, padded)
+        # some near zero, where a soft cap shows least, and some that it is all of
+        self.made = torch.stack([spread / 16, spread.flip(0) * 16])
+        return torch.cat([self.packed.to(self.made.dtype), self.made[None]], 1)
 
-    def hook(self, module: Any, args: Any, output: Tensor) -> None:
+    def hook(self, output: Tensor) -> None:
         """What comes out of the head's call, after the hooks of others."""
         self.returned = output
 
@@ -509,7 +533,7 @@ class _Call:
         if not carried:
             return self.found
         assert self.packed is not None and self.returned is not None, "the head was called"
-        out = _uncast(self.packed, self.returned).reshape(-1)
+        out = _uncast(self.packed, self.returned[:, : self.packed.shape[1]]).reshape(-1)
         sizes = [t.numel() for t in carried]
         parts = iter(out[: sum(sizes)].split(sizes))
 
@@ -520,6 +544,99 @@ class _Call:
 
         return pytree.tree_map(back, self.found)
 
+    @torch.no_grad()
+    def holds(self, after: AfterHead, output: Any) -> bool:
+        """Whether the model did to its logits what is known of it. Waits for the device."""
+        logits = getattr(output, "logits", None)
+        assert self.made is not None and self.packed is not None, "the head was called"
+        shape = (1, self.packed.shape[1] + len(self.made), after.vocab)
+        if logits is None or logits.shape != shape:
+            return False
+        return after.gap(self.made, logits[0, -len(self.made) :]) == 0
+
+
+class _StandIn:
+    """The forward of a head that some threads have do something else, and its last hook."""
+
+    lock = threading.Lock()  # for what stands in a module's dict
+
+    def __init__(self, module: Any, name: str) -> None:
+        self.module, self.name = module, name
+        self.own = vars(module).get(name)  # None: its class's forward
+        self.calls = 0  # of all threads
+        self.own_call = threading.local()  # .last: forward and hook of this thread's
+        setattr(module, name, self)
+        self.handle = module.register_forward_hook(self.hook)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward, _ = getattr(self.own_call, "last", (self.forward, None))
+        return forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the head does."""
+        # not a bound method that is kept: torch.compile would look it up anew, and find this
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def hook(self, module: Any, args: Any, output: Any) -> None:
+        """What comes out of the head's call, after the hooks of others."""
+        _, hook = getattr(self.own_call, "last", (None, None))
+        if hook is not None:
+            hook(output)
+
+    def remove(self) -> None:
+        self.handle.remove()
+        if self.own is None:
+            delattr(self.module, self.name)
+        else:
+            setattr(self.module, self.name, self.own)
+
+
+class _Same:
+    """An object that is equal to itself alone, and not collected while it is remembered: another
+    would take its id."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+_PLAIN = (str, int, float, bool, type(None), torch.dtype)
+
+
+def _frozen(value: Any) -> Any:
+    """Something that compares equal as long as a value of a configuration is what it was."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    if isinstance(value, dict):
+        return tuple((name, _frozen(each)) for name, each in value.items())
+    # one within a configuration
+    return _frozen(vars(value)) if hasattr(value, "to_dict") else _Same(value)
+
+
+def _plain_numbers(module: Any) -> tuple[Any, ...]:
+    """The plain values among what a module has, its mode among them."""
+    return tuple((n, v) for n, v in vars(module).items() if isinstance(v, _PLAIN))
+
+
+def _functions(module: Any) -> Iterator[_Same]:
+    """What runs when a module is called."""
+    forward = vars(module).get("forward")
+    forward = forward.own if isinstance(forward, _StandIn) else forward
+    hooks = module._forward_hooks.values()
+    others = [hook for hook in hooks if not isinstance(getattr(hook, "__self__", None), _StandIn)]
+    # a method is made anew whenever it is asked for
+    for function in (type(module).forward, forward, *others):
+        yield _Same(getattr(function, "__func__", function))
+
 
 @dataclass(frozen=True)
 class _Scorer:
@@ -528,18 +645,32 @@ class _Scorer:
     Attributes:
         module: takes hidden states [B, T, H] and returns [B, T, V].
         kind: "linear", or "lora": a linear layer and low-rank adapters.
-        name: tells apart what has to be verified anew.
     """
 
     module: Any
     kind: str
 
-    @property
-    def name(self) -> str:
-        # not of the weight, which may be sharded
+    def state(self, model: Any, forward: Callable[..., Any]) -> Any:
+        """What tells apart the states in which a model may do other things to its logits.
+
+        Not all that there may be: a number may stand anywhere. What is missing here is found in
+        what becomes of made-up logits, after the call.
+        """
         base = getattr(self.module, "base_layer", self.module)
-        hooks = len(self.module._forward_hooks)
-        return f"{self.kind} {type(self.module).__name__} {base.out_features} {hooks}"
+        # not of the weight, which may be sharded
+        weight = base._parameters.get("weight")
+        parts = [*model.get_output_embeddings().modules()]
+        return (
+            self.kind,
+            _Same(self.module),
+            base.out_features,
+            None if weight is None else weight.dtype,
+            *(same for part in parts for same in _functions(part)),
+            _Same(type(model).forward),
+            _Same(getattr(forward, "__func__", forward)),
+            _plain_numbers(model),
+            _frozen(vars(model.config)),
+        )
 
     @classmethod
     def of(cls, model: Any) -> _Scorer:
@@ -576,27 +707,36 @@ class _Scorer:
         # accelerate's hooks keep the forward that theirs calls
         return "_old_forward" if "_hf_hook" in vars(self.module) else "forward"
 
-    @property
-    def forward(self) -> Callable[..., Tensor]:
-        """What makes logits of hidden states."""
-        return getattr(self.module, self._attribute)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the head makes of hidden states, whatever stands in for it."""
+        forward = getattr(self.module, self._attribute)
+        forward = forward.forward if isinstance(forward, _StandIn) else forward
+        return forward(hidden)
 
     @contextmanager
-    def replaced(self, forward: Any, hook: Any = None) -> Iterator[None]:
-        """For a while, have the module do something else, and a hook behind all others."""
+    def replaced(self, forward: Any, hook: Any) -> Iterator[None]:
+        """For a while, have the module do something else in this thread, and a hook behind all
+        others."""
         name = self._attribute
-        own = vars(self.module).get(name)
-        setattr(self.module, name, forward)
-        handle = None if hook is None else self.module.register_forward_hook(hook)
+        with _StandIn.lock:
+            stand_in = vars(self.module).get(name)
+            if not isinstance(stand_in, _StandIn):
+                stand_in = _StandIn(self.module, name)
+            stand_in.calls += 1
+        # one that is under way in this thread is gone on with afterwards
+        before = getattr(stand_in.own_call, "last", None)
+        stand_in.own_call.last = (forward, hook)
         try:
             yield
         finally:
-            if handle is not None:
-                handle.remove()
-            if own is None:
-                delattr(self.module, name)
+            if before is None:
+                del stand_in.own_call.last
             else:
-                setattr(self.module, name, own)
+                stand_in.own_call.last = before
+            with _StandIn.lock:
+                stand_in.calls -= 1
+                if not stand_in.calls:
+                    stand_in.remove()
 
     def inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """States, weight and bias of the product that makes the logits. To be asked for within the
@@ -661,11 +801,12 @@ def _check_linear(module: Any) -> None:
 @dataclass(frozen=True)
 class AfterHead:
     """What a model does with the output of its head: softcap tanh(z / softcap) logit_scale of the
-    first ``vocab`` columns."""
+    first ``vocab`` columns. Found with a precision of ``eps``."""
 
     softcap: float | None
     logit_scale: float
     vocab: int
+    eps: float = field(default=torch.finfo(torch.float32).eps, repr=False, compare=False)
 
     def head(self, weight: Tensor, bias: Tensor | None) -> Head:
         if weight.shape[0] != self.vocab:
@@ -675,16 +816,23 @@ class AfterHead:
     def apply(self, z: Tensor) -> Tensor:
         return LogitMap(None, self.softcap, self.logit_scale).apply(z.clone())
 
+    def gap(self, made: Tensor, logits: Tensor) -> float:
+        """How far off the worst of the logits [rows, vocab] is that were made of the head's output
+        [rows, V]; 0 if all are right but for rounding."""
+        eps = max(self.eps, torch.finfo(logits.dtype).eps, torch.finfo(made.dtype).eps)
+        expected = self.apply(made[:, : self.vocab])
+        # of its own size each, so that nothing may be added, however small
+        return _gap(logits.to(made.dtype), expected, 8 * eps * expected.abs())
+
 
 class _Experiment:
     """Stands in for the head in one forward, and makes up what comes out of it."""
 
     def __init__(self, scorer: _Scorer) -> None:
-        self.scorer, self.own_forward = scorer, scorer.forward
+        self.scorer = scorer
         self.product: Tensor | None = None  # [positions, V], what we take for the head's logits
         self.met: Tensor | None = None  # [rows, V], what the rest of the forward was given
         self.given: Tensor | None = None  # the copy of it that was given
-        self.last_hook: Any = None  # behind those of others
         self.hooked = False  # whether they made another of it
         self.eps = 0.0  # of the head's own logits
 
@@ -700,24 +848,22 @@ class _Experiment:
                 f"got {list(hidden.shape)}, call {1 if self.met is None else 2}"
             )
         few = hidden[:1, :_COMPARED]
-        own = self.own_forward(few)
+        own = self.scorer.logits(few)
         # now, as a sharded weight is whole only within the head's call
         states, weight, bias = self.scorer.inputs(few)
         self.product = torch.nn.functional.linear(states, weight, bias)[0]
         self.eps = torch.finfo(own.dtype).eps
         own = own if own.dtype == torch.float64 else own.float()
-        spread = torch.linspace(-64.0, 64.0, own.shape[-1], dtype=own.dtype, device=own.device)
+        spread = _spread(own.shape[-1], own)
         constant = (torch.full_like(spread, value) for value in (_TINY, _HUGE, 0.0))
         made = torch.stack([*constant, spread, spread.flip(0), spread / 16])
         self.met = torch.cat([made, own[0]])
         self.given = self.met.clone()
         # from here on, so that logits that something learned took part in can be told
         torch.set_grad_enabled(True)
-        if self.scorer.module._forward_hooks:
-            self.last_hook = self.scorer.module.register_forward_hook(self.hook)
         return self.given[None]
 
-    def hook(self, module: Any, args: Any, output: Any) -> None:
+    def hook(self, output: Any) -> None:
         """What comes out of the head's call, after the hooks of others."""
         assert self.given is not None, "the head was called"
         # a wrapper with mixed precision casts it
@@ -725,9 +871,7 @@ class _Experiment:
         self.hooked = not same
 
 
-def _after_head(
-    model: Any, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> AfterHead:
+def _after_head(fused: FusedForward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> AfterHead:
     """Find out what a model does with the output of its head, and verify all of it.
 
     The forward is run once, without gradients. In place of the head's output it meets made-up
@@ -735,6 +879,7 @@ def _after_head(
     be a soft cap and a factor, in every column; what becomes of the second, the logits that
     ``Head`` makes of the hidden states.
     """
+    model = fused.model
     scorer = _Scorer.of(model)
     experiment = _Experiment(scorer)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
@@ -742,8 +887,8 @@ def _after_head(
     # nothing may differ from what it would be without the experiment
     with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), evaluating(scorer.module):
         try:
-            with scorer.replaced(experiment):
-                output = forward(*args, **kwargs)
+            with scorer.replaced(experiment, experiment.hook):
+                output = fused.forward(*args, **kwargs)
         except Exception as error:
             if experiment.met is None or isinstance(error, UnsupportedHead):
                 raise
@@ -753,8 +898,6 @@ def _after_head(
             ) from error
         finally:
             torch.set_grad_enabled(False)
-            if experiment.last_hook is not None:
-                experiment.last_hook.remove()
             for buffer, before in buffers:
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
@@ -789,14 +932,23 @@ def _after_head(
             )
         eps = max(torch.finfo(logits.dtype).eps, torch.finfo(met.dtype).eps)
         after = _fit(logits[0], eps, _numbers(model.config))
-        found, made = logits[0].to(met.dtype), rows - product.shape[0]
-        expected = after.apply(met[:made, : after.vocab])
-        # of its own size each, so that nothing may be added, however small
-        _compare(found[:made], expected, expected.abs(), 8 * eps)
-        theirs = found[made:]
+        made = rows - product.shape[0]
+        theirs = logits[0, made:].to(met.dtype)
         ours = after.apply(product[:, : after.vocab].to(met.dtype))
-        _compare(theirs, ours, theirs.abs().amax(), 8 * max(eps, experiment.eps) + 1e-5)
+        bound = 8 * max(eps, experiment.eps) + 1e-5
+        gap = after.gap(met[:made], logits[0, :made])
+        if gap := gap or _gap(theirs, ours, bound * theirs.abs().amax()):
+            raise UnsupportedHead(
+                "model: expected logits that are a weight, a bias, a soft cap and a factor of its "
+                f"hidden states, got some that differ from that by up to {gap:.3g}"
+            )
     return after
+
+
+def _spread(vocab: int, like: Tensor) -> Tensor:
+    """[V], numbers of both signs and of a range as logits have it; in full precision."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.linspace(-64.0, 64.0, vocab, dtype=dtype, device=like.device)
 
 
 def _fit(found: Tensor, eps: float, known: Sequence[float]) -> AfterHead:
@@ -818,9 +970,9 @@ def _fit(found: Tensor, eps: float, known: Sequence[float]) -> AfterHead:
     inverse = [1 / v for v in known]
     factor = _snap(factor if capped else limit / _HUGE, (1.0, *known, *inverse), near)
     if not capped:
-        return AfterHead(None, factor, found.shape[1])
+        return AfterHead(None, factor, found.shape[1], eps)
     limit = _snap(limit, (*known, *(v * factor for v in known)), near)
-    return AfterHead(limit / factor, factor, found.shape[1])
+    return AfterHead(limit / factor, factor, found.shape[1], eps)
 
 
 def _snap(value: float, known: Sequence[float], near: float) -> float:
@@ -834,13 +986,10 @@ def _numbers(config: Any) -> list[float]:
     return [float(v) for v in values if isinstance(v, int | float) and 0 < v < math.inf]
 
 
-def _compare(found: Tensor, expected: Tensor, size: Tensor, bound: float) -> None:
+def _gap(found: Tensor, expected: Tensor, bound: Tensor) -> float:
+    """The largest difference, or 0 where each is within its bound."""
     gap = (found - expected).abs()
-    if not bool((gap <= bound * size).all()):
-        raise UnsupportedHead(
-            "model: expected logits that are a weight, a bias, a soft cap and a factor of its "
-            f"hidden states, got some that differ from that by up to {float(gap.amax()):.3g}"
-        )
+    return 0.0 if bool((gap <= bound).all()) else float(gap.amax())
 
 
 @contextmanager

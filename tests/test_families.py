@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedpo.fused_head import UnsupportedHead, add_fused_head, fused_forward
+from fusedpo.fused_head import AfterHead, UnsupportedHead, add_fused_head, fused_forward
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -314,15 +314,29 @@ def test_heads_that_predict_several_tokens_at_once_are_refused() -> None:
         ("a missing factor", {"logit_scale": 1.001}),
     ],
 )
-def test_a_head_that_is_wrong_is_found(part: str, spoiled: dict[str, Any]) -> None:
+def test_a_head_that_is_wrong_is_found(
+    part: str, spoiled: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs, truth = gemma()
+    add_fused_head(model)
+    assert not truth.faults(model, inputs)
+    right = AfterHead.head
+    monkeypatch.setattr(AfterHead, "head", lambda self, *of: right(replace(self, **spoiled), *of))
+    faults = truth.faults(model, inputs)
+    assert any(f.startswith("logprob") for f in faults), part
+    assert any(f.startswith("gradient of lm_head") or "embed_tokens" in f for f in faults), part
+
+
+@pytest.mark.parametrize("spoiled", [{"softcap": None}, {"softcap": 3.001}, {"logit_scale": 1.001}])
+def test_what_is_known_wrongly_of_a_head_is_found_in_the_next_call(spoiled: dict[str, Any]) -> None:
     model, inputs, truth = gemma()
     add_fused_head(model)
     assert not truth.faults(model, inputs)
     known = fused_forward(model).known
-    known.update({name: replace(found, **spoiled) for name, found in known.items()})
-    faults = truth.faults(model, inputs)
-    assert any(f.startswith("logprob") for f in faults), part
-    assert any(f.startswith("gradient of lm_head") or "embed_tokens" in f for f in faults), part
+    known.update({state: replace(found, **spoiled) for state, found in known.items()})
+    with pytest.raises(UnsupportedHead, match="capped and scaled as at an earlier call"):
+        truth.faults(model, inputs)
+    assert not truth.faults(model, inputs)
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.9])

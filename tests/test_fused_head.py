@@ -3,11 +3,13 @@ otherwise as it was."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import copy
 import gc
 import inspect
 import pickle
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -759,18 +761,20 @@ class Changing(Toy):
         (2, "model: expected a head that is called once in a forward"),
     ],
 )
-def test_a_head_that_is_called_otherwise_later_on_is_refused_then(calls: int, message: str) -> None:
+def test_a_head_that_is_called_otherwise_later_on_is_refused_then(
+    calls: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The experiment was made when it was called once."""
     model = Changing()
     add_fused_head(model)
     check(model)
-    model.calls = calls
+    monkeypatch.setattr(Changing, "calls", calls)
     for _ in range(2):
         with pytest.raises(UnsupportedHead) as error:
             model(input_ids=tokens(), labels=tokens(), fused=True)
         assert str(error.value) == message
     assert "forward" not in vars(model.lm_head) and not model.lm_head._forward_hooks
-    model.calls = 1
+    monkeypatch.undo()
     check(model)
 
 
@@ -1386,3 +1390,311 @@ def test_any_failure_behind_the_head_is_made_up_for():
         found = model(ids, labels=ids, fused=True).logprob
     logp = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     assert (found - logp).abs().max() < 1e-5
+
+
+# a head that changes after the first call
+
+
+class Factored(Toy):
+    """Logits times what stands elsewhere."""
+
+    def __init__(self, **elsewhere: float) -> None:
+        super().__init__()
+        self.elsewhere = elsewhere
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden) * self.elsewhere["factor"]
+
+
+class ByMode(Toy):
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden) * (0.5 if self.training else 1.0)
+
+
+def set_softcap(value: float | None) -> Callable[[Any], None]:
+    return lambda model: setattr(model.config, "final_logit_softcapping", value)
+
+
+def exchange_config(model: Any) -> None:
+    model.config = copy.deepcopy(model.config)
+    model.config.logits_scaling = 5.0
+
+
+def exchange_head(model: Any) -> None:
+    model.lm_head = nn.Linear(H, V, bias=True)
+
+
+def exchange_forward(model: Any) -> None:
+    """Of the instance, under what add_fused_head put there."""
+    fused = fused_forward(model)
+    plain = fused.forward
+
+    def halved(*args: Any, **kwargs: Any) -> Any:
+        output = plain(*args, **kwargs)
+        output.logits = output.logits / 2
+        return output
+
+    fused.original = halved
+
+
+CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "the soft cap goes": (lambda: make("softcap"), set_softcap(None)),
+    "another soft cap": (lambda: make("softcap"), set_softcap(0.7)),
+    "a soft cap comes": (
+        lambda: make("softcap", final_logit_softcapping=None),
+        set_softcap(1.5),
+    ),
+    "another scale": (lambda: make("scale"), lambda model: setattr(model, "logit_scale", 0.7)),
+    "another divisor": (
+        lambda: make("divided"),
+        lambda model: setattr(model.config, "logits_scaling", 0.5),
+    ),
+    "another configuration": (lambda: make("divided"), exchange_config),
+    "another head": (make, exchange_head),
+    "another forward": (make, exchange_forward),
+    "evaluation": (ByMode, lambda model: model.eval()),
+    "half precision": (lambda: make("divided"), lambda model: model.double()),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_head_that_changed_is_looked_at_anew(case: str) -> None:
+    model, change = (part for part in CHANGES[case])
+    model = model()
+    add_fused_head(model)
+    check(model)
+    ids = tokens()
+    with torch.no_grad():
+        before = model(input_ids=ids, labels=ids, fused=True).logprob
+        change(model)
+        after = model(input_ids=ids, labels=ids, fused=True).logprob
+    if case != "half precision":
+        assert relative(after, before) > 1e-2, "the change is seen"
+    check(model)
+
+
+def test_another_forward_of_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(Toy):
+        pass
+
+    model = Own()
+    add_fused_head(model)
+    check(model)
+    plain = Own.logits
+    monkeypatch.setattr(Own, "forward", lambda self, input_ids: Toy.forward(self, input_ids))
+    monkeypatch.setattr(Own, "logits", lambda self, hidden: plain(self, hidden) / 3)
+    check(model)
+
+
+def test_a_head_that_changes_back_and_forth_is_looked_at_once_in_each_state() -> None:
+    model = make("softcap")
+    add_fused_head(model)
+    runs: list[int] = []
+    model.model.register_forward_hook(lambda *_: runs.append(1))
+    for cap, expected in ((2.0, 2), (None, 4), (2.0, 5), (None, 6), (2.0, 7)):
+        model.config.final_logit_softcapping = cap
+        model(input_ids=tokens(), labels=tokens(), fused=True)
+        assert len(runs) == expected
+    # nor are all states kept that there ever were
+    for step in range(40):
+        model.config.final_logit_softcapping = 2.0 + step
+        model(input_ids=tokens(), labels=tokens(), fused=True)
+    assert len(fused_forward(model).known) < 10
+    check(model)
+
+
+def double(module: Any, args: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+def leave(module: Any, args: Any, output: Tensor) -> None:
+    return None
+
+
+def test_a_hook_exchanged_for_another() -> None:
+    """As many as before, and one may be where the other was in memory."""
+    model = make("bias")
+    add_fused_head(model)
+    handle = model.lm_head.register_forward_hook(lambda *args: leave(*args))
+    check(model)
+    handle.remove()
+    del handle
+    gc.collect()
+    handle = model.lm_head.register_forward_hook(lambda *args: double(*args))
+    for _ in range(2):
+        with pytest.raises(UnsupportedHead, match="expected a head whose hooks leave its output"):
+            model(input_ids=tokens(), labels=tokens(), fused=True)
+    handle.remove()
+    model.lm_head.register_forward_hook(lambda *args: leave(*args))
+    check(model)
+    model.lm_head.register_forward_hook(double)
+    add_fused_head(model, unsupported="fallback")
+    with pytest.warns(UserWarning, match="its own logits are made instead"):
+        check(model)
+
+
+def test_a_hook_exchanged_on_what_wraps_the_head() -> None:
+    """There it is a factor as any other."""
+    model = make("bias")
+    model.lm_head = Unit("module", model.lm_head)
+    add_fused_head(model)
+    for hook in (leave, double, leave):
+        handle = model.lm_head.register_forward_hook(hook)
+        check(model)
+        handle.remove()
+    check(model)
+
+
+@pytest.mark.parametrize("unsupported", ["raise", "fallback"])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_change_that_nothing_tells_of_is_found_in_what_becomes_of_made_up_logits(
+    unsupported: Any, training: bool
+) -> None:
+    """A number that is neither the model's nor its configuration's."""
+    model = Factored(factor=0.5).train(training)
+    add_fused_head(model, unsupported=unsupported)
+    check(model)
+    model.elsewhere["factor"] = 0.6
+    with torch.set_grad_enabled(training):
+        if unsupported == "fallback":
+            with pytest.warns(UserWarning, match="as at an earlier call"):
+                got = model(input_ids=tokens(), labels=tokens(), fused=True).logprob
+            own = naive(model(input_ids=tokens()).logits[:, :-1], tokens()[:, 1:])["logprob"]
+            assert relative(got, own) < 1e-6
+            return
+        with pytest.raises(UnsupportedHead) as error:
+            model(input_ids=tokens(), labels=tokens(), fused=True)
+    assert str(error.value) == (
+        "model: expected logits that are capped and scaled as at an earlier call, got some that "
+        "are not; call it again, and it is looked at anew"
+    )
+    check(model)
+    model.elsewhere["factor"] = 0.7
+    with pytest.raises(UnsupportedHead, match="looked at anew"):
+        hidden_and_head(model, input_ids=tokens())
+    hidden, head = hidden_and_head(model, input_ids=tokens())
+    assert relative(head.logits(hidden), model(input_ids=tokens()).logits) < 1e-6
+
+
+def test_a_hook_that_changes_its_mind() -> None:
+    model = make()
+    add_fused_head(model)
+    factor = [1.0]
+    model.lm_head.register_forward_hook(lambda module, args, output: factor[0] * output)
+    check(model)
+    factor[0] = 1.25
+    for message in ("as at an earlier call", "a head whose hooks leave its output"):
+        with pytest.raises(UnsupportedHead, match=message):
+            model(input_ids=tokens(), labels=tokens(), fused=True)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_what_is_known_of_a_head_holds_on_to_no_hook_in_a_copy(how: str) -> None:
+    model = make()
+    add_fused_head(model)
+    handle = model.lm_head.register_forward_hook(lambda *args: None)
+    check(model)
+    handle.remove()
+    copied = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    check(copied)
+
+
+# two threads
+
+
+def in_threads(*runs: Callable[[], Any]) -> list[Any]:
+    """What each returned, or the error it raised."""
+    with concurrent.futures.ThreadPoolExecutor(len(runs)) as pool:
+        futures = [pool.submit(run) for run in runs]
+        return [future.exception() or future.result() for future in futures]
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("name", ["plain", "softcap", "tied"])
+def test_two_threads_run_one_model_at_a_time(name: str, used: bool) -> None:
+    """All are within the model's forward together, also at the first call; each gets its own."""
+    model = make(name)
+    add_fused_head(model)
+    if used:
+        check(model)
+    batches = [tokens(seed=seed) for seed in (1, 2, 3)]
+    expected = [naive(model(input_ids=ids).logits[:, :-1], ids[:, 1:]) for ids in batches]
+    truth = [gradients(model, some_loss(own["logprob"])) for own in expected]
+    logits = model(input_ids=batches[0]).logits
+    states, head = model.model, model.get_output_embeddings()
+    # a first call runs the forward twice
+    before, behind = threading.Barrier(4, timeout=60), threading.Barrier(4, timeout=60)
+    handles = [
+        states.register_forward_hook(lambda *args: void(before.wait())),
+        states.register_forward_hook(lambda *args: void(behind.wait())),
+    ]
+
+    def fused(ids: Tensor) -> dict[str, Any]:
+        logprob = model(input_ids=ids, labels=ids, fused=True).logprob
+        return {"logprob": logprob, "gradients": gradients(model, some_loss(logprob))}
+
+    def plain() -> Tensor:
+        for _ in range(1 if used else 2):
+            found = model(input_ids=batches[0]).logits
+        return found
+
+    *scored, own = in_threads(*(lambda ids=ids: fused(ids) for ids in batches), plain)
+    for handle in handles:
+        handle.remove()
+    for found, exact, exact_gradients in zip(scored, expected, truth, strict=True):
+        assert not isinstance(found, BaseException), found
+        assert relative(found["logprob"], exact["logprob"]) < 1e-6
+        assert not differences(found["gradients"], exact_gradients, 1e-5)
+    assert torch.equal(own, logits)
+    assert "forward" not in vars(head) and not head._forward_hooks
+    assert torch.equal(model(input_ids=batches[0]).logits, logits)
+    check(model)
+
+
+def void(_: Any) -> None:
+    """Hooks return what takes the place of an output."""
+
+
+def test_a_thread_that_fails_leaves_the_other_and_the_model_alone() -> None:
+    model = make()
+    add_fused_head(model)
+    check(model)
+    inside, failed = threading.Event(), threading.Event()
+
+    def failing(hidden: Tensor, head: Any) -> Any:
+        assert inside.wait(60)
+        raise KeyError("in the task")
+
+    def waiting(hidden: Tensor, head: Any) -> Tensor:
+        inside.set()
+        assert failed.wait(60)
+        return head.logits(hidden)
+
+    def fail() -> None:
+        try:
+            model(input_ids=tokens(), fused=failing)
+        finally:
+            failed.set()
+
+    error, output = in_threads(fail, lambda: model(input_ids=tokens(), fused=waiting))
+    assert isinstance(error, KeyError) and not isinstance(output, BaseException)
+    assert relative(output["result"], model(input_ids=tokens()).logits) < 1e-6
+    assert "forward" not in vars(model.lm_head) and not model.lm_head._forward_hooks
+    check(model)
+
+
+def test_a_fused_forward_within_another() -> None:
+    model = make()
+    add_fused_head(model)
+    check(model)
+
+    def outer(hidden: Tensor, head: Any) -> dict[str, Tensor]:
+        inner, _ = at_head(
+            model, lambda hidden, head: head.logits(hidden), input_ids=tokens(seed=2)
+        )
+        return {"inner": inner, "own": head.logits(hidden)}
+
+    found, _ = at_head(model, outer, input_ids=tokens())
+    assert relative(found["own"], model(input_ids=tokens()).logits) < 1e-6
+    assert relative(found["inner"], model(input_ids=tokens(seed=2)).logits) < 1e-6
+    check(model)
