@@ -71,14 +71,17 @@ def add_fused_head(
 
     Called that way, the forward takes its usual arguments, wrapped or not, and besides:
 
-        labels: [B, T], unshifted as in Hugging Face, -100 where nothing is scored.
+        labels: [B, T], unshifted as in Hugging Face, -100 where nothing is scored. Of an
+            encoder-decoder they are aligned with the decoder's positions, as in Hugging Face, and
+            make the decoder's input where that is not given.
         shift_labels: [B, T] instead, aligned with the hidden states already.
         stats: names of what is wanted, of ``fusedpo.logprobs.STATS``; the log-probability if not
             given.
         temperature: what the logits are divided by.
 
-    and returns a ``TokenStats`` of tensors [B, T - 1] ([B, T] with shift_labels), with the
-    ``aux_loss`` of a mixture of experts whose router's logits are asked for. ``fused`` may also be
+    and returns a ``TokenStats`` of tensors [B, T - 1] ([B, T] with shift_labels, and of an
+    encoder-decoder), with the ``aux_loss`` of a mixture of experts whose router's logits are asked
+    for. ``fused`` may also be
     a function of the hidden states [B, T, H] and the ``Head``, which is run in place of the head;
     the forward then returns {"result": what it returned, "aux_loss": a scalar or None}.
 
@@ -86,7 +89,8 @@ def add_fused_head(
     are unchanged, and the state dict has no new keys. Calling this twice changes the options only.
 
     Args:
-        model: a causal language model of transformers, or one wrapped by PEFT, DDP or the like.
+        model: a causal language model or an encoder-decoder of transformers, or one wrapped by
+            PEFT, DDP or the like.
         memory_budget, backend: as of ``linear_token_stats``.
         unsupported: what to do where the head turns out not to be a weight, a bias, a soft cap and
             a factor: raise, at the first call, or make the model's own logits, with one warning.
@@ -213,8 +217,8 @@ def after_head(model: Any, **inputs: Any) -> AfterHead:
     Raises:
         UnsupportedHead: if it is more than a soft cap and a factor.
     """
-    causal = causal_model(model)
-    fused = _forward_of(causal)
+    _refuse_labels(inputs)
+    fused = _forward_of(causal_model(model))
     return _after_head(fused, (), {**inputs, **fused.settings()})
 
 
@@ -224,17 +228,18 @@ def at_head(model: Any, task: AtHead, **inputs: Any) -> tuple[Any, Tensor | None
     Args:
         model: wrapped or not; with a fused head.
         task: what to do with hidden states and head. Returns a tree of tensors.
-        inputs: of the model's forward.
+        inputs: of the model's forward, without labels.
 
     Returns:
         What the task returned, and the aux_loss of a mixture of experts, or None.
 
     Raises:
-        ValueError: for a model without a fused head.
+        ValueError: for a model without a fused head, and for labels among the inputs.
         UnsupportedHead: if the head is more than a weight, a bias, a soft cap and a factor, also
             after ``add_fused_head(model, unsupported="fallback")``: a task needs the head itself;
             and if the model's call does not run its forward.
     """
+    _refuse_labels(inputs)
     done: list[Any] = []
 
     def noted(hidden: Tensor, head: Head) -> Any:
@@ -251,6 +256,19 @@ def at_head(model: Any, task: AtHead, **inputs: Any) -> tuple[Any, Tensor | None
             f"{type(model).__name__} without that"
         )
     return _uncast(done[0], output["result"]), output["aux_loss"]
+
+
+def _refuse_labels(inputs: Mapping[str, Any]) -> None:
+    """A model that gets labels makes a loss of the logits that it takes what is carried for."""
+    for name in ("labels", "shift_labels"):
+        if inputs.get(name) is not None:
+            raise bad_value(
+                name,
+                "none among the inputs of the model, as nothing is scored there but what the task "
+                "scores",
+                "some",
+                "leave them out, and score them in the task",
+            )
 
 
 def _uncast(exact: Any, got: Any) -> Any:
@@ -355,6 +373,9 @@ class FusedForward:
         if (labels is None) == (shifted is None):
             got = "neither" if labels is None else "both"
             raise bad_value("labels", "labels or shift_labels with fused=True", got)
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            shifted, labels = labels if shifted is None else shifted, None
+            kwargs = {**kwargs, **self._decoder_input(shifted, args, kwargs)}
         aligned = shifted if labels is None else aligned_labels(labels)
         task = Score(aligned, tuple(stats), temperature, self.memory_budget, self.backend)
         if self.reason:
@@ -371,6 +392,20 @@ class FusedForward:
         if labels is not None:
             found = on_stats(found, lambda t: t[:, :-1])
         return found._replace(aux_loss=aux_loss)
+
+    def _decoder_input(
+        self, labels: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """What an encoder-decoder makes of labels [B, T] where the decoder is fed nothing else."""
+        names = [*inspect.signature(self.forward).parameters]
+        fed = {**dict(zip(names, args, strict=False)), **kwargs}
+        if any(fed.get(f"decoder_{name}") is not None for name in ("input_ids", "inputs_embeds")):
+            return {}
+        make = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if make is None:
+            expected = f"some, as {type(self.model).__name__} makes none of labels"
+            raise bad_value("decoder_input_ids", expected, "none")
+        return {"decoder_input_ids": make(labels)}
 
     def _by_logits(
         self, task: Score, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -390,6 +425,7 @@ class FusedForward:
         Returns:
             What the task returned, and the output's aux_loss.
         """
+        _refuse_labels(kwargs)
         kwargs = {**kwargs, **self.settings()}
         scorer = _Scorer.of(self.model)
         state = scorer.state(self.model, self.forward)
@@ -882,10 +918,7 @@ def _after_head(fused: FusedForward, args: Sequence[Any], kwargs: Mapping[str, A
     model = fused.model
     scorer = _Scorer.of(model)
     experiment = _Experiment(scorer)
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    buffers = [(b, b.clone()) for b in model.buffers() if b.device.type != "meta"]
-    # nothing may differ from what it would be without the experiment
-    with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), evaluating(scorer.module):
+    with unnoticed(model), evaluating(scorer.module):
         try:
             with scorer.replaced(experiment, experiment.hook):
                 output = fused.forward(*args, **kwargs)
@@ -898,11 +931,6 @@ def _after_head(fused: FusedForward, args: Sequence[Any], kwargs: Mapping[str, A
             ) from error
         finally:
             torch.set_grad_enabled(False)
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
-            # autocast may keep weights that were cast without gradients
-            torch.clear_autocast_cache()
         met, product = experiment.met, experiment.product
         if met is None or product is None or experiment.given is None:
             raise UnsupportedHead(
@@ -993,13 +1021,33 @@ def _gap(found: Tensor, expected: Tensor, bound: Tensor) -> float:
 
 
 @contextmanager
+def unnoticed(model: Any) -> Iterator[None]:
+    """Without gradients, for forwards after which nothing is to be other than without them."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    buffers = [(b, b.clone()) for b in model.buffers() if b.device.type != "meta"]
+    with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+            # autocast may keep weights that were cast without gradients
+            torch.clear_autocast_cache()
+
+
+@contextmanager
 def evaluating(model: Any) -> Iterator[Any]:
-    """Without dropout."""
-    if not model.training:
+    """Without dropout; each module has its mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    if not any(training for _, training in modes):
         yield model
         return
     model.eval()
     try:
         yield model
     finally:
-        model.train()
+        # a wrapper may do more than to set the mode
+        model.train(modes[0][1])
+        for module, training in modes:
+            module.training = training

@@ -31,6 +31,7 @@ from fusedpo.fused_head import (
     after_head,
     at_head,
     causal_model,
+    evaluating,
     fused_forward,
     hidden_and_head,
     remove_fused_head,
@@ -1698,3 +1699,155 @@ def test_a_fused_forward_within_another() -> None:
     assert relative(found["own"], model(input_ids=tokens()).logits) < 1e-6
     assert relative(found["inner"], model(input_ids=tokens(seed=2)).logits) < 1e-6
     check(model)
+
+
+# encoder-decoders
+
+
+def encoder_decoder(family: str) -> Any:
+    torch.manual_seed(0)
+    if family == "T5":
+        config = transformers.T5Config(
+            vocab_size=V,
+            d_model=H,
+            d_kv=8,
+            d_ff=24,
+            num_layers=1,
+            num_heads=2,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+            initializer_factor=3.0,
+        )
+        return transformers.T5ForConditionalGeneration(config).eval()
+    config = transformers.BartConfig(
+        vocab_size=V,
+        d_model=H,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_position_embeddings=64,
+        init_std=0.3,
+    )
+    return transformers.BartForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("family", ["T5", "Bart"])
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+@pytest.mark.parametrize("given", ["labels alone", "what the decoder is fed"])
+def test_labels_of_an_encoder_decoder_are_not_shifted(family: str, name: str, given: str) -> None:
+    """They are those of the decoder's positions, and make its input where that is not given."""
+    model = encoder_decoder(family).double()
+    add_fused_head(model)
+    source, labels = tokens(11, seed=2), labels_of(tokens())
+    inputs = {"input_ids": source, "attention_mask": torch.ones_like(source)}
+    fed = model.prepare_decoder_input_ids_from_labels(labels)
+    own = naive(model(**inputs, decoder_input_ids=fed).logits, labels)
+    loss = model(**inputs, labels=labels).loss
+    if given == "what the decoder is fed":
+        inputs["decoder_input_ids"] = fed.roll(1, 0) if name == "labels" else fed
+        own = naive(model(**inputs).logits, labels)
+    exact = gradients(model, some_loss(own["logprob"], own["entropy"]))
+    # that of a key's bias is zero but for rounding
+    exact = {each: g for each, g in exact.items() if not each.endswith("k_proj.bias")}
+    for _ in range(2):
+        got = model(**inputs, **{name: labels}, fused=True, stats=("logprob", "entropy"))
+        assert got.logprob.shape == labels.shape
+        stats = {"logprob": got.logprob, "entropy": got.entropy}
+        assert not differences(stats, {each: own[each].detach() for each in stats}, 1e-6)
+        mine = gradients(model, some_loss(got.logprob, got.entropy))
+        assert not differences({each: mine[each] for each in exact}, exact, 1e-5)
+    if given == "labels alone":
+        assert relative(-got.logprob.sum() / (labels != -100).sum(), loss) < 1e-6
+
+
+def test_an_encoder_decoder_whose_head_does_more_makes_its_own_logits() -> None:
+    model = encoder_decoder("Bart")
+    model.final_logits_bias.normal_()
+    add_fused_head(model)
+    source, labels = tokens(11, seed=2), labels_of(tokens())
+    with pytest.raises(UnsupportedHead, match="expected logits that are scaled and capped"):
+        model(input_ids=source, labels=labels, fused=True)
+    add_fused_head(model, unsupported="fallback")
+    with pytest.warns(UserWarning, match="its own logits"):
+        got = model(input_ids=source, labels=labels, fused=True).logprob
+    own = naive(model(input_ids=source, labels=labels).logits, labels)["logprob"]
+    assert relative(got, own) < 1e-6
+
+
+def test_an_encoder_decoder_that_makes_no_input_of_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = encoder_decoder("Bart")
+    add_fused_head(model)
+    monkeypatch.setattr(type(model), "prepare_decoder_input_ids_from_labels", None)
+    with pytest.raises(ValueError) as error:
+        model(input_ids=tokens(), labels=tokens(), fused=True)
+    assert str(error.value) == (
+        "decoder_input_ids: expected some, as BartForConditionalGeneration makes none of labels, "
+        "got none"
+    )
+
+
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+@pytest.mark.parametrize("way", ["at_head", "forward", "hidden_and_head", "after_head"])
+def test_labels_beside_a_task_are_refused_before_anything_runs(name: str, way: str) -> None:
+    model = make()
+    add_fused_head(model)
+    if way == "at_head":
+        model.register_forward_pre_hook(lambda *args: pytest.fail("it ran"))
+    model.model.register_forward_pre_hook(lambda *args: pytest.fail("it ran"))
+    batch = {"input_ids": tokens(), name: tokens()}
+    task = lambda hidden, head: hidden  # noqa: E731
+    ways: dict[str, Callable[[], Any]] = {
+        "at_head": lambda: at_head(model, task, **batch),
+        "forward": lambda: model(**batch, fused=task),
+        "hidden_and_head": lambda: hidden_and_head(model, **batch),
+        "after_head": lambda: after_head(model, **batch),
+    }
+    with pytest.raises(ValueError) as error:
+        ways[way]()
+    assert str(error.value) == (
+        f"{name}: expected none among the inputs of the model, as nothing is scored there but what "
+        "the task scores, got some; leave them out, and score them in the task"
+    )
+
+
+def test_no_labels_beside_a_task_may_be_said() -> None:
+    model = make()
+    hidden, head = hidden_and_head(model, input_ids=tokens(), labels=None)
+    assert relative(head.logits(hidden), model(input_ids=tokens()).logits) < 1e-6
+
+
+# what the experiment leaves behind
+
+
+def test_the_experiment_leaves_no_weights_in_autocasts_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An older torch lets the forward that follows find them there, cast without gradients. That
+    it is emptied in between can be seen with every torch."""
+    model = make()
+    add_fused_head(model)
+    seen: list[str] = []
+    emptied = torch.clear_autocast_cache
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: (seen.append("emptied"), emptied()))
+    model.model.register_forward_hook(lambda *args: seen.append("run"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(2):
+            model(input_ids=tokens(), labels=tokens(), fused=True)
+            seen.append("called")
+    # autocast itself empties it on entry or exit, which is elsewhere
+    assert [each for each in seen if each != "called"][:3] == ["run", "emptied", "run"]
+    assert seen.count("run") == 3
+
+
+def test_evaluating_gives_every_module_its_mode_back() -> None:
+    for whole in (False, True):
+        model = make().train(whole)
+        model.model.layers.train(not whole)
+        before = [module.training for module in model.modules()]
+        assert len({*before}) == 2
+        with evaluating(model):
+            assert not any(module.training for module in model.modules())
+        assert [module.training for module in model.modules()] == before
