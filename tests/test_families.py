@@ -1,7 +1,8 @@
 """Every causal language model of transformers that can be made tiny: its fused head is right, or
 refused; none is silently wrong.
 
-`python tests/test_families.py` prints what becomes of each.
+`python tests/test_families.py` prints what becomes of each; with `--packed`, whether it mixes
+packed rows, in float32 and bfloat16.
 """
 
 from __future__ import annotations
@@ -355,13 +356,34 @@ def gemma() -> tuple[Any, dict[str, Any], Truth]:
     return model, inputs, Truth.of(model, inputs)
 
 
+def packed(family: str) -> tuple[str, str]:
+    """Whether a family mixes packed rows, "apart" or "mixed", and by how much."""
+    from fusedpo.trainers.transformers import PreferenceCollator, packing_gap
+
+    ids = torch.randint(3, 90, (4, 7), generator=torch.Generator().manual_seed(5)).tolist()
+    row = {"prompt_ids": ids[0], "chosen_ids": ids[1], "rejected_ids": ids[2]}
+    other = {"prompt_ids": ids[3], "chosen_ids": ids[2][:3], "rejected_ids": ids[1][2:]}
+    batch = PreferenceCollator(0, packed=True)([row, other])
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build(family).to(dtype)
+        add_fused_head(model)
+        gap, bound = packing_gap(model, inputs, batch["cu_seqlens"])
+        found.append((float(gap), bound))
+    mixed = [not gap <= bound for gap, bound in found]
+    said = ", ".join(f"{gap:.1e} ({bound:.1e})" for gap, bound in found)
+    return ("mixed" if all(mixed) else "mixed in fp32" if mixed[0] else "apart"), said
+
+
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     counts: Counter[str] = Counter()
-    for name in sys.argv[1:] or sorted(FAMILIES):
+    what_becomes_of = packed if "--packed" in sys.argv else outcome
+    for name in [name for name in sys.argv[1:] if name != "--packed"] or sorted(FAMILIES):
         try:
-            what, why = outcome(name)
+            what, why = what_becomes_of(name)
         except Exception as error:
             what, why = "broken", f"{type(error).__name__}: {error}"
         counts[what] += 1

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ from fusedpo.fused_head import (
     hidden_and_head,
     of_tokens,
     remove_fused_head,
+    unnoticed,
 )
 from fusedpo.head import Head
 from fusedpo.logprobs import linear_logprobs
@@ -83,17 +85,28 @@ class PreferenceCollator:
 
     Attributes:
         pad_token_id: fills the rows; masked, so any valid token will do.
-        pad_to_multiple_of: round the length up to a multiple of this.
+        pad_to_multiple_of: round the length up to a multiple of this; packed, that of all rows.
         packed: one row after the other without padding, told apart by their positions, for models
-            whose attention does so (in transformers FlashAttention, and SDPA since 4.53).
+            whose attention does so (in transformers FlashAttention, and SDPA since 4.53). The
+            trainer looks at the first batch whether the model does, and refuses one that does not.
         vocab_size: rows of the model's embedding, which no token may be beyond; not looked at if
             None.
+
+    Raises:
+        TypeError, ValueError: for a pad_to_multiple_of that is no whole number, or negative.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
     packed: bool = False
     vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        multiple = self.pad_to_multiple_of
+        if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, int)):
+            raise bad_type("pad_to_multiple_of", "a whole number or None", repr(multiple))
+        if multiple is not None and multiple < 0:
+            raise bad_value("pad_to_multiple_of", "a number not below 0, or None", str(multiple))
 
     def __call__(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
         """Labels are those of Hugging Face: labels[t] is token t, -100 on prompt and padding.
@@ -114,7 +127,7 @@ class PreferenceCollator:
         responses = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
         prompts = [row["prompt_ids"] for row in rows] * 2
         if self.packed:
-            batch = _pack(prompts, responses)
+            batch = _pack(prompts, responses, self.pad_token_id, self.pad_to_multiple_of)
         else:
             batch = pad_sequences(prompts, responses, self.pad_token_id, self.pad_to_multiple_of)
         for name in rows[0].get("inputs", {}):
@@ -122,7 +135,12 @@ class PreferenceCollator:
         return batch
 
 
-def _pack(prompts: Sequence[Any], responses: Sequence[Any]) -> dict[str, Tensor]:
+def _pack(
+    prompts: Sequence[Any],
+    responses: Sequence[Any],
+    pad_token_id: int,
+    pad_to_multiple_of: int | None,
+) -> dict[str, Tensor]:
     pairs = list(zip(prompts, responses, strict=True))
     lengths = torch.tensor([len(p) + len(r) for p, r in pairs])
     ids = [torch.as_tensor(part) for pair in pairs for part in pair]
@@ -131,12 +149,65 @@ def _pack(prompts: Sequence[Any], responses: Sequence[Any]) -> dict[str, Tensor]
         for prompt, response in pairs
         for part in (torch.full((len(prompt),), IGNORED), torch.as_tensor(response))
     ]
+    positions = [torch.arange(int(n)) for n in lengths]
+    if pad_to_multiple_of and (more := -int(lengths.sum()) % pad_to_multiple_of):
+        ids.append(torch.full((more,), pad_token_id))
+        labels.append(torch.full((more,), IGNORED))
+        # from 0 again, as the last row may be as long as the model's positions reach
+        positions.append(torch.arange(more))
+        lengths[-1] += more
     return {
         "input_ids": torch.cat(ids).long()[None],
-        "position_ids": torch.cat([torch.arange(int(n)) for n in lengths])[None],
+        "position_ids": torch.cat(positions)[None],
         "labels": torch.cat(labels).long()[None],
         "cu_seqlens": torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
     }
+
+
+_COMPARED = 8  # first tokens of a packed row: what is mixed into them shows most
+_PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def packing_gap(
+    model: Any, inputs: Mapping[str, Tensor], cu_seqlens: Tensor
+) -> tuple[Tensor, float]:
+    """How far the states at the head of packed rows are from those of a row that is run alone, [],
+    as a share of their norm; and what rounding may make of it.
+
+    The first tokens of the second row, in the model's own precision, without dropout and without
+    gradients. The median over tokens, as a token whose experts are chosen otherwise by rounding is
+    off by far. Rounding adds up over layers as random steps do: two units of the coarsest precision
+    at work for one layer, and twice as many for four. `python tests/test_families.py --packed`
+    shows both numbers for every family, of random weights, in which less is mixed than in trained
+    ones. Products of float32 on a GPU may be of TF32.
+
+    Args:
+        model: with a fused head, wrapped or not.
+        inputs: of its forward, packed: input_ids and what else there is of [1, N].
+        cu_seqlens: [rows + 1], of at least two rows.
+    """
+    start, end = cu_seqlens[1:3].tolist()
+    end = min(end, start + _COMPARED)
+    tokens = inputs["input_ids"].shape[:2]
+    alone = {n: v[:, start:end] for n, v in inputs.items() if v.shape[:2] == tokens}
+    # as padded rows are run
+    alone.pop("position_ids", None)
+    alone["attention_mask"] = torch.ones_like(alone["input_ids"])
+    causal = causal_model(model)
+    with unnoticed(causal), evaluating(model):
+        packed, apart = (
+            at_head(model, lambda hidden, head: hidden, **each)[0] for each in (inputs, alone)
+        )
+    packed, apart = packed[0, start:end].double(), apart[0].double()
+    gap = ((packed - apart).norm(dim=-1) / apart.norm(dim=-1)).median()
+    device = gap.device.type
+    dtypes = {p.dtype for p in causal.parameters()}.intersection(_PRECISIONS)
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    least = 1e-5 if device == "cpu" else 2.0**-10
+    unit = max(least, *(torch.finfo(dtype).eps for dtype in dtypes))
+    layers = getattr(causal.config.get_text_config(), "num_hidden_layers", 32)
+    return gap, 2 * unit * math.sqrt(layers)
 
 
 @dataclass
@@ -250,6 +321,7 @@ class FusedTrainerMixin(_Base):
         if model is not None:
             self._place_reference(model)
         self._train_means, self._eval_means = _Means(), _Means()
+        self._packing: list[tuple[Any, Any]] = []  # models that do not mix packed rows
 
     def call_model_init(self, trial: Any = None) -> Any:
         """A new model, with a head and a reference of its own; before each training."""
@@ -339,7 +411,9 @@ class FusedTrainerMixin(_Base):
         of_loss = {*_OF_LOSS, *self.loss.inputs}
         rest = {name: value for name, value in inputs.items() if name in of_loss}
         of_model = {name: value for name, value in inputs.items() if name not in of_loss}
-        labels = _aligned(rest.pop("labels"), rest.get("cu_seqlens"))
+        if (borders := rest.get("cu_seqlens")) is not None:
+            self._refuse_mixing(model, of_model, borders)
+        labels = _aligned(rest.pop("labels"), borders)
         reference = self._reference(model, of_model, labels)
         metrics: dict[str, Tensor] = {}
 
@@ -367,6 +441,35 @@ class FusedTrainerMixin(_Base):
             of_batch = {**metrics, **self._further_metrics()}
             self._train_means.add(of_batch, self._examples(inputs))
         return (loss, metrics) if return_outputs else loss
+
+    def _refuse_mixing(
+        self, model: Any, of_model: Mapping[str, Tensor], cu_seqlens: Tensor
+    ) -> None:
+        """Compare once, for each model and attention, packed rows with a row alone.
+
+        Every process has its part in it, and all stop if one finds them mixed.
+
+        Raises:
+            ValueError: if a model mixes them.
+        """
+        for subject in (model, self.ref_model):
+            if subject is None:
+                continue
+            causal = causal_model(subject)
+            state = (causal, getattr(causal.config, "_attn_implementation", None))
+            if any(state[0] is seen and state[1] == how for seen, how in self._packing):
+                continue
+            gap, bound = packing_gap(subject, of_model, cu_seqlens)
+            worst = float(self.accelerator.gather(gap[None]).max())
+            if not worst <= bound:
+                raise bad_value(
+                    "data_collator",
+                    f"one that pads, as {type(causal).__name__} mixes packed rows: the states of a "
+                    f"row differ from those it has alone by {100 * worst:.2g} %",
+                    "packed rows",
+                    "leave out packed=True, or load the model with another attn_implementation",
+                )
+            self._packing.append(state)
 
     def _aux_weight(
         self, model: Any, batch: Mapping[str, Tensor], step_counts: Tensor | None

@@ -131,6 +131,31 @@ def test_collator_puts_chosen_first_and_masks_prompt_and_padding():
     assert PreferenceCollator(0, pad_to_multiple_of=8)(rows)["labels"].shape == (4, 8)
 
 
+def test_packed_rows_are_padded_behind_the_last():
+    """What pads is a sequence of its own to attention, and of the last row to the loss."""
+    rows = [
+        {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]},
+        {"prompt_ids": [6], "chosen_ids": [7, 8, 9], "rejected_ids": [10]},
+    ]
+    batch = PreferenceCollator(0, packed=True, pad_to_multiple_of=8)(rows)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 6, 7, 8, 9, 1, 2, 4, 5, 6, 10, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 0, 1, 2]]
+    assert batch["labels"][0, 13:].tolist() == [-100] * 3
+    assert batch["cu_seqlens"].tolist() == [0, 3, 7, 11, 16]
+    plain = PreferenceCollator(0, packed=True)(rows)
+    assert plain["cu_seqlens"].tolist() == [0, 3, 7, 11, 13]
+    for multiple in (1, 13):
+        found = PreferenceCollator(0, packed=True, pad_to_multiple_of=multiple)(rows)
+        assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("multiple", [-8, 2.0, True])
+def test_a_multiple_that_is_none_is_refused(packed, multiple):
+    with pytest.raises((ValueError, TypeError), match=r"^pad_to_multiple_of: expected"):
+        PreferenceCollator(0, packed=packed, pad_to_multiple_of=multiple)
+
+
 # the loss
 
 
@@ -438,14 +463,17 @@ def test_a_reference_that_has_its_place_is_not_moved(tmp_path, monkeypatch, plac
     assert subject.ref_model is reference and len(moves) == 1
 
 
-def test_a_reference_with_another_soft_cap_keeps_it(tmp_path):
+@pytest.mark.parametrize(
+    ("family", "own"),
+    [("Gemma2", {"final_logit_softcapping": 2.0}), ("Granite", {"logits_scaling": 3.0})],
+)
+def test_a_reference_that_does_other_things_to_its_logits_keeps_them(tmp_path, family, own):
     """What is done to the reference's logits is its own affair."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    sizes = {**tiny.model().config.to_dict(), "head_dim": 8, "model_type": "gemma2"}
-    sizes = {name: sizes[name] for name in sizes if hasattr(Gemma2Config(), name)}
+    config = getattr(transformers, f"{family}Config")
+    sizes = {**tiny.model().config.to_dict(), "head_dim": 8}
+    sizes = {n: sizes[n] for n in sizes if hasattr(config(), n) and n != "model_type"}
     torch.manual_seed(3)
-    capped = Gemma2ForCausalLM(Gemma2Config(**{**sizes, "final_logit_softcapping": 2.0}))
+    capped = getattr(transformers, f"{family}ForCausalLM")(config(**{**sizes, **own}))
     ids = PreferenceCollator(0)(ROWS)
     with torch.no_grad():
         logits = capped(ids["input_ids"], attention_mask=ids["attention_mask"]).logits[:, :-1]
@@ -472,16 +500,127 @@ def test_packed_batches_equal_padded_ones(tmp_path):
     loss, options = SimPO(sft_weight=0.3), {"per_device_train_batch_size": 2}
     options["gradient_accumulation_steps"] = 3
     updates = []
-    for packed in (False, True):
+    for packed, multiple in ((False, None), (True, None), (True, 16)):
         model = tiny.model()
-        collator = PreferenceCollator(tiny.tokenizer().pad_token_id, packed=packed)
+        collator = PreferenceCollator(tiny.tokenizer().pad_token_id, multiple, packed=packed)
         batch = collator(ROWS[:2])
         assert ("cu_seqlens" in batch) == packed
-        folder = tmp_path / str(packed)
+        folder = tmp_path / f"{packed} {multiple}"
         subject = trainer(folder, model, loss, data_collator=collator, **options)
         updates.append(update(subject, model))
-    assert same(updates[1], updates[0])
-    assert not same(0.9 * updates[1], updates[0])
+    for packed in updates[1:]:
+        assert same(packed, updates[0])
+        assert not same(0.9 * packed, updates[0])
+
+
+def rows_of(vocabulary: int) -> list[Any]:
+    """Token rows of a few pairs."""
+    generator = torch.Generator().manual_seed(4)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(3, vocabulary, (count,), generator=generator).tolist()
+
+    return [
+        {"prompt_ids": ids(3 + i), "chosen_ids": ids(6 - i), "rejected_ids": ids(4 + 2 * i)}
+        for i in range(4)
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("family", "mixes"),
+    [
+        ("opt", True),
+        ("gpt_oss", True),
+        ("mamba", True),
+        ("qwen3_5_text", True),
+        ("llama", False),
+        ("gemma2", False),
+        ("qwen3_moe", False),
+    ],
+)
+def test_a_model_that_mixes_packed_rows_is_refused(tmp_path, family, mixes, dtype):
+    """Before anything is learned, and with nothing left of the comparison."""
+    from test_families import build
+
+    model = build(family).to(getattr(torch, dtype)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    subject = trainer(
+        tmp_path, model, rows=rows_of(90), data_collator=PreferenceCollator(0, packed=True)
+    )
+    batch = subject.data_collator(rows_of(90))
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    for _ in range(2):
+        if not mixes:
+            assert subject.compute_loss(model, dict(batch)).isfinite()
+            continue
+        with pytest.raises(ValueError) as error:
+            subject.compute_loss(model, dict(batch))
+        message = str(error.value)
+        assert message.startswith(
+            f"data_collator: expected one that pads, as {type(model).__name__} mixes packed rows: "
+        )
+        assert message.endswith(
+            "got packed rows; leave out packed=True, or load the model with another "
+            "attn_implementation"
+        )
+        assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+    if mixes:
+        with pytest.raises(ValueError, match="mixes packed rows"):
+            subject.evaluate()
+        padded = trainer(tmp_path / "padded", model, rows=rows_of(90))
+        assert padded.compute_loss(model, padded.data_collator(rows_of(90))).isfinite()
+
+
+def test_packed_rows_are_compared_once(tmp_path):
+    """And anew for another attention."""
+    model = tiny.model()
+    collator = PreferenceCollator(tiny.tokenizer().pad_token_id, packed=True)
+    subject = trainer(tmp_path, model, DPO(), data_collator=collator)
+    runs: list[str] = []
+    model.model.register_forward_hook(lambda *args: runs.append("policy"))
+    subject.ref_model.model.register_forward_hook(lambda *args: runs.append("reference"))
+    # of each: an experiment at the head, packed and alone; then the step's own, for which the
+    # policy's head is looked at in training too
+    for expected in ([5, 4], [1, 1], [1, 1]):
+        runs.clear()
+        subject.compute_loss(model, collator(ROWS[:2]))
+        assert [runs.count(name) for name in ("policy", "reference")] == expected
+    model.set_attn_implementation("eager")
+    runs.clear()
+    subject.compute_loss(model, collator(ROWS[:2]))
+    assert [runs.count(name) for name in ("policy", "reference")] == [5, 1]
+
+
+def test_a_reference_that_mixes_packed_rows_is_refused(tmp_path):
+    from test_families import build
+
+    subject = trainer(
+        tmp_path,
+        build("llama"),
+        DPO(),
+        rows_of(90),
+        ref_model=build("opt"),
+        data_collator=PreferenceCollator(0, packed=True),
+    )
+    with pytest.raises(ValueError, match="as OPTForCausalLM mixes packed rows"):
+        subject.evaluate()
+
+
+def test_one_process_that_finds_rows_mixed_stops_all(tmp_path, monkeypatch):
+    """Else the others would wait for it."""
+    collator = PreferenceCollator(tiny.tokenizer().pad_token_id, packed=True)
+    model = tiny.model()
+    subject = trainer(tmp_path, model, data_collator=collator)
+    monkeypatch.setattr(
+        subject.accelerator, "gather", lambda gap: torch.cat([gap, torch.full_like(gap, 0.5)])
+    )
+    with pytest.raises(ValueError, match="by 50 %, got packed rows"):
+        subject.compute_loss(model, collator(ROWS[:2]))
 
 
 def test_a_trainer_of_ones_own_by_the_mixin(tmp_path):
