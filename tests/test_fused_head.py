@@ -1763,6 +1763,27 @@ def test_labels_of_an_encoder_decoder_are_not_shifted(family: str, name: str, gi
         assert relative(-got.logprob.sum() / (labels != -100).sum(), loss) < 1e-6
 
 
+@pytest.mark.parametrize("family", ["T5", "plain"])
+def test_trls_forward_counts_the_labels_that_it_scores(family: str) -> None:
+    """All of an encoder-decoder's; a decoder's from the second on."""
+    pytest.importorskip("trl")
+    from fusedpo.trainers.trl import patched
+
+    model = make() if family == "plain" else encoder_decoder(family)
+    labels = labels_of(tokens())
+    labels[:, 0] = 5
+    loss = model(input_ids=tokens(), labels=labels).loss
+    with patched():
+        from trl.trainer import utils
+
+        if not hasattr(utils, "add_fused_lm_head"):
+            pytest.skip("of TRL before 1.15")
+        utils.add_fused_lm_head(model)
+    got = model(input_ids=tokens(), labels=labels, fused_lm_head=True)
+    assert got.label_mask.shape == got.log_probs.shape
+    assert relative(got.loss, loss) < 1e-6
+
+
 def test_an_encoder_decoder_whose_head_does_more_makes_its_own_logits() -> None:
     model = encoder_decoder("Bart")
     model.final_logits_bias.normal_()

@@ -194,17 +194,20 @@ def packing_gap(
     alone.pop("position_ids", None)
     alone["attention_mask"] = torch.ones_like(alone["input_ids"])
     causal = causal_model(model)
+    dtypes = {p.dtype for p in causal.parameters()}.intersection(_PRECISIONS)
+
+    def states(hidden: Tensor, head: Head) -> Tensor:
+        # a wrapper's autocast, or its casts, are seen here alone
+        dtypes.add(hidden.dtype)
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtypes.add(torch.get_autocast_dtype(hidden.device.type))
+        return hidden
+
     with unnoticed(causal), evaluating(model):
-        packed, apart = (
-            at_head(model, lambda hidden, head: hidden, **each)[0] for each in (inputs, alone)
-        )
+        packed, apart = (at_head(model, states, **each)[0] for each in (inputs, alone))
     packed, apart = packed[0, start:end].double(), apart[0].double()
     gap = ((packed - apart).norm(dim=-1) / apart.norm(dim=-1)).median()
-    device = gap.device.type
-    dtypes = {p.dtype for p in causal.parameters()}.intersection(_PRECISIONS)
-    if torch.is_autocast_enabled(device):
-        dtypes.add(torch.get_autocast_dtype(device))
-    least = 1e-5 if device == "cpu" else 2.0**-10
+    least = 1e-5 if gap.device.type == "cpu" else 2.0**-10
     unit = max(least, *(torch.finfo(dtype).eps for dtype in dtypes))
     layers = getattr(causal.config.get_text_config(), "num_hidden_layers", 32)
     return gap, 2 * unit * math.sqrt(layers)
@@ -459,7 +462,8 @@ class FusedTrainerMixin(_Base):
             state = (causal, getattr(causal.config, "_attn_implementation", None))
             if any(state[0] is seen and state[1] == how for seen, how in self._packing):
                 continue
-            gap, bound = packing_gap(subject, of_model, cu_seqlens)
+            with self.accelerator.autocast():  # of a model that is not wrapped
+                gap, bound = packing_gap(subject, of_model, cu_seqlens)
             worst = float(self.accelerator.gather(gap[None]).max())
             if not worst <= bound:
                 raise bad_value(

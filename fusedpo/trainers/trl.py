@@ -469,15 +469,15 @@ class _TRLForward(FusedForward):
         items = kwargs.pop("num_items_in_batch", None)
         if kwargs.get("shift_labels") is not None:
             kwargs.pop("labels", None)
-            mask = kwargs["shift_labels"] != IGNORED
-        else:
-            mask = kwargs["labels"][:, 1:] != IGNORED
+        labels = kwargs["labels"] if "labels" in kwargs else kwargs["shift_labels"]
         stats = tuple(_STATS[name] for name in self.outputs)
         settings = {"stats": stats, "temperature": self.temperature}
         found = self.token_stats(args, {**kwargs, **settings})
         values = {name: getattr(found, _STATS[name]) for name in self.outputs}
-        mask = mask.to(values["log_probs"].device)
-        loss = -values["log_probs"].sum() / (mask.sum().clamp(min=1) if items is None else items)
+        # without the first label where they were shifted
+        scored = values["log_probs"]
+        mask = labels[:, labels.shape[1] - scored.shape[1] :].to(scored.device) != IGNORED
+        loss = -scored.sum() / (mask.sum().clamp(min=1) if items is None else items)
         if found.aux_loss is not None:
             config = self.model.config.get_text_config()
             loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * found.aux_loss

@@ -596,6 +596,29 @@ def test_packed_rows_are_compared_once(tmp_path):
     assert [runs.count(name) for name in ("policy", "reference")] == [5, 1]
 
 
+@pytest.mark.parametrize("mixes", [False, True])
+def test_packed_rows_are_compared_under_autocast(tmp_path, mixes):
+    """Which is entered within the model's own forward: rounding is bfloat16's all the same."""
+    from test_families import build
+
+    model = build("gpt_oss" if mixes else "llama")
+    subject = trainer(
+        tmp_path,
+        model,
+        DPO(),
+        rows_of(90),
+        bf16=True,
+        data_collator=PreferenceCollator(0, packed=True),
+    )
+    if mixes:
+        with pytest.raises(ValueError, match="as GptOssForCausalLM mixes packed rows"):
+            subject.train()
+        return
+    subject.train()
+    assert subject.state.global_step == 1
+    assert subject.evaluate()["eval_loss"] > 0
+
+
 def test_a_reference_that_mixes_packed_rows_is_refused(tmp_path):
     from test_families import build
 
