@@ -237,9 +237,11 @@ class SelfAugmented(Pairs):
         pad = tokenizer.eos_token_id if pad is None else pad
         ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
         source = recipe.SelfAugmented(model, train, settings, rank=args.process_index, **ids)
-        by_itself = recipe.SelfAugmented(
-            model, held_out, replace(settings, seed=args.seed + 1), **ids
+        # each row once, however often training makes new pairs and however many it keeps
+        once = replace(
+            settings, seed=args.seed + 1, sample_every=1, buffer_size=max(1, len(held_out))
         )
+        by_itself = recipe.SelfAugmented(model, held_out, once, **ids)
         for start in range(0, len(held_out), _GENERATED):
             by_itself.next_batch(min(_GENERATED, len(held_out) - start))
         dataset = SelfAugmentedDataset(source)

@@ -11,8 +11,9 @@ import torch
 from transformers import TrainingArguments
 
 from fusedpo import linear_logprobs
-from fusedpo.fused_head import hidden_and_head
+from fusedpo.fused_head import evaluating, hidden_and_head
 from fusedpo.losses import DAPO, DPO, GRPO, SoftSequence
+from fusedpo.recipes.self_augmented import generate_segments
 from fusedpo.trainers.groups import GroupTrainer
 
 
@@ -254,6 +255,69 @@ def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_evaluation_repeats_itself(tmp_path: Path) -> None:
     made = trainer(tmp_path)
     assert made.evaluate() == made.evaluate()
+
+
+def test_evaluation_is_of_a_response_to_each_of_so_many_prompts(tmp_path: Path) -> None:
+    """The same samples at any step, and means over the prompts."""
+    seen: list[tuple[Any, int, float]] = []
+
+    def noted(row: Any, response: Any) -> float:
+        seen.append((row, len(response), longest_word(row, response)))
+        return seen[-1][2]
+
+    made = trainer(tmp_path, reward=noted, eval_prompts=3, model=tiny.model(initializer_range=0.02))
+    found = made.evaluate()
+    assert [row for row, _, _ in seen] == made.eval_dataset[:3]
+    assert found["eval_reward"] == pytest.approx(sum(reward for _, _, reward in seen) / 3)
+    assert found["eval_completions/mean_length"] == sum(length for _, length, _ in seen) / 3
+    made.state.global_step = 7
+    assert made.evaluate() == found
+
+
+def test_samples_are_of_the_policy_that_is_trained(tmp_path: Path, monkeypatch) -> None:
+    """Of its whole distribution, at the temperature of the loss, without dropout."""
+    asked: list[Any] = []
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        asked.append(options["settings"])
+        return generate_segments(*arguments, **options)
+
+    monkeypatch.setattr("fusedpo.trainers.groups.generate_segments", noted)
+    model = tiny.model(attention_dropout=0.5)
+    # two prompts of one length, so that the reward of each is told by its first token
+    made = trainer(
+        tmp_path, model=model, temperature=0.5, reward=lambda row, _: float(row["prompt_ids"][1])
+    )
+    rows = made.train_dataset[:2]
+    assert rows[0]["prompt_ids"][1] != rows[1]["prompt_ids"][1]
+    made.model.train()
+    batch = made._sample(made.model, rows)
+    assert (asked[0].temperature, asked[0].top_k, asked[0].top_p) == (0.5, 0, 1.0)
+    expected = [float(row["prompt_ids"][1]) for row in rows for _ in range(4)]
+    assert batch["rewards"].tolist() == expected
+    with torch.no_grad(), evaluating(made.model) as quiet:
+        logits = quiet(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logp = (logits / 0.5).log_softmax(-1)[:, :-1]
+    scored = batch["labels"][:, 1:] != -100
+    each = logp.gather(-1, batch["labels"][:, 1:].clamp(min=0)[..., None])[..., 0]
+    assert torch.allclose(batch["old_logprobs"][:, :-1][scored], each[scored], atol=1e-5)
+
+
+def test_a_resumed_run_samples_when_it_would_have(tmp_path: Path) -> None:
+    rewarded: list[int] = []
+
+    def counted(row: Any, response: Any) -> float:
+        rewarded.append(made.state.global_step)
+        return longest_word(row, response)
+
+    args = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    made = trainer(tmp_path, args=args, reward=counted)
+    made.train()
+    assert set(rewarded) == {0, 2}
+    rewarded.clear()
+    made = trainer(tmp_path, args=args, reward=counted)
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert set(rewarded) == {2}
 
 
 def test_a_reference_is_compared_with(tmp_path: Path) -> None:

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import tiny
+from transformers import TrainingArguments
 
 from fusedpo import losses
 from fusedpo.cli import main
-from fusedpo.recipes.self_augmented import Settings
+from fusedpo.recipes.self_augmented import SelfAugmented, Settings
 from fusedpo.recipes.stdlib_pairs import hold_out, read_passages
 from fusedpo.trainers import methods
 from fusedpo.trainers.methods import Pairs, method_of, reward_function
 from fusedpo.trainers.rows import COLUMNS, Splits
+from fusedpo.trainers.self_augmented import MaskSharedPrefix, SelfAugmentedCallback
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +152,104 @@ def test_a_mistake_is_one_line(
     assert main([*given, "--dataset", str(folder / "pairs.jsonl"), *words]) == 2
     told = capsys.readouterr().err.strip()
     assert message in told and "\n" not in told
+
+
+# what a method hands on
+
+
+def arguments(folder: Path, **options) -> TrainingArguments:
+    given = {"use_cpu": True, "report_to": "none", "max_steps": 1, "seed": 5, **options}
+    return TrainingArguments(str(folder), **given)
+
+
+def test_a_model_that_writes_gets_all_settings(tmp_path: Path, monkeypatch) -> None:
+    """Held-out pairs are of every held-out row, and of another seed."""
+    made: list[SelfAugmented] = []
+
+    class Noted(SelfAugmented):
+        def __init__(self, *positional, **options) -> None:
+            super().__init__(*positional, **options)
+            made.append(self)
+
+    monkeypatch.setattr("fusedpo.recipes.self_augmented.SelfAugmented", Noted)
+    monkeypatch.setattr(methods, "_GENERATED", 4)
+    rows = tiny.token_rows(12)
+    method = methods.SelfAugmented(segment_length=2, ema_decay=0.25, buffer_size=5, sample_every=3)
+    model = tiny.model(initializer_range=0.02)
+    for loss, masked in ((losses.DPO(), True), (losses.IPO(average=True), False)):
+        made.clear()
+        trainer = method.trainer(
+            model, arguments(tmp_path), loss, rows[:6], rows[6:], processing_class=tiny.tokenizer()
+        )
+        assert isinstance(trainer.data_collator, MaskSharedPrefix) is masked
+        source, held_out = made
+        assert trainer.train_dataset.source is source
+        settings = source.settings
+        asked = (settings.segment_length, settings.ema_decay, settings.buffer_size)
+        assert (*asked, settings.sample_every, settings.seed) == (2, 0.25, 5, 3, 5)
+        assert held_out.settings.seed != settings.seed
+        assert source.truncated == held_out.truncated == 0
+        assert held_out.statistics()["segment/identical"] == 0, "which would be left out"
+        prompts = [
+            sorted(bytes(row["prompt_ids"]) for row in each)
+            for each in (trainer.eval_dataset, rows[6:])
+        ]
+        assert prompts[0] == prompts[1]
+        callbacks = trainer.callback_handler.callbacks
+        (own,) = (each for each in callbacks if isinstance(each, SelfAugmentedCallback))
+        assert own.ref_model is trainer.ref_model is not None
+
+
+def test_a_sampling_method_gets_all_settings(tmp_path: Path, monkeypatch) -> None:
+    noted: dict = {}
+    monkeypatch.setattr("fusedpo.trainers.groups.GroupTrainer", lambda *a, **k: noted.update(k))
+    settings = {"group_size": 3, "max_new_tokens": 5, "updates": 4, "temperature": 0.5}
+    methods.Sampled(**settings).trainer(None, None, losses.GRPO(), [1], [2], memory_budget="1MiB")
+    assert {name: noted[name] for name in settings} == settings
+    assert (noted["train_dataset"], noted["eval_dataset"]) == ([1], [2])
+    assert noted["memory_budget"] == "1MiB"
+    row = {"prompt_ids": [5, 6], "chosen_ids": [1, 2]}
+    assert noted["reward"](row, [2, 1]) == 1.0 and noted["reward"](row, [5, 6]) == 0.0
+
+
+def test_rows_of_two_contexts_are_collated_as_the_loss_has_them(tmp_path: Path) -> None:
+    ids = [3, 4]
+    rows = [dict.fromkeys(("prompt_ids", "long_prompt_ids", "chosen_ids", "rejected_ids"), ids)] * 2
+    for both, roles in ((False, 3), (True, 4)):
+        loss = losses.ShortToLong(both=both)
+        trainer = methods.TwoContexts().trainer(
+            tiny.model(), arguments(tmp_path), loss, rows, rows, processing_class=tiny.tokenizer()
+        )
+        batch = trainer.data_collator(rows)
+        assert batch["labels"].shape[0] == 2 * roles and trainer._examples(batch) == 2
+
+
+def test_numbers_that_a_loss_may_take_come_from_the_rows() -> None:
+    rows = [{**row, "win_rate_chosen": 0.75} for row in tiny.text_rows(2)]
+    splits = Splits(rows, None, "here")
+    assert [row.inputs for row in Pairs().checked(rows, splits, losses.SPPO())] == [
+        {"win_rate_chosen": 0.75}
+    ] * 2
+    # 0 is a similarity too, which need not be found
+    rows = [{**row, "similarity": 0.0} for row in rows]
+    found = methods.Semantic(encoder="/nowhere").checked(rows, splits, losses.SemanticSPPO())
+    assert [row.inputs["similarity"] for row in found] == [0.0, 0.0]
+
+
+def test_a_checkpoint_is_saved_when_every_process_has_written(tmp_path: Path) -> None:
+    for method, folder, names in (
+        (methods.SelfAugmented(), tmp_path / "self_augmented", ("self_augmented", "ahead")),
+        (methods.Sampled(), tmp_path, ("samples",)),
+    ):
+        paths = [folder / f"{name}-{rank}.safetensors" for name in names for rank in (0, 1)]
+        folder.mkdir(exist_ok=True)
+        for path in paths:
+            path.touch()
+        assert method.is_saved(tmp_path, 2) and not method.is_saved(tmp_path, 3)
+        for path in paths:
+            path.unlink()
+            assert not method.is_saved(tmp_path, 2), path
+            path.touch()
 
 
 # demonstrations
