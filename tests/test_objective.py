@@ -456,6 +456,15 @@ def test_metrics_are_trls() -> None:
     assert not out.per_example.requires_grad and not out.logprobs.requires_grad
 
 
+def test_equal_rewards_are_no_win() -> None:
+    """As in TRL, whose accuracies count the pairs with a larger reward of the chosen."""
+    data = batch(5, 3)
+    out = preference_loss(
+        DPO(), data["hidden"], data["weight"], data["labels"], ref_hidden=data["hidden"]
+    )
+    assert out.metrics["rewards/accuracies"].item() == 0.0
+
+
 def test_simpo_logs_averages_and_its_cross_entropy() -> None:
     data = batch(5, 3)
     out = preference_loss(SimPO(sft_weight=0.5), data["hidden"], data["weight"], data["labels"])

@@ -397,7 +397,11 @@ def test_metrics() -> None:
     expected["kl"] = (torch.expm1(behind) - behind).mean()
     for name, value in expected.items():
         assert out.metrics[name].item() == pytest.approx(value.item(), rel=1e-5), name
-    assert {"clip_ratio/region_mean", "kl_old"} < out.metrics.keys()
+    clipped = expected["clip_ratio/low_mean"] + expected["clip_ratio/high_mean"]
+    assert 0 < clipped < 1
+    region = out.metrics["clip_ratio/region_mean"].item()
+    assert region == pytest.approx(clipped.item(), rel=1e-5)
+    assert "kl_old" in out.metrics
     assert out.per_example.shape == (4,) and not out.per_example.requires_grad
 
 

@@ -28,6 +28,14 @@ def test_alpha_of_zero_is_simpo() -> None:
         assert (mine / simpo - 1).abs().max() < allowed
 
 
+def test_rewards_of_what_is_very_unlikely_are_finite() -> None:
+    for alpha in (1.0, -1.0):
+        s = scores_of([-1e4, -1.0])
+        reward = AlphaPO(alpha=alpha).reward(s)
+        assert reward.isfinite().all()
+        assert torch.autograd.grad(reward.sum(), s.logp)[0].isfinite().all()
+
+
 def test_a_negative_alpha_saturates_and_a_positive_one_steepens() -> None:
     s = scores_of([-4.0])
     slope = {}

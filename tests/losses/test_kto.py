@@ -44,6 +44,24 @@ def test_a_batch_of_one_kind(desirable: list[bool]) -> None:
     assert found[f"rewards/{absent}"].isnan()
 
 
+def test_metrics_are_means_of_each_kind() -> None:
+    """Log-ratios 2 and 4 of the desirable ones, -1 of the other, with beta 0.5."""
+    s = scores_of([-8.0, -6.0, -3.0], [-10.0, -10.0, -2.0])
+    desirable = torch.tensor([True, True, False])
+    found = KTO(0.5).metrics(s, desirable=desirable, kl=torch.tensor([0.25, 0.75]))
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(
+        {
+            "rewards/chosen": 1.5,
+            "rewards/rejected": -0.5,
+            "rewards/margins": 2.0,
+            "logps/chosen": -7.0,
+            "logps/rejected": -3.0,
+            "kl": 0.5,
+        },
+        rel=1e-6,
+    )
+
+
 @pytest.mark.parametrize(
     "name, value",
     [("beta", 0.0), ("desirable_weight", -1.0), ("undesirable_weight", -1.0), ("variant", "bco")],

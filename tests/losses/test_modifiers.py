@@ -185,6 +185,15 @@ def test_a_sum_waits_for_what_waits_longest(loss: PreferenceLoss, coupling: str)
     assert loss.coupling == coupling
 
 
+def test_rewards_are_those_of_the_first() -> None:
+    """And what another part alone has is logged too."""
+    w, l = scores(2)
+    first = DPO(0.3).metrics(w, l)
+    found = (DPO(0.3) + ORPO()).metrics(w, l)
+    assert first.items() <= found.items()
+    assert set(found) - set(first) == {"log_odds_ratio", "log_odds_chosen"}
+
+
 def test_inputs_go_to_the_parts_that_take_them() -> None:
     loss = 0.5 * SPPO(0.3) + DPO() + 2.0 * SemanticSPPO(0.3, repulsion_weight=0.25)
     assert set(loss.inputs) == {"win_rate_chosen", "win_rate_rejected", "similarity"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from losses.problems import scores_of
@@ -41,6 +43,16 @@ def test_the_gradients_of_a_pair_balance() -> None:
 
 
 @pytest.mark.holds(33)
+def test_metrics_are_of_the_log_odds() -> None:
+    """odds(y) = p / (1 - p) of probabilities a token 1/2 and 1/5: 1 and 1/4, apart by log 4."""
+    w, l = scores_of([2 * math.log(0.5)], length=[2]), scores_of([math.log(0.2)])
+    found = ORPO(0.3).metrics(w, l)
+    assert found["log_odds_chosen"].item() == pytest.approx(math.log(4), rel=1e-12)
+    assert found["log_odds_ratio"].item() == pytest.approx(math.log(0.8), rel=1e-12)
+    assert found["rewards/chosen"].item() == pytest.approx(0.3 * math.log(0.5), rel=1e-12)
+    assert found["logps/rejected"].item() == pytest.approx(math.log(0.2), rel=1e-12)
+
+
 def test_log1mexp_keeps_its_digits() -> None:
     """log(1 - exp(x)) is about log(-x) near 0, and about -exp(x) far below."""
     x = torch.tensor([-1e-12, -50.0], dtype=torch.float64)

@@ -29,6 +29,27 @@ def test_a_worked_example() -> None:
     assert found.item() == pytest.approx(0.5, rel=1e-12)
 
 
+def test_the_softened_targets_are_logged() -> None:
+    """Similarity 0.5 and 1 draw P = 0.9, 0.2 to 0.7, 0.35 and to 0.5."""
+    chosen, rejected = scores_of([-8.0] * 2, [-10.0] * 2), scores_of([-6.0] * 2, [-5.0] * 2)
+    inputs = {
+        "win_rate_chosen": torch.tensor([0.9, 0.9]),
+        "win_rate_rejected": torch.tensor([0.2, 0.2]),
+        "similarity": torch.tensor([0.5, 1.0]),
+    }
+    found = SemanticSPPO(0.25).metrics(chosen, rejected, **inputs)
+    assert found["targets/chosen"].item() == pytest.approx(0.6, rel=1e-6)
+    assert found["targets/rejected"].item() == pytest.approx(0.425, rel=1e-6)
+    assert found["similarity"].item() == pytest.approx(0.75, rel=1e-6)
+
+
+def test_short_states_have_a_direction_too() -> None:
+    """-|u_w - u_l|^2 is -2 for a right angle, however short the states are."""
+    for length in (1.0, 1e-3, 1e-6):
+        h = torch.tensor([[length, 0.0]]), torch.tensor([[0.0, length]])
+        assert SemanticSPPO().of_states(*h).item() == pytest.approx(-2.0, rel=1e-6)
+
+
 def test_without_similarity_and_repulsion_it_is_sppo() -> None:
     loss, base = SemanticSPPO(0.3, repulsion="none"), SPPO(0.3)
     w, l = scores(0)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from losses.problems import Found, of_samples, sampled
 
 from fusedpo.losses import GMPO, GSPO, SoftSequence
+from fusedpo.losses._gates import GATES, clip_log
 
 SAMPLES = sampled(
     [0.3, -0.2, 0.9], [0.5, -0.7], [-0.4], [0.1, 2.0], advantages=[1.0, -2.0, 0.0, 0.5]
@@ -44,6 +46,29 @@ def test_the_identity_is_gspo_without_its_clip() -> None:
 def test_a_clip_is_gmpo(c: float) -> None:
     mine = of_samples(SoftSequence(gate="clip_log", tau_pos=c, tau_neg=c), SAMPLES)
     assert apart(mine, of_samples(GMPO(epsilon=c), SAMPLES)) == 0.0
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_far_from_the_sampling_policy_all_is_finite(gate: str) -> None:
+    found = of_samples(SoftSequence(gate=gate), sampled([1e3], [-1e3], advantages=[1.0, -1.0]))
+    assert math.isfinite(found.value)
+    assert all(math.isfinite(x) for g in found.gradients for x in g)
+
+
+def test_a_weight_is_limited_where_single_precision_ends_only() -> None:
+    """exp(60) is still itself; beyond exp(80) there is no more of it."""
+    loss = SoftSequence(gate="identity")
+    for delta, score in ((60.0, 60.0), (90.0, 80.0)):
+        found = of_samples(loss, sampled([delta], advantages=[-1.0]))
+        assert found.value == pytest.approx(math.exp(score), rel=1e-12)
+
+
+def test_without_an_advantage_a_clip_has_nothing() -> None:
+    """Neither value nor gradient, though the response before it has both."""
+    delta = torch.tensor([0.5, 0.7, -0.9], dtype=torch.float64, requires_grad=True)
+    found = clip_log(delta, torch.tensor([0.2, 0.0, -0.0], dtype=torch.float64))
+    assert found.tolist() == [0.2, 0.0, 0.0]
+    assert torch.autograd.grad(found.sum(), delta)[0].tolist() == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("gate", ["arctan_log", "softsign_log", "erf_log", "tanh_log"])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from losses.problems import of_samples, sampled
 
 from fusedpo.losses import VESPO
+from fusedpo.scores import Sequences, Tokens
 
 
 @pytest.mark.holds(33)
@@ -41,6 +43,29 @@ def test_a_log_ratio_is_limited_by_token_and_by_response() -> None:
     for deltas, w in (([-10.0, -15.0], 1e-8), ([-30.0, 19.0], math.exp(-1.0))):
         found = of_samples(VESPO(), sampled(deltas, advantages=[1.0])).value
         assert found == pytest.approx(w**2 * math.exp(3 - 3 * w), rel=1e-12, abs=0)
+
+
+def test_one_token_is_limited_before_it_is_added() -> None:
+    """Log-ratios -30 and 20 are limited to +-20 each: log W = 0, phi = 1."""
+    samples = sampled([-30.0, 20.0], advantages=[1.0])
+    lost = -sum(samples[0].p) / 2
+    assert of_samples(VESPO(), samples).value == pytest.approx(lost, rel=1e-12)
+
+
+def test_a_weight_of_nothing_counts_as_the_least() -> None:
+    """An importance weight of 0 is 1e-8, so that log-ratios above it still count."""
+    least = VESPO().log_correction(torch.zeros(1, dtype=torch.float64))
+    assert least.tolist() == pytest.approx([math.log(1e-8)], rel=1e-12)
+
+
+@pytest.mark.parametrize("advantage, phi", [(0.0, 2.0), (-0.0, 2.0), (1.0, 2.0), (-1.0, 3.0)])
+def test_the_logged_weight_takes_the_side_of_the_advantage(advantage: float, phi: float) -> None:
+    """At W = 1 phi is 1 on either side; at log W = log 2 and lambda near 0 it is about 2^k."""
+    loss = VESPO(k_pos=1.0, lambda_pos=1e-12, k_neg=math.log(3, 2), lambda_neg=1e-12)
+    one = torch.tensor([math.log(2.0)], dtype=torch.float64)
+    sequences = Sequences(torch.tensor([0]), torch.tensor([1]), torch.tensor([0]))
+    t = Tokens(one, torch.tensor([advantage]).double(), sequences, torch.zeros_like(one))
+    assert loss.metrics(t)["vespo/phi_seq_mean"].item() == pytest.approx(phi, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["k_pos", "lambda_pos", "k_neg", "lambda_neg"])
