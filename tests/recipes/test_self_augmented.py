@@ -447,6 +447,9 @@ def test_sampling_obeys_top_k_and_the_seed():
         for i in range(8)
     ]
     assert set(found) == set(logits.topk(2).indices.tolist())
+    # what is sure to the rest, or nearly so when it is cold, is all there is
+    for settings in (Settings(top_k=0, top_p=1e-3), Settings(top_k=0, top_p=1.0, temperature=1e-4)):
+        assert generate(model, settings=settings) == generate(model)
     wide = Settings(top_k=0, top_p=1.0, temperature=1.0)
     assert generate(model, settings=wide, seed=1) == generate(model, settings=wide, seed=1)
     assert generate(model, settings=wide, seed=1) != generate(model, settings=wide, seed=2)
@@ -662,6 +665,25 @@ def test_statistics_are_of_what_was_made():
     assert found["buffer/size"] == len(subject.buffer) == 40
     assert found["buffer/reuse"] == 1.0
     assert found["segment/identical"] == 0
+
+
+def test_the_share_before_the_segment_is_of_the_response(monkeypatch):
+    """A segment that ends at once leaves what was before it, and its end."""
+
+    def ended(model, prompts, lengths, **options):
+        return [[EOS]] * len(prompts)
+
+    monkeypatch.setattr("fusedpo.recipes.self_augmented.generate_segments", ended)
+    subject = source()
+    subject.next_batch(6)
+    shares = [(len(x["rejected_ids"]) - 1) / len(x["chosen_ids"]) for x in subject.buffer.rows]
+    assert len(shares) == 6 and len(set(shares)) > 2
+    assert subject.statistics()["segment/start_share"] == pytest.approx(sum(shares) / 6)
+
+
+def test_a_response_that_just_fits_is_not_cut():
+    subject = source(data=[{"prompt_ids": [1, 5], "response_ids": [*range(3, 24), EOS]}])
+    assert subject.truncated == 0
 
 
 def test_long_responses_lose_their_end_and_long_prompts_are_refused():
@@ -893,6 +915,15 @@ def test_each_rank_has_a_file_and_the_first_has_the_average(tmp_path):
     ranks[0].save(tmp_path)
     with pytest.raises(ValueError, match="expected files of one save, got 1 and 2 updates"):
         source(model, rank=1).load(tmp_path)
+    for _ in range(2):
+        ranks[1].after_step(model)
+    ranks[1].save(tmp_path)
+    with pytest.raises(ValueError, match="expected files of one save, got 3 and 2 updates"):
+        source(model, rank=1).load(tmp_path)
+    # what a model makes anew when it is loaded is not in the file
+    (buffer,) = (name for name, _ in model.named_buffers() if name.endswith("rotary_emb.inv_freq"))
+    kept = safetensors.torch.load_file(tmp_path / FILE)
+    assert f"average.{buffer}" not in kept and "average.lm_head.weight" in kept
 
 
 @pytest.mark.fault(68)
@@ -991,6 +1022,20 @@ def test_a_save_that_fails_keeps_the_one_before(tmp_path, monkeypatch, where):
             subject.save(tmp_path)
     assert os.listdir(tmp_path) == [FILE]
     assert (tmp_path / FILE).read_bytes() == good
+
+
+def test_a_file_is_on_the_disk_before_it_is_the_file(tmp_path, monkeypatch):
+    """Else a power cut could leave an empty one in the place of the one before."""
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr("os.fsync", lambda fd: (done.append(os.fstat(fd).st_ino), fsync(fd)))
+    monkeypatch.setattr(
+        "os.replace", lambda a, b: (done.append((os.stat(a).st_ino, Path(b))), replace(a, b))
+    )
+    subject = source()
+    subject.save(tmp_path)
+    number = (tmp_path / FILE).stat().st_ino
+    assert done == [number, (number, tmp_path / FILE)]
 
 
 # the loop
