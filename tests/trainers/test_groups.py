@@ -274,6 +274,18 @@ def test_evaluation_is_of_a_response_to_each_of_so_many_prompts(tmp_path: Path) 
     assert made.evaluate() == found
 
 
+def test_each_process_evaluates_prompts_of_its_own(tmp_path: Path, monkeypatch) -> None:
+    """And what is reported is over those of all: here of 2 that do the same."""
+    seen: list[Any] = []
+    made = trainer(tmp_path, reward=lambda row, response: seen.append(row) or 1.0, eval_prompts=5)
+    monkeypatch.setattr(TrainingArguments, "process_index", 1)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    monkeypatch.setattr(made.accelerator, "reduce", lambda sums, how: {"sum": 2.5}[how] * sums)
+    found = made.evaluate()
+    assert seen == [made.eval_dataset[1], made.eval_dataset[3]]
+    assert found["eval_reward"] == 1.0
+
+
 def test_samples_are_of_the_policy_that_is_trained(tmp_path: Path, monkeypatch) -> None:
     """Of its whole distribution, at the temperature of the loss, without dropout."""
     asked: list[Any] = []

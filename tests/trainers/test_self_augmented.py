@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,37 @@ def test_a_loader_gets_a_batch_from_the_buffer():
     assert {name: type(value) for name, value in row.items()} == dict.fromkeys(
         ("prompt_ids", "chosen_ids", "rejected_ids"), list
     )
+
+
+def test_pairs_that_wait_are_of_their_own_batch_alone():
+    """A run that asks for other rows than those that were saved makes new pairs, from then on."""
+    data = dataset(tiny.model())
+    data._again.extend(([i], [data.source.next_batch(1, [i])[0]]) for i in (3, 4))
+    made = data.source._totals["made"]
+    assert len(data.__getitems__([5])) == 1
+    assert data.source._totals["made"] == made + 1 and not data._again
+    assert [asked for asked, _ in data._ahead] == [[5]]
+    data.__getitems__([4])
+    assert data.source._totals["made"] == made + 2
+
+
+def test_the_batch_that_was_trained_on_is_the_one_asked_for_first():
+    data = dataset(tiny.model())
+    for i in (1, 2, 3):
+        data.__getitems__([i])
+    data.trained()
+    assert [asked for asked, _ in data._ahead] == [[2], [3]]
+
+
+def test_what_is_logged_is_a_mean_over_processes_and_a_count_their_sum(monkeypatch):
+    def of_two_alike(totals: torch.Tensor) -> None:
+        totals *= 2
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", of_two_alike)
+    alone, both = (types.SimpleNamespace(world_size=n, device="cpu") for n in (1, 2))
+    given = {"buffer/size": 8.0, "segment/eos_share": 0.25, "segment/identical": 3.0}
+    assert module._over_processes(given, alone) == given
+    assert module._over_processes(given, both) == {**given, "segment/identical": 6.0}
 
 
 def test_workers_are_refused():

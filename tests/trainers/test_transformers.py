@@ -710,6 +710,57 @@ def test_what_is_not_the_losss_goes_to_the_model(tmp_path):
     assert all(positions is not None for positions in seen)
 
 
+def test_repeated_rows_are_those_beyond_the_last_of_a_round(tmp_path, monkeypatch):
+    """Of the last 5 rows of 2 processes with batches of 4, the second process has one."""
+    made = trainer(tmp_path, per_device_eval_batch_size=4)
+    state = types.SimpleNamespace(end_of_dataloader=True, remainder=5)
+    monkeypatch.setattr(made.accelerator, "gradient_state", state)
+    for rank, kept in ((0, 4), (1, 1), (2, 0)):
+        monkeypatch.setattr(TrainingArguments, "process_index", rank)
+        assert made._not_repeated(4) == kept
+    state.end_of_dataloader = False
+    assert made._not_repeated(4) == 4
+
+
+def test_an_evaluation_is_of_the_first_examples_where_the_rest_is_repeated(tmp_path, monkeypatch):
+    """The loss of two pairs, weighed by two, of a batch of three."""
+    made = trainer(tmp_path)
+    batch = made.data_collator(ROWS[:3])
+    expected, _ = trainer(tmp_path).compute_loss(
+        made.model.eval(), made.data_collator(ROWS[:2]), return_outputs=True
+    )
+    monkeypatch.setattr(made, "_not_repeated", lambda count: 2)
+    loss, *_ = made.prediction_step(made.model, batch, prediction_loss_only=True)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert made._eval_means.pairs == 2
+    assert made._eval_means.take(made.accelerator)["loss"] == pytest.approx(loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_reference_has_no_dropout(tmp_path, adapted):
+    model = tiny.model(attention_dropout=0.5)
+    batch = PreferenceCollator(0)(ROWS[:3])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = model.eval().model(**inputs).last_hidden_state
+    model.train()
+    if adapted:
+        config = LoraConfig(target_modules=["q_proj"], lora_dropout=0.5)
+        model = get_peft_model(model, config).train()
+    made = trainer(tmp_path, model, DPO())
+    hidden, _ = made._reference(made.model.train(), inputs, batch["labels"])
+    assert torch.equal(hidden, expected)
+    assert made.model.training
+
+
+def test_evaluation_is_no_part_of_what_is_logged_of_training(tmp_path):
+    made = trainer(tmp_path)
+    made.evaluate()
+    assert made._train_means.pairs == 0
+    again, twice = made.evaluate()["eval_loss"], made.evaluate()["eval_loss"]
+    assert again == twice
+
+
 def test_a_loss_that_is_logged_without_a_batch_stands_alone(tmp_path):
     subject = trainer(tmp_path)
     subject.log({"loss": 2.0})
