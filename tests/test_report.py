@@ -67,6 +67,22 @@ def test_history_joins_evaluations_with_the_losses_before_them():
     )
 
 
+def test_a_log_of_a_resumed_run_is_put_in_order():
+    """Epochs are no number to be averaged."""
+    log = [
+        {"step": 4, "loss": 0.5, "epoch": 2.0},
+        {"step": 4, "eval_loss": 0.6, "epoch": 2.0},
+        {"step": 2, "loss": 0.9, "epoch": 1.0},
+        {"step": 2, "eval_loss": 0.8},
+    ]
+    found = History.from_log(log)
+    assert found.train_losses == ((2, 0.9), (4, 0.5))
+    assert found.evaluations == (
+        Evaluation(2, {"loss": 0.9, "eval_loss": 0.8}),
+        Evaluation(4, {"loss": 0.5, "eval_loss": 0.6}),
+    )
+
+
 def test_training_table_has_a_row_for_each_evaluation():
     shown = text(training_table(HISTORY))
     cells = [line.replace("│", " ").split() for line in shown.splitlines() if "│" in line]

@@ -404,6 +404,17 @@ def test_a_write_that_fails_leaves_the_file(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["cache.json"]
 
 
+def test_a_cache_is_on_the_disk_before_it_is_the_file(tmp_path, monkeypatch):
+    """Else a power cut could leave an empty one in the place of the one before."""
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr("os.fsync", lambda fd: (done.append(os.fstat(fd)), fsync(fd)))
+    monkeypatch.setattr("os.replace", lambda a, b: (done.append(os.stat(a)), replace(a, b)))
+    SimilarityCache(tmp_path / "a.json").update({similarity_key("a", "b", "c"): 0.5})
+    size = (tmp_path / "a.json").stat().st_size
+    assert [(each.st_ino, each.st_size) for each in done] == [(done[0].st_ino, size)] * 2
+
+
 def test_keys_tell_content_and_encoder_apart():
     keys = [
         similarity_key("a", "b", "c"),
@@ -658,6 +669,13 @@ def test_lexical_vectors_are_the_same_in_every_process():
     assert np.flatnonzero(lexical_encoder(3, dimensions=64)(["ab"])).tolist() == [10, 25]
 
 
+def test_a_piece_that_comes_often_counts_by_its_logarithm():
+    """In " aaab " there are two spaces, three a and one b."""
+    (vector,) = lexical_encoder(1)(["aaab"])
+    expected = [1.0, 1 + math.log(2), 1 + math.log(3)]
+    close(sorted(abs(vector[vector != 0])), expected)
+
+
 def test_lexical_encoders_have_names_of_their_own():
     encoders = [
         lexical_encoder(),
@@ -766,11 +784,25 @@ def test_another_vector_than_the_mean_is_refused(tmp_path, without_package, file
         sentence_encoder(tmp_path)
 
 
+def test_a_model_that_says_it_is_a_mean_is_taken(folder, without_package, tmp_path):
+    copy = tmp_path / "encoder"
+    shutil.copytree(folder, copy)
+    (copy / "1_Pooling").mkdir(exist_ok=True)
+    said = {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
+    (copy / "1_Pooling" / "config.json").write_text(json.dumps(said))
+    assert torch.equal(sentence_encoder(copy)(["red"]), sentence_encoder(folder)(["red"]))
+
+
 def test_the_name_follows_the_files(folder, without_package, tmp_path):
     copy = tmp_path / "copy" / folder.name
     shutil.copytree(folder, copy)
     name = sentence_encoder(folder).name
     assert name.startswith("mean pooling") and sentence_encoder(copy).name == name
+    (copy / "notes.txt").touch()
+    noted = sentence_encoder(copy).name
+    (copy / "notes.txt").rename(copy / "other.txt")
+    assert len({name, noted, sentence_encoder(copy).name}) == 3
+    (copy / "other.txt").unlink()
     (copy / "sentence_bert_config.json").write_text('{"max_seq_length": 3}')
     assert sentence_encoder(copy).name != name
 

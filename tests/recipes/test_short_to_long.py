@@ -133,7 +133,8 @@ def test_the_relevant_passage_is_at_every_depth_or_at_the_one_asked_for():
 
     places = [place(seed=seed) for seed in range(200)]
     assert all(places.count(i) > 20 for i in range(5))
-    assert [place(depth=depth) for depth in (0, 0.25, 0.5, 1)] == [0, 1, 2, 4]
+    # of the 4 others, to the nearest
+    assert [place(depth=depth) for depth in (0, 0.25, 0.5, 0.7, 1)] == [0, 1, 2, 3, 4]
 
 
 def test_a_run_of_passages_that_do_not_fit_ends_the_search_and_a_few_here_and_there_do_not():
@@ -274,6 +275,18 @@ def test_needles_depend_on_the_seed_alone_and_the_first_ones_not_on_the_number()
     assert needle_rows(PASSAGES, **NEEDLES, seed=1) == rows
     assert needle_rows(PASSAGES, **{**NEEDLES, "rows": 5}, seed=1) == rows[:5]
     assert needle_rows(PASSAGES, **NEEDLES, seed=2) != rows
+
+
+def test_every_row_is_mixed_by_a_seed_of_its_own(monkeypatch):
+    seeds = []
+
+    def noted(*arguments, **options):
+        seeds.append(options["seed"])
+        return build_contexts(*arguments, **options)
+
+    monkeypatch.setattr("fusedpo.recipes.short_to_long.build_contexts", noted)
+    needle_rows(PASSAGES, **NEEDLES, max_length=700)
+    assert len(set(seeds)) == 40
 
 
 def test_no_distractor_has_the_first_words_or_goes_on_alike():

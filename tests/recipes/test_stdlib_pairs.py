@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sysconfig
 from collections import Counter
 from pathlib import Path
@@ -85,6 +86,38 @@ def test_held_out_modules_are_not_trained_on():
     assert not modules[0] & modules[1]
     assert sorted([*train, *held_out], key=repr) == sorted(PASSAGES, key=repr)
     assert len(modules[1]) == round(0.2 * len(modules[0] | modules[1]))
+
+
+def test_the_split_is_the_seeds_alone():
+    """In every process, whatever the order of a set, and of a disk, is there."""
+    modules = sorted({passage.module for passage in PASSAGES})
+    for seed in (0, 1):
+        _, held_out = hold_out(PASSAGES, 0.3, seed)
+        assert {passage.module for passage in held_out} == set(
+            shuffled_of(modules, seed)[: round(0.3 * len(modules))]
+        )
+    _, one = hold_out(PASSAGES, 1e-6, seed=0)
+    assert len({passage.module for passage in one}) == 1
+
+
+def shuffled_of(modules: list[str], seed: int) -> list[str]:
+    found = list(modules)
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def test_passages_are_in_the_order_of_their_files(monkeypatch):
+    every = sorted(EMAIL.rglob("*.py"))
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: reversed(every))
+    assert read_passages(EMAIL) == PASSAGES
+
+
+def test_a_head_may_be_a_weight_of_its_own():
+    tokenizer = train_tokenizer(["some text"], 300)
+    for tied in (True, False):
+        model = small_llama(tokenizer, hidden_size=16, layers=1, heads=2, tied=tied)
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        assert (head.weight is embedding.weight) is tied
 
 
 def test_tokenizer_is_lossless_and_the_same_every_time():
