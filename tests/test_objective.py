@@ -456,7 +456,7 @@ def test_metrics_are_trls() -> None:
     assert not out.per_example.requires_grad and not out.logprobs.requires_grad
 
 
-def test_equal_rewards_are_no_win() -> None:
+def test_equal_rewards_are_no_win_in_metrics() -> None:
     """As in TRL, whose accuracies count the pairs with a larger reward of the chosen."""
     data = batch(5, 3)
     out = preference_loss(

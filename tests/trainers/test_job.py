@@ -168,3 +168,15 @@ def test_checkpoints_are_those_of_steps_the_newest_first(tmp_path: Path) -> None
     (tmp_path / "out-checkpoints" / "checkpoint-11").mkdir()
     found = [path.name for path in jobs._checkpoints(job(tmp_path))]
     assert found == ["checkpoint-10", "checkpoint-9", "checkpoint-2"]
+
+
+def test_a_run_goes_on_with_as_many_processes_as_wrote_its_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "out-checkpoints" / "checkpoint-3"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    for rank in (0, 1):
+        torch.save({}, folder / f"rng_state_{rank}.pth")
+    assert jobs._last_checkpoint(job(tmp_path), 2) == str(folder)
+    for processes in (1, 3):
+        with pytest.raises(ValueError, match=rf"resume: expected a checkpoint of {processes} proc"):
+            jobs._last_checkpoint(job(tmp_path), processes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import datasets
 import pytest
 import tiny
+from tokenizers.processors import TemplateProcessing
 
 from fusedpo.trainers import rows as module
 from fusedpo.trainers.rows import check_row, load, tokenize
@@ -71,6 +73,13 @@ def test_saved_datasets_are_read_with_their_own_held_out_split(tmp_path):
     assert list(both.held_out) == [GOOD] and len(both.train) == 2
     data.to_parquet(str(tmp_path / "c.parquet"))
     assert list(load(str(tmp_path / "c.parquet")).train) == [GOOD, GOOD]
+
+
+def test_the_first_split_with_rows_is_held_out():
+    data = {"train": [GOOD], "eval": ["eval"], "validation": ["validation"], "test": ["test"]}
+    assert module._splits(data, "here").held_out == ["test"]
+    assert module._splits({**data, "test": []}, "here").held_out == ["validation"]
+    assert module._splits({"train": [GOOD], "test": []}, "here").held_out is None
 
 
 def test_a_folder_of_data_files_is_read_by_the_names_of_its_splits(tmp_path, monkeypatch):
@@ -452,6 +461,38 @@ def test_messages_that_the_chat_template_refuses_are_named(monkeypatch):
     assert str(error.value) == (
         "line 1: expected messages that the chat template accepts, got a refusal: no system"
     )
+
+
+def test_an_end_that_is_written_is_not_written_again():
+    (row,) = tokens({"prompt": "red", "chosen": " cat</s>", "rejected": " dog"}).rows
+    assert text(row["chosen_ids"]) == " cat</s>" and text(row["rejected_ids"]) == " dog</s>"
+
+
+def test_what_both_responses_begin_with_is_no_prompt():
+    (row,) = tokens({"prompt": "red", "chosen": " cat dog", "rejected": " cat sun"}).rows
+    assert text(row["prompt_ids"]) == "<s>red"
+    assert text(row["chosen_ids"]) == " cat dog</s>" and text(row["rejected_ids"]) == " cat sun</s>"
+
+
+def test_a_row_that_just_fits_is_not_truncated():
+    row = {"prompt": "red green", "chosen": " cat", "rejected": " dog sun"}
+    size = sum(len(tokens(row).rows[0][name]) for name in ("prompt_ids", "rejected_ids"))
+    assert tokens(row, max_length=size).truncated == 0
+    assert tokens(row, max_length=size - 1).truncated == 1
+
+
+def test_a_first_token_has_nothing_that_predicts_it():
+    """Without a prompt, a start and an end of sequence, one token is no response."""
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    some = [
+        {"prompt": "", "chosen": chosen, "rejected": " dog sun"} for chosen in (" cat", " cat red")
+    ]
+    checked = [check_row(row, f"row {i}") for i, row in enumerate(some)]
+    assert len(tokenizer(" cat")["input_ids"]) == 1
+    done = tokenize(checked, tokenizer, 64)
+    assert done.dropped == ["row 0"] and len(done.rows) == 1
 
 
 def test_a_long_prompt_loses_its_start_but_not_bos():
