@@ -158,6 +158,19 @@ def test_a_plan_can_be_given_as_the_budget() -> None:
         linear_logprobs(hidden[:7], weight, labels[:7], memory_budget=chosen)
 
 
+def test_bytes_are_told_in_the_largest_unit_that_there_is_one_of() -> None:
+    told = {
+        1: "1 B",
+        1023: "1023 B",
+        1024: "1 KiB",
+        1536: "1.5 KiB",
+        2**20: "1 MiB",
+        2**30: "1 GiB",
+    }
+    assert {size: format_bytes(size) for size in told} == told
+    assert format_bytes(2**41) == "2048 GiB"
+
+
 def test_the_default_budget_is_as_stated() -> None:
     assert DEFAULT_BUDGET == 256 * MIB == plan(8, 10, 4).budget
     assert format_bytes(DEFAULT_BUDGET) == "256 MiB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sysconfig
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from fusedpo.recipes.short_to_long import (
     _MISSES,
@@ -277,6 +279,18 @@ def test_needles_depend_on_the_seed_alone_and_the_first_ones_not_on_the_number()
     assert needle_rows(PASSAGES, **NEEDLES, seed=2) != rows
 
 
+def test_of_passages_that_open_alike_the_first_is_taken():
+    texts = [
+        "it starts alike and ends first",
+        "it starts alike and ends last",
+        "another start of it",
+    ]
+    some = [Passage(f"{i}.py", text) for i, text in enumerate(texts)]
+    sizes = {"opening_chars": 12, "response_chars": 10, "count": words, "long_tokens": 100}
+    found = {opening(row): row["chosen"] for row in needle_rows(some, **sizes)}
+    assert found["it starts alike"] == " and ends first"
+
+
 def test_every_row_is_mixed_by_a_seed_of_its_own(monkeypatch):
     seeds = []
 
@@ -365,6 +379,17 @@ def test_the_response_follows_the_same_tokens_after_both_contexts():
         tail = len(TOKENIZER("Go on with", add_special_tokens=False)["input_ids"])
         assert np.array_equal(row["prompt_ids"][-tail:], row["long_prompt_ids"][-tail:])
         assert row["prompt_ids"][0] == row["long_prompt_ids"][0] == TOKENIZER.bos_token_id
+
+
+def test_no_special_token_is_written_that_the_tokenizer_would_not():
+    row = {"context": "a", "long_context": "b a", "instruction": " q", "rejected": " no"}
+    (found,) = tokenize_rows([{**row, "chosen": " yes</s>"}], TOKENIZER, 600).rows
+    ends = [found[name].tolist() for name in ("chosen_ids", "rejected_ids")]
+    assert [ids.count(TOKENIZER.eos_token_id) for ids in ends] == [1, 1]
+    silent = copy.deepcopy(TOKENIZER)
+    silent._tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    (found,) = tokenize_rows([{**row, "chosen": " yes"}], silent, 600).rows
+    assert TOKENIZER.bos_token_id not in found["prompt_ids"]
 
 
 def test_contexts_of_at_most_max_length_are_rows_of_at_most_max_length():

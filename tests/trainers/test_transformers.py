@@ -36,6 +36,7 @@ from fusedpo.trainers.transformers import (
     PreferenceCollator,
     PreferenceTrainer,
     PreferenceTrainerMixin,
+    _aligned,
     add_fused_head,
     padding_token,
     remove_fused_head,
@@ -751,6 +752,26 @@ def test_a_reference_has_no_dropout(tmp_path, adapted):
     hidden, _ = made._reference(made.model.train(), inputs, batch["labels"])
     assert torch.equal(hidden, expected)
     assert made.model.training
+
+
+def test_means_are_of_what_came_since_the_last_time(tmp_path):
+    made = trainer(tmp_path)
+    for value, pairs in ((1.0, 3), (5.0, 1)):
+        made._train_means.add({"loss": torch.tensor(value)}, pairs)
+    assert made._train_means.take(made.accelerator) == {"loss": 2.0}
+    made._train_means.add({"loss": torch.tensor(4.0)}, 2)
+    assert made._train_means.take(made.accelerator) == {"loss": 4.0}
+    assert made._train_means.take(made.accelerator) == {}
+
+
+def test_no_label_of_a_packed_row_is_the_next_rows_first_token():
+    """A prompt of one token predicts the first of the response; the last token predicts nothing."""
+    rows = [dict.fromkeys(("prompt_ids",), [5]) | {"chosen_ids": [6, 7], "rejected_ids": [8]}]
+    batch = PreferenceCollator(0, packed=True)(rows)
+    # as if the second row had no prompt
+    batch["labels"][0, 3] = 5
+    found = _aligned(batch["labels"], batch["cu_seqlens"])
+    assert found.tolist() == [[6, 7, -100, 8, -100]]
 
 
 def test_evaluation_is_no_part_of_what_is_logged_of_training(tmp_path):
