@@ -669,6 +669,11 @@ def test_lexical_vectors_are_the_same_in_every_process():
     assert np.flatnonzero(lexical_encoder(3, dimensions=64)(["ab"])).tolist() == [10, 25]
 
 
+def test_a_text_of_nothing_is_like_nothing():
+    assert not lexical_encoder()(["", " \n"]).any()
+    assert cosine_similarities(lexical_encoder(), [" "], ["\n"]) == 0
+
+
 def test_a_piece_that_comes_often_counts_by_its_logarithm():
     """In " aaab " there are two spaces, three a and one b."""
     (vector,) = lexical_encoder(1)(["aaab"])

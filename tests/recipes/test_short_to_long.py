@@ -283,7 +283,7 @@ def test_of_passages_that_open_alike_the_first_is_taken():
     texts = [
         "it starts alike and ends first",
         "it starts alike and ends last",
-        "another start of it",
+        "another start of another end",
     ]
     some = [Passage(f"{i}.py", text) for i, text in enumerate(texts)]
     sizes = {"opening_chars": 12, "response_chars": 10, "count": words, "long_tokens": 100}
