@@ -626,6 +626,16 @@ class Patched(Toy):
         self.lm_head.forward = types.MethodType(twice, self.lm_head)
 
 
+class PatchedALittle(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lm_head.forward = types.MethodType(a_little_more, self.lm_head)
+
+
+def a_little_more(layer: nn.Linear, hidden: Tensor) -> Tensor:
+    return nn.functional.linear(hidden, 1.001 * layer.weight, layer.bias)
+
+
 def twice(layer: nn.Linear, hidden: Tensor) -> Tensor:
     return nn.functional.linear(hidden, 2 * layer.weight, layer.bias)
 
@@ -707,6 +717,7 @@ UNFIT: dict[str, tuple[Callable[[], Toy], str]] = {
     "a constant added to one": (AddedToSome, "differ from that"),
     "a constant added to one, rounded": (AddedInHalf, "differ from that"),
     "a layer with another forward": (Patched, "differ from that"),
+    "a layer with almost its own forward": (PatchedALittle, "differ from that"),
     "normalised": (Normalised, "scaled and capped"),
     "clamped": (Clamped, "differ from that"),
     "negated": (Negated, "scaled and capped"),

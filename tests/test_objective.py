@@ -19,7 +19,7 @@ from oracles import gradient_faults, relative
 
 import fusedpo
 from fusedpo import FusedLoss, linear_logprobs, losses, plan, preference_loss
-from fusedpo.losses import DPO, IPO, LengthDesensitized, PreferenceLoss, SimPO
+from fusedpo.losses import CPO, DPO, IPO, LengthDesensitized, PreferenceLoss, SimPO
 from fusedpo.scores import Scores
 
 every_loss = pytest.mark.parametrize("loss", kinds_of_losses(), ids=name_of)
@@ -476,6 +476,56 @@ def test_simpo_logs_averages_and_its_cross_entropy() -> None:
     )
     nll = -out.logprobs[:3].sum() / counts[:3].sum()
     assert out.metrics["nll_loss"].item() == pytest.approx(nll.item(), rel=1e-5)
+
+
+def test_metrics_of_a_micro_batch_are_its_own() -> None:
+    """Whatever the loss is divided by."""
+    data = batch(5, 3)
+    args = (CPO(), data["hidden"], data["weight"], data["labels"])
+    own, of_step = (preference_loss(*args, **n) for n in ({}, {"num_items": 9, "num_tokens": 77}))
+    counts = (data["labels"] >= 0).sum(-1)
+    assert own.metrics.keys() == of_step.metrics.keys()
+    for name, value in own.metrics.items():
+        assert of_step.metrics[name].item() == value.item(), name
+    nll = -own.logprobs[:3].sum() / counts[:3].sum()
+    assert own.metrics["nll_loss"].item() == pytest.approx(nll.item(), rel=1e-5)
+
+
+def test_the_loss_of_an_example_has_the_part_of_its_states() -> None:
+    """The repulsion is -|u_w - u_l|^2 of the states that predict the last scored tokens."""
+    data = batch(5, 3)
+    loss = losses.SemanticSPPO(0.3, repulsion_weight=0.5)
+    args = (data["hidden"], data["weight"], data["labels"])
+    given = {name: data[name] for name in ("ref_hidden", "ref_weight")}
+    out = preference_loss(loss, *args, **given)
+    plain = preference_loss(losses.SPPO(0.3), *args, **given)
+    places = [int((row >= 0).nonzero()[-1]) for row in data["labels"]]
+    states = torch.stack([h[i] for h, i in zip(data["hidden"], places, strict=True)]).detach()
+    unit = torch.nn.functional.normalize(states, dim=-1)
+    added = -0.5 * (unit[:3] - unit[3:]).square().sum(-1)
+    assert torch.allclose(out.per_example, plain.per_example + added, rtol=1e-5)
+    assert out.per_example.mean().item() == pytest.approx(out.loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch"])
+def test_a_denominator_keeps_its_digits(backend: str) -> None:
+    """2^24 + 1 is no number of single precision."""
+    data = batch(5, 3, dtype=torch.float64)
+    args = (SimPO(), data["hidden"], data["weight"], data["labels"])
+    count = 2**24 + 1
+    found = preference_loss(*args, num_items=torch.tensor(count)).loss.item() * count
+    assert found == pytest.approx(preference_loss(*args, num_items=1).loss.item(), rel=1e-12)
+
+
+def test_an_input_of_zero_is_not_the_default() -> None:
+    data = batch(5, 3)
+    args = (losses.SPPO(), data["hidden"], data["weight"], data["labels"])
+    given = {name: data[name] for name in ("ref_hidden", "ref_weight")}
+    number, numbers = (
+        preference_loss(*args, **given, win_rate_chosen=value).loss.item()
+        for value in (0.0, torch.zeros(3))
+    )
+    assert number == numbers != preference_loss(*args, **given).loss.item()
 
 
 def test_logprobs_are_those_of_linear_logprobs() -> None:

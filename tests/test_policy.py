@@ -312,6 +312,10 @@ def test_an_entropy_bonus_has_a_denominator_of_its_own() -> None:
     with pytest.raises(ValueError, match=message):
         policy_loss(*call, **given)
     policy_loss(*call, **given, num_tokens=90)
+    plain = policy_loss(GRPO(), *call[1:], **arguments(GRPO(), data)).loss.item()
+    entropy = logprobs_of(*call[1:])[1][data["labels"] >= 0].mean().item()
+    found = policy_loss(*call, **arguments(loss, data)).loss.item()
+    assert plain - found == pytest.approx(0.1 * entropy, rel=1e-4)
 
 
 @pytest.mark.holds(11)
@@ -403,6 +407,55 @@ def test_metrics() -> None:
     assert region == pytest.approx(clipped.item(), rel=1e-5)
     assert "kl_old" in out.metrics
     assert out.per_example.shape == (4,) and not out.per_example.requires_grad
+
+
+def test_metrics_of_whole_responses_are_means_over_responses() -> None:
+    """One of them without tokens, which counts among them as a response that is not clipped."""
+    data = sampled(8, 3, empty=1)
+    data["old_logprobs"] = data["old_logprobs"].nan_to_num() - 1.0
+    data["advantages"] = torch.tensor([1.0, 1.0, -1.0])
+    args = (data["hidden"], data["weight"], data["labels"])
+    given = {name: data[name] for name in ("advantages", "old_logprobs")}
+    out = policy_loss(GSPO(epsilon_low=0.1, epsilon_high=0.1), *args, **given)
+    assert out.metrics["clip_ratio/high_mean"].item() == pytest.approx(1 / 3, rel=1e-6)
+    assert out.metrics["clip_ratio/low_mean"].item() == 0.0
+    where = data["labels"] >= 0
+    ratio = (out.logprobs[where] - data["old_logprobs"][where]).exp().mean()
+    assert out.metrics["ratio/mean"].item() == pytest.approx(ratio.item(), rel=1e-5)
+
+
+def test_metrics_of_a_policy_that_is_far_away_are_finite() -> None:
+    data = sampled(9, 2)
+    for shift in (-500.0, 500.0):
+        old = data["old_logprobs"] + shift
+        args = (GRPO(), data["hidden"], data["weight"], data["labels"])
+        out = policy_loss(*args, advantages=data["advantages"], old_logprobs=old)
+        assert all(value.isfinite() for value in out.metrics.values())
+
+
+@pytest.mark.parametrize("backend", ["torch"])
+def test_advantages_keep_the_digits_of_double_precision(backend: str) -> None:
+    data = sampled(9, 2, dtype=torch.float64)
+    args = (REINFORCE(), data["hidden"], data["weight"], data["labels"])
+    one = torch.ones(2, dtype=torch.float64)
+    plain, more = (policy_loss(*args, advantages=a).loss.item() for a in (one, one + 1e-9))
+    assert more / plain - 1 == pytest.approx(1e-9, rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.0), torch.tensor(-2.0), 0])
+def test_a_denominator_that_is_not_above_zero_is_refused(value: object) -> None:
+    data = sampled(9, 2)
+    args = (GRPO(), data["hidden"], data["weight"], data["labels"])
+    with pytest.raises(ValueError, match="num_items: expected a number above 0"):
+        policy_loss(*args, advantages=data["advantages"], num_items=value)
+
+
+def test_importance_weights_below_zero_are_refused() -> None:
+    data = sampled(9, 2)
+    args = (GRPO(), data["hidden"], data["weight"], data["labels"])
+    given = {"advantages": data["advantages"], "importance_weights": torch.tensor([1.0, -0.5])}
+    with pytest.raises(ValueError, match="importance_weights: expected numbers in "):
+        policy_loss(*args, **given)
 
 
 def test_an_entropy_that_is_only_logged_changes_no_gradient() -> None:

@@ -32,6 +32,7 @@ from fusedpo.trainers.trl import (
     FusedGRPOConfig,
     FusedGRPOTrainer,
 )
+from fusedpo.trainers.trl_losses import _Collator
 
 COMMON = {
     "max_steps": 3,
@@ -870,6 +871,21 @@ def test_long_prompts_are_not_taken_from_a_stream(model, tmp_path) -> None:
             train_dataset=Dataset.from_list(rows).to_iterable_dataset(),
             processing_class=tiny.tokenizer(),
         )
+
+
+def test_long_rows_are_those_of_the_roles() -> None:
+    """After the short ones: chosen alone, or chosen and rejected."""
+
+    def plain(rows: Any) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"] for row in rows])
+        ids = torch.cat([ids, ids + 100])  # rejected
+        masks = {name: torch.ones_like(ids) for name in ("attention_mask", "completion_mask")}
+        return {"input_ids": ids, **masks}
+
+    rows = [{"prompt_ids": [i], "long_prompt_ids": [i + 10], "chosen_ids": [7]} for i in (1, 2)]
+    for roles, long in ((3, [11, 12]), (4, [11, 12, 111, 112])):
+        batch = _Collator(plain, (), roles)([{**row, "kl": 0.5} for row in rows])
+        assert batch["input_ids"][:, 0].tolist() == [1, 2, 101, 102, *long]
 
 
 @pytest.mark.parametrize("both", [False, True])
