@@ -169,7 +169,8 @@ EVERYWHERE: dict[str, Row] = {
     "weight transposed": (
         {"weight": WEIGHT.T},
         ValueError,
-        r"^hidden: expected .*H = 50 as in weight \[6, 50\], got \[4, 5, 6\]; is weight transposed",
+        r"^hidden: expected .*H = 50 as in weight \[6, 50\], got \[4, 5, 6\]; "
+        r"is weight transposed\? pass weight.T$",
     ),
     "hidden of another width": (
         {"hidden": normal(B, T, H + 1)},

@@ -134,6 +134,20 @@ def test_a_trap_is_told_from_what_is_near_it(name: str) -> None:
     assert said[0].source == trap.source and not re.search(r"[{}]|None", said[0].says)
 
 
+def test_an_error_is_not_well_though_all_checks_pass(no_imports: None, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(command, "checks", lambda device: [command.Check("a product", True)])
+    for severity, well in (("error", False), ("warning", True)):
+        one = doctor.Finding(severity, "something", "somewhere")
+        monkeypatch.setattr(doctor, "findings", lambda facts, one=one: [one])
+        assert command.examine(torch.device("cpu"))["ok"] is well
+
+
+def test_cores_are_few_up_to_four_of_them() -> None:
+    few = doctor.TRAPS["few cores"].applies
+    cpu = {"device": "cpu", "environment": {}}
+    assert [n for n in range(1, 8) if few(given(cores=n, threads=n, **cpu))] == [2, 3, 4]
+
+
 def test_a_good_machine_has_no_warning() -> None:
     assert [one.severity for one in findings(GOOD)] == ["note"]
 
@@ -480,6 +494,12 @@ def shifted_first_step(m: Patch) -> None:
     m.setattr(command, "preference_loss", loss)
 
 
+def moved_a_little(m: Patch) -> None:
+    """Log-probabilities that are off, with right gradients."""
+    original = command.linear_logprobs
+    m.setattr(command, "linear_logprobs", lambda *a, **options: original(*a, **options) + 1e-3)
+
+
 def raising(m: Patch) -> None:
     def fold(*args, **options):
         raise RuntimeError("no kernel image\nis available")
@@ -495,6 +515,7 @@ WRONG = {
     "NaN": (not_a_number, "float64, GRPO"),
     "another beta": (wrong_loss, "float32, DPO"),
     "a reference that is not the policy": (shifted_first_step, "float32, DPO of equal models"),
+    "log-probabilities off by 1e-3": (moved_a_little, "float32, retain"),
     "an engine that raises": (raising, "float32, RuntimeError: no kernel image is available"),
 }
 

@@ -140,4 +140,14 @@ def test_a_mistake_is_refused_before_anything_is_printed(line, said, capsys) -> 
 
 
 def test_float64_goes_to_torch(capsys) -> None:
-    assert answer("--model gpt2 --tokens 64 --dtype float64", capsys)["chosen"]
+    assert run("--model gpt2 --tokens 64 --dtype float64") == 0
+    assert "; float64, cuda, torch\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--backend: expected torch on the CPU and for float64"):
+        run("--model gpt2 --dtype float64 --backend triton")
+
+
+def test_a_route_that_is_as_dear_is_not_called_cheaper() -> None:
+    costs = {name: {"products": 4, "needed_budget": 2**20} for name in ("retain", "recompute")}
+    assert command._why(costs, "recompute") == "recompute is the cheapest that fits, 4 products."
+    costs["one_pass"] = {"products": 3, "needed_budget": 2**21}
+    assert command._why(costs, "recompute").endswith("; one_pass takes 3 with 2 MiB.")

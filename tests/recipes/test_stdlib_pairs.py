@@ -63,6 +63,14 @@ def test_chosen_goes_on_and_rejected_is_of_another_module():
         assert own.module != other.module
 
 
+def test_a_response_that_would_be_too_short_is_none():
+    """The word at which the prompt ends leaves less than a response."""
+    long = " ".join(["word"] * 20)
+    passages = [Passage("a.py", "aaaaaa bb"), Passage("a.py", long), Passage("b.py", long)]
+    pairs = make_pairs(passages, prompt_chars=3, response_chars=5, seed=0)
+    assert pairs and min(len(row["chosen"]) for row in pairs) >= 5
+
+
 def test_words_are_not_cut():
     passages = [Passage(f"{i}.py", "some words of uneven length, " * 20) for i in range(4)]
     for row in make_pairs(passages, **SIZES, seed=0):

@@ -136,6 +136,33 @@ def test_the_batch_that_was_trained_on_is_the_one_asked_for_first():
     assert [asked for asked, _ in data._ahead] == [[2], [3]]
 
 
+def test_loading_leaves_nothing_of_before(tmp_path):
+    data = dataset(tiny.model())
+    for i in (1, 2):
+        data.__getitems__([i])
+    data.save(tmp_path)
+    data.__getitems__([3])
+    data.load(tmp_path)
+    data.load(tmp_path)
+    assert [asked for asked, _ in data._again] == [[1], [2]] and not data._ahead
+
+
+def test_an_argument_of_an_earlier_start_is_passed_over(tmp_path):
+    """What is gone on from is the step that the trainer says it is at."""
+    for name in ("here/checkpoint-4", "there/checkpoint-4", "there/checkpoint-2"):
+        (tmp_path / name / "self_augmented").mkdir(parents=True)
+    callback = SelfAugmentedCallback(dataset(tiny.model()))
+    state = types.SimpleNamespace(global_step=4)
+    for name, expected in (
+        ("there/checkpoint-2", "here/checkpoint-4"),
+        ("there/checkpoint-4", "there/checkpoint-4"),
+    ):
+        args = types.SimpleNamespace(
+            output_dir=str(tmp_path / "here"), resume_from_checkpoint=str(tmp_path / name)
+        )
+        assert callback._checkpoint(args, state) == tmp_path / expected
+
+
 def test_what_is_logged_is_a_mean_over_processes_and_a_count_their_sum(monkeypatch):
     def of_two_alike(totals: torch.Tensor) -> None:
         totals *= 2
@@ -233,6 +260,10 @@ def test_files_of_two_saves_are_refused(tmp_path):
     data.__getitems__([0, 1])
     data.source.save(tmp_path)
     with pytest.raises(ValueError, match="expected files of one save, got 0 and 1 batches"):
+        data.load(tmp_path)
+    data.save(tmp_path)
+    dataset(tiny.model()).source.save(tmp_path)
+    with pytest.raises(ValueError, match="expected files of one save, got 1 and 0 batches"):
         data.load(tmp_path)
 
 
@@ -342,13 +373,21 @@ def test_settings_of_a_reference_that_there_is_not_are_refused(tmp_path):
         trainer(tmp_path, settings=replace(SETTINGS, ref_every=2), follow=False)
 
 
-def test_a_source_of_another_process_is_refused(tmp_path):
+@pytest.mark.parametrize(("process", "rank"), [(0, 1), (1, 0)])
+def test_a_source_of_another_process_is_refused(tmp_path, process, rank):
     subject = trainer(tmp_path)
-    subject.train_dataset.source.rank = 1
+    subject.train_dataset.source.rank = rank
+    args = types.SimpleNamespace(process_index=process)
+    (callback,) = (
+        each
+        for each in subject.callback_handler.callbacks
+        if isinstance(each, SelfAugmentedCallback)
+    )
     with pytest.raises(ValueError) as error:
-        subject.train()
+        callback.on_train_begin(args, subject.state, subject.control, model=subject.model)
     assert str(error.value) == (
-        "rank: expected SelfAugmented(..., rank=0) on this process, got 1; give args.process_index"
+        f"rank: expected SelfAugmented(..., rank={process}) on this process, got {rank}; "
+        "give args.process_index"
     )
 
 
