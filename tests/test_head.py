@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -61,3 +63,10 @@ def test_a_models_head_is_read_whole(name: str) -> None:
     expected = logits.double().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     assert (logprob - expected).abs().max() < 2e-5
     assert "forward" not in vars(model)
+
+
+def test_logits_are_capped_and_then_scaled() -> None:
+    hidden, weight = torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 8.0]])
+    found = Head(weight, torch.tensor([0.5, 0.0]), softcap=3.0, logit_scale=0.5).logits(hidden)
+    expected = [1.5 * math.tanh(2.5 / 3), 1.5 * math.tanh(8 / 3)]
+    assert found.tolist() == [pytest.approx(expected, rel=1e-6)]

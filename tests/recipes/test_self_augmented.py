@@ -32,6 +32,7 @@ from fusedpo.recipes.self_augmented import (
     plain_loop,
     read_file,
     splice,
+    unpack_rows,
     write_file,
 )
 from fusedpo.trainers.rows import TokenRow
@@ -1022,6 +1023,14 @@ def test_a_save_that_fails_keeps_the_one_before(tmp_path, monkeypatch, where):
             subject.save(tmp_path)
     assert os.listdir(tmp_path) == [FILE]
     assert (tmp_path / FILE).read_bytes() == good
+
+
+@pytest.mark.parametrize("lengths", [[2, -1, 1], [3, -1, 0]])
+def test_lengths_that_are_none_are_refused(lengths):
+    """They add up to the two tokens that there are."""
+    tensors = {"a.tokens": torch.zeros(2, dtype=torch.int32), "a.lengths": torch.tensor([lengths])}
+    with pytest.raises(ValueError, match="lengths that are none"):
+        unpack_rows(tensors, {"a.inputs": [{}]}, "a.")
 
 
 def test_a_file_is_on_the_disk_before_it_is_the_file(tmp_path, monkeypatch):

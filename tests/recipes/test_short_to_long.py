@@ -387,9 +387,13 @@ def test_no_special_token_is_written_that_the_tokenizer_would_not():
     ends = [found[name].tolist() for name in ("chosen_ids", "rejected_ids")]
     assert [ids.count(TOKENIZER.eos_token_id) for ids in ends] == [1, 1]
     silent = copy.deepcopy(TOKENIZER)
-    silent._tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
-    (found,) = tokenize_rows([{**row, "chosen": " yes"}], silent, 600).rows
-    assert TOKENIZER.bos_token_id not in found["prompt_ids"]
+    other = [("</s>", TOKENIZER.eos_token_id)]
+    for written, special in (("$A", []), ("</s> $A", other)):
+        silent._tokenizer.post_processor = TemplateProcessing(
+            single=written, special_tokens=special
+        )
+        (found,) = tokenize_rows([{**row, "chosen": " yes"}], silent, 600).rows
+        assert TOKENIZER.bos_token_id not in found["prompt_ids"]
 
 
 def test_contexts_of_at_most_max_length_are_rows_of_at_most_max_length():
