@@ -5,7 +5,7 @@ PYTEST = $(BIN)/python -m pytest
 
 TRL_VERSIONS := 0.29.1 1.8.0 1.12.0 1.13.0 1.14.2
 
-.PHONY: demo test coverage test-oldest test-versions test-trl test-zero lint bench bench-results bench-gpu clean
+.PHONY: demo test coverage mutants test-oldest test-versions test-trl test-zero lint bench bench-results bench-gpu clean
 
 # threads that spin while they wait bring two cores to a crawl as soon as anything else runs
 demo: export OMP_WAIT_POLICY = passive
@@ -24,6 +24,10 @@ coverage: .venv/ready
 	$(MAKE) test-trl PYTEST='$(PYTEST)'
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+# faults of one line, planted one at a time; the tests are to notice each. About an hour
+mutants: .venv/ready
+	$(BIN)/python tests/mutants/run.py
 
 # the engine on the oldest torch that setup.py admits; downloads that release
 test-oldest:

@@ -1,0 +1,1485 @@
+"""The faults that run.py plants: mistakes of one line that a careful person makes.
+
+Each names the tests that are to notice it, few enough to take seconds. They are of everything
+outside of the engine and its kernels, whose faults tests/test_mutants.py plants; a few of the
+engine's that cannot be planted there are at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """file: of the repository; old: text that it has once; new: in its place; breaks: what then is
+    wrong; tests: see run.words; equivalent: why it changes nothing; unseen: why no test sees it."""
+
+    file: str
+    old: str
+    new: str
+    breaks: str
+    tests: str
+    equivalent: str = ""
+    unseen: str = ""
+
+    @property
+    def name(self) -> str:
+        shown = [" ".join(text.split()) or "nothing" for text in (self.old, self.new)]
+        return f"{self.file}: {shown[0]} -> {shown[1]}"
+
+
+def _in(file: str, tests: str, *faults: tuple[str, ...] | dict[str, str]) -> Iterator[Fault]:
+    """Faults of one file: (old, new, breaks) or (old, new, breaks, other tests), or by name."""
+    for each in faults:
+        given = each if isinstance(each, dict) else dict(zip(_NAMES, each, strict=False))
+        yield Fault(**{"file": file, "tests": tests, **given})
+
+
+_NAMES = ("old", "new", "breaks", "tests")
+
+_TRAINERS = (
+    *_in(
+        "fusedpo/trainers/groups.py",
+        "trainers/test_groups.py",
+        (" + self.args.process_index,", ",", "processes sample alike"),
+        ("1_000_003 * (seed + 1)", "1_000_003", "the same samples at every step"),
+        ("rewards.std(1).mean()", "rewards.std()", "deviation over all groups"),
+        (
+            'aligned_labels(batch["labels"]),\n            temperature=self.temperature,',
+            'aligned_labels(batch["labels"]),\n            temperature=1.0,',
+            "old log-probabilities at another temperature",
+        ),
+        ("sums[1] / len(rows)", "sums[1] / len(own)", "mean length over own prompts"),
+        ("self._left = self.updates", "self._left = self.updates - 1", "one update too few"),
+        ("rows[i // self.group_size]", "rows[i % len(rows)]", "rewards of another row"),
+        ("with evaluating(model), self", "with self", "old log-probabilities with dropout"),
+        ('{"left": self._left}', '{"left": self.updates}', "updates begin anew when resumed"),
+        (
+            "top_p=1.0, temperature=temperature)",
+            "top_p=1.0)",
+            "sampled at another temperature than it is trained at",
+        ),
+        ("Settings(top_k=0, ", "Settings(top_k=2, ", "the sampling policy is another one"),
+        ("for row in own], -1)", "for row in own], self.state.global_step)", "other samples later"),
+        ("range(min(self.eval_prompts, len(rows)))", "range(len(rows))", "eval_prompts ignored"),
+        ("sums = [sum(rewards), float", "sums = [sum(rewards) / len(rows), float", "reward / n^2"),
+        (
+            "own = rows[self.args.process_index :: self.args.world_size]",
+            "own = rows[self.args.process_index :]",
+            "processes evaluate the same prompts",
+            "trainers/test_groups.py",
+        ),
+    ),
+    *_in(
+        "fusedpo/trainers/rows.py",
+        "trainers/test_rows.py",
+        ("{self.unit} {index + 1}", "{self.unit} {index}", "rows counted from 0"),
+        ("+ longest > max_length", "+ longest >= max_length", "a row that fits is called long"),
+        ("max(1, max_length - longest)", "max_length - longest", "a prompt of no or all tokens"),
+        ("longest = max(len(", "longest = min(len(", "the longer response is cut"),
+        ("least = 1 if prompt else 2", "least = 1", "a response without a token to score"),
+        ("np.asarray(chosen[:room]", "np.asarray(chosen[-room:]", "loses the start"),
+        ("x if x[-1:] == [eos] else [*x, eos]", "[*x, eos]", "two ends of sequence"),
+        (
+            "_common(prompt, _common(chosen, rejected))",
+            "_common(chosen, rejected)",
+            "responses without what they share",
+        ),
+        (
+            "min(common, len(chosen) - 1, len(rejected) - 1)",
+            "min(common, len(chosen), len(rejected))",
+            "equal responses are all prompt",
+        ),
+        ("add_special_tokens=plain", "add_special_tokens=True", "chats begin twice"),
+        ("prompt[0] == bos and size > 1", "prompt[0] == bos", "a prompt that is not cut"),
+        ("in data and len(data[s])", "in data", "an empty split is held out"),
+        (
+            "    if chunk:\n        yield chunk",
+            "    if len(chunk) == size:\n        yield chunk",
+            "the last rows are lost",
+        ),
+        (
+            "text(row.prompt, True)",
+            "text(row.prompt, False)",
+            "no start of an answer in the prompt",
+        ),
+        ("enumerate(file, start=1)", "enumerate(file)", "lines counted from 0"),
+        ('"test", "validation"', '"validation", "test"', "another split is held out"),
+    ),
+    *_in(
+        "fusedpo/trainers/transformers.py",
+        "trainers/test_transformers.py -k 'not two_processes and not accumulation and not resuming and not saved'",
+        (
+            "if (own.softcap, own.logit_scale) != (head.softcap, head.logit_scale):",
+            "if own.softcap != head.softcap:",
+            "a reference with another scale is scored with the policy's",
+        ),
+        ("value.double() * pairs", "value.double()", "means over batches, not pairs"),
+        {
+            "old": 'accelerator.reduce(totals, "sum")',
+            "new": 'accelerator.reduce(totals, "mean")',
+            "breaks": "means over processes",
+            "equivalent": "sums and counts are both divided by the processes",
+        },
+        ("self.pairs, self.sums = 0, {}", "self.sums = {}", "pairs counted since the start"),
+        ("aligned[0, cu_seqlens[1:] - 1]", "aligned[0, cu_seqlens[:-1]]", "labels cross borders"),
+        ("ref_model = copy.deepcopy(model)", "ref_model = model", "the reference is trained too"),
+        ("with with_it, evaluating(subject), self", "with with_it, self", "reference with dropout"),
+        (
+            "weight * self._examples(batch) / step_counts[0]",
+            "weight / step_counts[0]",
+            "experts' loss",
+        ),
+        (
+            "        if model.training:\n            of_batch",
+            "        if True:\n            of_batch",
+            "evaluation in the training's means",
+        ),
+        (
+            'self.accelerator.reduce(counts, "mean")',
+            'self.accelerator.reduce(counts, "sum")',
+            "gradients divided by the processes twice",
+            "trainers/test_transformers.py -k two_processes",
+        ),
+        (
+            "before = self.args.process_index * self.args.eval_batch_size",
+            "before = 0",
+            "repeated rows are counted",
+            'trainers/test_transformers.py -k "repeated or first_examples"',
+        ),
+        (
+            "[:, :kept].flatten(0, 1)",
+            "[:, -kept:].flatten(0, 1)",
+            "repeated rows in the place of others",
+            'trainers/test_transformers.py -k "repeated or first_examples"',
+        ),
+        ("config.dispatch_batches = False", "config.dispatch_batches = True", "batches are cut"),
+        ("self._eval_means = _Means()\n        output", "output", "evaluations are added up"),
+        (
+            'self._eval_means.add({"loss": loss, **metrics}, kept)',
+            'self._eval_means.add({"loss": loss, **metrics}, count)',
+            "repeated rows counted",
+            'trainers/test_transformers.py -k "repeated or first_examples"',
+        ),
+    ),
+    *_in(
+        "fusedpo/trainers/self_augmented.py",
+        "trainers/test_self_augmented.py",
+        ("[*self._ahead, *self._again]", "[*self._again, *self._ahead]", "saved in another order"),
+        (
+            "if self._again and self._again[0][0] == asked:",
+            "if self._again:",
+            "batches of other rows",
+        ),
+        (
+            "            self._again.clear()\n            pairs",
+            "            pairs",
+            "stale pairs come late",
+        ),
+        (
+            "def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:\n        self.dataset.trained()",
+            "def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:\n        pass",
+            "batches of accumulation are trained on again",
+        ),
+        (
+            'total if name == "segment/identical" else total / args.world_size',
+            "total / args.world_size",
+            "a count is averaged",
+            "trainers/test_self_augmented.py",
+        ),
+        (
+            "        state.log_history[-1].update(found)",
+            "        pass",
+            "the history lacks statistics",
+        ),
+        (
+            "        self.dataset.restart()\n        if state",
+            "        if state",
+            "a second training begins with old batches",
+        ),
+        ("and Path(named).name == _name(state)", "", "an argument left over is taken"),
+        (
+            "        self.restart()\n        pairs = iter",
+            "        pairs = iter",
+            "batches twice after loading",
+        ),
+        (
+            "if source.rank != args.process_index:",
+            "if source.rank > args.process_index:",
+            "a wrong rank is taken",
+        ),
+        ("if batches != of_source:", "if batches < of_source:", "files of two saves"),
+    ),
+    *_in(
+        "fusedpo/trainers/methods.py",
+        "trainers/test_methods.py -k 'settings or collated or may_take or every_process or reward or demonstration or mistake'",
+        (
+            "settings, seed=args.seed + 1, sample_every=1",
+            "settings, sample_every=1",
+            "held-out pairs are training pairs' twins",
+        ),
+        ("min(_GENERATED, len(held_out) - start)", "_GENERATED", "more held-out pairs than rows"),
+        (
+            "isinstance(loss, MarginLoss) and loss.prefix_cancels",
+            "isinstance(loss, MarginLoss)",
+            "averages lose tokens",
+        ),
+        ("max_length=max(lengths)", "max_length=min(lengths)", "responses are cut"),
+        (
+            "if about.default is None or any(row.get(name) is not None for row in rows[:1])",
+            "if about.default is None",
+            "optional columns are dropped",
+        ),
+        (
+            'for name in ("self_augmented", "ahead")',
+            'for name in ("self_augmented",)',
+            "half a checkpoint is whole",
+            "test_files.py trainers/test_methods.py",
+        ),
+        (
+            "rows[0].get(semantic.SIMILARITY) is None",
+            "not rows[0].get(semantic.SIMILARITY)",
+            "a similarity of 0 is replaced",
+        ),
+        ('list(row["chosen_ids"])', 'list(row["prompt_ids"])', "rewards for repeating the prompt"),
+        ("            updates=self.updates,\n", "", "updates ignored"),
+        ("            temperature=self.temperature,\n", "", "temperature ignored"),
+        ("ShortToLongCollator(pad, both=loss.both)", "ShortToLongCollator(pad)", "no fourth role"),
+        ("            ema_decay=self.ema_decay,\n", "", "ema_decay ignored"),
+        ("            sample_every=self.sample_every,\n", "", "sample_every ignored"),
+        ("            buffer_size=self.buffer_size,\n", "", "buffer_size ignored"),
+        ("            segment_length=self.segment_length,\n", "", "segment_length ignored"),
+        (
+            "            seed=args.seed,\n        )\n        pad",
+            "        )\n        pad",
+            "the run's seed ignored",
+        ),
+        ("or value < least:", "or value <= least:", "the least is refused"),
+        (
+            'f"samples-{rank}.safetensors").is_file() for rank in range(processes)',
+            'f"samples-{rank}.safetensors").is_file() for rank in range(1)',
+            "samples of one process will do",
+            "test_files.py trainers/test_methods.py",
+        ),
+        (
+            "trainer.add_callback(SelfAugmentedCallback(dataset, ref_model=trainer.ref_model))",
+            "trainer.add_callback(SelfAugmentedCallback(dataset))",
+            "a reference that stays",
+        ),
+    ),
+    *_in(
+        "fusedpo/trainers/job.py",
+        "trainers/test_job.py test_files.py",
+        (
+            "math.ceil(job.warmup * steps)",
+            "math.floor(job.warmup * steps)",
+            "a step less of warmup",
+        ),
+        (
+            "(batch_size * world)",
+            "batch_size",
+            "epochs of several processes",
+            "trainers/test_job.py",
+        ),
+        (
+            "math.ceil(steps / job.evaluations)",
+            "math.floor(steps / job.evaluations)",
+            "more evaluations, or one a step",
+        ),
+        ("        random.Random(job.seed).shuffle(train)\n", "", "the first rows are held out"),
+        (
+            "train, held_out = train[size:], train[:size]",
+            "held_out = train[:size]",
+            "trained on what is held out",
+        ),
+        (
+            "disable_tqdm=True,\n        seed=job.seed,",
+            "disable_tqdm=True,",
+            "the order of rows has another seed",
+        ),
+        ("min(job.max_length, limit)", "job.max_length", "longer than the model can"),
+        ("eval_on_start=not job.resume", "eval_on_start=True", "evaluates again when resumed"),
+        (
+            "if by[path] == processes and",
+            "if by[path] >= processes and",
+            "another number of processes goes on",
+        ),
+        (
+            "key=lambda p: -int(steps[p])",
+            "key=lambda p: steps[p], reverse=True",
+            "checkpoint-9 is newer than checkpoint-10",
+        ),
+        ("return zipfile.is_zipfile(path)", "return True", "a file that was cut off is whole"),
+        ('entry["step"] == step and any', "any", "an evaluation before the end is the last"),
+        (
+            "    except BaseException:\n        if replaced",
+            "    except Exception:\n        if replaced",
+            "an interruption loses the earlier output",
+        ),
+        ('if half and job.dtype == "float32" else', "if half else", "autocast over half precision"),
+        (
+            "max(1, round(job.eval_fraction * len(train)))",
+            "round(job.eval_fraction * len(train))",
+            "nothing is held out",
+        ),
+        (
+            "(job.epochs or job.defaults.epochs) * epoch",
+            "job.defaults.epochs * epoch",
+            "--epochs ignored",
+        ),
+        (
+            "return sorted((p for p in found if steps[p].isdecimal())",
+            "return sorted((p for p in found)",
+            "a person's folder ends the run",
+        ),
+    ),
+    *_in(
+        "fusedpo/trainers/progress.py",
+        "trainers/test_progress.py",
+        (
+            "total=state.max_steps, completed=state.global_step",
+            "total=state.max_steps",
+            "a resumed bar begins at 0",
+        ),
+        ('if "loss" in logs:', 'if "loss" not in logs:', "no training loss shown"),
+    ),
+    *_in(
+        "fusedpo/trainers/trl.py",
+        "trainers/test_trl.py",
+        (
+            "(mask.sum().clamp(min=1) if items is None else items)",
+            "mask.sum().clamp(min=1)",
+            "num_items_in_batch ignored",
+        ),
+        (
+            'averaged = orpo or self.loss_type in ("ipo", "simpo")',
+            'averaged = orpo or self.loss_type == "ipo"',
+            "SimPO of sums",
+        ),
+        (
+            '+ getattr(config, "router_aux_loss_coef", 0.0) * found.aux_loss',
+            "+ found.aux_loss",
+            "experts' loss without its weight",
+        ),
+        (
+            "mean + head.bias.mean(dtype=full)) * head.logit_scale",
+            "mean + head.bias.mean(dtype=full))",
+            "logged logits without the scale",
+        ),
+    ),
+    *_in(
+        "fusedpo/trainers/trl_losses.py",
+        "trainers/test_trl_losses.py",
+        (
+            "tokens * share / self.args.steps_per_generation",
+            "tokens * share",
+            "means over tokens too small",
+        ),
+        (
+            'counts["num_items"] = ids.shape[0] * share',
+            'counts["num_items"] = ids.shape[0]',
+            "accumulated losses are added",
+        ),
+        (
+            'torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])',
+            'torch.cat([inputs["ref_rejected_logps"], inputs["ref_chosen_logps"]])',
+            "references swapped",
+        ),
+        ("(self.roles - 2) * len(rows)", "len(rows)", "no fourth role"),
+        (
+            'self.current_gradient_accumulation_steps if mode == "train" else 1',
+            "self.current_gradient_accumulation_steps",
+            "evaluation is divided",
+        ),
+        (
+            "kl_weight=loss.kl_weight or self.beta",
+            "kl_weight=self.beta",
+            "a kl_weight of one's own is lost",
+        ),
+        (
+            'mask * inputs["tool_mask"] if "tool_mask" in inputs else mask',
+            "mask",
+            "tokens of tools are trained on",
+        ),
+        (
+            'if loss.entropy_bonus:\n                counts["num_tokens"] = scored.sum().clamp(min=1) * share',
+            'if loss.entropy_bonus:\n                counts["num_tokens"] = scored.sum().clamp(min=1)',
+            "the entropy is accumulated",
+        ),
+    ),
+)
+
+_RECIPES = (
+    *_in(
+        "fusedpo/recipes/self_augmented.py",
+        "recipes/test_self_augmented.py",
+        (
+            "zlib.crc32(name.encode(), value)",
+            'zlib.crc32(b"", value)',
+            "names can be swapped in a file",
+        ),
+        (
+            "[self.settings.seed, self.rank, around]",
+            "[self.settings.seed, around]",
+            "ranks take rows in one order",
+        ),
+        (
+            "SeedSequence([settings.seed, rank])",
+            "SeedSequence([settings.seed])",
+            "ranks write the same",
+        ),
+        ("os.fsync(file.fileno())", "file.flush()", "a file that a power cut empties"),
+        ("response_length - 3 - length", "response_length - 2 - length", "a start too late"),
+        ("        self.updates += 1\n", "", "updates are not counted"),
+        (
+            "            else:\n                own.copy_(other)",
+            "            else:\n                pass",
+            "buffers of the start",
+        ),
+        {
+            "old": "room = self.settings.max_length - len(prompt) - length",
+            "new": "room = self.settings.max_length - len(prompt)",
+            "breaks": "sequences too long",
+            "equivalent": "responses are cut to max_length, so that a start is never so late",
+        },
+        ("+= start / len(response)", "+= start / len(rejected)", "a share of something else"),
+        ("if updates != updates_of_first:", "if updates < updates_of_first:", "files of two saves"),
+        ("({} if self.rank else average)", "average", "every rank saves the average"),
+        (
+            "seed=int(self._rng.integers(2**31))",
+            "seed=self.settings.seed",
+            "the same noise in every batch",
+        ),
+        ("+= len(response) > room", "+= len(response) >= room", "a response that fits is counted"),
+        (
+            'self._totals["eos"] += self.eos_token_id in segment',
+            'self._totals["eos"] += self.eos_token_id in rejected',
+            "ends of the response are counted",
+        ),
+        ("if name in kept}", "}", "buffers that are not saved are"),
+        ("        top_p=settings.top_p,\n", "", "top_p ignored"),
+        ("        top_k=settings.top_k,\n", "", "top_k ignored"),
+        ("        temperature=settings.temperature,\n", "", "temperature ignored"),
+        ("model.generation_config = config", "pass", "the model's own generation config"),
+        (
+            "    model.eval()\n    model.generation_config",
+            "    model.generation_config",
+            "samples with dropout",
+        ),
+        (
+            "optimizer.step()\n        source.after_step(model)\n        if",
+            "source.after_step(model)\n        optimizer.step()\n        if",
+            "the average is a step behind",
+        ),
+        (
+            "os.replace(unfinished, path)",
+            "path.unlink(missing_ok=True)\n        os.replace(unfinished, path)",
+            "a moment without a file",
+        ),
+        (
+            "scored = there & (targets != ignore_index) & (columns > 0)",
+            "scored = there & (targets != ignore_index)",
+            "a first token counts as scored",
+        ),
+        (
+            "if counts.dtype != torch.int64 or counts.shape != (len(rows),) or (counts < 0).any():",
+            "if counts.dtype != torch.int64 or counts.shape != (len(rows),):",
+            "counts below 0 are taken",
+            "test_files.py",
+        ),
+        (
+            "if ((lengths < 0) | (lengths > len(tokens))).any():",
+            "if (lengths > len(tokens)).any():",
+            "lengths below 0 are taken",
+            "recipes/test_self_augmented.py",
+        ),
+    ),
+    *_in(
+        "fusedpo/recipes/semantic.py",
+        "recipes/test_semantic.py",
+        (
+            "(left * right).sum(-1).clip(0.0, 1.0)",
+            "abs((left * right).sum(-1)).clip(0.0, 1.0)",
+            "opposites are alike",
+        ),
+        (
+            "    cosines[[a == b for a, b in zip(lefts, rights, strict=True)]] = 1.0\n",
+            "",
+            "equal texts differ by rounding",
+        ),
+        ("os.fsync(file.fileno())", "pass", "a cache that a power cut empties"),
+        (
+            "zip(chosen[:-1], rejected[:-1], strict=False)",
+            "zip(chosen, rejected, strict=False)",
+            "equal responses have no text",
+        ),
+        ("(1 + math.log(count))", "count", "frequent pieces count too much"),
+        ("(states * mask).sum(1) / mask", "states.sum(1) / mask", "padding in the mean"),
+        (
+            "[path.relative_to(folder).as_posix(), content",
+            "[content",
+            "a file's name is no part of the model",
+        ),
+        (
+            'crc32", _checksum(found)) != _checksum(found)',
+            'crc32", _checksum(found)) == ""',
+            "a changed digit is taken",
+        ),
+        (
+            "skipped = len(prompt) if both else 0",
+            "skipped = len(prompt)",
+            "messages are skipped that are no prompt",
+        ),
+        ("pooling.items() if value is True}", "pooling.items()}", "a model of means is refused"),
+        (
+            "if not words:\n            return []\n        line = f\" {' '.join(words)} \"",
+            "line = f\" {' '.join(words)} \"",
+            "a text of nothing has a vector",
+        ),
+    ),
+    *_in(
+        "fusedpo/recipes/short_to_long.py",
+        "recipes/test_short_to_long.py",
+        (
+            "            misses = 0\n        elif",
+            "        elif",
+            "eight misses in all, not in a row",
+        ),
+        (
+            "own_place or i < short_distractors",
+            "own_place or i <= short_distractors",
+            "a distractor too many",
+        ),
+        ("[round(depth * others)]", "[int(depth * others)]", "depth rounded down"),
+        (
+            "length = len(long_prompt) + max",
+            "length = len(prompt) + max",
+            "long rows that do not fit",
+        ),
+        (
+            "not in other.text and other.continuation != needle.continuation",
+            "not in other.text",
+            "rejected may equal chosen",
+        ),
+        ("seed=chooser.getrandbits(64)", "seed=seed", "every row is mixed alike"),
+        ("        limit = min(limit, max_length)\n", "        pass\n", "longer than max_length"),
+        (
+            "found.setdefault(opening, _Excerpt(opening, continuation, text[:stop]))",
+            "found[opening] = _Excerpt(opening, continuation, text[:stop])",
+            "the last of passages that open alike",
+        ),
+        (
+            "own = set(relevant)\n    pool = [passage for passage in distractors if passage not in own]",
+            "pool = list(distractors)",
+            "a relevant passage twice",
+        ),
+        ("text not in contexts.short]", "text]", "rejected stands in the short context"),
+        ("if total <= limit or len", "if total < limit or len", "a context that fits is cut"),
+        (
+            '["input_ids"][:1] == [bos] else []',
+            '["input_ids"] else []',
+            "a start that the tokenizer does not write",
+        ),
+        ("x if x[-1:] == [eos] else [*x, eos]", "[*x, eos]", "two ends of sequence"),
+        (
+            "for row in labels[:, 1:].tolist()]",
+            "for row in labels.tolist()]",
+            "a first token counts as scored",
+        ),
+    ),
+    *_in(
+        "fusedpo/recipes/groups.py",
+        "recipes/test_groups.py",
+        ("return apart.masked_fill(alike, 0.0)", "return apart", "rounding blown up"),
+        (
+            '"rewards": given.float()',
+            '"rewards": group_advantages(given, group_size)',
+            "advantages logged as rewards",
+            "recipes/test_groups.py trainers/test_groups.py",
+        ),
+        ("_LEAST_SPREAD = 1e-6", "_LEAST_SPREAD = 1e-2", "small differences count less"),
+    ),
+    *_in(
+        "fusedpo/recipes/stdlib_pairs.py",
+        "recipes/test_stdlib_pairs.py",
+        (
+            "random.Random(seed).shuffle(modules)",
+            "random.Random(0).shuffle(modules)",
+            "another seed, the same split",
+        ),
+        (
+            "modules = sorted({passage.module for passage in passages})",
+            "modules = list({passage.module for passage in passages})",
+            "a split that changes with the process",
+        ),
+        ('sorted(root.rglob("*.py"))', 'root.rglob("*.py")', "an order that is the disk's"),
+        (
+            "max(1, round(fraction * len(modules)))",
+            "round(fraction * len(modules))",
+            "nothing held out",
+        ),
+        ("if end > len(text):", "if False:", "a response that is cut short"),
+        ("if _LEFT_OUT.intersection(relative.parts):", "if False:", "tests are taken too"),
+        ("tie_word_embeddings=tied,", "tie_word_embeddings=True,", "tied ignored"),
+    ),
+)
+
+# the small ones, and what others say of metrics
+_OF_LOSSES = " ".join(
+    f"losses/test_{name}.py"
+    for name in [
+        "alphapo",
+        "aot",
+        "apo",
+        "bco",
+        "cispo",
+        "cpo",
+        "dapo",
+        "discopop",
+        "dpo",
+        "dr_grpo",
+        "exo",
+        "gmpo",
+        "grpo",
+        "gspo",
+        "ipo",
+        "kto",
+        "luspo",
+        "modifiers",
+        "names",
+        "nca",
+        "orpo",
+        "reinforce",
+        "robust_dpo",
+        "semantic_sppo",
+        "sft",
+        "short_to_long",
+        "simpo",
+        "slic",
+        "soft_adaptive",
+        "soft_sequence",
+        "sppo",
+        "vespo",
+    ]
+)
+_OF_LOSSES += " test_objective.py test_policy.py"
+_OF_LOSSES += " -k 'metrics or logs or not (test_objective or test_policy)'"
+
+_LOSSES = (
+    *_in(
+        "fusedpo/losses/_base.py",
+        _OF_LOSSES,
+        (
+            "(of_chosen > of_rejected).double().mean()",
+            "(of_chosen >= of_rejected).double().mean()",
+            "equal rewards are right",
+        ),
+        (
+            '"logps/rejected": self.logged_logp(rejected).mean()',
+            '"logps/rejected": rejected.logp.mean()',
+            "sums for means",
+            "test_objective.py -k 'metrics or simpo_logs'",
+        ),
+        (
+            "return torch.full_like(which, no, dtype=torch.float64).masked_fill(which, yes)",
+            "return torch.where(which, yes, no).double()",
+            "hyperparameters in fp32",
+            "losses/test_modifiers.py losses/test_kto.py",
+        ),
+    ),
+    *_in(
+        "fusedpo/losses/_policy.py",
+        _OF_LOSSES,
+        (
+            "(ratio < 1 - self.epsilon_low) & (t.advantage < 0)",
+            "(ratio < 1 - self.epsilon_low) & (t.advantage > 0)",
+            "clipped where it is not",
+        ),
+        (
+            "t.average_of_sequences if self.sees_sequences else t.average",
+            "t.average",
+            "shares of tokens for responses",
+            "losses/test_gspo.py losses/test_luspo.py test_policy.py -k 'metrics or gspo or luspo'",
+        ),
+        ("share((low | high).double())", "share((low & high).double())", "nothing is clipped"),
+        (
+            "epsilon_high: float = hyperparameter(0.2",
+            "epsilon_high: float = hyperparameter(0.28",
+            "another default",
+            "losses/test_names.py losses/test_grpo.py",
+        ),
+    ),
+    *_in(
+        "fusedpo/losses/_mixture.py",
+        _OF_LOSSES,
+        (
+            "for loss in reversed(self.losses)",
+            "for loss in self.losses",
+            "rewards of the last loss",
+        ),
+        (
+            "sum(weight * loss.nll_weight for weight",
+            "sum(loss.nll_weight for weight",
+            "cross-entropy without its weight",
+        ),
+        (
+            "parts = [weight * value for weight, value in found",
+            "parts = [value for weight, value in found",
+            "repulsion without its weight",
+        ),
+        (
+            'return "batch" if "batch" in known else "example"',
+            'return "example"',
+            "a gradient known too early",
+        ),
+    ),
+    *_in(
+        "fusedpo/losses/_modifiers.py",
+        _OF_LOSSES,
+        (
+            'return "example" if self.base.coupling == "response" else self.base.coupling',
+            "return self.base.coupling",
+            "a weight that is not known yet",
+        ),
+        (
+            "return own * self.base.token_weight(position, shortest)",
+            "return own",
+            "desensitized once",
+        ),
+        (
+            "self.base.alignment_reward(s if self._is_plain else self._transformed(s))",
+            "self.base.alignment_reward(s)",
+            "rewards of another divergence are aligned",
+        ),
+        (
+            '        0.5, "weight of the tokens beyond"',
+            '        1.0, "weight of the tokens beyond"',
+            "another default",
+        ),
+    ),
+    *_in(
+        "fusedpo/losses/kto.py",
+        _OF_LOSSES,
+        (
+            'found["kl"] = inputs["kl"].to(reward.dtype).mean().clamp(min=0)',
+            'found["kl"] = inputs["kl"].to(reward.dtype).mean()',
+            "a logged KL below 0",
+        ),
+        (
+            '"logps/rejected": mean(logp, ~desirable)',
+            '"logps/rejected": mean(reward, ~desirable)',
+            "rewards for log-probabilities",
+        ),
+        (
+            ".to(a.dtype).mean().clamp(min=0)",
+            ".to(a.dtype).clamp(min=0).mean()",
+            "a mean of limited numbers",
+        ),
+        (
+            "torch.where(which, values, 0.0).sum() / which.sum()",
+            "torch.where(which, values, 0.0).mean()",
+            "means over all",
+        ),
+    ),
+    *_in(
+        "fusedpo/losses/cispo.py",
+        _OF_LOSSES,
+        (
+            "capped = (t.ratio > self.epsilon_high) & (t.advantage > 0)",
+            "capped = t.ratio > self.epsilon_high",
+            "a share of all signs",
+        ),
+        ("hyperparameter(5.0", "hyperparameter(1.28", "another default"),
+    ),
+    *_in(
+        "fusedpo/losses/vespo.py",
+        "losses/test_vespo.py",
+        (
+            "log_w = log_w.clamp(_LEAST, RATIO_LIMIT)",
+            "log_w = log_w.clamp(max=RATIO_LIMIT)",
+            "weights of unlikely responses",
+        ),
+        (
+            "super().log_correction(weight).clamp(_LEAST, RATIO_LIMIT)",
+            "super().log_correction(weight)",
+            "log 0",
+        ),
+        (
+            "t.delta.detach().clamp(-RATIO_LIMIT, RATIO_LIMIT)",
+            "t.delta.detach().clamp(max=RATIO_LIMIT)",
+            "one token decides",
+        ),
+        ("k = pick(t.advantage >= 0,", "k = pick(t.advantage > 0,", "the other power at 0"),
+    ),
+    *_in(
+        "fusedpo/losses/short_to_long.py",
+        _OF_LOSSES,
+        ("gap.abs().mean()", "gap.mean().abs()", "gaps that cancel"),
+        (
+            "self.base.reward(responses[2]).mean()",
+            "self.base.reward(responses[0]).mean()",
+            "the short one logged as the long",
+        ),
+        (
+            "self.base.alignment_reward(short)\n        return (reward.detach()",
+            "self.base.reward(short)\n        return (reward.detach()",
+            "another reward aligned",
+        ),
+        (
+            "alpha: float = hyperparameter(1.0",
+            "alpha: float = hyperparameter(0.1",
+            "another default",
+        ),
+    ),
+    *_in(
+        "fusedpo/losses/semantic_sppo.py",
+        _OF_LOSSES,
+        (
+            '"targets/rejected": self.target("rejected"',
+            '"targets/rejected": self.target("chosen"',
+            "the wrong target logged",
+        ),
+        (
+            '(1.0 - inputs["similarity"]) * (rate - 0.5)',
+            'inputs["similarity"] * (rate - 0.5)',
+            "softened the other way",
+        ),
+        ("_LEAST_NORM**2", "_LEAST_NORM", "small states have no direction"),
+    ),
+    *_in(
+        "fusedpo/losses/orpo.py",
+        _OF_LOSSES,
+        (
+            '"log_odds_ratio": -log_sigmoid(gap).mean()',
+            '"log_odds_ratio": log_sigmoid(gap).mean()',
+            "the sign of a metric",
+        ),
+        (
+            '"log_odds_chosen": gap.mean()',
+            '"log_odds_chosen": self.alignment_reward(responses[0]).mean()',
+            "another metric",
+        ),
+        ("mean = s.mean.clamp(max=_LARGEST)", "mean = s.mean", "infinite odds"),
+    ),
+    *_in(
+        "fusedpo/losses/simpo.py",
+        _OF_LOSSES,
+        (
+            "gamma: float = hyperparameter(0.5",
+            "gamma: float = hyperparameter(1.0",
+            "another default",
+        ),
+    ),
+    *_in(
+        "fusedpo/losses/dapo.py",
+        "losses/test_names.py losses/test_grpo.py",
+        ("hyperparameter(0.28", "hyperparameter(0.2", "another default"),
+    ),
+    *_in(
+        "fusedpo/losses/soft_adaptive.py",
+        _OF_LOSSES,
+        ("hyperparameter(1.05", "hyperparameter(1.0", "another default"),
+    ),
+    *_in(
+        "fusedpo/losses/ipo.py",
+        _OF_LOSSES,
+        (
+            "average: bool = hyperparameter(True",
+            "average: bool = hyperparameter(False",
+            "another default",
+        ),
+    ),
+    *_in(
+        "fusedpo/losses/sppo.py",
+        _OF_LOSSES,
+        (
+            '"the rejected response\'s", 0.0, 0.0, 1.0',
+            '"the rejected response\'s", 1.0, 0.0, 1.0',
+            "another default",
+        ),
+    ),
+    *_in(
+        "fusedpo/losses/alphapo.py",
+        _OF_LOSSES,
+        (
+            "(-self.alpha * s.mean).clamp(max=MAP_LIMIT)",
+            "(-self.alpha * s.mean)",
+            "infinite rewards",
+        ),
+        (
+            "alpha: float = hyperparameter(0.25",
+            "alpha: float = hyperparameter(-0.25",
+            "another default",
+        ),
+    ),
+    *_in(
+        "fusedpo/losses/dr_grpo.py",
+        _OF_LOSSES,
+        ("        3000,", "        1024,", "another default"),
+    ),
+    *_in(
+        "fusedpo/losses/gspo.py",
+        _OF_LOSSES,
+        ("hyperparameter(4e-4", "hyperparameter(3e-4", "another default"),
+    ),
+    *_in(
+        "fusedpo/losses/aot.py",
+        _OF_LOSSES,
+        ("inverse_temperature(0.01)", "inverse_temperature()", "another default"),
+    ),
+    *_in(
+        "fusedpo/losses/exo.py",
+        _OF_LOSSES,
+    ),
+    *_in(
+        "fusedpo/losses/discopop.py",
+        _OF_LOSSES,
+        ("tau: float = hyperparameter(0.05", "tau: float = hyperparameter(0.5", "another default"),
+    ),
+    *_in(
+        "fusedpo/losses/_gates.py",
+        _OF_LOSSES,
+        ("delta.clamp(max=RATIO_LIMIT).exp()", "delta.exp()", "infinite ratios"),
+        (
+            "none = (bound == 0) & ~delta.isnan()",
+            "none = torch.zeros_like(bound, dtype=torch.bool)",
+            "a gradient at an advantage of 0",
+        ),
+        ("MAP_LIMIT = 80.0", "MAP_LIMIT = 8.0", "large weights are cut"),
+    ),
+    *_in(
+        "fusedpo/losses/__init__.py",
+        _OF_LOSSES,
+        ('"sppohard": ("sppo", {}, 2.0)', '"sppohard": ("sppo", {}, 1.0)', "TRL's factor"),
+        (
+            '"bnpo": ("dapo", {"epsilon_high": 0.2}, 1.0)',
+            '"bnpo": ("dapo", {}, 1.0)',
+            "another clip",
+        ),
+        ('{"paired": False}', '{"paired": True}', "the paired loss for the unpaired"),
+    ),
+)
+
+_CORE = (
+    *_in(
+        "fusedpo/preference.py",
+        "test_objective.py -k 'not triton and (metrics or of_its_states or accumulation)'",
+        (
+            "of_states.mean()",
+            "of_states.sum() / self.denominator",
+            "the states' loss over the step",
+        ),
+        (
+            "].sum() / tokens\n",
+            "].sum() / self.nll_denominator\n",
+            "the logged cross-entropy over the step",
+        ),
+        (
+            "per_example.detach() + of_states.detach()",
+            "per_example.detach()",
+            "per_example without the states' part",
+        ),
+        (
+            "self._chosen(logprob) / self.nll_denominator",
+            "self._chosen(logprob) / self.denominator",
+            "cross-entropy over pairs",
+        ),
+    ),
+    *_in(
+        "fusedpo/policy.py",
+        "test_policy.py -k 'not triton and (metrics or digits)'",
+        (
+            "torch.expm1(-t.delta.clamp(min=-20)) + t.delta",
+            "torch.expm1(t.delta.clamp(max=20)) - t.delta",
+            "the KL the other way round",
+        ),
+        ("t.average(t.ratio)", "t.average_of_sequences(t.ratio)", "a mean over responses"),
+        ("-t.delta.clamp(min=-20)", "-t.delta", "an infinite metric"),
+        (
+            "t.average(self.loss.kl(t, self.reference))",
+            "t.average(self.loss.kl_weight * self.loss.kl(t, self.reference))",
+            "the logged KL times its weight",
+        ),
+        (
+            't.average(stats["entropy"].double())',
+            'stats["entropy"].double().sum()',
+            "a sum of entropies",
+        ),
+    ),
+    *_in(
+        "fusedpo/objective.py",
+        "test_objective.py test_policy.py -k 'not triton and (digits or above_zero or below_zero or the_default or denominator or nothing_sampled)'",
+        (
+            "loss.entropy_bonus / tokens if",
+            "loss.entropy_bonus / items if",
+            "entropy over responses",
+        ),
+        (
+            "return value.detach().double()",
+            "return value.detach().float()",
+            "counts rounded to fp32",
+        ),
+        ("replace(_FINITE, low=0.0)", "_FINITE", "weights below 0"),
+        (
+            "checks.positive(argument, value.item())",
+            "checks.number(argument, value.item())",
+            "a denominator of 0",
+        ),
+        ("counts is None else max(1, sum(counts))", "counts is None else sum(counts)", "0 / 0"),
+        (
+            "given.detach().double()[layout.sequences.index]",
+            "given.detach().float()[layout.sequences.index]",
+            "advantages in fp32",
+        ),
+        (
+            "value = inputs.get(name, about.default)",
+            "value = inputs.get(name) or about.default",
+            "0 is replaced by the default",
+        ),
+    ),
+    *_in(
+        "fusedpo/layout.py",
+        "test_objective.py test_policy.py -k 'not triton and (digits or above_zero or below_zero or the_default or denominator or nothing_sampled)'",
+        {
+            "old": "order = torch.argsort(index % examples * roles + index // examples, stable=True)",
+            "new": "order = torch.argsort(index % examples, stable=True)",
+            "breaks": "an example's rows in another order",
+            "equivalent": "rows come by role, and the sort is stable",
+        },
+        (
+            "here if parts is None else here + parts.before",
+            "here if True else here + parts.before",
+            "positions begin anew on each rank",
+            "distributed/test_sequences.py",
+        ),
+    ),
+    *_in(
+        "fusedpo/scores.py",
+        "test_policy.py -k 'not triton and (metrics or digits)'",
+        (
+            "means.sum() / max(1, self.sequences.count)",
+            "means.sum() / (self.sequences.lengths > 0).sum()",
+            "empty responses do not count",
+        ),
+        (
+            "return self.ratio / self.length",
+            "return self.ratio",
+            "sums for means",
+            "losses/test_dpo.py losses/test_ipo.py",
+        ),
+    ),
+    *_in(
+        "fusedpo/reference.py",
+        "test_objective.py -k reference",
+        (
+            "if ref_head.vocab < head.vocab:",
+            "if ref_head.vocab != head.vocab:",
+            "a larger vocabulary is refused",
+        ),
+        (
+            "bias=None if head.bias is None else head.bias.detach(),",
+            "bias=None,",
+            "the reference without the bias",
+        ),
+        (
+            'own = replace(policy_plan, route="forward")',
+            "own = policy_plan.budget",
+            "equal policies differ by rounding",
+            "test_objective.py -k equal_policies",
+        ),
+        (
+            "rows.gather(reference.logprobs.double())",
+            "rows.gather(reference.logprobs.half())",
+            "a reference in half precision",
+        ),
+        (
+            "if (ref_logprobs is None) == (ref_hidden is None):",
+            "if ref_logprobs is None and ref_hidden is None:",
+            "two references are taken",
+            "test_objective.py test_checks.py -k 'reference or ref_'",
+        ),
+    ),
+    *_in(
+        "fusedpo/scored.py",
+        "test_checks.py",
+        (
+            "~((temperature > 0) & temperature.isfinite())",
+            "~((temperature >= 0) & temperature.isfinite())",
+            "a temperature of 0",
+        ),
+        (
+            "(borders[0] != 0) | (borders[-1] != positions)",
+            "(borders[-1] != positions)",
+            "a first sequence without its start",
+        ),
+        ("(0 if empty else 1)", "0", "sequences without tokens"),
+    ),
+    *_in(
+        "fusedpo/checks.py",
+        "test_checks.py",
+        ("if not -math.inf < found < math.inf:", "if abs(found) == math.inf:", "NaN is a number"),
+        (
+            "if not low <= (value := number(argument, value)) < high:",
+            "if not low <= (value := number(argument, value)) <= high:",
+            "the end is within",
+            "test_checks.py losses/test_names.py losses/test_robust_dpo.py losses/test_exo.py",
+        ),
+        ("cutoff=0.5)", "cutoff=0.95)", "no near matches", "test_checks.py losses/test_names.py"),
+        (
+            "abs(labels.shape[-1] - expected[-1]) == 1",
+            "labels.shape[-1] - expected[-1] == 1",
+            "no remedy for labels that are short",
+        ),
+        (
+            "if isinstance(value, bool) or not isinstance(value, Real):",
+            "if not isinstance(value, Real):",
+            "True is a number",
+        ),
+        ("pass {prefix}weight.T", "pass {prefix}weight", "a remedy that is none"),
+    ),
+    *_in(
+        "fusedpo/head.py",
+        "test_head.py test_checks.py -k 'head or logit_scale or softcap'",
+        (
+            "self.softcap * torch.tanh(z / self.softcap)",
+            "self.softcap * torch.tanh(self.logit_scale * z / self.softcap)",
+            "the scale before the cap",
+        ),
+        ('checks.positive("logit_scale", self.logit_scale)', "pass", "a scale of 0"),
+        (
+            "self.shard.largest",
+            "self.shard.total",
+            "every rank plans for all",
+            "distributed/test_vocabulary.py",
+        ),
+    ),
+    *_in(
+        "fusedpo/fused_head.py",
+        "test_fused_head.py",
+        (
+            "            torch.clear_autocast_cache()\n",
+            "            pass\n",
+            "weights without gradients under autocast",
+        ),
+        (
+            "                    buffer.copy_(before)",
+            "                    pass",
+            "the experiment changes buffers",
+        ),
+        (
+            "with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), evaluating",
+            "with torch.no_grad(), evaluating",
+            "the experiment draws random numbers",
+        ),
+        ("or module.merged:", "or False:", "merged adapters count twice"),
+        (
+            "8 * max(eps, experiment.eps) + 1e-5)",
+            "8 * max(eps, experiment.eps) + 1e-1)",
+            "another head is taken",
+        ),
+        (
+            "-(logp.exp() * logp.clamp(min=-1e4)).sum(-1)",
+            "-(logp.exp() * logp).sum(-1)",
+            "NaN for tokens that are ruled out",
+        ),
+        (
+            "own.original = types.MethodType(self.original.__func__, copied)",
+            "pass",
+            "a copy runs the other's forward",
+        ),
+        (
+            "own.model, own.known = copied, dict(self.known)",
+            "own.model = self.model",
+            "a copy runs the other's weights",
+        ),
+        (
+            'getattr(output, "aux_loss", None)\n\n    def run',
+            "None\n\n    def run",
+            "no auxiliary loss from logits",
+        ),
+        (
+            "weight, bias = weight[: self.vocab], None if bias is None else bias[: self.vocab]",
+            "weight = weight[: self.vocab]",
+            "a bias that is too long",
+        ),
+    ),
+    *_in(
+        "fusedpo/liger.py",
+        "test_liger_shaped.py",
+        ("loss = loss + self.alpha * nll", "loss = loss + nll", "alpha ignored"),
+        (
+            "None if s.ref_logp is None else s.ref_logp / s.length",
+            "s.ref_logp",
+            "a sum beside means",
+        ),
+        ("ids.clamp(min=-1)", "ids", "a wrong id is ignored"),
+        (
+            'if kl is not None and self.loss_type == "kto":',
+            "if kl is not None:",
+            "kl where it plays no part",
+        ),
+        (
+            '"kl_weight": self.beta if self.use_ref_model else 0.0',
+            '"kl_weight": self.beta',
+            "a reference that is not there",
+        ),
+    ),
+    *_in(
+        "fusedpo/distributed.py",
+        "distributed/test_sequences.py",
+        (
+            "own = count.detach().double().reshape(()).clone()",
+            "own = count.detach().float().double().reshape(()).clone()",
+            "counts rounded to fp32",
+            "distributed/test_sequences.py -k 'denominators or count'",
+        ),
+        (
+            "dtype=torch.float64, device=device)\n    if not together",
+            "dtype=torch.float32, device=device).double()\n    if not together",
+            "counts rounded to fp32",
+            "distributed/test_sequences.py -k 'denominators or count'",
+        ),
+        (
+            "return own / dist.get_world_size(group)",
+            "return own",
+            "a sum for a mean",
+            "distributed/test_sequences.py -k 'denominators or count'",
+        ),
+        ("every[:rank].sum(0)", "every[: rank + 1].sum(0)", "positions too late"),
+        ("owner = [max(", "owner = [min(", "states of a token before the last"),
+        (
+            "most = -(-vocab // ranks)",
+            "most = vocab // ranks",
+            "uneven DTensors are refused",
+            "distributed/test_vocabulary.py",
+        ),
+        (
+            "return group if dist.get_world_size(group) > 1 else None",
+            "return group",
+            "a group of one is a group",
+        ),
+    ),
+    *_in(
+        "fusedpo/plan.py",
+        "test_plan.py",
+        ("        if size < 1024:", "        if size <= 1024:", "1024 B"),
+        ("if not 1 <= size < float", "if not 0 <= size < float", "a budget of nothing"),
+        (
+            'return "tokens" if by_tokens else',
+            'return "vocabulary" if by_tokens else',
+            "the cut is misnamed",
+        ),
+        ("if c[1].bytes <= allowed]", "if c[1].bytes < allowed]", "the least budget is too small"),
+        (
+            "return type(self), (str(self), self.least)",
+            "return type(self), (str(self),)",
+            "an error that cannot be pickled",
+        ),
+    ),
+    *_in(
+        "fusedpo/footprint.py",
+        "test_footprint.py test_plan_command.py -k 'not what_is_predicted and not the_examples'",
+        ("2 * (1 + 4 / 256)", "2", "states of 8 bits without their scales"),
+        ("how).values()) <= memory", "how).values()) < memory", "a step that just fits"),
+        ("+ 16 * shape.hidden", "", "norms in fp32"),
+        (
+            "work.loss.needs_reference and not work.frozen",
+            "work.loss.needs_reference",
+            "a reference for LoRA",
+        ),
+        ("gathered=self.context > 0,", "gathered=False,", "gathered rows not counted"),
+    ),
+)
+
+_PROGRAMS = (
+    *_in(
+        "fusedpo/compare.py",
+        "test_compare.py",
+        (
+            "(self.labels[:, 1:] != IGNORED).sum()",
+            "(self.labels != IGNORED).sum()",
+            "a first token counts as scored",
+        ),
+        (
+            "(gradient - fused_gradient).abs().amax() / scale",
+            "(gradient - fused_gradient).abs().mean() / scale",
+            "a mean for the largest",
+        ),
+        ("rows = [0, len(batch.labels) // 2]", "rows = [0, 1]", "a pair of two chosen ones"),
+        (
+            "logits_bytes=batch.labels[:, 1:].numel() * vocab * 4",
+            "logits_bytes=batch.labels[:, 1:].numel() * vocab * 2",
+            "half of the logits",
+        ),
+    ),
+    *_in(
+        "fusedpo/doctor.py",
+        "test_doctor.py",
+        (
+            "    while numbers and numbers[-1] == 0:\n        numbers.pop()\n",
+            "",
+            "2.0 is newer than 2",
+        ),
+        (
+            "f.threads * f.processes > f.cores",
+            "f.threads * f.processes >= f.cores",
+            "all cores are too many",
+        ),
+        (
+            "max(1, math.ceil(int(quota) / int(period)))",
+            "int(quota) // int(period)",
+            "half a core is none",
+        ),
+        (
+            "release(match[2]) < release(found.get",
+            "release(match[2]) > release(found.get",
+            "the newest of the least",
+        ),
+        (
+            '("error", "warning", "note").index(one.severity)',
+            '("note", "warning", "error").index(one.severity)',
+            "the worst last",
+        ),
+        ("[:2] > release(NEWEST_TRL)", " > release(NEWEST_TRL)", "a patch release is too new"),
+        (
+            'severity: Severity = "error" if name in needed else "warning"',
+            'severity: Severity = "warning"',
+            "what is needed is a warning",
+        ),
+        ("known[:2][-1]", "known[0]", "the CPU before a GPU"),
+        ("f.capability < _LEAST_CUDA", "f.capability <= _LEAST_CUDA", "sm_80 is too old"),
+        ("1 < f.threads < 5", "1 < f.threads <= 5", "five threads are few"),
+    ),
+    *_in(
+        "fusedpo/commands/doctor.py",
+        "test_doctor.py",
+        ('return 0 if report["ok"] else 1', "return 0", "a failure exits with 0"),
+        ('"ok": not failed and not errors', '"ok": not failed', "errors are well"),
+        (
+            "skipped = [check.what for check in tried if check.ok is None]",
+            "skipped: list[str] = []",
+            "what was left out is not told",
+        ),
+        ("1.25 * _relative(naive", "125 * _relative(naive", "wrong gradients pass"),
+        (
+            "bound = per_logit * max(10.0, largest)",
+            "bound = per_logit * 1e4 * max(10.0, largest)",
+            "wrong log-probabilities pass",
+        ),
+        ("torch.set_num_threads(threads)\n", "pass\n", "one thread from then on"),
+    ),
+    *_in(
+        "fusedpo/commands/plan.py",
+        "test_plan_command.py",
+        (
+            'given.device == "cpu" or given.dtype == "float64"',
+            'given.device == "cpu"',
+            "kernels for float64",
+        ),
+        ("min(cost.needed or 0 for", "max(cost.needed or 0 for", "more than the least budget"),
+        (
+            'cost["products"] < products:',
+            'cost["products"] <= products:',
+            "a route as dear is called cheaper",
+        ),
+        ("replace(work, tokens=fits or 1)", "work", "the breakdown of other lengths"),
+        (
+            '(("tokens", 1), ("pairs", 1), ("context", 0)',
+            '(("tokens", 0), ("pairs", 1), ("context", 0)',
+            "no tokens",
+        ),
+    ),
+    *_in(
+        "fusedpo/commands/train.py",
+        "test_cli.py -k 'not demo'",
+    ),
+    *_in(
+        "fusedpo/cli.py",
+        "test_cli.py -k 'not demo'",
+        (
+            "if jobs.ranks().first:\n            super",
+            "if True:\n            super",
+            "every process prints its help",
+            "test_cli.py -k prints_help",
+        ),
+    ),
+    *_in(
+        "fusedpo/report.py",
+        "test_report.py",
+        ("if before < at <= step]", "if before <= at <= step]", "a loss in two means"),
+        (
+            "max(way.hidden_gap, way.weight_gap)\n        table",
+            "way.hidden_gap\n        table",
+            "the larger gap is not shown",
+        ),
+        (
+            "for step, values in sorted(held_out.items())",
+            "for step, values in held_out.items()",
+            "evaluations in another order",
+        ),
+        (
+            '"loss" in entry:',
+            '"loss" in entry and "epoch" in entry:',
+            "losses without an epoch are lost",
+        ),
+        ('name not in ("step", "epoch")', 'name != "step"', "a mean of epochs"),
+        (
+            "found[name] = sum(values) / len(values)",
+            "found[name] = sum(values) / len(entries)",
+            "means over entries without it",
+        ),
+    ),
+    *_in(
+        "fusedpo/tables.py",
+        "test_tables.py",
+        ('cell.lstrip("-")[0].isdigit()', "cell[0].isdigit()", "negative numbers to the left"),
+        (
+            "cell.rjust(width) if number else cell.ljust(width)",
+            "cell.ljust(width)",
+            "numbers to the left",
+        ),
+        ("else _WIDTH_OF_A_FILE", "else 80", "numbers are cut"),
+        ("lines if any(columns) else rows", "lines", "a line of no names"),
+    ),
+    *_in(
+        "fusedpo/catalogue.py",
+        "test_tables.py",
+        ("if about.default is not None]", "]", "what is needed is called optional"),
+        ('"3 or 4" if loss.scope == "batch" else "3"', '"3"', "too few products"),
+        ("if not f.kw_only", "", "options of all losses"),
+    ),
+    *_in(
+        "fusedpo/backend.py",
+        "test_backend.py",
+        ("_LEAST_TRITON = (3, 6)", "_LEAST_TRITON = (3, 7)", "a Triton that will do is refused"),
+        ("if hidden.dtype != torch.float64:", "if True:", "a warning about float64"),
+        ("@functools.cache\ndef _warn_once", "def _warn_once", "a warning at every call"),
+    ),
+    *_in(
+        "fusedpo/logprobs.py",
+        "test_autograd.py test_objective.py -k 'twice or again or kept'",
+        (
+            "if _graph_is_kept():\n        return value.clone()",
+            "if False:\n        return value.clone()",
+            "what waits is given up though the graph is kept",
+        ),
+        (
+            "in_place = ctx.head.weight is None or weight.dtype == tiles.acc",
+            "in_place = ctx.head.weight is not None and weight.dtype == tiles.acc",
+            "a head's bias scaled twice",
+        ),
+    ),
+    *_in(
+        "kernels/tail.py",
+        "kernels/test_tail.py",
+        (
+            "slope = tl.where(x >= 1.0, 0.0, -1.0)",
+            "slope = tl.where(x > 1.0, 0.0, -1.0)",
+            "the hinge's slope at its corner",
+        ),
+    ),
+)
+
+FAULTS: tuple[Fault, ...] = (*_TRAINERS, *_RECIPES, *_LOSSES, *_CORE, *_PROGRAMS)
