@@ -471,6 +471,7 @@ def test_simpo_logs_averages_and_its_cross_entropy() -> None:
     counts = (data["labels"] >= 0).sum(-1)
     mean = out.logprobs.sum(-1) / counts
     assert out.metrics["logps/chosen"].item() == pytest.approx(mean[:3].mean().item(), rel=1e-5)
+    assert out.metrics["logps/rejected"].item() == pytest.approx(mean[3:].mean().item(), rel=1e-5)
     assert out.metrics["rewards/chosen"].item() == pytest.approx(
         2 * mean[:3].mean().item(), rel=1e-5
     )
@@ -489,6 +490,9 @@ def test_metrics_of_a_micro_batch_are_its_own() -> None:
         assert of_step.metrics[name].item() == value.item(), name
     nll = -own.logprobs[:3].sum() / counts[:3].sum()
     assert own.metrics["nll_loss"].item() == pytest.approx(nll.item(), rel=1e-5)
+    # pairs over pairs, and tokens over tokens
+    expected = own.per_example.sum() / 9 + nll * counts[:3].sum() / 77
+    assert of_step.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_loss_of_an_example_has_the_part_of_its_states() -> None:

@@ -197,6 +197,12 @@ def test_units_of_a_budget(text: str, size: int) -> None:
     assert parse_budget(text) == size
 
 
+@pytest.mark.parametrize("budget", [0, 0.5, -1, "0.5B", float("inf")])
+def test_a_budget_is_of_a_byte_at_least(budget: object) -> None:
+    with pytest.raises(ValueError, match=r"^memory_budget: expected a positive, finite number of"):
+        parse_budget(budget)  # type: ignore[arg-type]
+
+
 def test_a_wrong_budget_is_called_by_its_name() -> None:
     with pytest.raises(TypeError, match=r"^budget: expected a number or a text, got Plan; give"):
         plan(8, 10, 4, budget=plan(8, 10, 4))

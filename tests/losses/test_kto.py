@@ -24,6 +24,14 @@ def test_a_worked_example() -> None:
     assert found == pytest.approx([1.5 * 0.3775406687981454, 0.5 * 0.6224593312018546], rel=1e-12)
 
 
+def test_weights_keep_their_digits() -> None:
+    """0.7 and 0.1 are no numbers of single precision."""
+    weighted, plain = (
+        losses_of(loss, [True, False], [1.0]) for loss in (KTO(0.5, 0.7, 0.1), KTO(0.5))
+    )
+    assert (weighted / plain).tolist() == pytest.approx([0.7, 0.1], rel=1e-14)
+
+
 def test_the_reference_point_is_a_mean_and_not_below_zero() -> None:
     loss = KTO(0.5)
     of_mean = losses_of(loss, [True, False], [3.0, -1.0])

@@ -77,6 +77,13 @@ def test_a_batch_has_what_a_policy_loss_takes() -> None:
     assert batch["rewards"].tolist() == [1.0, 0.0]
 
 
+def test_equal_rewards_have_no_advantage_at_all() -> None:
+    """The mean of three times 0.1 is another number, which rounding leaves."""
+    rewards = torch.full((6,), 0.1, dtype=torch.float64)
+    for scale in ("group", "none"):
+        assert (group_advantages(rewards, 3, scale=scale) == 0).all()
+
+
 # pairs of the best and the worst
 
 SAMPLES = [["a", "b", "c", "d", "e"], ["f", "g"]]
