@@ -374,6 +374,15 @@ def test_a_shared_head_is_the_default_of_the_reference() -> None:
     )
 
 
+def test_a_reference_at_the_policys_head_has_its_bias() -> None:
+    data = batch(5, 3)
+    bias = torch.randn(VOCAB, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    args = (DPO(), data["hidden"], data["weight"], data["labels"])
+    out = preference_loss(*args, bias=bias, ref_hidden=data["hidden"].detach())
+    assert out.metrics["rewards/margins"].item() == 0.0
+    assert out.metrics["rewards/chosen"].item() == 0.0
+
+
 def test_a_reference_may_have_another_size() -> None:
     data = batch(0, 2)
     g = torch.Generator().manual_seed(9)
