@@ -813,6 +813,19 @@ def test_without_an_output_embedding_the_models_own_logits_are_made() -> None:
         model(input_ids=tokens(), labels=tokens(), fused=True)
 
 
+class MaskedExperts(Masked):
+    def forward(self, input_ids: Tensor) -> Any:
+        return types.SimpleNamespace(**vars(super().forward(input_ids)), aux_loss=torch.ones(()))
+
+
+def test_made_the_long_way_the_loss_of_experts_is_there_too() -> None:
+    model = MaskedExperts()
+    add_fused_head(model, unsupported="fallback")
+    with pytest.warns(UserWarning, match="its own logits are made instead"):
+        found = model(input_ids=tokens(), labels=tokens(), fused=True)
+    assert found.aux_loss is not None and found.aux_loss.item() == 1.0
+
+
 def test_made_the_long_way_all_statistics_are_there() -> None:
     model = Masked()
     add_fused_head(model, unsupported="fallback")

@@ -123,8 +123,18 @@ _TRAINERS = (
             "breaks": "means over processes",
             "equivalent": "sums and counts are both divided by the processes",
         },
-        ("self.pairs, self.sums = 0, {}", "self.sums = {}", "pairs counted since the start"),
-        ("aligned[0, cu_seqlens[1:] - 1]", "aligned[0, cu_seqlens[:-1]]", "labels cross borders"),
+        (
+            "self.pairs, self.sums = 0, {}",
+            "self.sums = {}",
+            "pairs counted since the start",
+            "trainers/test_transformers.py -k 'since_the_last or next_rows or no_part'",
+        ),
+        (
+            "aligned[0, cu_seqlens[1:] - 1]",
+            "aligned[0, cu_seqlens[:-1]]",
+            "labels cross borders",
+            "trainers/test_transformers.py -k 'since_the_last or next_rows or no_part'",
+        ),
         ("ref_model = copy.deepcopy(model)", "ref_model = model", "the reference is trained too"),
         ("with with_it, evaluating(subject), self", "with with_it, self", "reference with dropout"),
         (
@@ -136,12 +146,6 @@ _TRAINERS = (
             "        if model.training:\n            of_batch",
             "        if True:\n            of_batch",
             "evaluation in the training's means",
-        ),
-        (
-            'self.accelerator.reduce(counts, "mean")',
-            'self.accelerator.reduce(counts, "sum")',
-            "gradients divided by the processes twice",
-            "trainers/test_transformers.py -k two_processes",
         ),
         (
             "before = self.args.process_index * self.args.eval_batch_size",
@@ -156,7 +160,12 @@ _TRAINERS = (
             'trainers/test_transformers.py -k "repeated or first_examples"',
         ),
         ("config.dispatch_batches = False", "config.dispatch_batches = True", "batches are cut"),
-        ("self._eval_means = _Means()\n        output", "output", "evaluations are added up"),
+        (
+            "self._eval_means = _Means()\n        output",
+            "output",
+            "evaluations are added up",
+            "trainers/test_transformers.py -k 'since_the_last or next_rows or no_part'",
+        ),
         (
             'self._eval_means.add({"loss": loss, **metrics}, kept)',
             'self._eval_means.add({"loss": loss, **metrics}, count)',
@@ -346,30 +355,6 @@ _TRAINERS = (
         ('if "loss" in logs:', 'if "loss" not in logs:', "no training loss shown"),
     ),
     *_in(
-        "fusedpo/trainers/trl.py",
-        "trainers/test_trl.py",
-        (
-            "(mask.sum().clamp(min=1) if items is None else items)",
-            "mask.sum().clamp(min=1)",
-            "num_items_in_batch ignored",
-        ),
-        (
-            'averaged = orpo or self.loss_type in ("ipo", "simpo")',
-            'averaged = orpo or self.loss_type == "ipo"',
-            "SimPO of sums",
-        ),
-        (
-            '+ getattr(config, "router_aux_loss_coef", 0.0) * found.aux_loss',
-            "+ found.aux_loss",
-            "experts' loss without its weight",
-        ),
-        (
-            "mean + head.bias.mean(dtype=full)) * head.logit_scale",
-            "mean + head.bias.mean(dtype=full))",
-            "logged logits without the scale",
-        ),
-    ),
-    *_in(
         "fusedpo/trainers/trl_losses.py",
         "trainers/test_trl_losses.py",
         (
@@ -387,7 +372,12 @@ _TRAINERS = (
             'torch.cat([inputs["ref_rejected_logps"], inputs["ref_chosen_logps"]])',
             "references swapped",
         ),
-        ("(self.roles - 2) * len(rows)", "len(rows)", "no fourth role"),
+        (
+            "(self.roles - 2) * len(rows)",
+            "len(rows)",
+            "no fourth role",
+            "trainers/test_trl_losses.py -k 'those_of_the_roles or comes_with_samples'",
+        ),
         (
             'self.current_gradient_accumulation_steps if mode == "train" else 1',
             "self.current_gradient_accumulation_steps",
@@ -402,6 +392,7 @@ _TRAINERS = (
             'mask * inputs["tool_mask"] if "tool_mask" in inputs else mask',
             "mask",
             "tokens of tools are trained on",
+            "trainers/test_trl_losses.py -k 'those_of_the_roles or comes_with_samples'",
         ),
         (
             'if loss.entropy_bonus:\n                counts["num_tokens"] = scored.sum().clamp(min=1) * share',
@@ -1048,12 +1039,6 @@ _CORE = (
             "breaks": "an example's rows in another order",
             "equivalent": "rows come by role, and the sort is stable",
         },
-        (
-            "here if parts is None else here + parts.before",
-            "here if True else here + parts.before",
-            "positions begin anew on each rank",
-            "distributed/test_sequences.py",
-        ),
     ),
     *_in(
         "fusedpo/scores.py",
@@ -1148,12 +1133,6 @@ _CORE = (
             "the scale before the cap",
         ),
         ('checks.positive("logit_scale", self.logit_scale)', "pass", "a scale of 0"),
-        (
-            "self.shard.largest",
-            "self.shard.total",
-            "every rank plans for all",
-            "distributed/test_vocabulary.py",
-        ),
     ),
     *_in(
         "fusedpo/fused_head.py",
@@ -1178,6 +1157,7 @@ _CORE = (
             "8 * max(eps, experiment.eps) + 1e-5)",
             "8 * max(eps, experiment.eps) + 1e-1)",
             "another head is taken",
+            "test_fused_head.py -k 'almost or longer or long_way or experts'",
         ),
         (
             "-(logp.exp() * logp.clamp(min=-1e4)).sum(-1)",
@@ -1198,11 +1178,13 @@ _CORE = (
             'getattr(output, "aux_loss", None)\n\n    def run',
             "None\n\n    def run",
             "no auxiliary loss from logits",
+            "test_fused_head.py -k 'almost or longer or long_way or experts'",
         ),
         (
             "weight, bias = weight[: self.vocab], None if bias is None else bias[: self.vocab]",
             "weight = weight[: self.vocab]",
             "a bias that is too long",
+            "test_fused_head.py -k 'almost or longer or long_way or experts'",
         ),
     ),
     *_in(
@@ -1251,19 +1233,6 @@ _CORE = (
             "return own",
             "a sum for a mean",
             "distributed/test_sequences.py -k 'denominators or count'",
-        ),
-        ("every[:rank].sum(0)", "every[: rank + 1].sum(0)", "positions too late"),
-        ("owner = [max(", "owner = [min(", "states of a token before the last"),
-        (
-            "most = -(-vocab // ranks)",
-            "most = vocab // ranks",
-            "uneven DTensors are refused",
-            "distributed/test_vocabulary.py",
-        ),
-        (
-            "return group if dist.get_world_size(group) > 1 else None",
-            "return group",
-            "a group of one is a group",
         ),
     ),
     *_in(
