@@ -56,7 +56,11 @@ def test_every_way_gives_the_same_loss(problem):
 
 
 def test_scored_tokens_are_counted():
-    assert batch(SimPO()).scored == 2 * PAIRS * 5 - 2
+    problem = batch(SimPO())
+    assert problem.scored == 2 * PAIRS * 5 - 2
+    # nothing predicts a first token
+    problem.labels[:, 0] = 7
+    assert problem.scored == 2 * PAIRS * 5 - 2
 
 
 def test_small_budget_is_the_fraction_or_the_least_that_will_do():
