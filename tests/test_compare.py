@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fusedpo.compare as compare_module
 from fusedpo.compare import (
     FULL,
     FUSED,
@@ -61,6 +62,21 @@ def test_scored_tokens_are_counted():
     # nothing predicts a first token
     problem.labels[:, 0] = 7
     assert problem.scored == 2 * PAIRS * 5 - 2
+
+
+def test_gradients_are_apart_by_their_largest_difference():
+    """Over the largest entry of the one that is compared."""
+    assert (
+        compare_module._gap(torch.tensor([1.0, 2.0, -4.0]), torch.tensor([1.0, 2.0, -3.0])) == 0.25
+    )
+
+
+def test_what_is_run_first_is_one_pair():
+    problem = batch(DPO(), reference=True)
+    small = compare_module._small(problem)
+    assert torch.equal(small.labels, problem.labels[[0, PAIRS]])
+    assert torch.equal(small.hidden, problem.hidden[[0, PAIRS]])
+    assert torch.equal(small.ref_logprobs, problem.ref_logprobs[[0, PAIRS]])
 
 
 def test_small_budget_is_the_fraction_or_the_least_that_will_do():

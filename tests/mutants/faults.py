@@ -1270,7 +1270,7 @@ _CORE = (
 _PROGRAMS = (
     *_in(
         "fusedpo/compare.py",
-        "test_compare.py",
+        "test_compare.py -k 'not memory and not fails'",
         (
             "(self.labels[:, 1:] != IGNORED).sum()",
             "(self.labels != IGNORED).sum()",

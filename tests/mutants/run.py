@@ -140,7 +140,7 @@ def _pytest(root: Path, arguments: list[str], log: Path) -> None:
         sys.exit(f"{found}: expected the copy in {root}")
     import pytest
 
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(root)]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(root)]
     code = int(pytest.main([*options, *arguments]))
     sys.stdout.flush()
     os._exit(code)
