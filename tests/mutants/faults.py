@@ -1068,12 +1068,14 @@ _CORE = (
             "bias=None,",
             "the reference without the bias",
         ),
-        (
-            'own = replace(policy_plan, route="forward")',
-            "own = policy_plan.budget",
-            "equal policies differ by rounding",
-            "test_objective.py -k equal_policies",
-        ),
+        {
+            "old": 'own = replace(policy_plan, route="forward")',
+            "new": "own = policy_plan.budget",
+            "breaks": "policy and reference are planned apart",
+            "tests": "test_objective.py -k equal_policies",
+            "unseen": "the planner finds the same tile, unless the policy's entropy is looked at too and "
+            "the budget cuts the tile",
+        },
         (
             "rows.gather(reference.logprobs.double())",
             "rows.gather(reference.logprobs.half())",
