@@ -516,7 +516,7 @@ def test_the_loss_of_an_example_has_the_part_of_its_states() -> None:
     states = torch.stack([h[i] for h, i in zip(data["hidden"], places, strict=True)]).detach()
     unit = torch.nn.functional.normalize(states, dim=-1)
     added = -0.5 * (unit[:3] - unit[3:]).square().sum(-1)
-    assert torch.allclose(out.per_example, plain.per_example + added, rtol=1e-5)
+    assert relative(out.per_example, plain.per_example + added) < 1e-5
     assert out.per_example.mean().item() == pytest.approx(out.loss.item(), rel=1e-6)
 
 
