@@ -101,8 +101,8 @@ _TRAINERS = (
             "the last rows are lost",
         ),
         (
-            "text(row.prompt, True)",
-            "text(row.prompt, False)",
+            "text(prompt, True)",
+            "text(prompt, False)",
             "no start of an answer in the prompt",
         ),
         ("enumerate(file, start=1)", "enumerate(file)", "lines counted from 0"),
@@ -135,7 +135,7 @@ _TRAINERS = (
             "labels cross borders",
             "trainers/test_transformers.py -k 'since_the_last or next_rows or no_part'",
         ),
-        ("ref_model = copy.deepcopy(model)", "ref_model = model", "the reference is trained too"),
+        ("reference = _frozen_copy(model)", "reference = model", "the reference is trained too"),
         ("with with_it, evaluating(subject), self", "with with_it, self", "reference with dropout"),
         (
             "weight * self._examples(batch) / step_counts[0]",
@@ -148,7 +148,7 @@ _TRAINERS = (
             "evaluation in the training's means",
         ),
         (
-            "before = self.args.process_index * self.args.eval_batch_size",
+            "before = self.args.process_index * size",
             "before = 0",
             "repeated rows are counted",
             'trainers/test_transformers.py -k "repeated or first_examples"',
@@ -161,8 +161,8 @@ _TRAINERS = (
         ),
         ("config.dispatch_batches = False", "config.dispatch_batches = True", "batches are cut"),
         (
-            "self._eval_means = _Means()\n        output",
-            "output",
+            "self._eval_means = _Means()\n        halves",
+            "halves",
             "evaluations are added up",
             "trainers/test_transformers.py -k 'since_the_last or next_rows or no_part'",
         ),
@@ -237,7 +237,7 @@ _TRAINERS = (
         ),
         ("max_length=max(lengths)", "max_length=min(lengths)", "responses are cut"),
         (
-            "if about.default is None or any(row.get(name) is not None for row in rows[:1])",
+            "if about.default is None or any(row.get(name) is not None for row in rows)",
             "if about.default is None",
             "optional columns are dropped",
         ),
@@ -248,21 +248,22 @@ _TRAINERS = (
             "test_files.py trainers/test_methods.py",
         ),
         (
-            "rows[0].get(semantic.SIMILARITY) is None",
-            "not rows[0].get(semantic.SIMILARITY)",
+            "all(row.get(semantic.SIMILARITY) is None for row in rows)",
+            "not any(row.get(semantic.SIMILARITY) for row in rows)",
             "a similarity of 0 is replaced",
         ),
         ('list(row["chosen_ids"])', 'list(row["prompt_ids"])', "rewards for repeating the prompt"),
         ("            updates=self.updates,\n", "", "updates ignored"),
         ("            temperature=self.temperature,\n", "", "temperature ignored"),
         ("ShortToLongCollator(pad, both=loss.both)", "ShortToLongCollator(pad)", "no fourth role"),
-        ("            ema_decay=self.ema_decay,\n", "", "ema_decay ignored"),
-        ("            sample_every=self.sample_every,\n", "", "sample_every ignored"),
-        ("            buffer_size=self.buffer_size,\n", "", "buffer_size ignored"),
-        ("            segment_length=self.segment_length,\n", "", "segment_length ignored"),
         (
-            "            seed=args.seed,\n        )\n        pad",
-            "        )\n        pad",
+            "return recipe.Settings(**own, **others)",
+            "return recipe.Settings(**others)",
+            "settings ignored",
+        ),
+        (
+            "self.settings(max_length=max(lengths), seed=args.seed)",
+            "self.settings(max_length=max(lengths))",
             "the run's seed ignored",
         ),
         ("or value < least:", "or value <= least:", "the least is refused"),
@@ -437,7 +438,7 @@ _RECIPES = (
         },
         ("+= start / len(response)", "+= start / len(rejected)", "a share of something else"),
         ("if updates != updates_of_first:", "if updates < updates_of_first:", "files of two saves"),
-        ("({} if self.rank else average)", "average", "every rank saves the average"),
+        ("({} if self.rank else weights)", "weights", "every rank saves the average"),
         (
             "seed=int(self._rng.integers(2**31))",
             "seed=self.settings.seed",
@@ -460,8 +461,8 @@ _RECIPES = (
             "samples with dropout",
         ),
         (
-            "optimizer.step()\n        source.after_step(model)\n        if",
-            "source.after_step(model)\n        optimizer.step()\n        if",
+            "optimizer.step()\n        source.after_step(model)\n        history",
+            "source.after_step(model)\n        optimizer.step()\n        history",
             "the average is a step behind",
         ),
         (
@@ -814,8 +815,8 @@ _LOSSES = (
             "the short one logged as the long",
         ),
         (
-            "self.base.alignment_reward(short)\n        return (reward.detach()",
-            "self.base.reward(short)\n        return (reward.detach()",
+            "self._apart(self.base.alignment_reward, short, long)",
+            "self._apart(self.base.reward, short, long)",
             "another reward aligned",
         ),
         (
@@ -1069,8 +1070,8 @@ _CORE = (
             "the reference without the bias",
         ),
         {
-            "old": 'own = replace(policy_plan, route="forward")',
-            "new": "own = policy_plan.budget",
+            "old": "backend=backend, like=policy_plan",
+            "new": "backend=backend",
             "breaks": "policy and reference are planned apart",
             "tests": "test_objective.py -k equal_policies",
             "unseen": "the planner finds the same tile, unless the policy's entropy is looked at too and "
@@ -1150,14 +1151,14 @@ _CORE = (
             "the experiment changes buffers",
         ),
         (
-            "with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), evaluating",
-            "with torch.no_grad(), evaluating",
+            "with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):",
+            "with torch.no_grad():",
             "the experiment draws random numbers",
         ),
         ("or module.merged:", "or False:", "merged adapters count twice"),
         (
-            "8 * max(eps, experiment.eps) + 1e-5)",
-            "8 * max(eps, experiment.eps) + 1e-1)",
+            "bound = 8 * max(eps, experiment.eps) + 1e-5",
+            "bound = 8 * max(eps, experiment.eps) + 1e-1",
             "another head is taken",
             "test_fused_head.py -k 'almost or longer or long_way or experts'",
         ),
@@ -1172,7 +1173,7 @@ _CORE = (
             "a copy runs the other's forward",
         ),
         (
-            "own.model, own.known = copied, dict(self.known)",
+            "own.model = copied",
             "own.model = self.model",
             "a copy runs the other's weights",
         ),
@@ -1362,8 +1363,8 @@ _PROGRAMS = (
         ),
         ("replace(work, tokens=fits or 1)", "work", "the breakdown of other lengths"),
         (
-            '(("tokens", 1), ("pairs", 1), ("context", 0)',
-            '(("tokens", 0), ("pairs", 1), ("context", 0)',
+            '"tokens": (1, 10**9)',
+            '"tokens": (0, 10**9)',
             "no tokens",
         ),
     ),
