@@ -23,8 +23,13 @@ from summary import note, pytest_runtest_makereport, pytest_terminal_summary  # 
 import fusedpo.logprobs
 import fusedpo.sweeps
 
+# FUSEDPO_TEST_EXAMPLES=8: fewer, where every new shape is compiled (benchmarks/gpu.sh)
 hypothesis.settings.register_profile(
-    "default", deadline=None, derandomize=True, max_examples=30, print_blob=True
+    "default",
+    deadline=None,
+    derandomize=True,
+    max_examples=int(os.environ.get("FUSEDPO_TEST_EXAMPLES", "30")),
+    print_blob=True,
 )
 hypothesis.settings.load_profile("default")
 torch.set_num_threads(1)

@@ -222,7 +222,7 @@ def test_finished_rows_go_to_their_places(
 
 
 @pytest.mark.holds(1)
-@settings(max_examples=25)
+@settings(max_examples=min(25, settings.default.max_examples))
 @given(
     seed=st.integers(0, 10_000),
     rows=st.integers(1, 6),
