@@ -3,9 +3,13 @@
 Everything timed is a ratio to something timed in the same rounds. Sections:
 
     smoke    whether every route gives what float64 gives; if one does not, nothing else is run
-    routes   forward and backward by every route, over the bare products it is made of
-    tail     from log-probabilities to losses: one launch, and PyTorch with autograd
+    products the products of a tile over those at full size, by the tile's rows and columns
+    bits     whether 2000 folds are what one warp makes of them, and the routes agree in fp32
     kernels  every kernel over its own floor
+    folds    the fold in other ways, over a copy
+    routes   forward and backward by every route, over the bare products it is made of
+    trace    how many kernels a step launches, and for how long the device has none
+    tail     from log-probabilities to losses: one launch, and PyTorch with autograd
     shapes   the ratio from few rows to many, and from small vocabularies to large
     memory   bytes beyond the outputs, planned and held; waits of the host for the device
 
@@ -38,9 +42,13 @@ if TYPE_CHECKING:
 # seconds of each section; together under seven minutes
 SECONDS = {
     "smoke": 25.0,
-    "routes": 120.0,
-    "tail": 40.0,
-    "kernels": 70.0,
+    "products": 20.0,
+    "bits": 15.0,
+    "kernels": 50.0,
+    "folds": 15.0,
+    "routes": 90.0,
+    "trace": 15.0,
+    "tail": 25.0,
     "shapes": 110.0,
     "memory": 50.0,
 }
@@ -83,13 +91,17 @@ def setting_of(device: str, *, quick: bool, dry: bool) -> Setting:
 
 
 def sections() -> Mapping[str, Callable[..., Section]]:
-    from fusedpo.benchmarks import kernels, routes, smoke
+    from fusedpo.benchmarks import kernels, probes, routes, smoke
 
     return {
         "smoke": smoke.smoke,
-        "routes": routes.routes,
-        "tail": kernels.tail,
+        "products": probes.products,
+        "bits": probes.bits,
         "kernels": kernels.kernels,
+        "folds": probes.folds,
+        "routes": routes.routes,
+        "trace": probes.trace,
+        "tail": kernels.tail,
         "shapes": routes.shapes,
         "memory": routes.memory,
     }
@@ -172,8 +184,8 @@ def failures(answer: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [name for name in names if "failed" in answer[name] or answer[name]["wrong"]]
 
 
-def summary(answer: Mapping[str, Any], names: Sequence[str], most: int = 44) -> list[str]:
-    """At most so many lines: what is wrong first, then a line of numbers a row."""
+def summary(answer: Mapping[str, Any], names: Sequence[str], most: int = 47) -> list[str]:
+    """At most so many lines: what is wrong first, then a line of numbers a row but the details."""
     lines = []
     for name in names:
         if failed := answer[name].get("failed"):
@@ -186,7 +198,8 @@ def summary(answer: Mapping[str, Any], names: Sequence[str], most: int = 44) -> 
     if right:
         worst = max(error for row in right for error in row["errors"].values())
         lines.append(f"smoke: {len(right)} checks, worst error {worst:.2g} of its bound")
-    lines += [_line(name, row) for name, row in rows if name != "smoke"]
+    shown = [(name, row) for name, row in rows if name != "smoke" and not row.get("detail")]
+    lines += [_line(name, row) for name, row in shown]
     lines = [line[:160] for line in lines]
     if len(lines) > most:
         lines[most - 1 :] = [f"{len(lines) - most + 1} lines more in the answers"]
@@ -206,6 +219,12 @@ _NUMBERS = (
     ("host_seconds", "us host", 1e6),
     ("held_bytes", "MiB held", 2.0**-20),
     ("planned_bytes", "MiB planned", 2.0**-20),
+    ("different", "different", 1.0),
+    ("total", "in all", 1.0),
+    ("kernels", "kernels", 1.0),
+    ("busy_seconds", "us busy", 1e6),
+    ("gap_seconds", "us of gaps", 1e6),
+    ("largest_gap_seconds", "us the largest", 1e6),
 )
 
 
@@ -220,8 +239,8 @@ def _line(section: str, row: Mapping[str, Any]) -> str:
     for route, ratio in (row.get("ratios") or {}).items():
         if ratio is not None:
             numbers.append(f"{route} {ratio:.3f} x its products")
-    missing = [str(row["missing"])] if row.get("missing") else []
-    return f"{section}: {' '.join(words)}: {', '.join(numbers + missing) or '-'}"
+    said = [str(row[key]) for key in ("words", "missing") if row.get(key)]
+    return f"{section}: {' '.join(words)}: {', '.join(numbers + said) or '-'}"
 
 
 def missed(answer: Mapping[str, Any], names: Sequence[str]) -> list[str]:

@@ -5,7 +5,8 @@
 #
 #     call     part     what                                                        seconds at most
 #     first    bench    python -m fusedpo.benchmarks.gpu: whether every route is    180
-#                       right, and nothing more if one is not; routes, kernels, tail
+#                       right, and nothing more if one is not; products of tiles,
+#                       bits, kernels, folds, routes, trace, tail
 #              tune     python -m fusedpo.kernels.tune                              45
 #     second   tests    tests/gpu: the engine on the device                         110
 #              kernels  tests/kernels: the kernels, compiled                        90
@@ -102,8 +103,9 @@ tests() {
 }
 
 first() {
-    local sizes=(--seconds 170 --only smoke,kernels,routes,tail) tiles=(--seconds 40 --rounds 10)
-    [ -z "$dry" ] || sizes=(--dry-run --only smoke,kernels,routes,tail) tiles=(--dry-run)
+    local which=smoke,products,bits,kernels,folds,routes,trace,tail
+    local sizes=(--seconds 170 --only "$which") tiles=(--seconds 40 --rounds 10)
+    [ -z "$dry" ] || sizes=(--dry-run --only "$which") tiles=(--dry-run)
     part bench 180 "$python" -m fusedpo.benchmarks.gpu "${sizes[@]}" --json "$work/gpu.json"
     if grep -qs "^smoke FAILED" "$work/bench.log"; then
         verdicts+=("a route is wrong: nothing else was run")
@@ -123,6 +125,8 @@ second() {
         sizes=(--dry-run --only shapes,memory)
         which=(tests/kernels/test_tail.py -k links_with_their_options)
     fi
+    # examples of a property are of new shapes, most of which are compiled anew
+    export FUSEDPO_TEST_EXAMPLES=8
     tests tests 110 tests/gpu
     tests kernels 90 "${which[@]}"
     part more 80 "$python" -m fusedpo.benchmarks.gpu "${sizes[@]}" --json "$work/more.json"
@@ -133,7 +137,7 @@ table() {
     grep -hE "^(FAILED|ERROR) " "$work"/*.log | cut -c 1-160 | head -10 || true
     for log in bench more; do
         [ ! -f "$work/$log.log" ] || sed -n '/^=== summary/,$p' "$work/$log.log" | sed 1d
-    done | head -44
+    done | head -47
     printf '%s\n' "${verdicts[@]}"
 }
 

@@ -32,6 +32,9 @@ TAIL_SPEEDUP = 8.0
 _ROTATED_BYTES = 256 * MIB
 _COPY_BYTES = 1024 * MIB
 
+# of which another row, or section, says enough for a summary
+_DETAILS = ("settle, none moved", "row gather", "row scatter", "tail, SimPO")
+
 COLUMNS = ("kernel", "shape", "us", "floor us", "of the floor", "bound by")
 
 
@@ -199,6 +202,7 @@ def kernels(setting: Setting, deadline: Deadline) -> Section:
             what=f"{shape.positions} x {shape.vocab} x {shape.hidden}",
             seconds=times_of[name].median,
             flop_per_second=speed,
+            detail=True,  # routes.py shows them
         )
     for kernel in found:
         if kernel.name in missing:
@@ -259,6 +263,7 @@ def _report(
         share_of_floor=quotient(floor, seconds),
         bound_by="products" if (by_flop or 0.0) > (by_bytes or 0.0) else "bytes",
         missing=taken.missing,
+        detail=kernel.name in _DETAILS,
     )
 
 

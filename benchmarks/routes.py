@@ -300,6 +300,8 @@ def _report(
             "differences": differences,
             "plan": None if chosen is None else str(chosen),
             "missing": taken.missing,
+            # PyTorch's definitions of the kernels
+            "detail": name.endswith(", torch"),
         },
         name,
         number(taken.median, 1e3),

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,12 +26,12 @@ from torch import Tensor
 
 import fusedpo
 from fusedpo import tables
-from fusedpo.benchmarks import gpu, kernels, measure, smoke, sweep, worker
+from fusedpo.benchmarks import gpu, kernels, measure, probes, routes, smoke, sweep, worker
 from fusedpo.benchmarks.formulas import FORMULAS, WITH_REFERENCE
 from fusedpo.benchmarks.peers import PEERS, Unsupported, by_formula, full_logits, step, why_not
 from fusedpo.benchmarks.section import Section, Setting
 from fusedpo.benchmarks.shapes import MIB, TINY, Case, Inputs, Shape, head_of, make_inputs
-from fusedpo.kernels.timing import Deadline
+from fusedpo.kernels.timing import Clock, Deadline, Measured
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-5
@@ -918,6 +919,78 @@ def test_the_first_question_rejects_wrong_gradients(
             assert check()["hidden"] > 1.0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter")
+@pytest.mark.parametrize("what", ["nothing", "rest", "exponentials", "log-probabilities"])
+def test_other_bits_are_seen(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a row that one warp did not rescale, or took relative to another shift; of a route."""
+    pytest.importorskip("triton")
+    from fusedpo.kernels import logit_tile_triton
+
+    fold, forward = logit_tile_triton.fold, routes.Way.forward
+
+    def late(x: Tensor, *arguments: Any, out: Tensor, rest: Tensor) -> None:
+        fold(x, *arguments, out=out, rest=rest)
+        (rest if what == "rest" else out)[-1, :5] += 1.0
+
+    def other(way: routes.Way, *arguments: Any) -> fusedpo.LossOutput:
+        found = forward(way, *arguments)
+        found.logprobs[0, 0] += float(way.route == "retain")
+        return found
+
+    setting = gpu.setting_of("cpu", quick=False, dry=True)
+    if what == "log-probabilities":
+        monkeypatch.setattr(routes.Way, "forward", other)
+        expected = [0, 1]
+    elif what == "nothing":
+        expected = [0, 0]
+    else:
+        # the routes' own are another question
+        monkeypatch.setattr(probes, "_of_routes", lambda *_: [("none", 0, 0)])
+        monkeypatch.setattr(logit_tile_triton, "fold", late)
+        expected = [4, 0]
+    section = probes.bits(setting, Deadline(100.0))
+    assert [row["different"] for row in section.rows] == expected
+    assert len(section.wrong) == sum(map(bool, expected)) and not section.ran_out
+
+
+def test_products_of_tiles_are_judged_by_their_operations() -> None:
+    """Half as fast where a tile has 96 columns, and else as fast as the whole."""
+
+    class Known(Clock):
+        def interleaved(self, functions: Any, *_: Any, **__: Any) -> dict[str, Measured]:
+            found = {}
+            for name, function in functions.items():
+                function()
+                rows, columns = name.split()[-2:] if name[-1].isdigit() else (whole, 0.25)
+                size = float(rows) * 4 * float(columns) * (1 + (columns == "96"))
+                found[name] = Measured(seconds=[size])
+            return found
+
+    setting = gpu.setting_of("cpu", quick=False, dry=True)
+    whole = setting.shape.positions * setting.shape.vocab
+    section = probes.products(replace(setting, clock=Known("cpu")), Deadline(100.0))
+    for row in section.rows:
+        for columns, ratios in row["by_columns"].items():
+            assert ratios == pytest.approx([2.0 if columns == 96 else 1.0] * 3)
+    assert len(section.rows) == 8 and not section.wrong
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of operators")
+def test_a_trace_tells_work_from_gaps() -> None:
+    a = torch.ones(300, 300)
+
+    def step() -> None:
+        a.mul(a)
+        time.sleep(0.03)
+        a.add(a)
+
+    found = probes._gaps(gpu.setting_of("cpu", quick=False, dry=True), step)
+    assert found["kernels"] == 2 and set(found["by_name"]) == {"aten::mul", "aten::add"}
+    assert 0.03 <= found["largest_gap_seconds"] == found["gap_seconds"]
+    work = sum(kind["seconds"] for kind in found["by_name"].values())
+    assert found["busy_seconds"] == pytest.approx(work, abs=1e-6)
+
+
 @pytest.mark.parametrize("failure", [None, KeyboardInterrupt(), ValueError("no kernel")])
 def test_nothing_is_measured_where_a_route_is_wrong(
     failure: BaseException | None, monkeypatch: pytest.MonkeyPatch
@@ -942,12 +1015,13 @@ def test_nothing_is_measured_where_a_route_is_wrong(
 
 def test_a_summary_is_short_and_begins_with_what_is_wrong() -> None:
     rows = [{"name": f"way {i}", "seconds": 1e-3 * i, "ratio": 1.25} for i in range(99)]
+    rows.insert(1, {"name": "a detail", "detail": True})
     answer = {"routes": {"rows": rows, "wrong": ["recompute: no"], "ran_out": ["Liger"]}}
     lines = gpu.summary(answer, ["routes"])
-    assert len(lines) == 44 and lines[0] == "routes: WRONG: recompute: no"
+    assert len(lines) == 47 and lines[0] == "routes: WRONG: recompute: no"
     assert lines[1] == "routes: no time was left for Liger"
     assert lines[3] == "routes: way 1: 1000 us, 1.25 x its products"
-    assert lines[-1] == "58 lines more in the answers"
+    assert lines[-1] == "55 lines more in the answers"
 
 
 def test_a_dry_run_is_none_of_the_results() -> None:
