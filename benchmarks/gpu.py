@@ -9,6 +9,7 @@ Everything timed is a ratio to something timed in the same rounds. Sections:
     folds    the fold in other ways, over a copy
     routes   forward and backward by every route, over the bare products it is made of
     trace    how many kernels a step launches, and for how long the device has none
+    experiment  exponentials straight from the product, over a bare product
     tail     from log-probabilities to losses: one launch, and PyTorch with autograd
     shapes   the ratio from few rows to many, and from small vocabularies to large
     memory   bytes beyond the outputs, planned and held; waits of the host for the device
@@ -44,12 +45,13 @@ SECONDS = {
     "smoke": 25.0,
     "products": 20.0,
     "bits": 15.0,
-    "kernels": 50.0,
+    "kernels": 45.0,
     "folds": 15.0,
-    "routes": 90.0,
+    "routes": 85.0,
     "trace": 15.0,
+    "experiment": 20.0,
     "tail": 25.0,
-    "shapes": 110.0,
+    "shapes": 100.0,
     "memory": 50.0,
 }
 
@@ -101,6 +103,7 @@ def sections() -> Mapping[str, Callable[..., Section]]:
         "folds": probes.folds,
         "routes": routes.routes,
         "trace": probes.trace,
+        "experiment": probes.experiment,
         "tail": kernels.tail,
         "shapes": routes.shapes,
         "memory": routes.memory,
@@ -214,6 +217,7 @@ _NUMBERS = (
     ("ratio", "x its products", 1.0),
     ("predicted_ratio", "predicted", 1.0),
     ("share_of_floor", "of its floor", 1.0),
+    ("of_product", "of the bare product's speed", 1.0),
     ("bytes_per_second", "GB/s", 1e-9),
     ("flop_per_second", "TFLOP/s", 1e-12),
     ("host_seconds", "us host", 1e6),

@@ -6,7 +6,8 @@
 #     call     part     what                                                        seconds at most
 #     first    bench    python -m fusedpo.benchmarks.gpu: whether every route is    180
 #                       right, and nothing more if one is not; products of tiles,
-#                       bits, kernels, folds, routes, trace, tail
+#                       bits, kernels, folds, routes, trace, tail,
+#                       and an experiment
 #              tune     python -m fusedpo.kernels.tune                              45
 #     second   tests    tests/gpu: the engine on the device                         110
 #              kernels  tests/kernels: the kernels, compiled                        90
@@ -103,7 +104,7 @@ tests() {
 }
 
 first() {
-    local which=smoke,products,bits,kernels,folds,routes,trace,tail
+    local which=smoke,products,bits,kernels,folds,routes,trace,tail,experiment
     local sizes=(--seconds 170 --only "$which") tiles=(--seconds 40 --rounds 10)
     [ -z "$dry" ] || sizes=(--dry-run --only "$which") tiles=(--dry-run)
     part bench 180 "$python" -m fusedpo.benchmarks.gpu "${sizes[@]}" --json "$work/gpu.json"

@@ -33,7 +33,7 @@ _ROTATED_BYTES = 256 * MIB
 _COPY_BYTES = 1024 * MIB
 
 # of which another row, or section, says enough for a summary
-_DETAILS = ("settle, none moved", "row gather", "row scatter", "tail, SimPO")
+_DETAILS = ("settle, none moved", "finish", "row gather", "row scatter", "tail, SimPO")
 
 COLUMNS = ("kernel", "shape", "us", "floor us", "of the floor", "bound by")
 

@@ -170,7 +170,7 @@ def edited(names: Sequence[str]) -> Iterator[dict[str, ModuleType]]:
 def bits(setting: Setting, deadline: Deadline) -> Section:
     """Folds against one by a single warp, which cannot race; routes in fp32 against forward."""
     section = Section("different bits", ("what", "different", "of"))
-    for what, ask in (("folds", _of_folds), ("routes in fp32", _of_routes)):
+    for what, ask in (("folds", _of_folds), ("routes in fp32, from forward", _of_routes)):
         if deadline.over:
             section.ran_out.append(what)
             continue
@@ -230,7 +230,7 @@ def _of_routes(setting: Setting, deadline: Deadline) -> Iterator[tuple[str, int,
         chosen = way.plan(exact, shape)
         got = way.forward(chosen, shape, inputs).logprobs.detach()
         truth = got if truth is None else truth
-        name = f"{way}, tile {chosen.rows} x {chosen.cols}, against forward"
+        name = f"{way.route}, tile {chosen.rows} x {chosen.cols}"
         if way.route != "forward":
             yield name, int((got != truth).sum()), got.numel()
 
@@ -300,6 +300,66 @@ def folds(setting: Setting, deadline: Deadline) -> Section:
             number(share),
         )
     return section
+
+
+def experiment(setting: Setting, deadline: Deadline) -> Section:
+    """product_exp.py by several tiles, whether it is right, and its speed over a bare product's."""
+    from fusedpo.benchmarks.product_exp import ExpTile, product_exp
+
+    section = Section("experiment: exponentials from the product", ("tile", "ms", "of its speed"))
+    shape, small = setting.shape, Shape(1, 152, 256, 1008)
+    tiles = [ExpTile(), ExpTile(stages=4), ExpTile(columns=128, stages=4), ExpTile(64, warps=4)]
+    if setting.dry:
+        small, tiles = Shape(1, 20, 64, 200), [ExpTile(16, 64, 32, warps=4, stages=2, group=2)]
+    inputs = make_inputs(routes.case_of(setting, shape))
+    states, head = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach()
+    labels, shift = inputs.labels.flatten(), torch.full((len(states),), 5.0, device=setting.device)
+    out = torch.empty(len(states), shape.vocab // 8 * 8, dtype=states.dtype, device=states.device)
+    head, labels = head[: out.shape[1]], labels.clamp(max=out.shape[1] - 1)
+    bare = routes.bare_products(setting, inputs)["hidden W^T"]
+    functions: dict[str, Callable[[], object]] = {"hidden W^T": bare}
+    for tile in tiles:
+        if deadline.over:
+            section.ran_out.append(str(tile))
+            continue
+        try:
+            error = _error_of_product_exp(setting, small, tile)
+        except Exception as failure:
+            section.wrong.append(f"{tile}: {type(failure).__name__}: {failure}")
+            continue
+        if not error <= 1.0:
+            section.wrong.append(f"{tile}: its error is {error:.1e} of the bound")
+        functions[str(tile)] = lambda tile=tile: product_exp(states, head, labels, shift, out, tile)
+    times = setting.clock.interleaved(functions, setting.rounds, deadline)
+    taken = {name: t.median for name, t in times.items() if name in map(str, tiles)}
+    best = min(taken, key=lambda name: taken[name] or float("inf"), default=None)
+    for name, seconds in taken.items():
+        speed = quotient(times["hidden W^T"].median, seconds)
+        section.add(
+            {"name": name, "seconds": seconds, "of_product": speed, "detail": name != best},
+            name,
+            number(seconds, 1e3),
+            number(speed),
+        )
+    return section
+
+
+def _error_of_product_exp(setting: Setting, shape: Shape, tile: Any) -> float:
+    """The larger of the errors of sums and exponentials against float64, over their bounds."""
+    from fusedpo.benchmarks.product_exp import product_exp
+
+    inputs = make_inputs(routes.case_of(setting, shape))
+    states, head = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach()
+    labels = inputs.labels.flatten()
+    logits = states.double() @ head.double().T
+    shift = logits.amax(1).float() - 1.0
+    exact = (logits - shift.double().unsqueeze(1)).exp().scatter(1, labels.unsqueeze(1), 0.0)
+    out = torch.full(logits.shape, 7.0, device=setting.device).to(states.dtype)
+    total = product_exp(states, head, labels, shift, out, tile)
+    of_sums = (total.double() / exact.sum(1) - 1).abs().max() / 1e-5
+    # rounded, or cut off as Triton's interpreter does it
+    bounds = torch.finfo(out.dtype).eps * exact + 1e-5
+    return float(torch.maximum(of_sums, ((out.double() - exact).abs() / bounds).max()))
 
 
 def trace(setting: Setting, deadline: Deadline) -> Section:

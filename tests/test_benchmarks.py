@@ -953,6 +953,36 @@ def test_other_bits_are_seen(what: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(section.wrong) == sum(map(bool, expected)) and not section.ran_out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter")
+def test_the_experiment_is_right_and_faults_of_it_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from fusedpo.benchmarks import product_exp
+
+    setting, shape = gpu.setting_of("cpu", quick=False, dry=True), Shape(1, 20, 64, 200)
+    tile = product_exp.ExpTile(16, 64, 32, warps=4, stages=2, group=2)
+    assert probes._error_of_product_exp(setting, shape, tile) <= 1.0
+    right = product_exp.product_exp
+
+    def all_zero(total: Tensor, out: Tensor) -> None:
+        total.zero_()
+
+    def too_small(total: Tensor, out: Tensor) -> None:
+        out.mul_(0.9)
+
+    def without_a_tile(total: Tensor, out: Tensor) -> None:
+        out[-8:, -64:] = 0.0
+
+    for fault in (all_zero, too_small, without_a_tile):
+
+        def planted(*arguments: Any, fault: Callable[[Tensor, Tensor], None] = fault) -> Tensor:
+            total = right(*arguments)
+            fault(total, arguments[4])
+            return total
+
+        monkeypatch.setattr(product_exp, "product_exp", planted)
+        assert probes._error_of_product_exp(setting, shape, tile) > 1.0
+
+
 def test_products_of_tiles_are_judged_by_their_operations() -> None:
     """Half as fast where a tile has 96 columns, and else as fast as the whole."""
 
