@@ -156,7 +156,7 @@ def page() -> str:
         "products are taken at the speed of a large one. A tile's products are slower: their last",
         "wave of programs is not full, and their results are fp32. So the ratios are lower bounds,",
         "reached where every kernel reaches the bandwidth and no product is slowed; how much",
-        "slower they are, benchmarks/gpu.sh says.",
+        "slower they are, section products of benchmarks/gpu.py measures.",
         "",
         "| route | products | at that speed | beyond them | least ratio | target |",
         "|---|---|---|---|---|---|",

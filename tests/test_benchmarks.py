@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor
@@ -842,6 +843,15 @@ def test_a_part_that_fails_is_named_and_stops_nothing(tmp_path: Path) -> None:
     assert all(": passed in " in line for line in last[2:]) and len(last) == 4
     assert "ran -m fusedpo.benchmarks.gpu" in member(tmp_path / "first.tgz", "bench.log")
     assert "ran -m fusedpo.benchmarks.gpu" in member(tmp_path / "second.tgz", "more.log")
+
+
+def test_fewer_examples_where_each_is_compiled(tmp_path: Path) -> None:
+    case = '*tests/gpu*|*kernels/test*) echo "examples: $FUSEDPO_TEST_EXAMPLES" ;;'
+    done = run_script(tmp_path, shell_python(tmp_path / "python", case), "--dry-run", "second")
+    assert done.stdout.count("examples: 8\n") == 2
+    # read by tests/conftest.py
+    expected = int(os.environ.get("FUSEDPO_TEST_EXAMPLES", "30"))
+    assert hypothesis.settings.default.max_examples == expected
 
 
 def test_a_wrong_route_ends_both_calls(tmp_path: Path) -> None:
