@@ -36,7 +36,7 @@ from fusedpo import checks
 from fusedpo.backend import resolve
 from fusedpo.head import Head
 from fusedpo.operators import token_stats
-from fusedpo.plan import Needs, Plan, Scope, parse_budget, plan, replan
+from fusedpo.plan import Needs, Plan, Scope, parse_budget, plan, recounted, replan
 from fusedpo.precision import own_precision
 from fusedpo.scored import assert_on_device, count_scored, label_fault, temperature_faults, tracing
 from fusedpo.sweeps import (
@@ -332,7 +332,7 @@ def _check_plan(
         )
     if actual is None:
         raise refuse(f"a plan of a route that serves this call, which {chosen.route} does not")
-    if actual.bytes > chosen.bytes:
+    if actual.bytes > recounted(chosen):
         raise refuse(f"a plan that foretells the {actual.bytes} bytes of this call by its route")
 
 

@@ -69,8 +69,9 @@ def _tiles(
         operand_dtype=operand,
         budget=budget,
         needs=needs,
-        # both gradients are formed in the backward, as for a gradient through the entropy
-        entropy=bool(needs),
+        # both gradients are formed in the backward, as for a gradient through the entropy; a
+        # reference, which has none, takes the same tile
+        entropy=True,
         entropy_value="entropy" in stats,
         softcap=softcap is not None,
         gathered=gathers(hidden, rows),

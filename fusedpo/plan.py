@@ -102,6 +102,8 @@ class Plan:
     entropy: bool
     fused: bool = False
     shards: int = 1
+    # all that decides the bytes, so that they can be counted for other tiles
+    _problem: _Problem | None = field(default=None, repr=False, compare=False)
 
     @property
     def bytes(self) -> int:
@@ -202,6 +204,7 @@ class _Problem:
     borders: frozenset[int] | None  # rows at which a group begins or ends, if they are known
     factors: int
     entropy: bool  # differentiable
+    of_entropy: bool  # likewise, whether or not a gradient is wanted
     entropy_value: bool
     softcap: bool
     gathered: bool
@@ -467,22 +470,16 @@ def _least(p: _Problem, n: int, v: int) -> int:
 
 
 def _choose_tile(p: _Problem, budget: int, largest: tuple[int, int]) -> tuple[int, int]:
-    """The tile, from the shapes, the head and the budget alone.
+    """The tile, from the shapes, the head, the budget and what is asked of the entropy.
 
-    It does not depend on the route, on what is asked for, or on how the rows lie in memory, so that
-    a policy and its reference, or a loss and the log-probabilities it logs or was sampled with, are
-    summed in the same order and agree to the last bit.
+    It depends neither on the route nor on the gradients that are wanted, so that a policy and its
+    reference, or a loss and the log-probabilities it logs, are summed in the same order and agree
+    to the last bit. The entropy takes another tile's worth of memory: to count it always would
+    halve the tile of every call whose budget cuts it.
     """
     rows, cols = largest
     # the costliest tile any caller with these shapes can ask for decides, not this caller's needs
-    widest = replace(
-        p,
-        needs=frozenset({"hidden", "weight"}),
-        entropy=True,
-        entropy_value=True,
-        # of slices nothing but a given plan's own tile is promised: there it would cost [N, H]
-        gathered=p.gathered or p.shards == 1,
-    )
+    widest = replace(p, needs=frozenset({"hidden", "weight"}), entropy=p.of_entropy)
     while True:
         n, v = max(1, min(rows, p.tokens)), min(cols, p.vocab)
         if _least(widest, n, v) <= budget or (rows, cols) == _SMALLEST_TILE:
@@ -555,6 +552,7 @@ def _problem(
         borders=borders,
         factors=factors,
         entropy=entropy and bool(wanted),
+        of_entropy=entropy,
         entropy_value=entropy_value or entropy,
         softcap=softcap,
         gathered=gathered,
@@ -723,6 +721,7 @@ def plan(
                 entropy=p.entropy_value,
                 fused=way is _fused_forward,
                 shards=shards,
+                _problem=p,
             )
             candidates.append(((products, not wide, rank, chosen.bytes), chosen))
     if not candidates:
@@ -752,16 +751,29 @@ def replan(chosen: Plan, route: Route, *sizes: int, **problem: Any) -> Plan | No
         route: its own, or ``forward``.
         sizes, problem: tokens, vocab, hidden, and what decides bytes, as plan() takes them.
     """
-    p = _problem(*sizes, **problem)
+    return _retiled(chosen, route, _problem(*sizes, **problem))
+
+
+def recounted(chosen: Plan) -> int:
+    """The bytes of a plan for what it was made for, by its tiles as they are now: a copy may have
+    been given others."""
+    own = None if chosen._problem is None else _retiled(chosen, chosen.route, chosen._problem)
+    return chosen.bytes if own is None else max(own.bytes, chosen.bytes)
+
+
+def _retiled(chosen: Plan, route: Route, p: _Problem) -> Plan | None:
     way: _Way = {
         "forward": _fused_forward if chosen.fused else _forward,
         "frozen": _frozen,
         "retain": _retain,
         "one_pass": _one_pass,
-        "recompute": _split if chosen.split else _recompute,
+        "recompute": _recompute,
     }[route]
     needs: frozenset[Needs] = chosen.needs if route == chosen.route else frozenset()
-    if way not in _eligible(replace(p, needs=needs)).get(route, ()):
+    ways = _eligible(replace(p, needs=needs)).get(route, [])
+    if chosen.split and _split in ways:  # of one gradient there is nothing to split
+        way = _split
+    if way not in ways:
         return None
     rows, back_rows, slab = (
         min(rows, max(1, p.tokens)) for rows in (chosen.rows, chosen.back_rows, chosen.slab)
@@ -769,4 +781,4 @@ def replan(chosen: Plan, route: Route, *sizes: int, **problem: Any) -> Plan | No
     cols, back_cols = min(chosen.cols, p.vocab), min(chosen.back_cols, p.vocab)
     shaped = replace(p, wide=chosen.wide, back=(back_rows, back_cols), slab=slab)
     products, buffers = _held(shaped, route, way, rows, cols)
-    return replace(chosen, route=route, products=products, buffers=buffers, needs=needs)
+    return replace(chosen, route=route, products=products, buffers=buffers, needs=needs, _problem=p)

@@ -329,9 +329,9 @@ class Mutant:
 
 
 def one_pass(original, dtype, *args):
-    chosen = original(*args)
+    chosen = original(*args, dtype=dtype)
     # wide: half precision is rounded once
-    return None if chosen is None else replace(chosen, dtype=dtype, wide=dtype in HALF)
+    return None if chosen is None else replace(chosen, wide=dtype in HALF)
 
 
 of_pairs = functools.partial(Mutant, loss=DPO(beta=0.5), truth=functools.partial(f.DPO, beta=0.5))

@@ -248,7 +248,14 @@ def _gradient_faults(
     return found
 
 
-def one_pass(loss: Loss, b: Batch, backend: str, groups: int, factors: int = 1) -> Plan | None:
+def one_pass(
+    loss: Loss,
+    b: Batch,
+    backend: str,
+    groups: int,
+    factors: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Plan | None:
     """A plan that has the gradient before the last token is seen; None if that cannot be."""
     if loss.scope == "batch":
         return None
@@ -256,6 +263,7 @@ def one_pass(loss: Loss, b: Batch, backend: str, groups: int, factors: int = 1) 
         int((b.labels >= 0).sum()),
         VOCAB,
         WIDTH,
+        dtype=dtype,
         scope=loss.scope,
         groups=groups,
         factors=factors,
