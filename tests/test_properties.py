@@ -1346,13 +1346,14 @@ def other_values(loss: Loss, name: str) -> Iterator[Any]:
     elif isinstance(value, bool):
         yield not value
     elif isinstance(value, Loss):
-        yield losses.IPO() if value != losses.IPO() else losses.DPO()
+        yield losses.SLiC() if value != losses.SLiC() else losses.DPO()
     elif isinstance(value, tuple):
         yield tuple((weight * 1.5, part) for weight, part in value)
     elif value is None:
         yield 1.1
     else:
-        yield from (value * factor for factor in (1.4, 0.3)) if value else (0.25, 0.1)
+        factors = (1.4, 2.0) if name == "baseline" else (1.4, 0.3)  # which is 1/2 at least
+        yield from (value * factor for factor in factors) if value else (0.25, 0.1)
 
 
 MODIFIED = [

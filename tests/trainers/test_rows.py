@@ -76,9 +76,10 @@ def test_saved_datasets_are_read_with_their_own_held_out_split(tmp_path):
 
 
 def test_the_first_split_with_rows_is_held_out():
-    data = {"train": [GOOD], "eval": ["eval"], "validation": ["validation"], "test": ["test"]}
-    assert module._splits(data, "here").held_out == ["test"]
-    assert module._splits({**data, "test": []}, "here").held_out == ["validation"]
+    data = {name: [{"prompt": name}] for name in ("eval", "validation", "test")}
+    data["train"] = [GOOD]
+    assert list(module._splits(data, "here").held_out) == data["test"]
+    assert list(module._splits({**data, "test": []}, "here").held_out) == data["validation"]
     assert module._splits({"train": [GOOD], "test": []}, "here").held_out is None
 
 
