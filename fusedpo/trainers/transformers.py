@@ -491,6 +491,8 @@ class FusedTrainerMixin(_Base):
         if not self.loss.needs_reference:
             return None
         unwrapped = self.accelerator.unwrap_model(model)
+        if self.ref_model is not None and self._own_reference is None:
+            _check_adapters(unwrapped, self.ref_model)
         subject = self.ref_model or (model if self._sharded else unwrapped)
         with_it = contextlib.nullcontext() if self.ref_model else unwrapped.disable_adapter()
         with with_it, evaluating(subject), self.accelerator.autocast():
@@ -778,6 +780,21 @@ def _frozen_copy(model: Any) -> Any:
     if hasattr(model, "disable_adapter"):
         shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, shared)
+
+
+def _check_adapters(model: Any, reference: Any) -> None:
+    """Refuse adapters that are merged into the weights which a copy of them shares."""
+    own, copied = (
+        [part.merged_adapters for part in each.modules() if hasattr(part, "merged_adapters")]
+        for each in (model, reference)
+    )
+    if len(own) < len(copied) or any(own) or any(copied):
+        raise bad_value(
+            "model",
+            "adapters beside the frozen weights, which the reference has in common with it",
+            "merged ones" if any(own) or any(copied) else "a model without them",
+            "call model.unmerge_adapter(), or give a ref_model with weights of its own",
+        )
 
 
 def _check_new_adapters(model: Any) -> None:

@@ -334,6 +334,31 @@ def test_the_reference_of_adapters_is_a_copy_of_them(tmp_path, kind):
         assert not theirs[name].requires_grad or name in trained
 
 
+@pytest.mark.parametrize("way", ["before", "in place", "away"])
+def test_adapters_merged_into_what_the_reference_shares_are_refused(tmp_path, way):
+    """Else the reference follows the policy."""
+    model = learn(adapted(["q_proj"]))
+    if way == "before":
+        model.merge_adapter()
+    subject = trainer(tmp_path, model, DPO())
+    if way == "in place":
+        before = subject.evaluate()
+        model.merge_adapter()
+    elif way == "away":
+        subject.model = model.merge_and_unload()
+    with pytest.raises(ValueError) as error:
+        subject.evaluate()
+    got = "a model without them" if way == "away" else "merged ones"
+    assert str(error.value) == (
+        "model: expected adapters beside the frozen weights, which the reference has in common "
+        f"with it, got {got}; call model.unmerge_adapter(), or give a ref_model with weights of "
+        "its own"
+    )
+    if way == "in place":
+        model.unmerge_adapter()
+        assert subject.evaluate()["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
+
+
 def test_adapters_are_saved_and_resumed_without_their_reference(tmp_path):
     options = {"max_steps": 4, "per_device_train_batch_size": 2, "optim": "adamw_torch"}
     torch.manual_seed(5)
