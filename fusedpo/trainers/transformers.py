@@ -366,6 +366,13 @@ class FusedTrainerMixin(_Base):
         placed = ("hf_device_map", "quantization_method")
         if all(getattr(self.ref_model, name, None) is None for name in placed):
             self.ref_model.to(self.args.device)
+        if self.args.use_liger_kernel:
+            # Trainer gives them to the policy alone, when it trains
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+            for each in (model, self.ref_model):
+                layers: Any = self.args.liger_kernel_config
+                _apply_liger_kernel_to_instance(model=causal_model(each), **layers)
 
     @property
     def _sharded(self) -> bool:

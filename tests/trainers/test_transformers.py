@@ -30,6 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from fusedpo.fused_head import causal_model
 from fusedpo.losses import DPO, SimPO
 from fusedpo.trainers.transformers import (
     FusedTrainer,
@@ -1064,6 +1065,25 @@ def test_ligers_layers_are_taken_and_its_heads_are_not(tmp_path):
     _apply_liger_kernel_to_instance(model=model, **subject.args.liger_kernel_config)
     assert model.forward is forward
     assert subject.args.liger_kernel_config.items() > layers.items()
+
+
+def test_a_reference_has_ligers_layers_as_the_policy_has(tmp_path, monkeypatch):
+    """Else equal models differ by what their layers round."""
+    import liger_kernel.transformers
+
+    seen: list[Any] = []
+    name = "_apply_liger_kernel_to_instance"
+    record = lambda model, **layers: seen.append((model, layers))  # noqa: E731
+    monkeypatch.setattr(liger_kernel.transformers, name, record)
+    layers = {"rope": False}
+    options = {"use_liger_kernel": True, "liger_kernel_config": layers}
+    for model in (tiny.model(), adapted(["q_proj"])):
+        seen.clear()
+        subject = trainer(tmp_path, model, DPO(), **options)
+        given = subject.args.liger_kernel_config
+        expected = [causal_model(each) for each in (subject.model, subject.ref_model)]
+        assert all(a[0] is b for a, b in zip(seen, expected, strict=True))
+        assert [each[1] for each in seen] == [given, given]
 
 
 def test_noise_on_embeddings_is_in_training_alone(tmp_path):
