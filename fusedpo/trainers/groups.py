@@ -127,6 +127,9 @@ class GroupTrainer(FusedTrainer):
         self.temperature = temperature
         # everything may be sampled, so that log-probabilities are those of the sampling policy
         self.settings = Settings(top_k=0, top_p=1.0, temperature=temperature)
+
+    def _forget(self) -> None:
+        super()._forget()
         self._sampled: dict[str, Tensor] = {}
         self._left = 0
 

@@ -309,6 +309,7 @@ class FusedTrainerMixin(_Base):
         self.memory_budget: int | float | str | Plan | None = memory_budget
         self.ref_model: Any = None
         self._own_reference = ref_model
+        self._forget()
         if model is not None:
             self._prepare_head(model)
         super().__init__(model=model, args=args, **options)
@@ -323,11 +324,15 @@ class FusedTrainerMixin(_Base):
             )
         if model is not None:
             self._place_reference(model)
+
+    def _forget(self) -> None:
+        """What was kept of a model, before there is another one."""
         self._train_means, self._eval_means = _Means(), _Means()
         self._packing: list[tuple[Any, Any]] = []  # models that do not mix packed rows
 
     def call_model_init(self, trial: Any = None) -> Any:
         """A new model, with a head and a reference of its own; before each training."""
+        self._forget()
         model = super().call_model_init(trial)
         self._prepare_head(model)
         self._place_reference(model)
@@ -767,11 +772,14 @@ def check_rows(options: Mapping[str, Any], columns: Sequence[str]) -> None:
     for name in ("train_dataset", "eval_dataset"):
         of_name = options.get(name)
         for each in of_name.values() if isinstance(of_name, dict) else (of_name,):
-            # one that makes its rows when it is asked for them is left to the collator
-            if names := getattr(each, "column_names", None):
+            names = getattr(each, "column_names", None)
+            # one of torch, which may make its rows as it is asked, is left to the collator
+            if hasattr(each, "__len__") and (names or isinstance(each, Sequence)):
+                # columns of a table may be made into others on the way
+                if len(each):
+                    _check_columns(each[0], columns, name)
+            elif names:
                 _check_columns(dict.fromkeys(names), columns, name)
-            elif isinstance(each, Sequence) and len(each):
-                _check_columns(each[0], columns, name)
 
 
 def _check_columns(row: Any, columns: Sequence[str], where: str) -> None:

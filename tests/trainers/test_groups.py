@@ -207,6 +207,31 @@ def test_several_sets_of_held_out_prompts_are_evaluated_by_name(tmp_path: Path) 
     assert found["eval_b_reward"] == made.evaluate(rows[2:])["eval_reward"]
 
 
+def test_a_model_is_not_trained_on_the_samples_of_the_one_before(tmp_path: Path) -> None:
+    args = trainer(tmp_path, args={"max_steps": 1}).args
+    sampled = []
+
+    def reward(row: Any, response: Any) -> float:
+        sampled.append(response)
+        return float(len(sampled) % 3)
+
+    subject = GroupTrainer(
+        None,
+        args,
+        loss=GRPO(),
+        reward=reward,
+        group_size=2,
+        max_new_tokens=4,
+        updates=4,
+        model_init=lambda: tiny.model(),
+        train_dataset=tiny.token_rows(8),
+        processing_class=tiny.tokenizer(),
+    )
+    for number in (1, 2):
+        subject.train()
+        assert len(sampled) == 8 * number and subject._left == 3
+
+
 def test_prompts_of_text_are_refused(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     options = {"processing_class": tiny.tokenizer(), "train_dataset": tiny.text_rows(2)}

@@ -1156,6 +1156,38 @@ def test_models_are_made_anew_with_a_head_and_a_reference(tmp_path):
         )
 
 
+def test_what_is_logged_of_a_model_is_none_of_the_one_before(tmp_path):
+    """A training may end between two logs."""
+    args = trainer(tmp_path, max_steps=3, logging_steps=2, per_device_train_batch_size=2).args
+    options = {"train_dataset": ROWS, "processing_class": tiny.tokenizer()}
+    subject = PreferenceTrainer(
+        None, args, loss=SimPO(), model_init=lambda: tiny.model(), **options
+    )
+    logged = []
+    for _ in range(2):
+        subject.train()
+        logged.append([each for each in subject.state.log_history if "rewards/margins" in each])
+    for first, second in zip(*logged, strict=True):
+        assert first["rewards/margins"] == second["rewards/margins"]
+
+
+def test_rows_that_are_made_as_they_are_asked_for_are_taken(tmp_path):
+    """Their columns are others than those of the table they are made of."""
+
+    def tokenised(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        rows = [ROWS[number] for number in batch["number"]]
+        return {name: [row[name] for row in rows] for name in ROWS[0]}
+
+    table = datasets.Dataset.from_dict({"number": list(range(7))})
+    lazy, text = table.with_transform(tokenised), datasets.Dataset.from_list(tiny.text_rows(2))
+    expected = trainer(tmp_path, max_steps=1).train().training_loss
+    found = trainer(tmp_path, rows=lazy, max_steps=1).train().training_loss
+    assert found == pytest.approx(expected, rel=1e-6)
+    for rows in (text, text.to_iterable_dataset(), table):
+        with pytest.raises(ValueError, match="train_dataset: expected rows with prompt_ids"):
+            trainer(tmp_path, rows=rows, max_steps=1)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
