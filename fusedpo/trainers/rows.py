@@ -306,7 +306,9 @@ def _template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What the chat template takes beside the messages."""
     _refuse(row, _NOT_TEXT, where, "none, as models are of text")
     columns = {name: _decoded(row.get(name), f"{where}, {name}") for name in _OF_TEMPLATE}
-    options = columns.pop("chat_template_kwargs") or {}
+    columns = {name: None if _absent(value) else value for name, value in columns.items()}
+    options = columns.pop("chat_template_kwargs")
+    options = {} if options is None else options
     place = f"{where}, chat_template_kwargs"
     if not isinstance(options, Mapping):
         raise bad_type(place, "an object", type(options).__name__)
@@ -314,9 +316,12 @@ def _template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         if name in options:
             raise bad_value(place, "what the chat template alone looks at", repr(name))
     for name, value in columns.items():
+        if name in options and value is not None:
+            expected = f"no {name} beside the column of that name"
+            raise bad_value(place, expected, repr(name))
         if not isinstance(value, (Sequence, type(None))) or isinstance(value, (str, bytes)):
             raise bad_type(f"{where}, {name}", "a list", type(value).__name__)
-    # an empty list has some templates announce tools, and write none
+    # not an empty list, which has some templates announce tools, and write none
     return {**{name: list(value) for name, value in columns.items() if value}, **options}
 
 
@@ -327,14 +332,23 @@ def check_plain(row: Mapping[str, Any], where: str) -> None:
 
 def _refuse(row: Mapping[str, Any], columns: Sequence[str], where: str, expected: str) -> None:
     for column in columns:
-        if row.get(column):
+        if not _absent(row.get(column)):
             raise bad_value(f"{where}, {column}", expected, "some")
+
+
+def _absent(value: Any) -> bool:
+    """Whether a column says nothing: null, blank, empty, or nulls alone."""
+    if isinstance(value, str):
+        return value.strip() in ("", "null", "[]", "{}")
+    if isinstance(value, Mapping):
+        value = [*value.values()]
+    return value is None or (isinstance(value, Sequence) and all(each is None for each in value))
 
 
 def _decoded(value: Any, where: str) -> Any:
     """A column of objects, which may be written as JSON."""
     _check_written(value, where)
-    if not isinstance(value, str):
+    if not isinstance(value, str) or _absent(value):
         return value
     try:
         return json.loads(value)
@@ -348,7 +362,7 @@ def _check_written(value: Any, where: str) -> None:
     if isinstance(value, str):
         written(where, value)
     elif isinstance(value, Mapping):
-        for each in value.values():
+        for each in (*value, *value.values()):
             _check_written(each, where)
     elif isinstance(value, Sequence):
         for each in value:
@@ -380,6 +394,9 @@ def _message(message: Message, where: str) -> Message:
         got = f"a message with {', '.join(map(str, message)) or 'nothing'}"
         raise bad_value(where, "messages with role and content", got)
     if content is None or isinstance(content, str):
+        return kept
+    # what a tool returned, which templates write as JSON
+    if isinstance(content, Mapping) and kept["role"] in ("tool", "ipython"):
         return kept
     if not isinstance(content, Sequence):
         raise bad_type(f"{where}, content", "text, or a list of its parts", type(content).__name__)
@@ -573,11 +590,19 @@ def _render(row: Preference, tokenizer: Any) -> tuple[str, str, str]:
     for name in ("tools", "documents"):
         if row.template.get(name) and _same(chosen, text, [*prompt, *row.chosen], **{name: None}):
             raise _left_out(row, name)
-    if chosen == rejected and row.chosen != row.rejected:
+    if chosen == rejected and _trimmed(row.chosen) != _trimmed(row.rejected):
         raise _left_out(row, "what messages say")  # as one for parts of messages does to text
     for response, whole in ((row.chosen, chosen), (row.rejected, rejected)):
         _check_messages(row, response, whole, text)
     return text(prompt, True), chosen, rejected
+
+
+def _trimmed(response: Any) -> list[dict[str, Any]]:
+    """Messages without the blanks around their texts, which some chat templates leave out."""
+    return [
+        {key: value.strip() if isinstance(value, str) else value for key, value in each.items()}
+        for each in response
+    ]
 
 
 def _check_messages(row: Preference, response: Any, whole: str, text: Callable[..., str]) -> None:

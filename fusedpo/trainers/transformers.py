@@ -771,6 +771,7 @@ def check_rows(options: Mapping[str, Any], columns: Sequence[str]) -> None:
     """Refuse datasets that lack one of these columns, as those of text do."""
     for name in ("train_dataset", "eval_dataset"):
         of_name = options.get(name)
+        each: Any
         for each in of_name.values() if isinstance(of_name, dict) else (of_name,):
             names = getattr(each, "column_names", None)
             # one of torch, which may make its rows as it is asked, is left to the collator

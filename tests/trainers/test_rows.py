@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import tiny
 from tokenizers.processors import TemplateProcessing
@@ -429,6 +430,62 @@ def test_a_chat_template_that_leaves_them_out_is_refused(monkeypatch, changes, m
     monkeypatch.setattr(tiny.tokenizer(), "chat_template", plain)
     with pytest.raises(ValueError, match=message):
         tokens({**CALLING, **changes}, 512)
+
+
+def test_responses_that_differ_by_what_a_template_trims_are_equal(monkeypatch):
+    """As Llama 3's does."""
+    trim = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
+    monkeypatch.setattr(tiny.tokenizer(), "chat_template", trim)
+    rows = {"prompt": [QUESTION], "chosen": [assistant("dog")]}
+    (row,) = tokens({**rows, "rejected": [assistant(" dog\n")]}).rows
+    assert row["chosen_ids"].tolist() == row["rejected_ids"].tolist()
+
+
+def test_what_a_tool_returns_may_be_an_object(monkeypatch):
+    """Llama 3.1's template writes it as JSON."""
+    json_of = "{% if m.content is mapping %}{{ m.content | tojson }}{% else %}{{ m.content }}"
+    template = "{% for m in messages %}" + json_of + "{% endif %}\n{% endfor %}"
+    monkeypatch.setattr(tiny.tokenizer(), "chat_template", template)
+    for role in ("tool", "ipython"):
+        prompt = [QUESTION, {"role": role, "content": {"moon": 1}}]
+        (row,) = tokens({"prompt": prompt, "chosen": [ANSWER], "rejected": [OTHER]}, 512).rows
+        assert '{"moon": 1}' in text(row["prompt_ids"])
+    with pytest.raises(TypeError, match="line 1, prompt, content: expected text, or a list of its"):
+        tokens({"prompt": [{**QUESTION, "content": {"moon": 1}}], "chosen": [], "rejected": []})
+
+
+@pytest.mark.parametrize("nothing", ["", " ", "[]", "null", [], [None], {}, {"a": None}], ids=repr)
+@pytest.mark.parametrize("column", ["tools", "documents", "chat_template_kwargs"])
+def test_a_column_of_nothing_is_as_none(column, nothing):
+    """Tables have it in rows that only others have something of."""
+    chat = {"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [OTHER]}
+    for row in (GOOD, chat):
+        assert check_row({**row, column: nothing}, "line 1") == check_row(row, "line 1")
+
+
+@pytest.mark.parametrize("row", [GOOD, CALLING], ids=["text", "messages"])
+def test_an_image_is_refused_whatever_it_is(row):
+    for nothing in ([None], "", []):
+        check_row({**row, "tools": None, "images": nothing}, "line 1")
+    with pytest.raises(ValueError, match="line 1, images: expected none, as models are of text"):
+        check_row({**row, "tools": None, "images": np.zeros((2, 2))}, "line 1")
+
+
+def test_tools_of_two_places_are_refused():
+    with pytest.raises(ValueError) as error:
+        check_row({**CALLING, "chat_template_kwargs": {"tools": []}}, "line 1")
+    assert str(error.value) == (
+        "line 1, chat_template_kwargs: expected no tools beside the column of that name, "
+        "got 'tools'"
+    )
+    row = {**CALLING, "tools": None, "chat_template_kwargs": {"tools": [TOOL]}}
+    assert check_row(row, "line 1").template == {"tools": [TOOL]}
+
+
+def test_half_a_character_in_a_key_is_refused():
+    tools = [{"name": "cat", "\ud83d": 1}]
+    with pytest.raises(ValueError, match="line 1, tools: "):
+        check_row({**CALLING, "tools": tools}, "line 1")
 
 
 def test_a_table_does_not_give_a_row_the_keys_of_others(tmp_path):
