@@ -34,13 +34,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import math
 import os
 import re
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,6 +72,7 @@ from fusedpo.losses import CPO, PreferenceLoss, SimPO
 from fusedpo.plan import Plan
 from fusedpo.scores import Scores
 from fusedpo.trainers.trl_losses import (
+    Calls,
     FusedDPOConfig,
     FusedGRPOConfig,
     LossOfGroups,
@@ -248,7 +250,7 @@ def _tell_of_others(reached: dict[str, str]) -> None:
                 _tell(
                     f"trl: {other.__module__}.{other.__qualname__} has its own {', '.join(names)}, "
                     f"which does not call that of TRL's {cls.__name__}: it is not reached, and "
-                    "makes its logits as ever"
+                    "runs as ever"
                 )
 
 
@@ -268,20 +270,28 @@ def _of_package(value: Any, *names: str) -> bool:
 def _own_path(cls: Any, trainer: Any) -> list[str]:
     """The methods on the way to the loss that a subclass of TRL's trainer has of its own, without
     calling what they stand in the place of."""
-    before = cls.__mro__[: cls.__mro__.index(trainer)]
-    others = [vars(base) for base in before if not _of_package(base, "trl", "fusedpo")]
+    way = cls.__mro__[: cls.__mro__.index(trainer) + 1]
+    others = [base for base in way[:-1] if not _of_package(base, "trl", "fusedpo")]
     return [
         name
         for name in _PATH
         if hasattr(trainer, name)
-        and any("super" not in _names_of(of[name]) for of in others if name in of)
+        and not all(
+            _goes_on(vars(b)[name], way[way.index(b) + 1 :]) for b in others if name in vars(b)
+        )
     ]
 
 
-def _names_of(function: Any) -> tuple[str, ...]:
-    """What a function's code looks up; of what is no function, as if it called everything."""
+def _goes_on(method: Any, parents: Sequence[Any]) -> bool:
+    """Whether a method's code names a class that it stands before; if it is no function, as if it
+    did."""
+    function = inspect.unwrap(method)
     code = getattr(function, "__code__", None)
-    return ("super",) if code is None else code.co_names
+    if code is None:
+        return True
+    names = {"super", *(each.__name__ for each in parents)}
+    # under a name of the module's own too
+    return any(n in names or function.__globals__.get(n) in parents for n in code.co_names)
 
 
 def unpatch() -> None:
@@ -394,12 +404,6 @@ def _trainer(method: str) -> Any:
 # whether anything of what was replaced is called
 
 
-class _Calls:
-    """How often the functions that stand in the place of TRL's were called in this process."""
-
-    count = 0
-
-
 def _watch(method: str, condition: str) -> None:
     """Have a trainer look after its first steps whether anything that was replaced was called."""
     cls = _class(method)
@@ -413,14 +417,14 @@ def _watched(step: Callable[..., Any], cls: Any, condition: str) -> Callable[...
 
     @functools.wraps(step)
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before = _Calls.count
+        before = Calls.count
         result = step(self, *args, **kwargs)
         # predictions are the logits, which are made then
         wanted = kwargs.get("prediction_loss_only", args[2] if len(args) > 2 else True)
         if wanted is False or hasattr(self, seen) or hasattr(self, "_fusedpo_told"):
             return result
         setattr(self, seen, True)
-        if before == _Calls.count and getattr(self.args, "process_index", 0) == 0:
+        if before == Calls.count and getattr(self.args, "process_index", 0) == 0:
             warnings.warn(_unreached(self, cls, condition), stacklevel=2)
         return result
 
@@ -434,7 +438,7 @@ def _unreached(trainer: Any, cls: Any, condition: str) -> str:
     why += f"; its own {', '.join(names)} does not call TRL's" if names else ""
     return (
         f"trl: the first step of {kind.__module__}.{kind.__qualname__} called nothing that patch() "
-        f"has replaced: it makes its logits as ever{why}"
+        f"has replaced: it runs as ever{why}"
     )
 
 
@@ -464,7 +468,7 @@ class _TRLForward(FusedForward):
             return super().__call__(*args, **kwargs)
         from trl.trainer.utils import FusedCausalLMOutput
 
-        _Calls.count += 1
+        Calls.count += 1
         kwargs.pop("use_cache", None)
         items = kwargs.pop("num_items_in_batch", None)
         if kwargs.get("shift_labels") is not None:
@@ -600,7 +604,7 @@ def _concatenated_forward(original: Callable[..., Any], options: _Options) -> Ca
             return original(self, model, batch)
 
     def fused(self: Any, model: Any, batch: dict[str, Any]) -> tuple[Any, ...]:
-        _Calls.count += 1
+        Calls.count += 1
         orpo = not hasattr(self, "cpo_alpha")
         rows = self.concatenated_inputs(
             batch,
@@ -766,7 +770,7 @@ def _tpo_compute_loss(original: Callable[..., Any], options: _Options) -> Callab
             return original(self, model, inputs, return_outputs)
 
     def fused(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
-        _Calls.count += 1
+        Calls.count += 1
         mask = inputs["completion_mask"].bool()
         labels = aligned_labels(inputs["input_ids"].masked_fill(~mask, IGNORED))
         rest = {name: value for name, value in inputs.items() if name != "completion_mask"}
@@ -975,7 +979,7 @@ def _per_token_functions(options: _Options) -> dict[str, str]:
             final_logit_softcapping: float | None = None,
             logit_scale: float = 1.0,
         ) -> tuple[Tensor | None, Tensor | None]:
-            _Calls.count += 1
+            Calls.count += 1
             # TRL reads the configuration, and knows some of the names there
             after = _after.get() or AfterHead(final_logit_softcapping, logit_scale, weight.shape[0])
             found = linear_token_stats(
@@ -1059,7 +1063,7 @@ class _LigerShaped:
         self.loss: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        _Calls.count += 1
+        Calls.count += 1
         if self.loss is None:
             self.loss = self._make()
         return self.loss(*args, **kwargs)
@@ -1125,7 +1129,7 @@ def _compute_kl_logps(original: Callable[..., Any], options: _Options) -> Callab
                 if name.startswith("KL_") and name != "KL_completion_mask"
             }
             labels = inputs["input_ids"].masked_fill(batch["KL_completion_mask"] == 0, IGNORED)
-        _Calls.count += 1
+        Calls.count += 1
         _give_fused_head(model, options)
         score = Score(
             aligned_labels(labels), memory_budget=options.memory_budget, backend=options.backend

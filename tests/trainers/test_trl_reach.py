@@ -6,6 +6,7 @@ loss. The stand-ins here do as LLaMA-Factory, ms-swift and unsloth do.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 import warnings
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 pytest.importorskip("trl")
 
@@ -224,7 +226,7 @@ class ReplayingORPOTrainer(Replaying, ORPO):
     pass
 
 
-NOTHING = "called nothing that patch() has replaced: it makes its logits as ever"
+NOTHING = "called nothing that patch() has replaced: it runs as ever"
 
 
 def test_a_trainer_with_its_own_way_says_so_before_and_after_its_first_step(
@@ -240,7 +242,7 @@ def test_a_trainer_with_its_own_way_says_so_before_and_after_its_first_step(
     own = [text for text in before if name in text]
     assert own == [
         f"trl: {name} has its own concatenated_forward, which does not call that of TRL's "
-        "CPOTrainer: it is not reached, and makes its logits as ever"
+        "CPOTrainer: it is not reached, and runs as ever"
     ]
     assert not [text for text in before if "Replaying" in text]
     expected = f"trl: the first step of {name} {NOTHING}; its own concatenated_forward does not "
@@ -266,6 +268,50 @@ def test_a_trainer_that_is_reached_says_nothing(heard, method) -> None:
         before = len(heard())
         trl_runs.run(method, max_steps=1)
     assert not heard()[before:]
+
+
+@pytest.mark.parametrize(("method", "loss"), [("dpo", "simpo"), ("grpo", "gspo")])
+def test_a_loss_by_name_is_reached_too(heard, method, loss) -> None:
+    kind, config = (getattr(ours, f"Fused{method.upper()}{n}") for n in ("Trainer", "Config"))
+    given = {"fused_loss": loss}
+    if method == "grpo":  # else the reference and the old policy are scored through TRL
+        given |= {"beta": 0.0, "num_iterations": 1}
+    with ours.patched():
+        before = len(heard())
+        trl_runs.run(method, trainer_class=kind, config=config, max_steps=1, **given)
+    assert not heard()[before:]
+
+
+class Plain(CPO):
+    """Its methods stand in the place of TRL's in the test below."""
+
+
+def by_name(self: Any, *args: Any) -> Any:
+    return CPO.concatenated_forward(self, *args)
+
+
+def by_module(self: Any, *args: Any) -> Any:
+    return trl.experimental.cpo.CPOTrainer.concatenated_forward(self, *args)
+
+
+def by_super(self: Any, *args: Any) -> Any:
+    return super(Plain, self).concatenated_forward(*args)
+
+
+def of_transformers(self: Any, *args: Any) -> Any:
+    return transformers.Trainer.compute_loss(self, *args)
+
+
+@functools.wraps(by_super)
+def decorated(*args: Any) -> Any:
+    return by_super(*args)
+
+
+@pytest.mark.parametrize("method", [by_name, by_module, by_super, decorated, of_transformers])
+def test_who_calls_trls_method_in_whatever_way_is_not_told_of(monkeypatch, method) -> None:
+    monkeypatch.setattr(Plain, "concatenated_forward", method, raising=False)
+    own = ["concatenated_forward"] if method is of_transformers else []
+    assert ours._own_path(Plain, CPO) == own
 
 
 @pytest.mark.parametrize("method", ["cpo", "orpo"])

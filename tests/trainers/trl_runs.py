@@ -185,13 +185,14 @@ def build(
     method: str,
     make: str | Callable[[], Any] = "llama",
     trainer_class: Any = None,
+    config: Any = None,
     evaluated: bool = False,
     output: str | None = None,
     **given: Any,
 ) -> Any:
     """A trainer. ``given`` are options of the configuration, or of the trainer if it knows them."""
-    trainer, config = classes(method)
-    trainer = trainer_class or trainer
+    trainer, own_config = classes(method)
+    trainer, config = trainer_class or trainer, config or own_config
     own = {
         name: given.pop(name)
         for name in ("peft_config", "ref_model", "compute_metrics", "memory_budget")

@@ -241,7 +241,7 @@ def test_without_the_flag_it_says_so(monkeypatch):
     }
     said = [text for w in caught if (text := str(w.message)).startswith("trl: ")]
     assert len(said) == 1
-    assert said[0].endswith("makes its logits as ever; only with use_liger_kernel=True")
+    assert said[0].endswith("runs as ever; only with use_liger_kernel=True")
     check("dpo without the flag", plain("dpo"), found, everything=True)
 
 
