@@ -817,14 +817,13 @@ def _check_new_adapters(model: Any) -> None:
     """Refuse adapters that the model without them may differ from."""
     weights = dict(model.named_parameters())
     for name, weight in weights.items():
-        # of an adapter's low-rank product one factor is 0 at first
-        starts_at_0 = any(part in name for part in ("lora_B", "lora_embedding_B"))
+        # of an adapter's low-rank product one factor is 0 at first: of embeddings the other one
+        starts_at_0 = any(part in name for part in ("lora_B", "lora_embedding_A"))
         copied = _original(name, weights)
         if not weight.requires_grad or weight.is_meta or (not starts_at_0 and "lora_" in name):
             continue
-        own: Any = getattr(weight, "ds_tensor", weight)  # of ZeRO-3, the part on this process
-        equal = copied is not None and torch.equal(weight, copied)
-        if not (equal or (starts_at_0 and not own.any())):
+        equal = copied is not None and torch.equal(_own_part(weight), _own_part(copied))
+        if not (equal or (starts_at_0 and not _own_part(weight).any())):
             raise bad_value(
                 "model",
                 "new LoRA adapters under FSDP and DeepSpeed, where the reference is the model "
@@ -833,6 +832,12 @@ def _check_new_adapters(model: Any) -> None:
                 "merge the adapters into the model and train new ones, or train under "
                 "DistributedDataParallel",
             )
+
+
+def _own_part(weight: Tensor) -> Tensor:
+    """What of a weight is on this process: under ZeRO-3 the weight itself is empty."""
+    part: Tensor = getattr(weight, "ds_tensor", weight)
+    return part
 
 
 def _original(name: str, weights: Mapping[str, Tensor]) -> Tensor | None:

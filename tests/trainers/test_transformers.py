@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -38,6 +39,7 @@ from fusedpo.trainers.transformers import (
     PreferenceTrainer,
     PreferenceTrainerMixin,
     _aligned,
+    _check_new_adapters,
     add_fused_head,
     padding_token,
     remove_fused_head,
@@ -465,6 +467,30 @@ def test_where_weights_are_sharded_a_module_trained_whole_has_to_be_new(
                 parameter += 1
     with pytest.raises(ValueError, match=f"{module}.modules_to_save.default.weight, which may"):
         trainer(tmp_path, model, DPO())
+
+
+def test_where_weights_are_sharded_adapters_of_embeddings_have_to_be_new(tmp_path, monkeypatch):
+    """Their first factor is 0 at first, not the second."""
+    sharded(monkeypatch)
+    model = adapted(["embed_tokens", "q_proj"])
+    assert trainer(tmp_path, model, DPO()).ref_model is None
+    with torch.no_grad():
+        model.base_model.model.model.embed_tokens.lora_embedding_A["default"] += 1
+    with pytest.raises(ValueError, match=r"lora_embedding_A\.default, which may have learned"):
+        trainer(tmp_path, model, DPO())
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_parts_of_a_module_trained_whole_are_compared(learned):
+    """As of ZeRO-3, which shows no rows of a weight."""
+    model = adapted(["q_proj"], modules_to_save=["lm_head"])
+    for name, parameter in model.named_parameters():
+        if "lm_head" in name:
+            parameter.ds_tensor = parameter.data[:2] + (learned and "modules_to_save" in name)
+            parameter.data = torch.empty(0)
+    told = pytest.raises(ValueError, match="which may") if learned else contextlib.nullcontext()
+    with told:
+        _check_new_adapters(model)
 
 
 def test_a_model_as_the_reference_is_refused_where_weights_are_sharded(tmp_path, monkeypatch):
