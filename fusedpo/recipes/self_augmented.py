@@ -45,7 +45,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from fusedpo.checks import bad_type, bad_value, in_range, positive
+from fusedpo.checks import bad_type, bad_value, in_range, known_tokens, positive, vocabulary
 from fusedpo.losses._base import Check, check_hyperparameters, hyperparameter, one_of
 
 Ids: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int32]]"
@@ -442,7 +442,8 @@ def generate_segments(
         For each prompt the ids of its continuation, at most the length asked for.
 
     Raises:
-        ValueError: if there are no prompts, one is empty, or ``lengths`` are not one for each.
+        ValueError: if there are no prompts, one is empty or has a token that the model has no row
+            for, as padding may, or ``lengths`` are not one for each.
         TypeError: if a length is no int.
     """
     from transformers import GenerationConfig
@@ -451,6 +452,10 @@ def generate_segments(
         raise bad_value("lengths", "one for each prompt, of at least one", f"{len(lengths)}")
     if not all(len(prompt) for prompt in prompts):
         raise bad_value("prompts", "at least one token in each", "an empty one")
+    rows = vocabulary(model)
+    known_tokens("pad_token_id", [pad_token_id], rows)
+    for i, prompt in enumerate(prompts):
+        known_tokens(f"prompts[{i}]", [int(token) for token in prompt], rows)
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), pad_token_id)
     mask = torch.zeros_like(ids)
@@ -554,7 +559,9 @@ class SelfAugmented:
         self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
         self.rank = _whole("rank", rank, 0)
         self.truncated = 0
-        self._rows = [self._checked(row, f"rows[{i}]") for i, row in enumerate(rows)]
+        vocab_size = vocabulary(model)
+        known_tokens("pad_token_id", [pad_token_id], vocab_size)
+        self._rows = [self._checked(row, f"rows[{i}]", vocab_size) for i, row in enumerate(rows)]
         if not self._rows:
             raise bad_value("rows", "at least one", "none")
         seeds = np.random.SeedSequence([settings.seed, rank]).generate_state(2)
@@ -577,13 +584,16 @@ class SelfAugmented:
         """How many were asked for."""
         return int(self._totals["batches"])
 
-    def _checked(self, row: Mapping[str, Any], where: str) -> tuple[Ids, Ids]:
+    def _checked(
+        self, row: Mapping[str, Any], where: str, vocab_size: int | None
+    ) -> tuple[Ids, Ids]:
         column = "response_ids" if "response_ids" in row else "chosen_ids"
         for name in ("prompt_ids", column):
             if name not in row or not len(row[name]):
                 got = "an empty one" if name in row else ", ".join(row) or "nothing"
                 raise bad_value(where, "prompt_ids and response_ids, not empty", got)
         prompt, response = (np.asarray(row[name], np.int32) for name in ("prompt_ids", column))
+        known_tokens(where, [*prompt.tolist(), *response.tolist()], vocab_size)
         room = self.settings.max_length - len(prompt)
         if room < 1:
             raise bad_value(

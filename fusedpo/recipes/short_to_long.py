@@ -606,14 +606,31 @@ class ShortToLongCollator:
         both: with rejected-long too, for an alignment of both responses; the paper's practical form
             has the chosen one only.
         pad_to_multiple_of: see :func:`pad_sequences`.
+        vocab_size: rows of the model's embedding, which no token may be beyond; not looked at if
+            None.
     """
 
     pad_token_id: int
     both: bool = False
     pad_to_multiple_of: int | None = None
+    vocab_size: int | None = None
 
     def __call__(self, rows: Sequence[ShortToLongRow]) -> dict[str, Tensor]:
-        """input_ids, attention_mask and labels [3 P, T] int64, or [4 P, T]."""
+        """input_ids, attention_mask and labels [3 P, T] int64, or [4 P, T].
+
+        Raises:
+            ValueError: for a token or padding beyond ``vocab_size``.
+        """
+        known_tokens("pad_token_id", [self.pad_token_id], self.vocab_size)
+        for number, row in enumerate(rows, start=1):
+            parts = (
+                row["prompt_ids"],
+                row["long_prompt_ids"],
+                row["chosen_ids"],
+                row["rejected_ids"],
+            )
+            tokens = [int(token) for part in parts for token in part]
+            known_tokens(f"row {number} of the batch", tokens, self.vocab_size)
         chosen, rejected = (
             [row["chosen_ids"] for row in rows],
             [row["rejected_ids"] for row in rows],

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
-from fusedpo.checks import bad_type, bad_value
+from fusedpo.checks import bad_type, bad_value, vocabulary
 from fusedpo.fused_head import Score, aligned_labels, at_head, evaluating
 from fusedpo.head import Head
 from fusedpo.losses import Loss, PolicyLoss
@@ -36,7 +36,6 @@ from fusedpo.trainers.transformers import (
     FusedTrainer,
     check_rows,
     padding_token,
-    vocabulary,
 )
 
 Reward = Callable[[Mapping[str, Any], Sequence[int]], float]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from fusedpo.checks import bad_value, in_range, positive
+from fusedpo.checks import bad_value, in_range, positive, vocabulary
 from fusedpo.losses import Loss, MarginLoss, PolicyLoss, PreferenceLoss, SemanticSPPO, ShortToLong
 from fusedpo.losses._base import check_hyperparameters, flag, hyperparameter, one_of
 from fusedpo.recipes import self_augmented as recipe
@@ -228,13 +228,16 @@ class SelfAugmented(Pairs):
             SelfAugmentedCallback,
             SelfAugmentedDataset,
         )
-        from fusedpo.trainers.transformers import PreferenceCollator, PreferenceTrainer
+        from fusedpo.trainers.transformers import (
+            PreferenceCollator,
+            PreferenceTrainer,
+            padding_token,
+        )
 
         tokenizer = options["processing_class"]
         lengths = (len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in [*train, *held_out])
         settings = self.settings(max_length=max(lengths), seed=args.seed)
-        pad = tokenizer.pad_token_id
-        pad = tokenizer.eos_token_id if pad is None else pad
+        pad = padding_token(tokenizer, vocabulary(model))
         ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
         source = recipe.SelfAugmented(model, train, settings, rank=args.process_index, **ids)
         # each row once, however often training makes new pairs and however many it keeps
@@ -317,11 +320,10 @@ class TwoContexts(Pairs):
         self, model: Any, args: Any, loss: Loss, train: Any, held_out: Any, **options: Any
     ) -> FusedTrainerMixin:
         from fusedpo.recipes.short_to_long import ShortToLongCollator
+        from fusedpo.trainers.transformers import padding_token
 
         assert isinstance(loss, ShortToLong), "the loss decides the method"
-        tokenizer = options["processing_class"]
-        pad = tokenizer.pad_token_id
-        pad = tokenizer.eos_token_id if pad is None else pad
+        pad = padding_token(options["processing_class"], vocabulary(model))
         collator = ShortToLongCollator(pad, both=loss.both)
         return super().trainer(
             model, args, loss, train, held_out, data_collator=collator, **options

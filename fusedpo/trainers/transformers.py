@@ -19,14 +19,14 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from fusedpo.checks import bad_type, bad_value, known_tokens
+from fusedpo.checks import bad_type, bad_value, known_tokens, vocabulary
 from fusedpo.fused_head import (
     Score,
     add_fused_head,
@@ -45,7 +45,7 @@ from fusedpo.logprobs import linear_logprobs
 from fusedpo.losses import Loss, PreferenceLoss
 from fusedpo.objective import LossOutput, preference_loss
 from fusedpo.plan import Plan
-from fusedpo.recipes.short_to_long import IGNORED, pad_sequences
+from fusedpo.recipes.short_to_long import IGNORED, ShortToLongCollator, pad_sequences
 from fusedpo.trainers.rows import TokenRow
 
 try:
@@ -116,8 +116,10 @@ class PreferenceCollator:
             and labels [1, N] and cu_seqlens [2 P + 1]. Each further input [P] fp32.
 
         Raises:
-            ValueError: for a row without token ids, or with one beyond ``vocab_size``.
+            ValueError: for a row without token ids, or with one beyond ``vocab_size``, or such
+                padding.
         """
+        known_tokens("pad_token_id", [self.pad_token_id], self.vocab_size)
         for number, row in enumerate(rows, start=1):
             where = f"row {number} of the batch"
             _check_columns(row, _OF_ROWS, where)
@@ -562,10 +564,14 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
     ) -> None:
         if not isinstance(loss, PreferenceLoss):
             raise bad_type("loss", "a preference loss, such as fusedpo.losses.SimPO()", repr(loss))
+        vocab = vocabulary(model)
         if options.get("data_collator") is None:
-            vocab = vocabulary(model)
             pad = padding_token(options.get("processing_class"), vocab)
-            options["data_collator"] = PreferenceCollator(pad, vocab_size=vocab)
+            options["data_collator"] = PreferenceCollator(pad)
+        collator = options["data_collator"]
+        checks_tokens = isinstance(collator, (PreferenceCollator, ShortToLongCollator))
+        if checks_tokens and collator.vocab_size is None:
+            options["data_collator"] = replace(collator, vocab_size=vocab)
         if isinstance(options["data_collator"], PreferenceCollator):
             check_rows(options, _OF_ROWS)
         self.roles = len(loss.roles)
@@ -844,14 +850,6 @@ def _original(name: str, weights: Mapping[str, Tensor]) -> Tensor | None:
     """What a module that is trained whole beside adapters was copied from."""
     before, whole, after = name.partition(".modules_to_save.")
     return weights.get(f"{before}.original_module.{after.partition('.')[2]}") if whole else None
-
-
-def vocabulary(model: Any) -> int | None:
-    """How many rows the embedding has; None if that is not to be seen."""
-    find = getattr(model, "get_input_embeddings", None)
-    weight = getattr(find() if callable(find) else None, "weight", None)
-    # ZeRO-3 shows none of its rows
-    return int(weight.shape[0]) if weight is not None and weight.numel() else None
 
 
 def padding_token(processing_class: Any, vocab_size: int | None = None) -> int:

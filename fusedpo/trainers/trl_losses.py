@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from fusedpo import losses
-from fusedpo.checks import bad_type, bad_value
+from fusedpo.checks import bad_type, bad_value, vocabulary
 from fusedpo.fused_head import IGNORED, aligned_labels, at_head, fused_forward, of_tokens
 from fusedpo.head import Head
 from fusedpo.losses import PolicyLoss, PreferenceLoss
 from fusedpo.objective import LossOutput, policy_loss, preference_loss
 from fusedpo.recipes.self_augmented import Settings
-from fusedpo.trainers.transformers import moved
+from fusedpo.trainers.transformers import moved, padding_token
 
 try:
     import trl.trainer.utils
@@ -571,12 +571,13 @@ def _augment(trainer: Any) -> None:
         {"prompt_ids": row["prompt_ids"], "chosen_ids": row["chosen_ids"]}
         for row in trainer.train_dataset
     ]
+    model = trainer.accelerator.unwrap_model(trainer.model)
     source = SelfAugmented(
-        trainer.accelerator.unwrap_model(trainer.model),
+        model,
         rows,
         settings,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=padding_token(tokenizer, vocabulary(model)),
         rank=trainer.accelerator.process_index,
     )
     trainer.train_dataset = SelfAugmentedDataset(source)

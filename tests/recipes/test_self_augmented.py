@@ -1290,3 +1290,17 @@ def test_mask_checks_shapes(ids, labels, mask, message):
             torch.ones(labels, dtype=torch.int64),
             None if mask is None else torch.ones(mask),
         )
+
+
+@pytest.mark.parametrize(
+    ("row", "pad", "where"),
+    [
+        ([1, VOCAB], PAD, r"rows\[1\]"),
+        ([-1, 1], PAD, r"rows\[1\]"),
+        ([1, 2], VOCAB, "pad_token_id"),
+    ],
+)
+def test_tokens_that_the_model_has_no_row_for_are_refused(row, pad, where):
+    given = [*rows(1), {"prompt_ids": row, "response_ids": [3, EOS]}]
+    with pytest.raises(ValueError, match=rf"^{where}: expected tokens in \[0, {VOCAB}\), of which"):
+        SelfAugmented(policy(), given, SHORT, eos_token_id=EOS, pad_token_id=pad)

@@ -232,6 +232,12 @@ def test_a_model_is_not_trained_on_the_samples_of_the_one_before(tmp_path: Path)
         assert len(sampled) == 8 * number and subject._left == 3
 
 
+def test_tokens_of_prompts_that_the_model_has_no_row_for_are_refused(tmp_path: Path) -> None:
+    made = trainer(tmp_path, model=tiny.model(vocab_size=30))
+    with pytest.raises(ValueError, match=r"prompts\[0\]: expected tokens in \[0, 30\), .*, got"):
+        made.evaluate()
+
+
 def test_prompts_of_text_are_refused(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     options = {"processing_class": tiny.tokenizer(), "train_dataset": tiny.text_rows(2)}

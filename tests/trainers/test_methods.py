@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sysconfig
 from collections import Counter
@@ -345,3 +346,22 @@ def test_the_losses_are_listed(capsys: pytest.CaptureFixture) -> None:
     told = capsys.readouterr().out
     for cls in losses.available().values():
         assert f"`{cls.__name__}(" in told
+
+
+@pytest.mark.parametrize("method", [methods.SelfAugmented(segment_length=2), methods.TwoContexts()])
+def test_padding_that_the_model_has_no_row_for_is_passed_over(tmp_path, method):
+    """A tokenizer may have been given one that the model was not."""
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    rows = [{**row, "long_prompt_ids": row["prompt_ids"]} for row in tiny.token_rows(4)]
+    loss = (
+        losses.DPO()
+        if isinstance(method, methods.SelfAugmented)
+        else losses.ShortToLong(losses.SimPO())
+    )
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, max_steps=1)
+    model = tiny.model()
+    made = method.trainer(model, args, loss, rows, rows[:2], processing_class=tokenizer)
+    collator = getattr(made.data_collator, "collator", made.data_collator)
+    assert collator.pad_token_id == tokenizer.eos_token_id < model.config.vocab_size
+    assert made.train().training_loss > 0

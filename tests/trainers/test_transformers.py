@@ -33,6 +33,7 @@ from transformers import (
 
 from fusedpo.fused_head import causal_model
 from fusedpo.losses import DPO, SimPO
+from fusedpo.recipes.short_to_long import ShortToLongCollator
 from fusedpo.trainers.transformers import (
     FusedTrainer,
     PreferenceCollator,
@@ -1261,6 +1262,15 @@ def test_tokens_that_the_model_has_no_row_for_are_refused(tmp_path):
         ValueError, match=rf"row \d of the batch: expected tokens in \[0, {largest}\)"
     ):
         subject.train()
+    wide = {**ROWS[0], "long_prompt_ids": [1, largest]}
+    for rows, collator in (
+        (ROWS, PreferenceCollator(0)),
+        ([wide], ShortToLongCollator(0)),
+        ([], PreferenceCollator(largest)),
+    ):
+        given = trainer(tmp_path, tiny.model(vocab_size=largest), data_collator=collator)
+        with pytest.raises(ValueError, match=rf"expected tokens in \[0, {largest}\), of which"):
+            given.data_collator(rows)
     with pytest.raises(ValueError, match="row 2 of the batch: expected rows with prompt_ids"):
         PreferenceCollator(0)([ROWS[0], {"prompt_ids": [1]}])
     assert padding_token(types.SimpleNamespace(pad_token_id=9, eos_token_id=2), 9) == 2
