@@ -680,7 +680,10 @@ class SelfAugmented:
             )
 
     def begin(self, model: nn.Module, ref_model: nn.Module | None) -> None:
-        """Count steps from 0, with this reference: the policy, unless ``ref_mode="fixed"``.
+        """Count steps from 0, with this reference.
+
+        It becomes what ``ref_mode`` says: the average as it is now, which of a new source is the
+        policy, or the policy; ``"fixed"`` leaves it as it is.
 
         Raises:
             ValueError: for settings of the reference if there is none, or for one of other shapes.
