@@ -391,10 +391,10 @@ def packed(family: str) -> tuple[str, str]:
     for dtype in (torch.float32, torch.bfloat16):
         model = build(family).to(dtype)
         add_fused_head(model)
-        gap, bound = packing_gap(model, inputs, batch["cu_seqlens"])
-        found.append((float(gap), bound))
-    mixed = [not gap <= bound for gap, bound in found]
-    said = ", ".join(f"{gap:.1e} ({bound:.1e})" for gap, bound in found)
+        gaps, bounds = packing_gap(model, inputs, batch["cu_seqlens"])
+        found.append([*zip(gaps.tolist(), bounds.tolist(), strict=True)])
+    mixed = [any(not gap <= bound for gap, bound in each) for each in found]
+    said = ", ".join(f"{gap:.1e} ({bound:.1e})" for each in found for gap, bound in each)
     return ("mixed" if all(mixed) else "mixed in fp32" if mixed[0] else "apart"), said
 
 

@@ -42,6 +42,7 @@ from fusedpo.trainers.transformers import (
     _aligned,
     _check_new_adapters,
     add_fused_head,
+    packing_gap,
     padding_token,
     remove_fused_head,
 )
@@ -630,6 +631,86 @@ def test_a_model_that_mixes_packed_rows_is_refused(tmp_path, family, mixes, dtyp
         assert padded.compute_loss(model, padded.data_collator(rows_of(90))).isfinite()
 
 
+@pytest.mark.parametrize(
+    ("family", "mixes"),
+    [
+        ("Qwen3_5Text", True),
+        ("Bloom", True),
+        ("Llama", False),
+        ("Qwen3Moe", False),
+    ],
+)
+def test_what_is_mixed_by_less_than_rounding_is_found(tmp_path, family, mixes):
+    """In bfloat16, and with small weights: other tokens in the row before change nothing at all."""
+    kind = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")
+    options = {
+        "Qwen3_5Text": {
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+        },
+        "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    }.get(family, {})
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=90,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        **options,
+        **({} if family == "Bloom" else {"num_key_value_heads": 2, "intermediate_size": 48}),
+    )
+    torch.manual_seed(0)
+    model = kind(config).bfloat16()
+    collator = PreferenceCollator(0, packed=True)
+    subject = trainer(tmp_path, model, rows=rows_of(90), data_collator=collator)
+    if not mixes:
+        assert subject.compute_loss(model, collator(rows_of(90))).isfinite()
+        return
+    with pytest.raises(ValueError, match="from those it has behind another by"):
+        subject.compute_loss(model, collator(rows_of(90)))
+
+
+@pytest.mark.parametrize("multiple", [None, 8, 64])
+@pytest.mark.parametrize("responses", [([20, 21, 22], [30]), ([5], [6]), ([5, 5, 5], [5])])
+def test_short_packed_rows_are_compared_without_their_padding(tmp_path, responses, multiple):
+    chosen, rejected = responses
+    rows = [{"prompt_ids": [5, 5], "chosen_ids": chosen, "rejected_ids": rejected}]
+    model = tiny.model().eval()
+    losses = []
+    for packed in (False, True):
+        collator = PreferenceCollator(0, multiple, packed=packed)
+        subject = trainer(tmp_path / str(packed), model, rows=rows, data_collator=collator)
+        losses.append(subject.compute_loss(model, collator(rows)))
+    assert torch.allclose(*losses)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("borders", [[0, 9], [0, 9, 9], [0, 0, 9]])
+def test_a_packed_row_that_is_alone_is_put_behind_itself(family, borders):
+    """Every process takes part with as many forwards, whatever rows it has."""
+    from test_families import build
+
+    model = build(family)
+    add_fused_head(model)
+    inputs = {"input_ids": torch.arange(3, 12)[None], "position_ids": torch.arange(9)[None]}
+    gaps, bounds = packing_gap(model, inputs, torch.tensor(borders))
+    assert bool((gaps <= bounds).all()) == (family == "llama")
+
+
+def test_virtual_tokens_before_packed_rows_are_refused(tmp_path):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(tiny.model(), config)
+    collator = PreferenceCollator(tiny.tokenizer().pad_token_id, packed=True)
+    subject = trainer(tmp_path, model, data_collator=collator)
+    with pytest.raises(ValueError) as error:
+        subject.compute_loss(model, collator(ROWS[:2]))
+    assert str(error.value) == (
+        "data_collator: expected one that pads, as PeftModelForCausalLM puts tokens of its own "
+        "before the rows, got packed rows; leave out packed=True"
+    )
+
+
 def test_packed_rows_are_compared_once(tmp_path):
     """And anew for another attention."""
     model = tiny.model()
@@ -638,16 +719,16 @@ def test_packed_rows_are_compared_once(tmp_path):
     runs: list[str] = []
     model.model.register_forward_hook(lambda *args: runs.append("policy"))
     subject.ref_model.model.register_forward_hook(lambda *args: runs.append("reference"))
-    # of each: an experiment at the head, packed and alone; then the step's own, for which the
-    # policy's head is looked at in training too
-    for expected in ([5, 4], [1, 1], [1, 1]):
+    # of each: an experiment at the head, packed, alone and behind others; then the step's own, for
+    # which the policy's head is looked at in training too
+    for expected in ([6, 5], [1, 1], [1, 1]):
         runs.clear()
         subject.compute_loss(model, collator(ROWS[:2]))
         assert [runs.count(name) for name in ("policy", "reference")] == expected
     model.set_attn_implementation("eager")
     runs.clear()
     subject.compute_loss(model, collator(ROWS[:2]))
-    assert [runs.count(name) for name in ("policy", "reference")] == [5, 1]
+    assert [runs.count(name) for name in ("policy", "reference")] == [6, 1]
 
 
 @pytest.mark.parametrize("mixes", [False, True])
