@@ -14,7 +14,7 @@ What a family does *after* its head is found by experiment at the first call: th
 run once more, without gradients, with made-up logits in place of the head's, and has to be a soft
 cap and a factor of them; see ``_after_head``. That is kept for the state that head, model and
 configuration were in (``_Scorer.state``), and held in every later call to what becomes of a few
-made-up logits.
+made-up logits. Where only numbers or hooks are others, what was known last is tried first.
 
 Threads may run one model at a time each its own way: what stands in for a head does so in the
 thread that put it there, and for all others the head does what it does.
@@ -28,6 +28,7 @@ import math
 import threading
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -244,7 +245,7 @@ def at_head(model: Any, task: AtHead, **inputs: Any) -> tuple[Any, Tensor | None
 
     def noted(hidden: Tensor, head: Head) -> Any:
         done.append(task(hidden, head))
-        return done[0]
+        return done[-1]
 
     output = model(**inputs, fused=noted)
     if not done:
@@ -255,7 +256,7 @@ def at_head(model: Any, task: AtHead, **inputs: Any) -> tuple[Any, Tensor | None
             "model: expected one whose call runs its forward, got an output of "
             f"{type(model).__name__} without that"
         )
-    return _uncast(done[0], output["result"]), output["aux_loss"]
+    return _uncast(done[-1], output["result"]), output["aux_loss"]
 
 
 def _refuse_labels(inputs: Mapping[str, Any]) -> None:
@@ -428,13 +429,52 @@ class FusedForward:
         _refuse_labels(kwargs)
         kwargs = {**kwargs, **self.settings()}
         scorer = _Scorer.of(self.model)
-        state = scorer.state(self.model, self.forward)
-        after = self.known.get(state)
+        state, after, sure = self._recall(scorer)
+        if after is not None and not sure:
+            if (done := self._attempt(scorer, after, task, args, kwargs, carry)) is not None:
+                self._keep(state, after)
+                return done
+            after = None
         if after is None:
             after = _after_head(self, args, kwargs)
-            for oldest in [*self.known][: 1 - _STATES]:
-                self.known.pop(oldest, None)
-            self.known[state] = after
+            self._keep(state, after)
+        call, output = self._call(scorer, after, task, args, kwargs, carry)
+        result = call.result()
+        if not call.holds(after, output):
+            self.known.pop(state, None)
+            raise UnsupportedHead(
+                "model: expected logits that are capped and scaled as at an earlier call, got some "
+                "that are not; call it again, and it is looked at anew"
+            )
+        return result, getattr(output, "aux_loss", None)
+
+    # compiled code would compare other objects at every call
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _recall(self, scorer: _Scorer) -> tuple[Any, AfterHead | None, bool]:
+        """The head's state; what is known of it, or else of the last whose functions were the same;
+        and whether it is this state's."""
+        state = scorer.state(self.model, self.forward)
+        if (after := self.known.get(state)) is not None:
+            return state, after, True
+        alike = [after for other, after in [*self.known.items()] if other[0] == state[0]]
+        return state, alike[-1] if alike else None, False
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _keep(self, state: Any, after: AfterHead) -> None:
+        for oldest in [*self.known][: 1 - _STATES]:
+            self.known.pop(oldest, None)
+        self.known[state] = after
+
+    def _call(
+        self,
+        scorer: _Scorer,
+        after: AfterHead,
+        task: AtHead,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        carry: bool,
+    ) -> tuple[_Call, Any]:
+        """The head's call in one forward of the model, and the forward's output."""
 
         def at_head(hidden: Tensor) -> Any:
             states, weight, bias = scorer.inputs(hidden)
@@ -444,13 +484,21 @@ class FusedForward:
         call = _Call(at_head, carry)
         with scorer.replaced(call, call.hook):
             output = self.forward(*args, **kwargs)
-        result = call.result()
-        if not call.holds(after, output):
-            self.known.pop(state, None)
-            raise UnsupportedHead(
-                "model: expected logits that are capped and scaled as at an earlier call, got some "
-                "that are not; call it again, and it is looked at anew"
-            )
+        return call, output
+
+    def _attempt(
+        self, scorer: _Scorer, after: AfterHead, *of_call: Any
+    ) -> tuple[Any, Tensor | None] | None:
+        """What a run with what was known last comes to, as numbers and hooks that have no part in
+        the logits may change at every step; None where it does not hold."""
+        try:
+            call, output = self._call(scorer, after, *of_call)
+            result = call.result()
+        except Exception:  # which the experiment, or the run after it, meets again and explains
+            return None
+        # a hook that makes another output may learn something
+        if call.returned is not call.sent or not call.holds(after, output):
+            return None
         return result, getattr(output, "aux_loss", None)
 
     def settings(self) -> dict[str, Any]:
@@ -527,6 +575,7 @@ class _Call:
         self.task, self.carry = task, carry
         self.found: Any = None
         self.packed: Tensor | None = None  # [1, n, V]
+        self.sent: Tensor | None = None  # what is packed, and made-up logits
         self.returned: Tensor | None = None  # of the head's call
         self.made: Tensor | None = None  # [2, V], made-up logits behind what is packed
         self.calls = 0
@@ -550,7 +599,8 @@ class _Call:
         spread = _spread(self.width, padded)
         # some near zero, where a soft cap shows least, and some that it is all of
         self.made = torch.stack([spread / 16, spread.flip(0) * 16])
-        return torch.cat([self.packed.to(self.made.dtype), self.made[None]], 1)
+        self.sent = torch.cat([self.packed.to(self.made.dtype), self.made[None]], 1)
+        return self.sent
 
     def hook(self, output: Tensor) -> None:
         """What comes out of the head's call, after the hooks of others."""
@@ -630,17 +680,23 @@ class _StandIn:
 
 
 class _Same:
-    """An object that is equal to itself alone, and not collected while it is remembered: another
-    would take its id."""
+    """An object that is equal to itself alone, and to nothing once it is gone; it is not held on
+    to, as far as its kind allows that."""
 
     def __init__(self, value: Any) -> None:
-        self.value = value
+        self.number = id(value)
+        try:
+            self.value: Callable[[], Any] = weakref.ref(value)
+        except TypeError:
+            self.value = lambda: value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+        # another may have taken its number in memory
+        alive = self.value()
+        return isinstance(other, _Same) and alive is not None and alive is other.value()
 
     def __hash__(self) -> int:
-        return id(self.value)
+        return self.number
 
 
 _PLAIN = (str, int, float, bool, type(None), torch.dtype)
@@ -663,15 +719,22 @@ def _plain_numbers(module: Any) -> tuple[Any, ...]:
     return tuple((n, v) for n, v in vars(module).items() if isinstance(v, _PLAIN))
 
 
-def _functions(module: Any) -> Iterator[_Same]:
+def _forwards(module: Any) -> tuple[_Same | None, ...]:
     """What runs when a module is called."""
     forward = vars(module).get("forward")
     forward = forward.own if isinstance(forward, _StandIn) else forward
+    return _same(type(module).forward), _same(forward)
+
+
+def _hooks(module: Any) -> tuple[_Same | None, ...]:
+    """What runs behind that."""
     hooks = module._forward_hooks.values()
-    others = [hook for hook in hooks if not isinstance(getattr(hook, "__self__", None), _StandIn)]
+    return tuple(_same(h) for h in hooks if not isinstance(getattr(h, "__self__", None), _StandIn))
+
+
+def _same(function: Any) -> _Same | None:
     # a method is made anew whenever it is asked for
-    for function in (type(module).forward, forward, *others):
-        yield _Same(getattr(function, "__func__", function))
+    return None if function is None else _Same(getattr(function, "__func__", function))
 
 
 @dataclass(frozen=True)
@@ -687,7 +750,8 @@ class _Scorer:
     kind: str
 
     def state(self, model: Any, forward: Callable[..., Any]) -> Any:
-        """What tells apart the states in which a model may do other things to its logits.
+        """What tells apart the states in which a model may do other things to its logits: modules
+        and functions; and hooks and numbers, most of which have no part in them.
 
         Not all that there may be: a number may stand anywhere. What is missing here is found in
         what becomes of made-up logits, after the call.
@@ -696,17 +760,17 @@ class _Scorer:
         # not of the weight, which may be sharded
         weight = base._parameters.get("weight")
         parts = [*model.get_output_embeddings().modules()]
-        return (
+        functions = (
             self.kind,
             _Same(self.module),
             base.out_features,
             None if weight is None else weight.dtype,
-            *(same for part in parts for same in _functions(part)),
-            _Same(type(model).forward),
-            _Same(getattr(forward, "__func__", forward)),
-            _plain_numbers(model),
-            _frozen(vars(model.config)),
+            *(same for part in parts for same in _forwards(part)),
+            _same(type(model).forward),
+            _same(forward),
         )
+        hooks = tuple(same for part in parts for same in _hooks(part))
+        return functions, (hooks, _plain_numbers(model), _frozen(vars(model.config)))
 
     @classmethod
     def of(cls, model: Any) -> _Scorer:
@@ -907,6 +971,7 @@ class _Experiment:
         self.hooked = not same
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _after_head(fused: FusedForward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> AfterHead:
     """Find out what a model does with the output of its head, and verify all of it.
 

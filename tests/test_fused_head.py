@@ -12,6 +12,7 @@ import pickle
 import threading
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -1516,7 +1517,7 @@ def test_a_head_that_changes_back_and_forth_is_looked_at_once_in_each_state() ->
     add_fused_head(model)
     runs: list[int] = []
     model.model.register_forward_hook(lambda *_: runs.append(1))
-    for cap, expected in ((2.0, 2), (None, 4), (2.0, 5), (None, 6), (2.0, 7)):
+    for cap, expected in ((2.0, 2), (None, 5), (2.0, 6), (None, 7), (2.0, 8)):
         model.config.final_logit_softcapping = cap
         model(input_ids=tokens(), labels=tokens(), fused=True)
         assert len(runs) == expected
@@ -1526,6 +1527,68 @@ def test_a_head_that_changes_back_and_forth_is_looked_at_once_in_each_state() ->
         model(input_ids=tokens(), labels=tokens(), fused=True)
     assert len(fused_forward(model).known) < 10
     check(model)
+
+
+def test_numbers_and_hooks_without_a_part_in_the_logits_cost_no_experiment() -> None:
+    """A counter on the model or its configuration, the mode, a hook made anew for each step."""
+    model = make("softcap")
+    add_fused_head(model)
+    runs: list[int] = []
+    model.model.register_forward_hook(lambda *_: runs.append(1))
+    for step in range(4):
+        model.steps = model.config.steps = step
+        model.train(step % 2 == 0)
+        handle = model.lm_head.register_forward_hook(lambda *args: leave(*args))
+        model(input_ids=tokens(), labels=tokens(), fused=True)
+        handle.remove()
+        assert len(runs) == step + 2
+
+
+def test_a_hook_that_learns_a_factor_of_one_is_refused() -> None:
+    model = make()
+    add_fused_head(model)
+    check(model)
+    factor = nn.Parameter(torch.ones(()))
+    model.lm_head.register_forward_hook(lambda module, args, output: factor * output)
+    with pytest.raises(UnsupportedHead, match="nothing is learned of behind their head"):
+        model(input_ids=tokens(), labels=tokens(), fused=True)
+
+
+def test_nothing_of_a_head_that_is_gone_is_held_on_to() -> None:
+    model = make("bias")
+    add_fused_head(model)
+    check(model)
+    gone = [weakref.ref(model.lm_head)]
+    model.lm_head = nn.Linear(H, V, bias=True)
+
+    def hook(module: Any, args: Any, output: Tensor) -> None:
+        return None
+
+    handle = model.lm_head.register_forward_hook(hook)
+    check(model)
+    handle.remove()
+    gone.append(weakref.ref(hook))
+    del hook, handle
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+    check(model)
+
+
+@pytest.mark.compiled
+def test_the_experiment_runs_once_for_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled with its own code and from without: it is found again in what is known."""
+    from fusedpo import fused_head
+
+    made: list[int] = []
+    experiment = fused_head._after_head
+    note = torch.compiler.disable(lambda *args: made.append(1) or experiment(*args))
+    monkeypatch.setattr(fused_head, "_after_head", note)
+    model = make()
+    add_fused_head(model)
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(3):
+        compiled(input_ids=tokens(), labels=tokens(), fused=True)
+    assert len(made) == 1
 
 
 def double(module: Any, args: Any, output: Tensor) -> Tensor:
