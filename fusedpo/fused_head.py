@@ -491,6 +491,9 @@ class FusedForward:
     ) -> tuple[Any, Tensor | None] | None:
         """What a run with what was known last comes to, as numbers and hooks that have no part in
         the logits may change at every step; None where it does not hold."""
+        _, args, kwargs, _ = of_call
+        if any(map(_is_changeable, [*args, *kwargs.values()])):  # it would be once more
+            return None
         try:
             call, output = self._call(scorer, after, *of_call)
             result = call.result()
@@ -984,6 +987,9 @@ def _after_head(fused: FusedForward, args: Sequence[Any], kwargs: Mapping[str, A
     scorer = _Scorer.of(model)
     experiment = _Experiment(scorer)
     with unnoticed(model), evaluating(scorer.module):
+        # a cache grows in a forward
+        args = [_own(value) for value in args]
+        kwargs = {name: _own(value) for name, value in kwargs.items()}
         try:
             with scorer.replaced(experiment, experiment.hook):
                 output = fused.forward(*args, **kwargs)
@@ -1036,6 +1042,37 @@ def _after_head(fused: FusedForward, args: Sequence[Any], kwargs: Mapping[str, A
                 f"hidden states, got some that differ from that by up to {gap:.3g}"
             )
     return after
+
+
+def _is_changeable(value: Any) -> bool:
+    """Whether an argument is an object that a forward may change, as it does a cache."""
+    return hasattr(value, "__dict__") and not isinstance(value, Tensor) and not callable(value)
+
+
+def _own(value: Any) -> Any:
+    """A copy of an argument that a forward may change, without gradients; others as they are."""
+    if not _is_changeable(value):
+        return value
+    # those of a prefix that is learned are results, which deepcopy does not copy
+    tensors = {id(tensor): tensor.detach().clone() for tensor in _tensors(value, set())}
+    return copy.deepcopy(value, tensors)
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Every tensor in an object."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if id(value) in seen or isinstance(value, torch.nn.Module):
+        return
+    seen.add(id(value))
+    parts: list[Any] = [*vars(value).values()] if hasattr(value, "__dict__") else []
+    if isinstance(value, Mapping):
+        parts += value.values()
+    elif isinstance(value, list | tuple):
+        parts += value
+    for part in parts:
+        yield from _tensors(part, seen)
 
 
 def _spread(vocab: int, like: Tensor) -> Tensor:

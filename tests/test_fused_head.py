@@ -1930,6 +1930,36 @@ def test_no_labels_beside_a_task_may_be_said() -> None:
 # what the experiment leaves behind
 
 
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("by_position", [False, True])
+def test_the_experiment_leaves_caches_alone(learned: bool, by_position: bool) -> None:
+    """A cache with the states of earlier tokens, which may have been learned."""
+    model = make()
+    earlier = torch.full((len(tokens()), 2), 5)
+
+    def cache() -> Any:
+        own = transformers.DynamicCache(config=model.config)
+        with torch.set_grad_enabled(learned):
+            model(input_ids=earlier, past_key_values=own, use_cache=True)
+        return own
+
+    whole = model(input_ids=torch.cat([earlier, tokens()], 1)).logits[:, 2:]
+    exact = naive(whole[:, :-1], tokens()[:, 1:])["logprob"]
+    add_fused_head(model)
+    for step in range(3):
+        own = cache()
+        model.steps = step  # another state each time
+        args = (tokens(), None, None, own) if by_position else ()
+        inputs = {} if by_position else {"input_ids": tokens(), "past_key_values": own}
+        got = model(*args, **inputs, labels=tokens(), fused=True).logprob
+        assert relative(got, exact) < 1e-5
+        assert own.get_seq_length() == 2 + tokens().shape[1]
+    if learned:
+        assert not differences(
+            gradients(model, got.square().sum()), gradients(model, exact.square().sum()), 1e-4
+        )
+
+
 def test_the_experiment_leaves_no_weights_in_autocasts_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
