@@ -406,7 +406,13 @@ class FusedForward:
         if make is None:
             expected = f"some, as {type(self.model).__name__} makes none of labels"
             raise bad_value("decoder_input_ids", expected, "none")
-        return {"decoder_input_ids": make(labels)}
+        made = {"decoder_input_ids": make(labels)}
+        if getattr(self.model.config, "model_type", "") == "encoder-decoder" and (
+            fed.get("decoder_attention_mask") is None
+        ):  # which masks all that looks like padding, in what it makes
+            ids = made["decoder_input_ids"]
+            made["decoder_attention_mask"] = (ids != self.model.config.pad_token_id).to(ids)
+        return made
 
     def _by_logits(
         self, task: Score, args: Sequence[Any], kwargs: Mapping[str, Any]

@@ -1850,6 +1850,29 @@ def test_labels_of_an_encoder_decoder_are_not_shifted(family: str, name: str, gi
         assert relative(-got.logprob.sum() / (labels != -100).sum(), loss) < 1e-6
 
 
+@pytest.mark.parametrize("start", [0, 5])
+def test_an_encoder_decoder_of_two_models_masks_what_looks_like_padding(start: int) -> None:
+    """In the decoder's input that it makes of labels: there a start that is the padding's token."""
+    sizes = {"hidden_size": H, "num_attention_heads": 2, "intermediate_size": 24}
+    options = {"vocab_size": V, "num_hidden_layers": 1, "initializer_range": 0.5, **sizes}
+    torch.manual_seed(0)
+    encoder = transformers.BertModel(transformers.BertConfig(**options))
+    config = transformers.BertConfig(**options, is_decoder=True, add_cross_attention=True)
+    decoder = transformers.BertLMHeadModel(config)
+    model = transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder).eval()
+    model.config.decoder_start_token_id, model.config.pad_token_id = start, 0
+    source, labels = tokens(11, seed=2), labels_of(tokens())
+    own = naive(model(input_ids=source, labels=labels).logits, labels)["logprob"]
+    add_fused_head(model)
+    got = model(input_ids=source, labels=labels, fused=True).logprob
+    assert relative(got, own) < 1e-5
+    # what the caller masks is the caller's
+    mask = torch.ones_like(labels)
+    inputs = {"input_ids": source, "decoder_attention_mask": mask}
+    own = naive(model(**inputs, labels=labels).logits, labels)["logprob"]
+    assert relative(model(**inputs, labels=labels, fused=True).logprob, own) < 1e-5
+
+
 @pytest.mark.parametrize("family", ["T5", "plain"])
 def test_trls_forward_counts_the_labels_that_it_scores(family: str) -> None:
     """All of an encoder-decoder's; a decoder's from the second on."""
