@@ -395,6 +395,7 @@ class FusedTrainerMixin(_Base):
         """A new model, with a head and a reference of its own; before each training."""
         self._forget()
         model = super().call_model_init(trial)
+        self._packing = []  # which holds on to the last model
         self._prepare_head(model)
         self._place_reference(model)
         return model

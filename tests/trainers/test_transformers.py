@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import gc
 import json
 import math
 import subprocess
 import sys
 import types
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -696,6 +698,33 @@ def test_a_packed_row_that_is_alone_is_put_behind_itself(family, borders):
     inputs = {"input_ids": torch.arange(3, 12)[None], "position_ids": torch.arange(9)[None]}
     gaps, bounds = packing_gap(model, inputs, torch.tensor(borders))
     assert bool((gaps <= bounds).all()) == (family == "llama")
+
+
+def test_models_of_earlier_trainings_are_not_held_on_to(tmp_path):
+    """Those that packed rows were compared of."""
+    made: list[Any] = []
+
+    def model_init() -> Any:
+        model = tiny.model()
+        made.append(weakref.ref(model))
+        return model
+
+    collator = PreferenceCollator(tiny.tokenizer().pad_token_id, packed=True)
+    args = TrainingArguments(
+        str(tmp_path),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        max_steps=1,
+    )
+    subject = PreferenceTrainer(
+        None, args, loss=SimPO(), model_init=model_init, train_dataset=ROWS, data_collator=collator
+    )
+    for _ in range(3):
+        subject.train()
+    gc.collect()
+    assert [reference() is not None for reference in made[:-1]] == [False] * (len(made) - 1)
 
 
 def test_virtual_tokens_before_packed_rows_are_refused(tmp_path):
