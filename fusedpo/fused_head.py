@@ -398,8 +398,7 @@ class FusedForward:
         self, labels: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         """What an encoder-decoder makes of labels [B, T] where the decoder is fed nothing else."""
-        names = [*inspect.signature(self.forward).parameters]
-        fed = {**dict(zip(names, args, strict=False)), **kwargs}
+        fed = self._by_name(args, kwargs)
         if any(fed.get(f"decoder_{name}") is not None for name in ("input_ids", "inputs_embeds")):
             return {}
         make = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
@@ -413,6 +412,10 @@ class FusedForward:
             ids = made["decoder_input_ids"]
             made["decoder_attention_mask"] = (ids != self.model.config.pad_token_id).to(ids)
         return made
+
+    def _by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        names = [*inspect.signature(self.forward).parameters] if args else []
+        return {**dict(zip(names, args, strict=False)), **kwargs}
 
     def _by_logits(
         self, task: Score, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -432,7 +435,7 @@ class FusedForward:
         Returns:
             What the task returned, and the output's aux_loss.
         """
-        _refuse_labels(kwargs)
+        _refuse_labels(self._by_name(args, kwargs))
         kwargs = {**kwargs, **self.settings()}
         scorer = _Scorer.of(self.model)
         state, after, sure = self._recall(scorer)

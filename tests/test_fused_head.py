@@ -1944,6 +1944,17 @@ def test_labels_beside_a_task_are_refused_before_anything_runs(name: str, way: s
     )
 
 
+def test_labels_by_position_beside_a_task_are_refused() -> None:
+    model = make()
+    add_fused_head(model)
+    model.model.register_forward_pre_hook(lambda *args: pytest.fail("it ran"))
+    names = [*inspect.signature(type(model).forward).parameters][1:]
+    args = [None] * names.index("labels")
+    args[0] = tokens()
+    with pytest.raises(ValueError, match=r"^labels: expected none among the inputs"):
+        model(*args, tokens(), fused=lambda hidden, head: hidden)
+
+
 def test_no_labels_beside_a_task_may_be_said() -> None:
     model = make()
     hidden, head = hidden_and_head(model, input_ids=tokens(), labels=None)
