@@ -23,8 +23,10 @@ thread that put it there, and for all others the head does what it does.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
+import sys
 import threading
 import types
 import warnings
@@ -318,6 +320,7 @@ class FusedForward:
         backend: str = "auto",
         unsupported: str = "raise",
     ) -> None:
+        _keep_compiler_out()
         self.model = model
         self.original = original  # what was in the model's dict; None: its class's forward
         self.memory_budget = memory_budget
@@ -457,8 +460,6 @@ class FusedForward:
             )
         return result, getattr(output, "aux_loss", None)
 
-    # compiled code would compare other objects at every call
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _recall(self, scorer: _Scorer) -> tuple[Any, AfterHead | None, bool]:
         """The head's state; what is known of it, or else of the last whose functions were the same;
         and whether it is this state's."""
@@ -468,7 +469,6 @@ class FusedForward:
         alike = [after for other, after in [*self.known.items()] if other[0] == state[0]]
         return state, alike[-1] if alike else None, False
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _keep(self, state: Any, after: AfterHead) -> None:
         for oldest in [*self.known][: 1 - _STATES]:
             self.known.pop(oldest, None)
@@ -983,7 +983,21 @@ class _Experiment:
         self.hooked = not same
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@functools.cache
+def _keep_compiler_out() -> None:
+    """Have torch.compile leave alone what is known of heads: compiled code would compare other
+    objects at every call, and run the experiment anew. Not by decorators, which import the compiler
+    with the package."""
+    owners: tuple[tuple[Any, str], ...] = (
+        (FusedForward, "_recall"),
+        (FusedForward, "_keep"),
+        (sys.modules[__name__], "_after_head"),
+    )
+    for owner, name in owners:
+        function = torch.compiler.disable(getattr(owner, name))  # type: ignore[no-untyped-call]
+        setattr(owner, name, function)
+
+
 def _after_head(fused: FusedForward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> AfterHead:
     """Find out what a model does with the output of its head, and verify all of it.
 
