@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import engine
 import pytest
@@ -16,7 +18,7 @@ from losses.shared import made
 from oracles import gradient_faults, relative
 
 import fusedpo
-from fusedpo import FusedLoss, linear_logprobs, plan, policy_loss
+from fusedpo import FusedLoss, linear_logprobs, objective, plan, policy_loss, reference
 from fusedpo.losses import (
     CISPO,
     DAPO,
@@ -520,3 +522,38 @@ def test_bad_input_is_refused(name: str) -> None:
     loss = given.pop("loss")
     with pytest.raises(error, match=text):
         policy_loss(loss, data["hidden"], data["weight"], data["labels"], **given)
+
+
+@pytest.mark.parametrize("budget", ["128KiB", "256KiB", None])
+@pytest.mark.parametrize("log_entropy", [False, True])
+def test_equal_policies_are_cut_alike(
+    budget: str | None, log_entropy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the policy's entropy leaves less of the budget to a tile."""
+    tiles = []
+
+    def noted(score: Callable[..., Any]) -> Callable[..., Any]:
+        def scored(*args: Any, **options: Any) -> Any:
+            tiles.append((options["memory_budget"].rows, options["memory_budget"].cols))
+            return score(*args, **options)
+
+        return scored
+
+    monkeypatch.setattr(reference, "score", noted(reference.score))
+    monkeypatch.setattr(objective, "score_with_states", noted(objective.score_with_states))
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 33, 16, generator=g, requires_grad=True)
+    weight = torch.randn(700, 16, generator=g, requires_grad=True)
+    out = policy_loss(
+        GRPO(kl_weight=0.1),
+        hidden,
+        weight,
+        torch.randint(700, (4, 33), generator=g),
+        advantages=torch.ones(4),
+        ref_hidden=hidden.detach(),
+        memory_budget=budget,
+        log_entropy=log_entropy,
+    )
+    of_reference, of_policy = tiles
+    assert of_reference == of_policy
+    assert out.metrics["kl"] == 0

@@ -263,7 +263,7 @@ def _two_rows(inputs: Mapping[str, Tensor], cu_seqlens: Tensor) -> tuple[dict[st
 
 def _other_tokens(ids: Tensor) -> Tensor:
     """Another token in the place of each, of those that there are if there are two."""
-    tokens, places = torch.unique(ids, return_inverse=True)
+    tokens, places = ids.unique(return_inverse=True)
     return tokens.roll(1)[places] if len(tokens) > 1 else (ids == 0).to(ids)
 
 
@@ -568,7 +568,7 @@ class FusedTrainerMixin(_Base):
         unwrapped = self.accelerator.unwrap_model(model)
         if self.ref_model is not None and self._own_reference is None:
             _check_adapters(unwrapped, self.ref_model)
-        subject = self.ref_model or (model if self._sharded else unwrapped)
+        subject = self.ref_model or model
         with_it = contextlib.nullcontext() if self.ref_model else unwrapped.disable_adapter()
         with with_it, evaluating(subject), self.accelerator.autocast():
             if self._sharded:

@@ -639,6 +639,7 @@ _OF_LOSSES = " ".join(
         "ipo",
         "kto",
         "luspo",
+        "metrics",
         "modifiers",
         "names",
         "nca",
@@ -957,7 +958,7 @@ _LOSSES = (
 _CORE = (
     *_in(
         "fusedpo/preference.py",
-        "test_objective.py -k 'not triton and (metrics or of_its_states)'",
+        "test_objective.py losses/test_metrics.py -k 'not triton and (metrics or of_its_states)'",
         (
             "of_states.mean()",
             "of_states.sum() / self.denominator",
@@ -981,7 +982,7 @@ _CORE = (
     ),
     *_in(
         "fusedpo/policy.py",
-        "test_policy.py -k 'not triton and (metrics or digits)'",
+        "test_policy.py losses/test_metrics.py -k 'not triton and (metrics or digits)'",
         (
             "torch.expm1(-t.delta.clamp(min=-20)) + t.delta",
             "torch.expm1(t.delta.clamp(max=20)) - t.delta",
@@ -1043,7 +1044,7 @@ _CORE = (
     ),
     *_in(
         "fusedpo/scores.py",
-        "test_policy.py -k 'not triton and (metrics or digits)'",
+        "test_policy.py losses/test_metrics.py -k 'not triton and (metrics or digits)'",
         (
             "means.sum() / max(1, self.sequences.count)",
             "means.sum() / (self.sequences.lengths > 0).sum()",
@@ -1073,9 +1074,7 @@ _CORE = (
             "old": "backend=backend, like=policy_plan",
             "new": "backend=backend",
             "breaks": "policy and reference are planned apart",
-            "tests": "test_objective.py -k equal_policies",
-            "unseen": "the planner finds the same tile, unless the policy's entropy is looked at too and "
-            "the budget cuts the tile",
+            "tests": "test_policy.py -k equal_policies",
         },
         (
             "rows.gather(reference.logprobs.double())",

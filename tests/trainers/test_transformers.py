@@ -917,6 +917,23 @@ def test_a_reference_has_no_dropout(tmp_path, adapted):
     assert made.model.training
 
 
+def test_the_model_without_its_adapters_is_a_reference_without_dropout(tmp_path):
+    """As where weights are sharded, so that no copy serves."""
+    model = tiny.model(attention_dropout=0.5)
+    batch = PreferenceCollator(0)(ROWS[:3])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits
+    scored = logits.log_softmax(-1).gather(-1, batch["labels"].clamp(min=0)[..., None])[..., 0]
+    expected = torch.where(batch["labels"] == -100, 0, scored)
+    adapters = LoraConfig(target_modules=["q_proj"], lora_dropout=0.5)
+    made = trainer(tmp_path, get_peft_model(model, adapters).train(), DPO())
+    made.ref_model, made.is_fsdp_enabled = None, True
+    found = made._reference(made.model.train(), inputs, batch["labels"])
+    assert relative(found, expected) < 1e-5
+    assert made.model.training
+
+
 def test_means_are_of_what_came_since_the_last_time(tmp_path):
     made = trainer(tmp_path)
     for value, pairs in ((1.0, 3), (5.0, 1)):
