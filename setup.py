@@ -48,6 +48,7 @@ setup(
     packages=[
         "fusedpo",
         "fusedpo.commands",
+        "fusedpo.engine",
         "fusedpo.losses",
         "fusedpo.recipes",
         "fusedpo.trainers",

@@ -34,9 +34,10 @@ from torch import Tensor
 
 from fusedpo import checks
 from fusedpo.backend import resolve
+from fusedpo.engine.structure import Scope
 from fusedpo.head import Head
 from fusedpo.operators import token_stats
-from fusedpo.plan import Needs, Plan, Scope, parse_budget, plan, recounted, replan
+from fusedpo.plan import Needs, Plan, parse_budget, plan, recounted, replan
 from fusedpo.precision import own_precision
 from fusedpo.scored import assert_on_device, count_scored, label_fault, temperature_faults, tracing
 from fusedpo.sweeps import (

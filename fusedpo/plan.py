@@ -20,9 +20,9 @@ from typing import Any, Literal, get_args
 import torch
 
 from fusedpo.checks import FLOATS, bad_choice, bad_type, bad_value
+from fusedpo.engine.structure import Scope
 
 Route = Literal["forward", "frozen", "retain", "one_pass", "recompute"]
-Scope = Literal["token", "sequence", "pair", "batch"]
 Needs = Literal["hidden", "weight", "bias"]
 Backend = Literal["torch", "triton"]
 

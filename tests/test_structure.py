@@ -21,6 +21,7 @@ LAYERS = (
     ("kernels",),
     ("checks", "precision", "tables"),
     ("distributed",),
+    ("engine",),
     ("plan", "scored", "scores"),
     ("backend", "head", "losses", "sweeps"),
     ("layout", "operators", "tail"),

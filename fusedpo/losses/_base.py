@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import bad_choice, bad_type, bad_value, in_range, positive
+from fusedpo.engine.structure import GradientStructure, Scope
 from fusedpo.losses._links import Tail
-from fusedpo.plan import Scope
 from fusedpo.scores import Scores
 
 Check = Callable[[str, Any], Any]
@@ -132,6 +132,11 @@ class Loss:
         raise NotImplementedError(f"{type(self).__name__} has no scope")
 
     @property
+    def gradient_structure(self) -> GradientStructure:
+        """How much of the gradient by the log-probabilities is known when."""
+        raise NotImplementedError(f"{type(self).__name__} has no gradient_structure")
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the formula compares with a reference policy."""
         return False
@@ -195,6 +200,12 @@ class PreferenceLoss(Loss):
     def factors(self) -> int:
         """How many factors the gradient of an example (or response, if it stands alone) has."""
         return len(self.roles) if self.coupling == "example" else 1
+
+    @property
+    def gradient_structure(self) -> GradientStructure:
+        if self.coupling != "margin":
+            return GradientStructure(self.scope, self.factors)
+        return GradientStructure(self.scope, 1, "mean_margin" if self.averages else "margin")
 
     @property
     def averages(self) -> bool:

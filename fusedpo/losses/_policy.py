@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import bad_value, non_negative, number
+from fusedpo.engine.structure import GradientStructure, Scope
 from fusedpo.losses._base import Loss, hyperparameter, one_of, optional, pick
-from fusedpo.plan import Scope
 from fusedpo.scores import RATIO_LIMIT, Tokens
 
 Aggregation = Literal["sequence_mean", "sequence_sum", "token_mean"]
@@ -66,6 +66,10 @@ class PolicyLoss(Loss):
         if not self.sees_sequences:
             return "token"
         return "batch" if self.kl_weight else "sequence"
+
+    @property
+    def gradient_structure(self) -> GradientStructure:
+        return GradientStructure(self.scope, unit="gate")
 
     @property
     def divisor(self) -> float:

@@ -263,7 +263,7 @@ def _two_rows(inputs: Mapping[str, Tensor], cu_seqlens: Tensor) -> tuple[dict[st
 
 def _other_tokens(ids: Tensor) -> Tensor:
     """Another token in the place of each, of those that there are if there are two."""
-    tokens, places = ids.unique(return_inverse=True)
+    tokens, places = torch.unique(ids, return_inverse=True)
     return tokens.roll(1)[places] if len(tokens) > 1 else (ids == 0).to(ids)
 
 
