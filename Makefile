@@ -25,7 +25,7 @@ coverage: .venv/ready
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-# faults of one line, planted one at a time; the tests are to notice each. About an hour
+# faults of one line, planted one at a time; the tests are to notice each. Some ten minutes
 mutants: .venv/ready
 	$(BIN)/python tests/mutants/run.py
 
