@@ -49,6 +49,7 @@ setup(
         "fusedpo",
         "fusedpo.commands",
         "fusedpo.engine",
+        "fusedpo.engine.routes",
         "fusedpo.losses",
         "fusedpo.recipes",
         "fusedpo.trainers",

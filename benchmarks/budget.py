@@ -14,7 +14,7 @@ from fusedpo.benchmarks import sweep
 from fusedpo.benchmarks.formulas import TITLES, WITH_REFERENCE
 from fusedpo.benchmarks.peers import OURS
 from fusedpo.benchmarks.shapes import MIB, head_of
-from fusedpo.plan import format_bytes
+from fusedpo.sizes import format_bytes
 
 BUDGETS = (1, 2, 4, 8, 16, 64, 256, 1024)
 

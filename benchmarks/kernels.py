@@ -22,9 +22,9 @@ from fusedpo import losses
 from fusedpo.benchmarks import measure, routes, sweep
 from fusedpo.benchmarks.section import Section, Setting, Verdict, number, quotient
 from fusedpo.benchmarks.shapes import GPU, MIB, Inputs, Shape, head_of, make_inputs
+from fusedpo.engine.precision import multiply
 from fusedpo.kernels.timing import Clock, Deadline, Measured
 from fusedpo.losses import _gates, _links
-from fusedpo.sweeps import _product
 
 TAIL_MICROSECONDS = 40.0
 TAIL_SPEEDUP = 8.0
@@ -393,13 +393,13 @@ def _tile_products(setting: Setting, inputs: Inputs) -> list[Kernel]:
 
     def forward(i: int) -> None:
         rows, cols = slices(i, n, places), slices(i, v, tiles)
-        _product(logits, hidden[rows], weight[cols].T, add=False)
+        multiply(logits, hidden[rows], weight[cols].T, add=False)
 
     def of_hidden(i: int) -> None:
-        _product(rest, jacobian, weight[slices(i, v, tiles)], add=True)
+        multiply(rest, jacobian, weight[slices(i, v, tiles)], add=True)
 
     def of_weight(i: int) -> None:
-        _product(head, back_jacobian.T, hidden[slices(i, back_n, back_places)], add=True)
+        multiply(head, back_jacobian.T, hidden[slices(i, back_n, back_places)], add=True)
 
     def made(name: str, n: int, v: int, entries: float, call: Callable[[int], None]) -> Kernel:
         flop = 2.0 * n * v * shape.hidden

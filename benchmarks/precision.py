@@ -24,7 +24,7 @@ from fusedpo.benchmarks import measure, sweep
 from fusedpo.benchmarks.formulas import FORMULAS, TITLES, WITH_REFERENCE, Tokens
 from fusedpo.benchmarks.peers import OURS, PEERS, Logprobs, Unsupported, full_logits
 from fusedpo.benchmarks.shapes import IGNORE_INDEX, MIB, Case, Inputs, Shape, head_of
-from fusedpo.plan import format_bytes
+from fusedpo.sizes import format_bytes
 
 
 class Column(NamedTuple):

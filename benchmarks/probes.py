@@ -24,8 +24,8 @@ from torch import Tensor
 from fusedpo.benchmarks import routes
 from fusedpo.benchmarks.section import Section, Setting, number, quotient
 from fusedpo.benchmarks.shapes import Inputs, Shape, make_inputs
+from fusedpo.engine.precision import multiply
 from fusedpo.kernels.timing import Deadline
-from fusedpo.sweeps import _product
 
 TILES = {
     **dict.fromkeys((1024, 2048, 4096), (4096, 8192, 8448, 13568, 16384, 16896)),
@@ -111,11 +111,11 @@ def _tile_product(
         def one(i: int) -> None:
             head = weight[v * (i % places) : v * (i % places) + v]
             if layout == "hidden W^T":
-                _product(results(n, v, dtype), hidden[:n], head.T, add=add)
+                multiply(results(n, v, dtype), hidden[:n], head.T, add=add)
             elif layout == "J W":
-                _product(results(n, size, dtype), j, head, add=add)
+                multiply(results(n, size, dtype), j, head, add=add)
             else:
-                _product(results(v, size, dtype), j.T, hidden[:n], add=add)
+                multiply(results(v, size, dtype), j.T, hidden[:n], add=add)
 
         def run() -> None:
             for i in range(_IN_TURN):

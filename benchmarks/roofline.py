@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from fusedpo.plan import Plan, plan
+from fusedpo.engine.plan import Plan
+from fusedpo.engine.planner import plan
 
 PAGE = Path(__file__).with_name("ROOFLINE.md")
 

@@ -20,8 +20,9 @@ from fusedpo.benchmarks import roofline
 from fusedpo.benchmarks.peers import PEERS, step, why_not
 from fusedpo.benchmarks.section import Section, Setting, Verdict, number, quotient
 from fusedpo.benchmarks.shapes import MIB, Case, Inputs, Shape, make_inputs
+from fusedpo.engine.cost import Backend
+from fusedpo.engine.plan import Plan, RouteName
 from fusedpo.kernels.timing import Deadline, Measured
-from fusedpo.plan import Backend, Plan, Route
 
 # more than either backend's rounding in half precision makes of a gradient, and less than a lost
 # tile does
@@ -35,7 +36,7 @@ Step = Callable[[], object]
 class Way:
     """A route on a backend."""
 
-    route: Route
+    route: RouteName
     backend: Backend
     fused: bool | None = None
     budget: str | None = None  # None: the route's, in benchmarks/roofline.py

@@ -28,8 +28,9 @@ from fusedpo.benchmarks.formulas import FORMULAS
 from fusedpo.benchmarks.peers import BASELINE, OURS, PEERS, step, why_not
 from fusedpo.benchmarks.shapes import MIB, TINY, Case, Inputs, Shape, make_inputs
 from fusedpo.benchmarks.worker import OutOfMemory, fresh_peak, told
+from fusedpo.engine.plan import BudgetTooSmall
 from fusedpo.footprint import ModelShape, Workload, full_logits, liger_pairs, trl_chunked
-from fusedpo.plan import BudgetTooSmall, format_bytes, parse_budget
+from fusedpo.sizes import format_bytes, parse_budget
 
 Size = int | Literal["least"] | None
 

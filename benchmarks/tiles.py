@@ -19,7 +19,7 @@ from fusedpo import losses, plan, preference_loss, tables
 from fusedpo.benchmarks import measure
 from fusedpo.benchmarks.peers import step
 from fusedpo.benchmarks.shapes import GPU, Case, Inputs, Shape, head_of, make_inputs
-from fusedpo.plan import Plan
+from fusedpo.engine.plan import Plan
 
 ROUTES = ("recompute", "retain", "one_pass")
 

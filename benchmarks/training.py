@@ -40,7 +40,7 @@ from fusedpo.benchmarks.formulas import TITLES
 from fusedpo.benchmarks.peers import BASELINE, OURS, PEERS
 from fusedpo.benchmarks.shapes import IGNORE_INDEX, MIB, Shape
 from fusedpo.benchmarks.worker import OutOfMemory, in_fresh_process, memory_errors, told
-from fusedpo.plan import format_bytes, parse_budget
+from fusedpo.sizes import format_bytes, parse_budget
 
 TITLE = __doc__.splitlines()[0]
 AXIS = "tokens of a response"

@@ -4,11 +4,13 @@ import importlib
 from typing import Any
 
 from fusedpo import distributed, losses
+from fusedpo.engine.plan import Plan
+from fusedpo.engine.planner import plan
+from fusedpo.engine.stats import TokenStats
 from fusedpo.fused_head import add_fused_head, at_head, hidden_and_head, remove_fused_head
 from fusedpo.head import Head
-from fusedpo.logprobs import TokenStats, linear_logprobs, linear_token_stats
+from fusedpo.logprobs import linear_logprobs, linear_token_stats
 from fusedpo.objective import FusedLoss, LossOutput, policy_loss, preference_loss
-from fusedpo.plan import Plan, plan
 
 __version__ = "0.1.0"
 

@@ -19,9 +19,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from fusedpo import precision
-from fusedpo.backend import _LEAST_CUDA, _LEAST_TRITON
 from fusedpo.checks import bad_value
+from fusedpo.engine import matmul_settings
+from fusedpo.engine.backend import _LEAST_CUDA, _LEAST_TRITON
 
 Severity = Literal["error", "warning", "note"]
 
@@ -378,7 +378,7 @@ def gather(device: torch.device, broken: Mapping[str, str]) -> Facts:
 
 
 def rounds_to_tf32(device: torch.device) -> bool:
-    return device.type == "cuda" and precision.rounds()
+    return device.type == "cuda" and matmul_settings.rounds()
 
 
 def _shadow() -> str | None:

@@ -19,9 +19,11 @@ from typing import Any, Literal, get_args
 import torch
 
 from fusedpo.checks import bad_choice, bad_value
+from fusedpo.engine.cost import Backend, Needs
+from fusedpo.engine.plan import Plan, RouteName
+from fusedpo.engine.planner import plan
 from fusedpo.losses import Loss, PreferenceLoss
 from fusedpo.objective import plan_options
-from fusedpo.plan import Backend, Needs, Plan, Route, plan
 
 Optimizer = Literal["adamw", "adamw-8bit", "sgd", "none"]
 
@@ -210,7 +212,7 @@ class Workload:
         """Bytes of a number of the weights."""
         return self.dtype.itemsize
 
-    def plan(self, *, budget: int | None = None, route: Route | None = None) -> Plan:
+    def plan(self, *, budget: int | None = None, route: RouteName | None = None) -> Plan:
         """The plan that ``preference_loss`` or ``policy_loss`` makes of this; raises as plan()."""
         wanted = plan_options(self.loss, self.responses, [self.tokens] * self.responses)
         needs: tuple[Needs, ...] = ("hidden",) if self.frozen else ("hidden", "weight")
@@ -249,17 +251,17 @@ class RouteCost:
     needed: int | None
 
 
-def routes(work: Workload) -> dict[Route, RouteCost]:
+def routes(work: Workload) -> dict[RouteName, RouteCost]:
     """Every route that can serve the call, the cheapest first."""
-    found: dict[Route, RouteCost] = {}
+    found: dict[RouteName, RouteCost] = {}
     # the others cannot serve these needs, whatever they may hold
-    for route in (route for route in get_args(Route) if _plans(work, route, 2**60)):
+    for route in (route for route in get_args(RouteName) if _plans(work, route, 2**60)):
         needed = _least_budget(work, route)
         found[route] = RouteCost(work.plan(budget=needed, route=route), needed)
     return dict(sorted(found.items(), key=lambda item: (item[1].plan.products, item[1].plan.bytes)))
 
 
-def _plans(work: Workload, route: Route | None, budget: int) -> bool:
+def _plans(work: Workload, route: RouteName | None, budget: int) -> bool:
     try:
         work.plan(budget=budget, route=route)
     except ValueError:
@@ -267,7 +269,7 @@ def _plans(work: Workload, route: Route | None, budget: int) -> bool:
     return True
 
 
-def _least_budget(work: Workload, route: Route) -> int | None:
+def _least_budget(work: Workload, route: RouteName) -> int | None:
     if _plans(work, route, work.budget):
         return None
     return 1 + _last(lambda budget: not _plans(work, route, budget), work.budget)

@@ -40,12 +40,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fusedpo.backend import check_name
 from fusedpo.checks import bad_choice, bad_value
+from fusedpo.engine.backend import check_name
+from fusedpo.engine.plan import Plan
+from fusedpo.engine.stats import STATS, TokenStats
 from fusedpo.head import Head
 from fusedpo.kernels.logit_tile import LogitMap
-from fusedpo.logprobs import STATS, TokenStats, linear_token_stats
-from fusedpo.plan import Plan, parse_budget
+from fusedpo.logprobs import linear_token_stats
+from fusedpo.sizes import parse_budget
 
 IGNORED = -100
 
@@ -78,8 +80,8 @@ def add_fused_head(
             encoder-decoder they are aligned with the decoder's positions, as in Hugging Face, and
             make the decoder's input where that is not given.
         shift_labels: [B, T] instead, aligned with the hidden states already.
-        stats: names of what is wanted, of ``fusedpo.logprobs.STATS``; the log-probability if not
-            given.
+        stats: names of the statistics, of ``fusedpo.engine.stats.STATS``; the log-probability if
+            not given.
         temperature: what the logits are divided by.
 
     and returns a ``TokenStats`` of tensors [B, T - 1] ([B, T] with shift_labels, and of an

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fusedpo import checks
-from fusedpo.distributed import VocabShard, checked_group, is_dtensor, local_head
+from fusedpo.distributed import checked_group
 from fusedpo.scored import tracing
+from fusedpo.vocab_shards import VocabShard, is_dtensor, local_head
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fusedpo import checks
-from fusedpo.backend import resolve
 from fusedpo.distributed import SequenceParts
+from fusedpo.engine.backend import resolve
+from fusedpo.engine.rows import Rows
 from fusedpo.head import Head
 from fusedpo.scored import (
     Fault,
@@ -29,7 +30,6 @@ from fusedpo.scored import (
     tracing,
 )
 from fusedpo.scores import Sequences
-from fusedpo.sweeps import Rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from fusedpo import checks, losses
+from fusedpo.engine.plan import Plan
 from fusedpo.head import Head
 from fusedpo.logprobs import linear_logprobs, linear_token_stats
 from fusedpo.losses import Input, PolicyLoss, PreferenceLoss
@@ -42,9 +43,9 @@ from fusedpo.losses._base import Coupling, flag, hyperparameter
 from fusedpo.losses._links import Tail
 from fusedpo.losses._modifiers import _Modifier
 from fusedpo.objective import policy_loss, preference_loss
-from fusedpo.plan import Plan, parse_budget
 from fusedpo.policy import PolicyProblem
 from fusedpo.scores import Scores, Sequences, Tokens
+from fusedpo.sizes import parse_budget
 
 __all__ = [
     "LigerFusedLinearCPOLoss",

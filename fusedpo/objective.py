@@ -16,11 +16,11 @@ from torch import Tensor
 
 from fusedpo import checks
 from fusedpo.distributed import checked_group
+from fusedpo.engine.plan import Plan
+from fusedpo.engine.score import plan_for, score, score_in_graph
 from fusedpo.head import Head
 from fusedpo.layout import Layout, lay_out
-from fusedpo.logprobs import plan_for, score_with_states
 from fusedpo.losses import Input, Loss, PolicyLoss, PreferenceLoss
-from fusedpo.plan import Plan
 from fusedpo.policy import PolicyGroups, PolicyProblem
 from fusedpo.preference import PreferenceGroups, PreferenceProblem, Side, group_sizes
 from fusedpo.reference import check_reference, reference_logprobs
@@ -230,18 +230,17 @@ def preference_loss(
     groups = None
     if planned is not None and layout.counts is not None and planned.route == "one_pass":
         groups = PreferenceGroups(problem, layout.counts)
-    found, states = score_with_states(
-        hidden,
-        head,
-        rows,
-        stats=stats,
-        differentiable=("logprob",),
-        temperature=temperature,
-        memory_budget=memory_budget if planned is None else planned,
-        groups=groups,
-        backend=layout.backend,
-        states=layout.last_rows if loss.uses_states else None,
-    )
+    options = {
+        "stats": stats,
+        "differentiable": ("logprob",),
+        "temperature": temperature,
+        "backend": layout.backend,
+        "states": layout.last_rows if loss.uses_states else None,
+    }
+    if planned is None:
+        found, states = score_in_graph(hidden, head, rows, memory_budget, **options)
+    else:
+        found, states = score(hidden, head, rows, planned, groups=groups, **options)
     by_name = {name: getattr(found, name) for name in stats}
     if states is not None and sequences.parts is not None:
         states = sequences.parts.of_last(states)
@@ -470,17 +469,16 @@ def policy_loss(
     groups = None
     if planned is not None and layout.counts is not None and planned.route == "one_pass":
         groups = PolicyGroups(problem, layout.counts)
-    found, _ = score_with_states(
-        hidden,
-        head,
-        rows,
-        stats=stats,
-        differentiable=differentiable,
-        temperature=temperature,
-        memory_budget=memory_budget if planned is None else planned,
-        groups=groups,
-        backend=layout.backend,
-    )
+    options = {
+        "stats": stats,
+        "differentiable": differentiable,
+        "temperature": temperature,
+        "backend": layout.backend,
+    }
+    if planned is None:
+        found, _ = score_in_graph(hidden, head, rows, memory_budget, **options)
+    else:
+        found, _ = score(hidden, head, rows, planned, groups=groups, **options)
     by_name = {name: getattr(found, name) for name in stats}
     total, per_sequence = problem.evaluate(by_name)
     detached = {name: value.detach() for name, value in by_name.items()}

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from fusedpo import checks
+from fusedpo.engine.backend import resolve
+from fusedpo.engine.plan import Plan
+from fusedpo.engine.rows import Rows
+from fusedpo.engine.score import plan_for, score, score_in_graph
 from fusedpo.head import Head
-from fusedpo.logprobs import plan_for, score
 from fusedpo.losses import Loss
-from fusedpo.plan import Plan
-from fusedpo.sweeps import Rows
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,14 @@ def reference_logprobs(
         return None
     hidden, head = reference.hidden, reference.head
     with torch.no_grad():
-        own = memory_budget
-        if policy_plan is not None:
-            own = plan_for(
+        if policy_plan is None:
+            values, _ = score_in_graph(
+                hidden, head, rows, memory_budget, temperature=temperature, backend=backend
+            )
+        else:
+            resolve(backend, hidden, head.weight, head.bias)  # or the error of this head
+            planned = plan_for(
                 hidden, head, rows, policy_plan.budget, backend=backend, like=policy_plan
             )
-        return score(
-            hidden, head, rows, temperature=temperature, memory_budget=own, backend=backend
-        ).logprob
+            values, _ = score(hidden, head, rows, planned, temperature=temperature, backend=backend)
+    return values.logprob

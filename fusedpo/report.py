@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusedpo.compare import FUSED, Comparison
-from fusedpo.plan import format_bytes
+from fusedpo.sizes import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

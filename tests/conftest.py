@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import collections
 import os
+import sys
+from typing import Any
 
 import hypothesis
 import pytest
@@ -20,8 +22,7 @@ if os.environ.get("FUSEDPO_TEST_DEVICE") != "cuda":
 import engine
 from summary import note, pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401
 
-import fusedpo.logprobs
-import fusedpo.sweeps
+from fusedpo.engine.workspace import Workspace
 
 # FUSEDPO_TEST_EXAMPLES=8: fewer, where every new shape is compiled (benchmarks/gpu.sh)
 hypothesis.settings.register_profile(
@@ -87,13 +88,27 @@ class _Poisoned:
         return self._fill(torch.empty_like(*args, **kwargs))
 
 
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill memory that the engine allocates with NaN."""
+    poisoned = _Poisoned()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fusedpo.engine.") and getattr(module, "torch", None) is torch:
+            monkeypatch.setattr(module, "torch", poisoned)
+    take = Workspace.take
+
+    def fresh(self: Workspace, *args: Any, **options: Any) -> torch.Tensor:
+        return poisoned._fill(take(self, *args, **options))
+
+    # also where it hands out the same memory once more
+    monkeypatch.setattr(Workspace, "take", fresh)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the engine allocates without filling holds NaN: reading it unwritten shows."""
     if request.node.get_closest_marker("compiled"):
         return  # torch.compile looks for torch itself in a module that it traces
-    for module in (fusedpo.sweeps, fusedpo.logprobs):
-        monkeypatch.setattr(module, "torch", _Poisoned())
+    poison(monkeypatch)
 
 
 @pytest.fixture

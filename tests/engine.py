@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from oracles import Case, Result
 from torch import Tensor
 
+import fusedpo.engine.problem
+import fusedpo.engine.score
 from fusedpo import linear_token_stats, plan
-from fusedpo.backend import _LEAST_TRITON, _triton_version
+from fusedpo.engine.backend import _LEAST_TRITON, _triton_version
+from fusedpo.engine.plan import Plan
+from fusedpo.engine.rows import Rows
+from fusedpo.engine.score import plan_for, score
+from fusedpo.engine.stats import TokenStats
 from fusedpo.head import Head
-from fusedpo.logprobs import score
-from fusedpo.plan import Plan
-from fusedpo.sweeps import Rows
 
 ROUTES = ("forward", "frozen", "retain", "recompute", "one_pass")
 # whether there is a Triton that can run the kernels, if only in its interpreter
@@ -88,6 +94,43 @@ def with_tile(chosen: Plan, rows: int, cols: int) -> Plan:
     return dataclasses.replace(chosen, rows=rows, cols=cols, **back)
 
 
+def scored(
+    hidden: Tensor,
+    head: Head,
+    rows: Rows,
+    memory_budget: Plan | int | str | None = None,
+    *,
+    groups: KnownGradient | None = None,
+    backend: str | None = None,
+    **options: Any,
+) -> TokenStats:
+    """The engine's statistics [N] of checked rows, planned as a loss with these groups would be."""
+    of_loss: dict[str, Any] = {}
+    if groups is not None:
+        of_loss = {"scope": "pair", "groups": [b - a for a, b in itertools.pairwise(groups.starts)]}
+    backend = backend or BACKEND
+    stats = options.get("stats", ("logprob",))
+    planned = plan_for(hidden, head, rows, memory_budget, stats=stats, backend=backend, **of_loss)
+    return score(hidden, head, rows, planned, groups=groups, backend=backend, **options)[0]
+
+
+def as_on_a_gpu(m: Any) -> None:
+    """Products take half-precision operands, and plans count with them, as nowhere on a CPU."""
+    m.setattr(fusedpo.engine.score, "operand_dtype", lambda hidden: hidden.dtype)
+    m.setattr(fusedpo.engine.problem, "_is_cpu", lambda device: False)
+
+
+def replace_everywhere(m: Any, original: Any, other: Any) -> None:
+    """Another object in the place of one, in every module of the package that has it."""
+    modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "fusedpo"]
+    places = [
+        (each, name) for each in modules for name, value in vars(each).items() if value is original
+    ]
+    assert places, f"nothing has {original}"
+    for module, name in places:
+        m.setattr(module, name, other)
+
+
 def run(
     case: Case,
     memory_budget: Plan | int | str | None = None,
@@ -109,17 +152,16 @@ def run(
             g = rows.gather(case.upstream).to(torch.promote_types(case.dtype, torch.float32))
             starts = starts or [0, rows.count]
             head = Head(weight, options["bias"], case.softcap, case.logit_scale)
-            logprob = rows.scatter(
-                score(
-                    hidden,
-                    head,
-                    rows,
-                    temperature=case.temperature,
-                    memory_budget=memory_budget,
-                    groups=KnownGradient(g, starts),
-                    backend=backend or BACKEND,
-                ).logprob
+            stats = scored(
+                hidden,
+                head,
+                rows,
+                memory_budget,
+                groups=KnownGradient(g, starts),
+                backend=backend,
+                temperature=case.temperature,
             )
+            logprob = rows.scatter(stats.logprob)
         else:
             stats = linear_token_stats(
                 hidden,

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import warnings
 
+import engine
 import numpy as np
 import pytest
 import torch
@@ -13,10 +14,10 @@ from engine import generate, run
 from oracles import naive
 
 import fusedpo
-import fusedpo.backend
+import fusedpo.engine.backend
 from fusedpo import linear_logprobs, linear_token_stats, losses, plan, preference_loss
-from fusedpo.backend import resolve
-from fusedpo.logprobs import STATS
+from fusedpo.engine.backend import resolve
+from fusedpo.engine.stats import STATS
 
 VOCAB, WIDTH = 40, 8
 
@@ -60,7 +61,7 @@ def test_the_kernels_want_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_old_triton_or_none_is_said(
     version: tuple[int, int] | None, got: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fusedpo.backend, "_triton_version", lambda: version)
+    monkeypatch.setattr(fusedpo.engine.backend, "_triton_version", lambda: version)
     with pytest.raises(ValueError, match=rf"expected Triton 3.6 or newer .*got {got}"):
         linear_logprobs(*data(), backend="triton")
     assert linear_logprobs(*data()).isfinite().all()
@@ -79,7 +80,7 @@ class OnGpu:
 def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    fusedpo.backend._warn_once.cache_clear()
+    fusedpo.engine.backend._warn_once.cache_clear()
 
 
 class Wrapper(torch.Tensor):
@@ -132,7 +133,7 @@ def test_what_is_too_old_is_warned_of_once(
     version: tuple[int, int] | None, got: str, old_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And not at all for what PyTorch is asked for, or is for on any GPU."""
-    monkeypatch.setattr(fusedpo.backend, "_triton_version", lambda: version)
+    monkeypatch.setattr(fusedpo.engine.backend, "_triton_version", lambda: version)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         assert resolve("torch", OnGpu()) == resolve("auto", OnGpu(torch.float64)) == "torch"
@@ -297,7 +298,7 @@ def test_products_in_float16_take_no_plan_that_would_underflow(monkeypatch) -> N
     hidden, weight, labels = data(torch.float16)
     weight.requires_grad_()
     chosen = plan(24, VOCAB, WIDTH, dtype=torch.float16, scope="pair", groups=2, route="one_pass")
-    monkeypatch.setattr(fusedpo.logprobs, "operand_dtype", lambda hidden: hidden.dtype)
+    engine.as_on_a_gpu(monkeypatch)
     with pytest.raises(ValueError, match="another route than one_pass for products in float16"):
         preference_loss(losses.SimPO(), hidden, weight, labels, memory_budget=chosen)
 

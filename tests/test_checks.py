@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import fusedpo
 from fusedpo import Plan, losses, plan
-from fusedpo.plan import BudgetTooSmall
+from fusedpo.engine.plan import BudgetTooSmall
 
 V, H, B, T = 50, 6, 4, 5
 IGNORED = -100

@@ -23,7 +23,7 @@ from fusedpo.compare import (
 )
 from fusedpo.head import Head
 from fusedpo.losses import DPO, GRPO, IPO, KTO, SemanticSPPO, SimPO
-from fusedpo.plan import parse_budget
+from fusedpo.sizes import parse_budget
 
 PAIRS, LENGTH, HIDDEN, VOCAB = 3, 9, 8, 50
 

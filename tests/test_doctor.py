@@ -14,15 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import engine
 import pytest
 import torch
 from repository import ROOT
 
-import fusedpo.logprobs
-import fusedpo.sweeps
+import fusedpo.engine.backend
 from fusedpo import doctor
 from fusedpo.commands import doctor as command
 from fusedpo.doctor import NEWEST_TRL, OLDEST_TRL, TRAPS, Facts, Package, findings, release
+from fusedpo.engine import precision
+from fusedpo.engine.autograd import Engine
 from fusedpo.kernels import logit_tile
 
 Patch = pytest.MonkeyPatch
@@ -328,7 +330,7 @@ def test_why_a_gpu_takes_what_it_takes(monkeypatch: Patch) -> None:
     assert command._choice(OnGpu()) == ("torch", needs)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert command._choice(OnGpu())[0] == "triton"
-    monkeypatch.setattr(fusedpo.backend, "_triton_version", lambda: None)
+    monkeypatch.setattr(fusedpo.engine.backend, "_triton_version", lambda: None)
     assert command._choice(OnGpu())[1] == "kernels need Triton 3.6 or newer: got no Triton"
 
 
@@ -434,12 +436,12 @@ def test_an_unknown_device_is_a_users_error() -> None:
 
 
 def scaled_product(m: Patch) -> None:
-    original = fusedpo.sweeps._product
+    original = precision.multiply
 
     def product(out, a, b, *, add):
         original(out, 0.9 * a, b, add=add)
 
-    m.setattr(fusedpo.sweeps, "_product", product)
+    engine.replace_everywhere(m, original, product)
 
 
 def lost_tile(m: Patch) -> None:
@@ -454,15 +456,14 @@ def lost_tile(m: Patch) -> None:
 
 def scaled_gradient(place: int, factor: float) -> Callable[[Patch], None]:
     def patch(m: Patch) -> None:
-        engine = fusedpo.logprobs._Engine
-        original = engine.backward
+        original = Engine.backward
 
         def backward(ctx, *upstream):
             found = list(original(ctx, *upstream))
             found[place] = None if found[place] is None else found[place] * factor
             return tuple(found)
 
-        m.setattr(engine, "backward", staticmethod(backward))
+        m.setattr(Engine, "backward", staticmethod(backward))
 
     return patch
 

@@ -22,18 +22,16 @@ from repository import ROOT
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fusedpo.logprobs
-import fusedpo.sweeps
 from fusedpo import (
     add_fused_head,
     linear_logprobs,
     linear_token_stats,
     losses,
-    operators,
     plan,
     policy_loss,
     preference_loss,
 )
+from fusedpo.engine import compiled, precision
 from fusedpo.fused_head import UnsupportedHead, hidden_and_head
 from fusedpo.kernels.tiles import on_device_of
 from fusedpo.scored import to_device
@@ -568,7 +566,7 @@ def test_operators_are_left_out_of_cuda_graphs() -> None:
     """They learn the number of scored tokens from the device, which a recorded graph cannot."""
     mark = getattr(torch.Tag, "cudagraph_unsafe", None)
     takes_tags = "tags" in inspect.signature(torch.library.custom_op).parameters
-    for operator in (operators.token_stats, operators.token_stats_backward):
+    for operator in (compiled.token_stats, compiled.token_stats_backward):
         tags = operator._opoverload.tags
         assert (mark in tags) == (mark is not None and takes_tags)
 
@@ -809,14 +807,14 @@ def test_a_gradient_smaller_than_the_least_of_fp16(
     route: str, scale: float, backend: str, monkeypatch
 ) -> None:
     """Products of fp16, as on a GPU: what enters them is moved by a power of two, and back."""
-    monkeypatch.setattr(fusedpo.logprobs, "operand_dtype", lambda hidden: hidden.dtype)
+    engine.as_on_a_gpu(monkeypatch)
     case = of_small_gradients(route, scale)
     assert max(errors(case, route, backend).values()) <= 2.5
     if scale < 1e-3 and route != "frozen":
-        of_rows = fusedpo.sweeps._power_of_two
+        of_rows = precision.unit_gain
 
         def none(values: Tensor) -> Tensor:
             return of_rows(values) if values.dim() else torch.ones_like(values)
 
-        monkeypatch.setattr(fusedpo.sweeps, "_power_of_two", none)
+        engine.replace_everywhere(monkeypatch, of_rows, none)
         assert errors(case, route, backend)["weight"] > 2.5

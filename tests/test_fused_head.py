@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tracking import Allocations
 
 from fusedpo import linear_token_stats
+from fusedpo.engine.stats import STATS
 from fusedpo.fused_head import (
     FusedForward,
     UnsupportedHead,
@@ -37,7 +38,6 @@ from fusedpo.fused_head import (
     hidden_and_head,
     remove_fused_head,
 )
-from fusedpo.logprobs import STATS
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 

@@ -29,12 +29,14 @@ from oracles import Case, Result, faults, logits, naive
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import fusedpo
 from fusedpo import linear_logprobs, linear_token_stats, policy_loss, preference_loss
+from fusedpo.engine.plan import BudgetTooSmall, Plan
+from fusedpo.engine.routes.base import Backward
+from fusedpo.engine.rows import Rows
+from fusedpo.engine.tiles import Tiles
 from fusedpo.losses import Loss, PolicyLoss, PreferenceLoss, available
 from fusedpo.losses._gates import GATES
-from fusedpo.plan import DEFAULT_BUDGET, BudgetTooSmall, Plan
-from fusedpo.sweeps import Rows, Tiles
+from fusedpo.sizes import DEFAULT_BUDGET
 
 COUNT = int(os.environ.get("FUSEDPO_FUZZ", "300"))
 # seeds that failed once
@@ -648,7 +650,7 @@ def shift_labels_by_one(m: pytest.MonkeyPatch) -> None:
 
 def scale_in_place(m: pytest.MonkeyPatch) -> None:
     """A backward that is not the last one scales what the forward left, rather than a copy."""
-    m.setattr(fusedpo.logprobs, "_take", lambda ctx, name, *, copy: getattr(ctx, name))
+    m.setattr(Backward, "take", lambda self, name, *, copy: self.held[name])
 
 
 WRONG = {

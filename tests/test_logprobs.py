@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 
+import engine
 import pytest
 import torch
 from engine import DTYPES, ROUTES, generate, plan_of, routes_for, run, with_tile
@@ -15,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedpo
 from fusedpo import linear_logprobs, linear_token_stats
-from fusedpo.plan import parse_budget
-from fusedpo.sweeps import operand_dtype
+from fusedpo.engine.precision import operand_dtype
+from fusedpo.sizes import parse_budget
 
 TILES = ((2, 9), (3, 7), (16, 64), (17, 128), (64, 4096))
 # an interpreted program costs a millisecond, and there is one a row and tile
@@ -158,7 +159,7 @@ def test_statistics_equal_their_definitions(dtype: torch.dtype, which: int, back
         hidden,
         weight,
         labels,
-        stats=fusedpo.logprobs.STATS,
+        stats=fusedpo.engine.stats.STATS,
         memory_budget=chosen,
         backend=backend,
     )
@@ -503,7 +504,7 @@ def test_half_precision_operands_of_a_device_that_accumulates_in_fp32(
     monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     """Elsewhere than on the CPU products take half-precision operands."""
-    monkeypatch.setattr(fusedpo.logprobs, "operand_dtype", lambda hidden: hidden.dtype)
+    engine.as_on_a_gpu(monkeypatch)
     for seed in range(40):
         dtype = torch.float16 if seed % 2 else torch.bfloat16
         case = generate(5000 + seed, dtype=dtype)
@@ -550,7 +551,7 @@ def test_a_budget_is_a_number_of_bytes_or_a_text() -> None:
 
 
 class Creations(TorchDispatchMode):
-    """Numbers of the largest result beside the hidden states' own memory, and how many constants
+    """Bytes of the largest result beside the hidden states' own memory, and how many constants
     came from Python."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
@@ -561,7 +562,7 @@ class Creations(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.constants += func is torch.ops.aten.lift_fresh.default
         if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() != self.known:
-            self.largest = max(self.largest, out.numel())
+            self.largest = max(self.largest, out.numel() * out.itemsize)
         return out
 
 
@@ -602,7 +603,7 @@ def test_a_slice_of_hidden_states_is_read_where_it_is(
         assert same_bits(found, expected)
         assert not seen.constants
         if backend == "torch":  # an interpreted kernel works on copies
-            assert seen.largest < scored * 16
+            assert seen.largest < scored * 16 * hidden.itemsize
     if backend == "triton":
         from fusedpo.kernels import product_fold
 

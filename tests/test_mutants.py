@@ -22,13 +22,16 @@ from engine import DTYPES, plan_of, run
 from oracles import HALF, Case, Result, faults
 
 import fusedpo.distributed
-import fusedpo.logprobs
-import fusedpo.sweeps as sweeps
-from fusedpo.distributed import VocabShard
+from fusedpo.engine import head_gradient, hidden_gradient, precision, tiles
+from fusedpo.engine.autograd import Engine
+from fusedpo.engine.plan import Plan
+from fusedpo.engine.routes.base import Backward
+from fusedpo.engine.routes.retain import Retain
+from fusedpo.engine.rows import Rows
+from fusedpo.engine.tiles import Tiles
 from fusedpo.head import Head
 from fusedpo.kernels import logit_tile
-from fusedpo.plan import Plan
-from fusedpo.sweeps import Rows, Tiles
+from fusedpo.vocab_shards import VocabShard
 
 Patch = pytest.MonkeyPatch
 ROUTES = ("recompute", "retain", "one_pass")
@@ -38,7 +41,7 @@ BACKENDS = ("torch", "triton")
 
 def tile_kernels():
     """The module whose functions the engine calls for a tile."""
-    return sweeps._kernels(engine.BACKEND)
+    return tiles._kernels(engine.BACKEND)
 
 
 def cases(dtype: torch.dtype, seed: int = 0) -> list[Case]:
@@ -131,7 +134,7 @@ def caught(dtype: torch.dtype, route: str, way: str = "once", kind: str = "plain
 
 
 def fusedpo_engine():
-    return fusedpo.logprobs._Engine
+    return Engine
 
 
 def changed_gradient(which: str, change: Callable) -> Callable[[Patch], None]:
@@ -164,13 +167,15 @@ def without_last_rows(gradient: torch.Tensor) -> torch.Tensor:
 
 def lose_last_rows(m: Patch) -> None:
     """The head's gradient forgets the last block of rows."""
-    original = Tiles.weighted
+    original = head_gradient.weighted
 
-    def weighted(self, hidden, coefficient):
-        last = torch.equal(hidden[-1:], self.hidden_rows(self.count - 1, self.count))
-        return torch.zeros_like(hidden) if last else original(self, hidden, coefficient)
+    def weighted(t, hidden, coefficient):
+        last = t.reader.some(torch.tensor([t.count - 1])).to(hidden.dtype)
+        if torch.equal(hidden[-1:], last):
+            return torch.zeros_like(hidden)
+        return original(t, hidden, coefficient)
 
-    m.setattr(Tiles, "weighted", weighted)
+    engine.replace_everywhere(m, original, weighted)
 
 
 def lose_last_columns(m: Patch) -> None:
@@ -189,12 +194,12 @@ def lose_last_columns(m: Patch) -> None:
 
 def round_target_entry(m: Patch) -> None:
     """softmax - 1 at the target, formed from a probability rounded to bfloat16."""
-    original = sweeps.row_factor
+    original = tiles.row_factor
 
     def row_factor(logprob, total):
         return original(logprob.exp().bfloat16().to(logprob.dtype).log(), total)
 
-    m.setattr(sweeps, "row_factor", row_factor)
+    engine.replace_everywhere(m, original, row_factor)
 
 
 def ignore_the_mask(m: Patch) -> None:
@@ -259,7 +264,7 @@ def lose_softcap_slope(m: Patch) -> None:
 
 
 def lose_temperature_in_backward(m: Patch) -> None:
-    m.setattr(Tiles, "scaled", lambda self, values, start, stop: values)
+    m.setattr(Tiles, "scaled", lambda self, values, *rows: values)
 
 
 def shift_labels_by_one(m: Patch) -> None:
@@ -329,23 +334,24 @@ def add_up_backwards(m: Patch) -> None:
 
 def scale_in_place(m: Patch) -> None:
     """A backward that is not the last one scales what the forward left, rather than a copy."""
-    m.setattr(fusedpo.logprobs, "_take", lambda ctx, name, *, copy: getattr(ctx, name))
+    m.setattr(Backward, "take", lambda self, name, *, copy: self.held[name])
 
 
 def spoil_what_was_kept(m: Patch) -> None:
-    original = Tiles.sweep_kept
+    original = Retain.backward
 
-    def sweep_kept(self, kept, *rest):
-        original(self, kept, *rest)
-        kept.data.mul_(2)  # unseen by autograd, as a kernel's writes are
+    def backward(self, t, b):
+        gradients = original(self, t, b)
+        b.saved[0].data.mul_(2)  # unseen by autograd, as a kernel's writes are
+        return gradients
 
-    m.setattr(Tiles, "sweep_kept", sweep_kept)
+    m.setattr(Retain, "backward", backward)
 
 
 def lose_last_columns_in_backward(m: Patch) -> None:
     """The last tile of the vocabulary is folded, but adds nothing to a gradient."""
     kernels = tile_kernels()
-    jacobian, row_products = kernels.jacobian, Tiles.row_products
+    jacobian, row_products = kernels.jacobian, Tiles.jacobian_products
 
     def without_last(x, head, target, start, *rest, out, **options):
         jacobian(x, head, target, start, *rest, out=out, **options)
@@ -356,18 +362,18 @@ def lose_last_columns_in_backward(m: Patch) -> None:
         return row_products(self, j.clone().index_fill_(1, torch.arange(100, 131), 0.0))
 
     m.setattr(kernels, "jacobian", without_last)
-    m.setattr(Tiles, "row_products", products)
+    m.setattr(Tiles, "jacobian_products", products)
 
 
 def lose_part_of_the_width(m: Patch) -> None:
     """The last entries of the hidden states add nothing to the logits."""
-    original = sweeps._product
+    original = precision.multiply
 
     def product(out, a, b, *, add):
         of_logits = a.shape[1] == 24
         original(out, a[:, :16] if of_logits else a, b[:16] if of_logits else b, add=add)
 
-    m.setattr(sweeps, "_product", product)
+    engine.replace_everywhere(m, original, product)
 
 
 def lose_the_bias(m: Patch) -> None:
@@ -379,16 +385,16 @@ def lose_the_bias(m: Patch) -> None:
 
 def add_to_fresh_memory(m: Patch) -> None:
     """The head's gradient begins with what happens to be in memory."""
-    original = Tiles.add_slice
-    m.setattr(Tiles, "add_slice", lambda self, *args: original(self, *args[:-1], True))
+    original = head_gradient.add_slice
+    engine.replace_everywhere(m, original, lambda *args: original(*args[:-1], True))
 
 
 def leave_ignored_rows_unwritten(m: Patch) -> None:
-    def new_hidden_gradient(self):
-        shape = (self.hidden.shape[:-1].numel(), self.width)
-        return sweeps.torch.empty(shape, dtype=self.hidden.dtype)
+    def new_output(t):
+        shape = (t.hidden.shape[:-1].numel(), t.width)
+        return hidden_gradient.torch.empty(shape, dtype=t.hidden.dtype)
 
-    m.setattr(Tiles, "new_hidden_gradient", new_hidden_gradient)
+    m.setattr(hidden_gradient, "new_output", new_output)
 
 
 def round_probabilities_of_entropy(m: Patch) -> None:
@@ -402,13 +408,13 @@ def round_probabilities_of_entropy(m: Patch) -> None:
 
 def lose_tilt(m: Patch) -> None:
     """The gradient of an entropy whose logarithm is held constant."""
-    original = sweeps.entropy_coefficients
+    original = head_gradient.entropy_coefficients
 
     def coefficients(*args):
         factor, tilt, own = original(*args)
         return factor, torch.zeros_like(tilt), own
 
-    m.setattr(sweeps, "entropy_coefficients", coefficients)
+    m.setattr(head_gradient, "entropy_coefficients", coefficients)
 
 
 if engine.KERNELS:
@@ -582,17 +588,16 @@ def of_slices(case: Case, spoil: Callable = lambda every: every) -> Result:
 
     rows = Rows.of(case.labels, case.ignore_index)
     with pytest.MonkeyPatch.context() as m, torch.no_grad():
-        m.setattr(fusedpo.distributed, "gather", gather)
+        m.setattr(fusedpo.vocab_shards, "gather", gather)
         for rank, part in ((1, slice(60, 131)), (0, slice(0, 60))):
             bias = None if case.bias is None else case.bias[part]
             shard = VocabShard(None, (60, 71), rank)
-            found = fusedpo.logprobs.score(
+            found = engine.scored(
                 case.hidden,
                 Head(case.weight[part], bias, case.softcap, case.logit_scale, shard=shard),
                 rows,
                 stats=("logprob", "entropy"),
                 temperature=case.temperature,
-                backend=engine.BACKEND,
             )
     return Result(rows.scatter(found.logprob), rows.scatter(found.entropy))
 
@@ -714,14 +719,14 @@ def sums_in(dtype: torch.dtype) -> Callable[[Patch], None]:
     """Sums over tiles are rounded to the inputs' dtype at every step."""
 
     def patch(m: Patch) -> None:
-        original = sweeps._product
+        original = precision.multiply
 
         def product(out, a, b, *, add):
             original(out, a, b, add=add)
             if add:
                 out.copy_(out.to(dtype))
 
-        m.setattr(sweeps, "_product", product)
+        engine.replace_everywhere(m, original, product)
 
     return patch
 
@@ -737,7 +742,7 @@ def subtract_logsumexp(m: Patch) -> None:
 
 def fix_the_gain(m: Patch) -> None:
     """float16 products get the same factor however small their operands are."""
-    m.setattr(sweeps, "_largest", lambda values: values.new_ones(()))
+    engine.replace_everywhere(m, precision.largest, lambda values: values.new_ones(()))
 
 
 growth = test_logprobs.test_the_error_does_not_grow_with_the_number_of_tiles

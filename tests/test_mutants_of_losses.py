@@ -22,7 +22,8 @@ from oracles import HALF
 
 import fusedpo.layout
 import fusedpo.objective
-import fusedpo.sweeps as sweeps
+from fusedpo.engine import hidden_gradient
+from fusedpo.engine.routes import one_pass as route
 from fusedpo.losses import (
     CPO,
     DAPO,
@@ -40,7 +41,6 @@ from fusedpo.losses._gates import GATES, arctan_log, identity
 from fusedpo.losses._policy import ClippedLoss
 from fusedpo.policy import PolicyProblem
 from fusedpo.preference import PreferenceGroups, PreferenceProblem
-from fusedpo.sweeps import Tiles
 
 Patch = pytest.MonkeyPatch
 
@@ -104,9 +104,9 @@ def every_response(original, self, logprob):
     return self.sequences.sum(logprob).sum()
 
 
-def as_if_in_order(original, self, out, start, stop, values):
+def as_if_in_order(original, tiles, out, start, stop, values):
     """Rows that were reordered are written as if they had not been."""
-    original(self, out, start, stop, values[_rank(self.rows.positions[start:stop])])
+    original(tiles, out, start, stop, values[_rank(tiles.rows.positions[start:stop])])
 
 
 def _rank(positions: torch.Tensor) -> torch.Tensor:
@@ -121,19 +121,19 @@ def one_run_a_group(original, self, *args):
 
 def factor_of_another_run(m: Patch) -> None:
     """Of the runs that wait for the rest of their group, each has the factor of the first."""
-    original, sweep = sweeps.ratio, Tiles.sweep_one_pass
+    original, forward = route.ratio, route.OnePass.forward
     found: list[torch.Tensor] = []
 
     def ratio(g, a):
         found.append(original(g, a))
         return found[0]
 
-    def sweep_one_pass(*args):
+    def from_the_first(*args):
         found.clear()
-        return sweep(*args)
+        return forward(*args)
 
-    m.setattr(sweeps, "ratio", ratio)
-    m.setattr(Tiles, "sweep_one_pass", sweep_one_pass)
+    m.setattr(route, "ratio", ratio)
+    m.setattr(route.OnePass, "forward", from_the_first)
 
 
 def without_lengths(original, loss, layout, denominator):
@@ -408,7 +408,7 @@ MUTANTS = {
         functools.partial(f.KTO, beta=0.6),
     ),
     "reordered rows not put back": of_pairs(
-        wrapped(Tiles, "write_rows", as_if_in_order), early=(True,)
+        wrapped(hidden_gradient, "write_rows", as_if_in_order), early=(True,)
     ),
     # with a batch of which both responses of a pair wait for the rest of it
     "one factor for both responses": of_both(

@@ -11,10 +11,9 @@ from oracles import relative
 
 import fusedpo
 from fusedpo import linear_logprobs, linear_token_stats, losses, policy_loss, preference_loss
-from fusedpo.logprobs import STATS
+from fusedpo.engine.compiled import token_stats, token_stats_backward
+from fusedpo.engine.stats import SAVED, STATS
 from fusedpo.losses import DPO, SimPO
-from fusedpo.operators import token_stats, token_stats_backward
-from fusedpo.sweeps import KEPT
 
 pytestmark = pytest.mark.compiled
 VOCAB, WIDTH = 50, 8
@@ -86,7 +85,7 @@ def test_opcheck_of_the_backward(needs: str, entropy: bool, backend: str) -> Non
         for t in arguments(torch.float32, backend, "all options", "logprob,entropy")
     ]
     _, lse_and_more = (found := token_stats(*given))[0], found[2:]
-    assert len(lse_and_more) == len(KEPT)
+    assert len(lse_and_more) == len(SAVED)
     upstream = torch.linspace(-1, 1, given[3].shape[0])
     torch.library.opcheck(
         token_stats_backward,

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusedpo import Plan, linear_logprobs, plan
-from fusedpo.plan import DEFAULT_BUDGET, BudgetTooSmall, format_bytes, parse_budget
+from fusedpo.engine.plan import BudgetTooSmall
+from fusedpo.sizes import DEFAULT_BUDGET, format_bytes, parse_budget
 
 MIB = 2**20
 

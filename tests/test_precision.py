@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fusedpo
-from fusedpo import linear_logprobs, linear_token_stats, losses, precision, preference_loss
-from fusedpo.precision import full_precision
+from fusedpo import linear_logprobs, linear_token_stats, losses, preference_loss
+from fusedpo.engine import matmul_settings, precision
+from fusedpo.engine.matmul_settings import full_precision
 
 NEWER = hasattr(torch._C, "_get_fp32_precision_getter")
 
@@ -80,7 +80,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in self.NAMES or func.overloadpacket is torch.ops.aten.addmv_:
-            self.rounded.append(precision.rounds("cuda") or precision.rounds("mkldnn"))
+            self.rounded.append(matmul_settings.rounds("cuda") or matmul_settings.rounds("mkldnn"))
         return func(*args, **(kwargs or {}))
 
 
@@ -139,7 +139,7 @@ def test_settings_are_put_back_after_an_exception(
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fusedpo.sweeps, "_product", fail)
+    engine.replace_everywhere(monkeypatch, precision.multiply, fail)
     with pytest.raises(KeyboardInterrupt):
         linear_logprobs(hidden, weight, labels, backend="torch")
     assert settings() == before
@@ -170,7 +170,7 @@ def test_the_last_thread_inside_puts_the_settings_back() -> None:
     with full_precision():
         thread.start()
         assert entered.wait(60)
-    assert not precision.rounds("cuda"), "the other is still inside"
+    assert not matmul_settings.rounds("cuda"), "the other is still inside"
     leave.set()
     thread.join(60)
     assert settings() == before
@@ -178,7 +178,7 @@ def test_the_last_thread_inside_puts_the_settings_back() -> None:
 
 def test_sums_of_float16_products_are_not_in_float16() -> None:
     if not hasattr(torch._C, "_get_cublas_allow_fp16_accumulation"):
-        assert precision._without_half_accumulation()() is None
+        assert matmul_settings._without_half_accumulation()() is None
         return
     torch._C._set_cublas_allow_fp16_accumulation(True)
     with full_precision():
@@ -192,13 +192,13 @@ def test_an_older_torch_has_one_setting() -> None:
         for name in ("_get_fp32_precision_getter", "_get_cublas_allow_fp16_accumulation"):
             m.delattr(torch._C, name, raising=False)
         TOLD["medium"]()
-        assert precision.rounds()
+        assert matmul_settings.rounds()
         with full_precision():
             assert torch.get_float32_matmul_precision() == "highest"
-            assert not precision.rounds()
+            assert not matmul_settings.rounds()
         assert torch.get_float32_matmul_precision() == "medium"
         torch.set_float32_matmul_precision("highest")
-        assert not precision.rounds()
+        assert not matmul_settings.rounds()
 
 
 def test_nothing_is_changed_where_nothing_rounds() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import engine
 import pytest
 import test_policy
 import torch
@@ -41,11 +42,13 @@ from fusedpo import (
     policy_loss,
     preference_loss,
 )
+from fusedpo.engine import precision
+from fusedpo.engine.plan import Plan
+from fusedpo.engine.stats import STATS
+from fusedpo.engine.tiles import Tiles
 from fusedpo.kernels import logit_tile
 from fusedpo.kernels.logit_tile import LogitMap, RowStats
-from fusedpo.logprobs import STATS
 from fusedpo.losses import Loss, PolicyLoss
-from fusedpo.plan import Plan
 
 NAN = float("nan")
 EVERY = list(dict.fromkeys([*preference_losses(), *kinds_of_losses(), *test_policy.KINDS]))
@@ -225,13 +228,14 @@ def test_gradients_are_right_at_any_scale(
     route: str, dtype: torch.dtype, scale: float | str, operands: str, monkeypatch
 ) -> None:
     """Among them the scale of a mean, at which fp16 has no digits left unless they are saved."""
-    if operands == "as given":  # as elsewhere than on the CPU
-        monkeypatch.setattr(fusedpo.logprobs, "operand_dtype", lambda hidden: hidden.dtype)
     case = plain_case(route, dtype, 64, 301, 32)
     case.upstream = case.upstream * (0.1 / 64 if scale == "beta / N" else scale)
+    of_a_cpu = plan_of(case, route, 16, 64)
+    if operands == "as given":  # as elsewhere than on the CPU
+        engine.as_on_a_gpu(monkeypatch)
     if (dtype, operands, route) == (torch.float16, "as given", "one_pass"):
         with pytest.raises(ValueError, match="products in float16, which would underflow"):
-            run(case, plan_of(case, route, 16, 64))
+            run(case, of_a_cpu)
         return
     got = run(case, plan_of(case, route, 16, 64))
     narrow = operands == "as given" and dtype in HALF
@@ -1046,7 +1050,7 @@ def test_an_exception_leaves_no_state_behind(
 
     expected, before = once(), modes()
     products = {"first product": 1, "second product": 2, "backward": 0}[when]
-    left, original = [products], fusedpo.sweeps._product
+    left, original = [products], precision.multiply
 
     def failing(*args: Any, **options: Any) -> None:
         left[0] -= 1
@@ -1054,11 +1058,11 @@ def test_an_exception_leaves_no_state_behind(
             raise Stop
         original(*args, **options)
 
-    monkeypatch.setattr(fusedpo.sweeps, "_product", failing)
+    engine.replace_everywhere(monkeypatch, original, failing)
     if when == "backward":
         # nothing is multiplied there by some routes; the factors are formed by all
         out = problem(memory_budget=chosen, backend=backend)
-        monkeypatch.setattr(fusedpo.logprobs.Tiles, "__init__", _stop)
+        monkeypatch.setattr(Tiles, "__init__", _stop)
         with pytest.raises(Stop):
             problem.gradients(out)
     else:
@@ -1069,7 +1073,7 @@ def test_an_exception_leaves_no_state_behind(
     assert same_bits(once(), expected)
 
 
-def _stop(*args: Any) -> None:
+def _stop(*args: Any, **options: Any) -> None:
     raise Stop
 
 

@@ -24,7 +24,8 @@ import torch
 import versions
 from repository import ROOT, files
 
-from fusedpo import backend, checks, doctor
+from fusedpo import checks, doctor
+from fusedpo.engine import backend
 
 OLDEST = (3, 10)
 SOURCES = [path for path in files() if path.suffix == ".py"]

@@ -35,9 +35,9 @@ from fusedpo import (
     preference_loss,
     tables,
 )
-from fusedpo.backend import resolve
-from fusedpo.plan import format_bytes
-from fusedpo.precision import full_precision
+from fusedpo.engine.backend import resolve
+from fusedpo.engine.matmul_settings import full_precision
+from fusedpo.sizes import format_bytes
 
 SUMMARY = "say what is installed, what will be used, and whether it computes the right thing"
 EXAMPLES = """\

@@ -12,8 +12,9 @@ import torch
 
 from fusedpo import footprint, losses, tables
 from fusedpo.checks import bad_value
+from fusedpo.engine.cost import Backend
 from fusedpo.footprint import ModelShape, Workload
-from fusedpo.plan import Backend, format_bytes, parse_budget
+from fusedpo.sizes import format_bytes, parse_budget
 
 SUMMARY = "say what a loss would hold, by which route, and what would fit a device"
 DESCRIPTION = (

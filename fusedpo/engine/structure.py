@@ -3,8 +3,11 @@ takes, and the route ``one_pass`` reads."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
+
+from torch import Tensor
 
 Scope = Literal["token", "sequence", "pair", "batch"]
 Unit = Literal["one", "margin", "mean_margin", "gate"]
@@ -29,3 +32,28 @@ class GradientStructure:
     scope: Scope
     factors: int = 1
     unit: Unit = "one"
+
+
+class Groups(Protocol):
+    """The gradient of a loss as far as ``one_pass`` can know it early.
+
+    The gradient of a group of rows is known when its last row has been scored. Until then it is
+    known up to one factor for each run of rows.
+    """
+
+    starts: Sequence[int]
+    """Group i is rows starts[i] .. starts[i + 1]; it may be empty."""
+
+    runs: Sequence[int]
+    """Run i is rows runs[i] .. runs[i + 1]; no group begins within one."""
+
+    def units(self, start: int, stop: int, stats: Mapping[str, Tensor]) -> Tensor:
+        """[stop - start], the gradient of these rows up to one factor per run."""
+        ...
+
+    def gradient(self, first: int, last: int, stats: Mapping[str, Tensor]) -> Tensor:
+        """Gradient of the loss with respect to the log-probabilities of groups first .. last.
+
+        Here and in ``units``, stats are the statistics of the very rows asked for, by name.
+        """
+        ...

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fusedpo.plan import Plan
+    from fusedpo.engine.plan import Plan
 
 
 def patch(

@@ -32,7 +32,6 @@ from fusedpo.checks import bad_choice, bad_value, in_range, positive
 from fusedpo.compare import Batch, Comparison, compare
 from fusedpo.fused_head import Score, aligned_labels, at_head, hidden_and_head
 from fusedpo.losses import Loss, PairLoss
-from fusedpo.plan import parse_budget
 from fusedpo.recipes import stdlib_pairs
 from fusedpo.report import (
     History,
@@ -41,6 +40,7 @@ from fusedpo.report import (
     draw_training,
     training_table,
 )
+from fusedpo.sizes import parse_budget
 from fusedpo.trainers.methods import (
     TUNED,
     Defaults,

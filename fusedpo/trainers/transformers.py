@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fusedpo.checks import bad_type, bad_value, known_tokens, vocabulary
+from fusedpo.engine.plan import Plan
 from fusedpo.fused_head import (
     Score,
     add_fused_head,
@@ -45,7 +46,6 @@ from fusedpo.head import Head
 from fusedpo.logprobs import linear_logprobs
 from fusedpo.losses import Loss, PreferenceLoss
 from fusedpo.objective import LossOutput, preference_loss
-from fusedpo.plan import Plan
 from fusedpo.recipes.short_to_long import IGNORED, ShortToLongCollator, pad_sequences
 from fusedpo.trainers.rows import TokenRow
 

@@ -50,6 +50,7 @@ import torch
 from torch import Tensor
 
 from fusedpo import liger
+from fusedpo.engine.plan import Plan
 from fusedpo.fused_head import (
     IGNORED,
     AfterHead,
@@ -69,7 +70,6 @@ from fusedpo.fused_head import (
 from fusedpo.head import Head
 from fusedpo.logprobs import linear_token_stats
 from fusedpo.losses import CPO, PreferenceLoss, SimPO
-from fusedpo.plan import Plan
 from fusedpo.scores import Scores
 from fusedpo.trainers.trl_losses import (
     Calls,

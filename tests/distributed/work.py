@@ -14,6 +14,7 @@ from unittest import mock
 
 import conftest
 import engine
+import pytest
 import torch
 import torch.distributed as dist
 from distributed.cases import batch, extreme, splits
@@ -26,18 +27,19 @@ from tracking import Allocations
 
 import fusedpo
 import fusedpo.distributed
-import fusedpo.logprobs
-import fusedpo.sweeps
+import fusedpo.vocab_shards
 from fusedpo import linear_logprobs, linear_token_stats, plan, policy_loss, preference_loss
+from fusedpo.engine.autograd import Engine
+from fusedpo.engine.plan import Plan
+from fusedpo.engine.planner import replan
+from fusedpo.engine.rows import Rows
+from fusedpo.engine.stats import STATS
+from fusedpo.engine.tiles import Tiles
 from fusedpo.head import Head
-from fusedpo.logprobs import STATS, score
 from fusedpo.losses import Loss, PolicyLoss
-from fusedpo.plan import Plan, replan
-from fusedpo.sweeps import Rows, Tiles
 
 # as in the other tests: memory that nobody has written holds NaN
-for module in (fusedpo.sweeps, fusedpo.logprobs):
-    module.torch = conftest._Poisoned()
+conftest.poison(pytest.MonkeyPatch())
 
 
 def world() -> Any:
@@ -110,14 +112,13 @@ def solve(case: Case, sizes: Sequence[int], chosen: Plan | None, budget: Any = N
             g = rows.gather(case.upstream).to(torch.promote_types(case.dtype, torch.float32))
             starts = sorted({0, rows.count // 3, rows.count // 2, rows.count})
             logprob = rows.scatter(
-                score(
+                engine.scored(
                     hidden,
                     Head(weight, bias, case.softcap, case.logit_scale, world()).local(),
                     rows,
+                    chosen,
                     temperature=case.temperature,
-                    memory_budget=chosen,
                     groups=KnownGradient(g, starts),
-                    backend=engine.BACKEND,
                 ).logprob
             )
         else:
@@ -187,7 +188,8 @@ def half_operands(seed: int, dtype: torch.dtype) -> list[str]:
     """
     case = engine.generate(5000 + seed, dtype=dtype)
     found = []
-    with mock.patch.object(fusedpo.logprobs, "operand_dtype", lambda hidden: hidden.dtype):
+    with pytest.MonkeyPatch.context() as m:
+        engine.as_on_a_gpu(m)
         for sizes in splits(case.weight.shape[0], dist.get_world_size()):
             for route in engine.routes_for(case)[1:]:
                 if (dtype, route) == (torch.float16, "one_pass"):
@@ -546,7 +548,7 @@ def collectives(route: str) -> tuple[list[Any], list[Any], tuple[int, int]]:
     g = rows.gather(case.upstream)
     groups = KnownGradient(g, [0, rows.count]) if route == "one_pass" else None
     with counted() as forward:
-        out = score(hidden, head, rows, memory_budget=chosen, groups=groups).logprob
+        out = engine.scored(hidden, head, rows, chosen, groups=groups, backend="torch").logprob
     with counted() as backward:
         (out * g).sum().backward()
     return forward, backward, (rows.count, case.hidden.shape[1])
@@ -751,7 +753,7 @@ def averaged_gradients() -> list[str]:
 
 
 def _scaled(which: int, factor: float) -> Any:
-    of_engine = fusedpo.logprobs._Engine
+    of_engine = Engine
     original = of_engine.backward
 
     def backward(ctx: Any, *upstream: Any) -> Any:
@@ -765,8 +767,8 @@ def _scaled(which: int, factor: float) -> Any:
 def _targets(change: Callable[[Tiles], Tensor]) -> Any:
     original = Tiles.__init__
 
-    def init(self: Tiles, *args: Any) -> None:
-        original(self, *args)
+    def init(self: Tiles, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
         if self.shard is not None:
             self.targets = change(self)
 
@@ -774,11 +776,11 @@ def _targets(change: Callable[[Tiles], Tensor]) -> Any:
 
 
 def _merge(change: Callable[[Any, Any], Tensor]) -> Any:
-    return mock.patch.object(fusedpo.distributed.VocabShard, "merge", change)
+    return mock.patch.object(fusedpo.vocab_shards.VocabShard, "merge", change)
 
 
 def _no_rescale() -> Any:
-    original = fusedpo.distributed.VocabShard.merge
+    original = fusedpo.vocab_shards.VocabShard.merge
     return _merge(lambda self, stats: torch.ones_like(original(self, stats)))
 
 
@@ -797,7 +799,7 @@ def _never_same() -> Any:
 
 
 def _no_reduction() -> Any:
-    return mock.patch.object(fusedpo.distributed.VocabShard, "add_up", lambda self, values: None)
+    return mock.patch.object(fusedpo.vocab_shards.VocabShard, "add_up", lambda self, values: None)
 
 
 MUTANTS: dict[str, Callable[[], Any]] = {

@@ -17,7 +17,7 @@ import torch
 from oracles import HALF, Case, Result, gradient_faults, naive
 from torch import Tensor
 
-from fusedpo.plan import Plan
+from fusedpo.engine.plan import Plan
 
 CHOSEN = os.environ.get("FUSEDPO_TEST_DEVICE")
 DEVICE = torch.device(CHOSEN or "cuda")

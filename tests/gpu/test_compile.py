@@ -8,7 +8,7 @@ from gpu.place import BACKENDS, DEVICE, ON_GPU, needs_device
 from oracles import relative
 
 from fusedpo import linear_token_stats, losses, preference_loss
-from fusedpo.operators import token_stats
+from fusedpo.engine.compiled import token_stats
 
 pytestmark = [needs_device, pytest.mark.compiled]
 VOCAB, WIDTH = 50, 16

@@ -18,7 +18,7 @@ from gpu.place import (
 from torch import Tensor
 
 from fusedpo import linear_logprobs, losses, plan, preference_loss
-from fusedpo.plan import Plan
+from fusedpo.engine.plan import Plan
 
 pytestmark = needs_device
 

@@ -23,7 +23,7 @@ from gpu.place import (
 from oracles import Case, naive, relative
 
 from fusedpo import linear_logprobs, linear_token_stats, losses, plan, preference_loss
-from fusedpo.logprobs import STATS
+from fusedpo.engine.stats import STATS
 
 pytestmark = needs_device
 

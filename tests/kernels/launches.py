@@ -18,11 +18,12 @@ import torch
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-import fusedpo.backend
-import fusedpo.logprobs
+import fusedpo.engine.backend
+import fusedpo.engine.problem
+import fusedpo.engine.score
 from fusedpo import linear_logprobs, linear_token_stats, losses, plan, preference_loss
+from fusedpo.engine.stats import STATS
 from fusedpo.kernels.machine_code import target_named
-from fusedpo.logprobs import STATS
 
 VARIANTS: dict[str, set[str]] = {}
 
@@ -100,8 +101,9 @@ def main() -> None:
     driver.set_active(Driver(target_named(sys.argv[1]).gpu))
     compile_only()
     # neither a GPU nor the interpreter: say that there is one, and take products as it would
-    fusedpo.backend._obstacle = lambda *tensors: None
-    fusedpo.logprobs.operand_dtype = lambda hidden: hidden.dtype
+    fusedpo.engine.backend._obstacle = lambda *tensors: None
+    fusedpo.engine.score.operand_dtype = lambda hidden: hidden.dtype
+    fusedpo.engine.problem._is_cpu = lambda device: False
     torch.set_num_threads(1)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for vocab in (1000, 1024):

@@ -20,8 +20,8 @@ from oracles import Case, gradient_faults, naive
 from torch import Tensor
 
 from fusedpo import plan, policy_loss, preference_loss
+from fusedpo.engine.plan import Plan
 from fusedpo.losses import Loss, PolicyLoss, PreferenceLoss
-from fusedpo.plan import Plan
 from fusedpo.policy import PolicyProblem
 from fusedpo.preference import PreferenceProblem, Side
 from fusedpo.scores import Scores, Sequences

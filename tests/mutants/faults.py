@@ -1238,20 +1238,32 @@ _CORE = (
         ),
     ),
     *_in(
-        "fusedpo/plan.py",
+        "fusedpo/sizes.py",
         "test_plan.py",
         ("        if size < 1024:", "        if size <= 1024:", "1024 B"),
         ("if not 1 <= size < float", "if not 0 <= size < float", "a budget of nothing"),
+    ),
+    *_in(
+        "fusedpo/engine/plan.py",
+        "test_plan.py",
         (
             'return "tokens" if by_tokens else',
             'return "vocabulary" if by_tokens else',
             "the cut is misnamed",
         ),
-        ("if c[1].bytes <= allowed]", "if c[1].bytes < allowed]", "the least budget is too small"),
         (
             "return type(self), (str(self), self.least)",
             "return type(self), (str(self),)",
             "an error that cannot be pickled",
+        ),
+    ),
+    *_in(
+        "fusedpo/engine/planner.py",
+        "test_plan.py",
+        (
+            "if _total(each) <= allowed]",
+            "if _total(each) < allowed]",
+            "the least budget is too small",
         ),
     ),
     *_in(
@@ -1427,25 +1439,35 @@ _PROGRAMS = (
         ("if not f.kw_only", "", "options of all losses"),
     ),
     *_in(
-        "fusedpo/backend.py",
+        "fusedpo/engine/backend.py",
         "test_backend.py",
         ("_LEAST_TRITON = (3, 6)", "_LEAST_TRITON = (3, 7)", "a Triton that will do is refused"),
         ("if hidden.dtype != torch.float64:", "if True:", "a warning about float64"),
         ("@functools.cache\ndef _warn_once", "def _warn_once", "a warning at every call"),
     ),
     *_in(
-        "fusedpo/logprobs.py",
+        "fusedpo/engine/routes/base.py",
         "test_autograd.py test_objective.py -k 'twice or again or kept'",
         (
-            "if _graph_is_kept():\n        return value.clone()",
-            "if False:\n        return value.clone()",
+            "if not graph_is_kept():\n            return self.held.pop(name)",
+            "if True:\n            return self.held.pop(name)",
             "what waits is given up though the graph is kept",
         ),
+    ),
+    *_in(
+        "fusedpo/engine/routes/one_pass.py",
+        "test_autograd.py test_objective.py -k 'twice or again or kept'",
         (
-            "in_place = ctx.head.weight is None or weight.dtype == tiles.acc",
-            "in_place = ctx.head.weight is not None and weight.dtype == tiles.acc",
+            "in_place = weight is None or t.weight.dtype == t.acc",
+            "in_place = weight is not None and t.weight.dtype == t.acc",
             "a head's bias scaled twice",
         ),
+    ),
+    *_in(
+        "fusedpo/engine/workspace.py",
+        "test_workspace.py",
+        ("if total > declared:", "if size > declared:", "parts that are not added up"),
+        ("key[0] == name and key[1] != part", "key[1] != part", "other buffers are counted"),
     ),
     *_in(
         "kernels/tail.py",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedpo import checks
-from fusedpo.plan import Backend
+from fusedpo.engine.cost import Backend
 
 _CHOICES = ("auto", *get_args(Backend))
 _LEAST_TRITON = (3, 6)

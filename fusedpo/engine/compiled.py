@@ -13,82 +13,84 @@ budgets, and 3 instead of 2 for a frozen one. What needs the loss (one_pass) or 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedpo import checks
-from fusedpo.backend import resolve
-from fusedpo.plan import Needs, plan
-from fusedpo.precision import own_precision
-from fusedpo.sweeps import (
-    DIFFERENTIABLE,
-    KEPT,
-    Call,
-    Rows,
-    Tiles,
-    accumulated_dtype,
-    gathers,
-)
+from fusedpo.engine.backend import resolve
+from fusedpo.engine.cost import Needs
+from fusedpo.engine.head_gradient import new_output
+from fusedpo.engine.hidden_gradient import forward_pass
+from fusedpo.engine.matmul_settings import own_precision
+from fusedpo.engine.planner import plan
+from fusedpo.engine.precision import accumulated_dtype
+from fusedpo.engine.routes import route_of
+from fusedpo.engine.routes.base import Backward
+from fusedpo.engine.routes.recompute import both_gradients
+from fusedpo.engine.rows import Rows, gathers
+from fusedpo.engine.stats import DIFFERENTIABLE, SAVED, STATISTICS
+from fusedpo.engine.tiles import Call, Tiles
+
+
+class _Arguments(NamedTuple):
+    """The arguments that both operators begin with: see token_stats."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    scored: Tensor
+    row_scale: Tensor | None
+    scale: float
+    softcap: float | None
+    budget: int
+    backend: str
+    operand: torch.dtype
 
 
 def _tiles(
-    stats: tuple[str, ...],
-    needs: frozenset[Needs],
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    scored: Tensor,
-    row_scale: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    budget: int,
-    backend: str,
-    operand: torch.dtype,
+    a: _Arguments, stats: tuple[str, ...], needs: frozenset[Needs], *, backward: bool = False
 ) -> Tiles:
-    """The problem with its actual rows, checked.
-
-    After what is asked for, the arguments are those of _PROBLEM, which both operators begin with.
-    """
-    vocab, width = weight.shape
-    outside = scored & ((labels < 0) | (labels >= vocab))
-    count, wrong = torch.stack((scored.sum(), outside.sum())).tolist()
+    """The problem with its actual rows, checked."""
+    vocab, width = a.weight.shape
+    outside = a.scored & ((a.labels < 0) | (a.labels >= vocab))
+    count, wrong = torch.stack((a.scored.sum(), outside.sum())).tolist()
     if wrong:
-        raise checks.bad_labels(torch.where(scored, labels, -100), vocab, -100)
+        raise checks.bad_labels(torch.where(a.scored, a.labels, -100), vocab, -100)
     # a label that no vocabulary can hold stands for the ignored ones
-    rows = Rows.of(torch.where(scored, labels, vocab), vocab, count)
-    used = resolve(backend, hidden)
+    rows = Rows.of(torch.where(a.scored, a.labels, vocab), vocab, count)
+    backend = resolve(a.backend, a.hidden)
     chosen = plan(
         count,
         vocab,
         width,
-        dtype=hidden.dtype,
-        weight_dtype=weight.dtype,
-        operand_dtype=operand,
-        budget=budget,
+        dtype=a.hidden.dtype,
+        weight_dtype=a.weight.dtype,
+        operand_dtype=a.operand,
+        budget=a.budget,
         needs=needs,
         # both gradients are formed in the backward, as for a gradient through the entropy; a
         # reference, which has none, takes the same tile
         entropy=True,
         entropy_value="entropy" in stats,
-        softcap=softcap is not None,
-        gathered=gathers(hidden, rows),
-        device=hidden.device,
-        backend=used,
+        softcap=a.softcap is not None,
+        gathered=gathers(a.hidden, rows),
+        device=a.hidden.device,
+        backend=backend,
     )
     call = Call(
         rows=rows,
-        softcap=softcap,
-        scale=scale if row_scale is None else rows.gather(row_scale),
+        softcap=a.softcap,
+        scale=a.scale if a.row_scale is None else rows.gather(a.row_scale),
         plan=chosen,
         needs=needs,
         stats=stats,
-        operand=operand,
-        backend=used,
+        operand=a.operand,
+        backend=backend,
     )
-    return Tiles(hidden, weight, bias, call)
+    return Tiles(a.hidden, a.weight, a.bias, call, backward=backward)
 
 
 def _wanted(needs: str) -> frozenset[Needs]:
@@ -98,7 +100,7 @@ def _wanted(needs: str) -> frozenset[Needs]:
 def _names(stats: str) -> tuple[str, ...]:
     """What the operator returns: the statistics asked for, and what the backward takes."""
     asked = tuple(stats.split(","))
-    return (*asked, *KEPT)
+    return (*asked, *SAVED)
 
 
 # they wait for the device to learn how many tokens are scored, which a recorded graph cannot do;
@@ -121,7 +123,7 @@ _PROBLEM = (
     **_OPTIONS,
 )
 def token_stats(*arguments: Any) -> list[Tensor]:
-    """Statistics [P] of a head at all P positions, 0 where not scored; then those of KEPT.
+    """Statistics [P] of a head at all P positions, 0 where not scored; then those of SAVED.
 
     Args:
         hidden: [..., H]; weight: [V, H]; bias: [V] or None.
@@ -132,13 +134,17 @@ def token_stats(*arguments: Any) -> list[Tensor]:
         needs: which gradients the backward will be asked for.
         stats: names with commas between them.
     """
-    *problem, needs, stats = arguments
-    with own_precision(problem[0].device, problem[-1]):
+    *first, needs, stats = arguments
+    problem = _Arguments(*first)
+    with own_precision(problem.hidden.device, problem.operand):
         # planned as the backward will be, so that a budget is refused here
-        tiles = _tiles(tuple(stats.split(",")), _wanted(needs), *problem)
-        found = tiles.sweep_forward(None)
+        tiles = _tiles(problem, tuple(stats.split(",")), _wanted(needs))
+        if tiles.plan.route == "forward":
+            values = route_of(tiles.plan).forward(tiles).stats
+        else:  # nothing is handed on to the backward
+            values = forward_pass(tiles, None)
         # a copy each: the outputs of an operator share no memory
-        return [tiles.rows.scatter(found[name]).clone() for name in _names(stats)]
+        return [tiles.rows.scatter(values[name]).clone() for name in _names(stats)]
 
 
 @token_stats.register_fake
@@ -146,34 +152,34 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest
     stats = rest[-1]
     acc = accumulated_dtype(hidden.dtype)
     return [
-        torch.empty_like(labels, dtype=torch.bool if name == "top1" else acc)
-        for name in _names(stats)
+        torch.empty_like(labels, dtype=acc if of_table is None else of_table.dtype or acc)
+        for of_table in map(STATISTICS.get, _names(stats))
     ]
 
 
 @torch.library.custom_op(
     "fusedpo::token_stats_backward",
     mutates_args=(),
-    schema=f"({_PROBLEM}, Tensor[] kept, Tensor? entropy, Tensor upstream, "
+    schema=f"({_PROBLEM}, Tensor[] saved, Tensor? entropy, Tensor upstream, "
     "Tensor? upstream_entropy, str needs) -> Tensor[]",
     **_OPTIONS,
 )
 def token_stats_backward(*arguments: Any) -> list[Tensor]:
     """Gradients of ``needs``, names with commas between them, for upstream gradients [P]."""
-    *problem, kept, entropy, upstream, upstream_entropy, needs = arguments
-    hidden, _, bias, *_ = problem
-    wanted = _wanted(needs)
-    with own_precision(hidden.device, problem[-1]):
-        tiles = _tiles((), wanted, *problem)
+    *first, saved, entropy, upstream, upstream_entropy, needs = arguments
+    problem, wanted = _Arguments(*first), _wanted(needs)
+    hidden, bias = problem.hidden, problem.bias
+    with own_precision(hidden.device, problem.operand):
+        tiles = _tiles(problem, (), wanted, backward=True)
         rows = tiles.rows
-        found = {name: rows.gather(t) for name, t in zip(KEPT, kept, strict=True)}
+        values = {name: rows.gather(t) for name, t in zip(SAVED, saved, strict=True)}
         e = None
         if upstream_entropy is not None and entropy is not None:
-            found["entropy"] = rows.gather(entropy)
+            values["entropy"] = rows.gather(entropy)
             e = rows.gather(upstream_entropy).to(tiles.acc)
-        head = tiles.new_head_gradient(weight="weight" in wanted, bias="bias" in wanted)
+        head = new_output(tiles, weight="weight" in wanted, bias="bias" in wanted)
         g = rows.gather(upstream).to(tiles.acc)
-        states = tiles.both_gradients(found, g, e, head, "hidden" in wanted)
+        states = both_gradients(tiles, Backward(values, g, e), head, "hidden" in wanted)
     gradients: dict[str, Tensor | None] = {
         "hidden": None if states is None else states.view(hidden.shape),
         "weight": head.weight,

@@ -1,0 +1,162 @@
+"""The gradient with respect to the hidden states, and the forward pass that leaves it unscaled.
+
+dlogp/dhidden of a token is J W times a factor that is known with the token's statistics. It is
+formed in the forward, tile by tile, by the rescaling that online softmax uses; the backward scales
+its rows by the upstream gradient, one number a token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedpo.engine.cost import FINISHED_ROWS
+from fusedpo.engine.rows import blocks
+from fusedpo.engine.tiles import Range, Tiles, row_factor
+from fusedpo.kernels.logit_tile import RowStats
+
+
+def new_output(t: Tiles) -> Tensor:
+    """Memory [P, H] for the gradient, in hidden's dtype; 0 at positions that are not scored."""
+    shape = (t.hidden.shape[:-1].numel(), t.width)
+    make = torch.empty if t.rows.positions is None else torch.zeros
+    return make(shape, dtype=t.hidden.dtype, device=t.hidden.device)
+
+
+def waits_in_output(t: Tiles) -> bool:
+    """Whether dlogp/dhidden waits for the backward in the memory of the hidden gradient."""
+    return t.hidden.dtype == t.acc or not t.plan.wide
+
+
+def new_unscaled(t: Tiles) -> Tensor:
+    """Memory for dlogp/dhidden: [P, H] in hidden's dtype, or [N, H] in full precision."""
+    if waits_in_output(t):
+        return new_output(t)
+    return t.take("held hidden gradient", t.count, t.width)
+
+
+def write_rows(t: Tiles, out: Tensor, start: int, stop: int, values: Tensor) -> None:
+    """Write values [n, H] to their positions in out [P, H]."""
+    positions = t.rows.positions
+    if positions is None:
+        out[start:stop] = values
+    else:
+        out[positions[start:stop]] = values.to(out.dtype)
+
+
+def write_unscaled(t: Tiles, unscaled: Tensor, r: Range, values: Tensor) -> None:
+    """Write rows [n, H] of dlogp/dhidden to where they wait."""
+    if waits_in_output(t):
+        write_rows(t, unscaled, *r, values)
+    else:
+        unscaled[slice(*r)] = values
+
+
+def scale(t: Tiles, unscaled: Tensor, g: Tensor) -> Tensor:
+    """The hidden gradient [P, H]: dlogp/dhidden times g [N], in place if it waits in the output."""
+    if waits_in_output(t):
+        factor = t.rows.scatter(g).reshape(-1)[:, None]
+        # in blocks: a half-precision tensor times fp32 is widened whole
+        for start, stop in blocks(0, unscaled.shape[0], t.plan.rows):
+            part = unscaled[start:stop]
+            part.copy_(part * factor[start:stop])
+        return unscaled
+    out = new_output(t)
+    for r in t.row_blocks():
+        write_rows(t, out, *r, unscaled[slice(*r)] * g[slice(*r), None])
+    return out
+
+
+# over the slices of a vocabulary
+
+
+def new_partial(t: Tiles, output: Tensor | None) -> Tensor | None:
+    """Memory [N, H] in full precision for this slice's part of a gradient: ``output``, if it is
+    that; None without slices, whose parts have to be added up."""
+    if output is None or t.shard is None:
+        return None
+    has_every_row = t.rows.positions is None or not waits_in_output(t)
+    if has_every_row and output.dtype == t.acc:
+        return output
+    return t.take("partial hidden gradient", t.count, t.width)
+
+
+def add_slices(t: Tiles, partial: Tensor | None, output: Tensor | None) -> None:
+    """Write the sum of all slices' parts to the output."""
+    if partial is None or output is None or t.shard is None:
+        return
+    t.shard.add_up(partial)
+    if partial is not output:
+        write_rows(t, output, 0, t.count, partial)
+
+
+# the forward pass
+
+
+def forward_pass(t: Tiles, unscaled: Tensor | None) -> dict[str, Tensor]:
+    """Statistics of all rows; dlogp/dhidden into ``unscaled``, if that is given."""
+    everything = t.start_stats()
+    buffer, narrow = t.tile(), None if unscaled is None else t.narrow_tile()
+    # rows that have to wait for the statistics of the whole vocabulary
+    waiting = new_partial(t, unscaled)
+    for r in t.row_blocks():
+        hidden, n = t.hidden_rows(*r), r[1] - r[0]
+        stats = everything.of(slice(*r))
+        # sum over non-target entries of exp(z - shift) slope W, relative to the shift so far
+        products = None
+        if waiting is not None:
+            products = waiting[slice(*r)].zero_()
+        elif unscaled is not None:
+            products = t.take("row products", n, t.width).zero_()
+        for c in t.col_blocks():
+            x = buffer[:n, : c[1] - c[0]]
+            e = None
+            if unscaled is not None:
+                e = x if narrow is None else narrow[:n, : c[1] - c[0]]
+            t.fold(x, hidden, r, c, stats, exponentials=e, products=products)
+        if unscaled is not None and products is not None and waiting is None:
+            _finish(t, unscaled, products, stats, r)
+    rescale = t.merge(everything)
+    if waiting is not None and rescale is not None:
+        for r in t.row_blocks():
+            of_slice = everything.of(slice(*r))
+            _finish_partial(t, waiting[slice(*r)], of_slice, r, rescale[slice(*r)])
+        add_slices(t, waiting, unscaled)
+    return t.finish_stats(everything)
+
+
+def _finish(t: Tiles, unscaled: Tensor, products: Tensor, stats: RowStats, r: Range) -> None:
+    """Write dlogp/dhidden of a row block, from its sum over non-target entries."""
+    positions = t.rows.positions if waits_in_output(t) else None
+    if positions is None:
+        unscaled = unscaled[slice(*r)]
+    else:
+        positions = positions[slice(*r)]
+    factor = row_factor(stats.logprob, stats.total)
+    t.kernels.finish(
+        products,
+        t.scaled(-factor / t.gain, *r),
+        t.weight,
+        t.targets[slice(*r)],
+        t.scaled(factor * t.target_entry(stats.total, stats.target, r), *r),
+        unscaled,
+        positions,
+        block=FINISHED_ROWS,
+    )
+
+
+def _finish_partial(t: Tiles, products: Tensor, stats: RowStats, r: Range, rescale: Tensor) -> None:
+    """Likewise this slice's part of it, in place."""
+    factor, targets = row_factor(stats.logprob, stats.total), t.targets[slice(*r)]
+    here = (targets >= 0) & (targets < t.vocab)
+    entry = factor * t.target_entry(stats.total, stats.target, r)
+    t.kernels.finish(
+        products,
+        t.scaled(-factor * rescale / t.gain, *r),
+        t.weight,
+        targets.clamp(0, t.vocab - 1),
+        t.scaled(torch.where(here, entry, 0.0), *r),
+        products,
+        None,
+        block=FINISHED_ROWS,
+    )

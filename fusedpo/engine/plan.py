@@ -1,0 +1,109 @@
+"""The record of a plan: the route that a call takes, its tiles, and the bytes it will hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from fusedpo.engine.cost import Needs, Problem
+from fusedpo.sizes import format_bytes
+
+RouteName = Literal["forward", "frozen", "retain", "one_pass", "recompute"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The way the engine will take for one call.
+
+    Attributes:
+        route: ``forward``, ``frozen``, ``retain``, ``one_pass`` or ``recompute``.
+        rows, cols: the tile of logits that exists at a time in the forward, [rows, cols].
+        back_rows, back_cols: likewise in the backward. Taller on a GPU: each slice of the head's
+            gradient is summed over the row blocks in memory.
+        slab: rows of J that ``one_pass`` holds to add to the head's gradient at once.
+        products: matrix products of size N x V x H, forward and backward together.
+        wide: the unscaled hidden gradient of half-precision inputs waits for the backward in fp32,
+            to be rounded once; False stores it in the dtype of the inputs.
+        split: the two gradients are formed in two passes of their own, one product dearer, because
+            the hidden gradient of a gradient through the entropy did not fit in full precision.
+        buffers: name -> bytes of everything held beyond the outputs at the worst moment.
+        budget: bytes that were allowed.
+        tokens, vocab, hidden, dtype, needs, entropy: the problem this plan is for.
+        fused: the one product of ``forward`` and the fold of its tiles are one kernel, and the
+            logits are nowhere in memory.
+        shards: ranks that share the vocabulary. ``vocab`` is then that of the largest slice, and
+            the plan is the same on all of them.
+    """
+
+    route: RouteName
+    rows: int
+    cols: int
+    back_rows: int
+    back_cols: int
+    slab: int
+    products: int
+    wide: bool
+    split: bool
+    buffers: dict[str, int] = field(hash=False)
+    budget: int
+    tokens: int
+    vocab: int
+    hidden: int
+    dtype: torch.dtype
+    needs: frozenset[Needs]
+    entropy: bool
+    fused: bool = False
+    shards: int = 1
+    # all that decides the bytes, so that they can be counted for other tiles
+    _problem: Problem | None = field(default=None, repr=False, compare=False)
+    # the buffers of the forward and of the backward
+    _passes: tuple[Mapping[str, int], Mapping[str, int]] = field(
+        default=({}, {}), repr=False, compare=False
+    )
+
+    @property
+    def bytes(self) -> int:
+        """Predicted peak memory beyond the outputs (gradients, log-probabilities), in bytes."""
+        return sum(self.buffers.values())
+
+    @property
+    def passes(self) -> tuple[Mapping[str, int], Mapping[str, int]]:
+        """The buffers of the forward and of the backward: name -> bytes."""
+        return self._passes
+
+    @property
+    def cut(self) -> Literal["tokens", "vocabulary", "both", "none"]:
+        """Along which axes the logits are cut."""
+        by_tokens, by_vocabulary = self.rows < self.tokens, self.cols < self.vocab
+        if by_tokens and by_vocabulary:
+            return "both"
+        return "tokens" if by_tokens else "vocabulary" if by_vocabulary else "none"
+
+    def __str__(self) -> str:
+        parts = ", ".join(
+            f"{name} {format_bytes(size)}" for name, size in self.buffers.items() if size
+        )
+        return (
+            f"{self.route}: {self.products} product{'s' * (self.products != 1)} of "
+            f"{self.tokens} x {self.vocab} x {self.hidden}, "
+            f"{'fused' if self.fused else f'tile {self.rows} x {self.cols}'}, "
+            f"{format_bytes(self.bytes)} of {format_bytes(self.budget)} ({parts})"
+        )
+
+
+class BudgetTooSmall(ValueError):
+    """No route fits the budget.
+
+    Attributes:
+        least: bytes with which one would.
+    """
+
+    def __init__(self, message: str, least: int) -> None:
+        super().__init__(message)
+        self.least = least
+
+    def __reduce__(self) -> tuple[type[BudgetTooSmall], tuple[str, int]]:
+        return type(self), (str(self), self.least)

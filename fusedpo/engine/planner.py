@@ -1,0 +1,301 @@
+"""The planner: shapes and a memory budget in, a route and its tile out. Pure arithmetic; no device
+needed.
+
+Each route declares the buffers of its passes, and the engine gets no others, so the prediction is
+the sum of what is allocated and the budget is kept by construction. The planner chooses the tile,
+asks the routes what they would hold with it, and takes the cheapest that fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from fusedpo.checks import bad_choice, bad_value
+from fusedpo.engine.cost import Backend, Buffers, Cost, Needs, Problem
+from fusedpo.engine.plan import BudgetTooSmall, Plan, RouteName
+from fusedpo.engine.problem import Options, problem_of
+from fusedpo.engine.routes import ROUTES, variant
+from fusedpo.engine.routes.base import Route
+from fusedpo.engine.structure import Scope
+from fusedpo.sizes import format_bytes, parse_budget
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# The largest tile that is worth having, and the smallest the engine will work with: rows, columns.
+# CPU: the fastest of those that benchmarks/tiles.py measures. Elsewhere by arithmetic, which
+# benchmarks/roofline.py writes down: products run at full speed, and a row of a tile fits
+# registers.
+_LARGEST_TILE = {"cpu": (512, 4096), "other": (1024, 16384)}
+_SMALLEST_TILE = (16, 128)
+
+
+def plan(
+    tokens: int,
+    vocab: int,
+    hidden: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype | None = None,
+    operand_dtype: torch.dtype | None = None,
+    budget: int | float | str | None = None,
+    needs: Iterable[Needs] = ("hidden", "weight"),
+    scope: Scope | None = None,
+    groups: int | Sequence[int] = 1,
+    factors: int = 1,
+    entropy: bool = False,
+    entropy_value: bool = False,
+    softcap: bool = False,
+    gathered: bool = True,
+    reordered: bool = False,
+    device: str | torch.device = "cpu",
+    backend: Backend = "torch",
+    route: RouteName | None = None,
+    fused: bool | None = None,
+    shards: int = 1,
+) -> Plan:
+    """Choose the cheapest route that fits a memory budget.
+
+    Args:
+        tokens: scored tokens N (labels that are not ignored).
+        vocab, hidden: V and H of the head's weight [V, H].
+        dtype: dtype of hidden states and weight.
+        weight_dtype: dtype of the weight, if it is another, as under autocast.
+        operand_dtype: autocast's dtype, under autocast.
+        budget: bytes, or a text such as ``"512MiB"`` or ``"2GB"`` (B, KB to TB, KiB to TiB); 256
+            MiB if not given. It covers everything the engine holds beyond its outputs: the
+            gradients and the per-token statistics.
+        needs: which gradients are wanted, of ``"hidden"``, ``"weight"``, ``"bias"``; empty for
+            evaluation.
+        scope: within what a token's gradient is known up to one factor: ``"token"``,
+            ``"sequence"``, ``"pair"``, ``"batch"``, or None if nothing is known. With one of the
+            first three ``one_pass`` can be taken, unless the weight needs no gradient, a gradient
+            through the entropy is wanted, or products are fp16 on a GPU.
+        groups: how many such sequences or pairs there are; or the scored tokens of each, in order,
+            by which it is known whether one reaches over the rows that ``one_pass`` takes at once.
+        factors: how many factors a group has: one for a loss of a margin, and one for each response
+            of a pair where they are weighted apart. Each takes an accumulator in ``one_pass``.
+        entropy: whether a gradient through the entropy is wanted.
+        entropy_value: whether the entropy is wanted.
+        softcap: whether the head caps its logits.
+        gathered: whether some positions are ignored, so that rows have to be gathered.
+        reordered: whether ``one_pass`` has to put them into another order, as it does with the rows
+            of several pairs.
+        device: where it will run; ``"cpu"`` or any other.
+        backend: ``"torch"`` or ``"triton"``; kernels need fewer temporaries.
+        route: take this route rather than the cheapest one.
+        shards: ranks that share the vocabulary; ``vocab`` is then that of the largest slice.
+        fused: whether ``forward`` is to be one kernel without logits in memory, which only the
+            Triton backend has. None: only if no tile fits the budget, since its log-probabilities
+            are summed in another order than those of the other routes.
+
+    Returns:
+        The plan. ``str(plan)`` is one readable line. It can be passed on as ``memory_budget`` to a
+        call of these sizes that holds no more by its route, and is refused by any other.
+
+    Raises:
+        BudgetTooSmall: a ValueError, if no route fits, with the least that would.
+        TypeError: if a size is no int, ``groups`` neither an int nor a sequence of ints, a dtype is
+            none of float64, float32, bfloat16 and float16, or ``budget`` is neither a number nor a
+            text.
+        ValueError: if a size is too small, the numbers of ``groups`` do not sum to ``tokens``, a
+            name, ``device`` or ``budget`` is none of those above, ``route`` cannot serve the needs,
+            or ``fused`` is True where no kernel can be (a gradient is wanted, the backend is
+            ``"torch"``, dtypes are float64 or differ in size).
+    """
+    allowed = parse_budget(budget, "budget")
+    p = problem_of(
+        tokens,
+        vocab,
+        hidden,
+        dtype=dtype,
+        weight_dtype=weight_dtype,
+        operand_dtype=operand_dtype,
+        needs=needs,
+        scope=scope,
+        groups=groups,
+        factors=factors,
+        entropy=entropy,
+        entropy_value=entropy_value,
+        softcap=softcap,
+        gathered=gathered,
+        reordered=reordered,
+        device=device,
+        backend=backend,
+        shards=shards,
+    )
+    eligible = [each for each in ROUTES if each.serves(p)]
+    names = list(dict.fromkeys(each.name for each in eligible))
+    if route is not None and route not in names:
+        raise bad_choice("route (for these needs)", route, names)
+    tile = _choose_tile(p, allowed, _LARGEST_TILE["cpu" if p.on_cpu else "other"])
+    ways = [each for each in eligible if route in (None, each.name) and fused in (None, each.fused)]
+    if not ways:
+        expected = 'False, or backend="triton", no gradient wanted, and dtypes alike, not float64'
+        raise bad_value("fused", expected, str(fused))
+    candidates = [candidate for way in ways for candidate in _candidates(way, p, tile)]
+    fitting = [each for each in candidates if _total(each) <= allowed]
+    if not fitting:
+        fewest = min(map(_total, candidates))
+        error = bad_value(
+            "memory_budget",
+            f"at least {format_bytes(fewest)} ({fewest} bytes) for {tokens} tokens, "
+            f"vocabulary {vocab}, hidden {hidden}",
+            format_bytes(allowed),
+            "raise it, or score fewer tokens in a call",
+        )
+        raise BudgetTooSmall(str(error), fewest)
+    _, way, shape, cost = min(fitting, key=_price)
+    rows, cols = tile
+    back_rows, back_cols = shape.back or tile
+    return Plan(
+        route=way.name,
+        rows=rows,
+        cols=cols,
+        back_rows=back_rows,
+        back_cols=back_cols,
+        slab=max(rows, shape.slab),
+        products=cost.products,
+        wide=shape.wide,
+        split=way.split,
+        buffers=cost.worst,
+        budget=allowed,
+        tokens=tokens,
+        vocab=vocab,
+        hidden=hidden,
+        dtype=dtype,
+        needs=p.needs,
+        entropy=p.entropy_value,
+        fused=way.fused,
+        shards=shards,
+        _problem=p,
+        _passes=(cost.forward, cost.backward),
+    )
+
+
+# rank among the shapes of a route, the route, the problem with the shape, and its cost
+_Candidate = tuple[int, Route, Problem, Cost]
+
+
+def _candidates(way: Route, p: Problem, tile: tuple[int, int]) -> Iterator[_Candidate]:
+    """Every shape in which a route can run with this tile."""
+    for wide in {True, p.hidden_size == p.acc}:
+        for rank, shape in enumerate(way.shapes(p, *tile)):
+            shape = replace(shape, wide=wide)
+            yield rank, way, shape, _cost(shape, way, *tile)
+
+
+def _price(candidate: _Candidate) -> tuple[int, bool, int, int]:
+    """The order of choice: products, precision, shape, bytes.
+
+    The fused forward comes last, as a policy scored otherwise would not agree to the last bit.
+    """
+    rank, way, shape, cost = candidate
+    return cost.products, not shape.wide, rank + 100 * way.fused, _total(candidate)
+
+
+def _total(candidate: _Candidate) -> int:
+    return sum(candidate[3].worst.values())
+
+
+def _cost(p: Problem, way: Route, n: int, v: int) -> Cost:
+    """Products, and everything that is held beyond the outputs, by pass and buffer."""
+    copies = p.gathered or (p.reordered and way.name == "one_pass")
+    cost = way.cost(replace(p, gathered=copies), n, v)
+
+    def whole(buffers: Buffers) -> Buffers:
+        if not p.tokens:  # then no tile is made
+            head = "weight gradient accumulators"
+            buffers = {name: size * (name == head) for name, size in buffers.items()}
+        return {**buffers, "row statistics": p.row_bytes()}
+
+    return replace(cost, forward=whole(cost.forward), backward=whole(cost.backward))
+
+
+def _choose_tile(p: Problem, budget: int, largest: tuple[int, int]) -> tuple[int, int]:
+    """The tile, from the shapes, the head, the budget and what is asked of the entropy.
+
+    It depends neither on the route nor on the gradients that are wanted, so that a policy and its
+    reference, or a loss and the log-probabilities it logs, are summed in the same order and agree
+    to the last bit. The entropy takes another tile's worth of memory: to count it always would
+    halve the tile of every call whose budget cuts it.
+    """
+    rows, cols = largest
+    # the costliest tile any caller with these shapes can ask for decides, not this caller's needs
+    widest = replace(p, needs=frozenset({"hidden", "weight"}), entropy=p.of_entropy)
+    while True:
+        n, v = max(1, min(rows, p.tokens)), min(cols, p.vocab)
+        if _least(widest, n, v) <= budget or (rows, cols) == _SMALLEST_TILE:
+            return n, v
+        rows, cols = _shrink(rows, cols)
+
+
+def _least(p: Problem, n: int, v: int) -> int:
+    """Bytes with which any need can be served with this tile.
+
+    Those of recompute, which holds at least what frozen and forward do; retain or one_pass may hold
+    less on a small vocabulary, but do not serve every need.
+    """
+    narrow = replace(p, wide=False)
+    return p.row_bytes() + min(
+        sum(way.cost(shape, n, v).worst.values())
+        for way in ROUTES
+        if way.name == "recompute" and (p.entropy or not way.split)
+        for shape in way.shapes(narrow, n, v)
+    )
+
+
+def _shrink(rows: int, cols: int) -> tuple[int, int]:
+    """The next smaller tile; rows are kept longest, because each row block reads the whole head."""
+    if cols > 4 * rows and cols > _SMALLEST_TILE[1]:
+        return rows, max(_SMALLEST_TILE[1], cols // 2)
+    return max(_SMALLEST_TILE[0], rows // 2), cols
+
+
+def replan(chosen: Plan, route: RouteName, *sizes: int, **options: Unpack[Options]) -> Plan | None:
+    """The plan of a route with another plan's tiles; None if it cannot serve the problem.
+
+    Its bytes may be more than those of the other one, and than its budget.
+
+    Args:
+        chosen: whose tiles and ways are taken; its ``needs`` have those of the problem.
+        route: its own, or ``forward``.
+        sizes, options: tokens, vocab, hidden, and what decides bytes, as plan() takes them.
+    """
+    return _retiled(chosen, route, problem_of(*sizes, **options))
+
+
+def recounted(chosen: Plan) -> int:
+    """The bytes of a plan for what it was made for, by its tiles as they are now: a copy may have
+    been given others."""
+    retiled = None if chosen._problem is None else _retiled(chosen, chosen.route, chosen._problem)
+    return chosen.bytes if retiled is None else max(retiled.bytes, chosen.bytes)
+
+
+def _retiled(chosen: Plan, route: RouteName, p: Problem) -> Plan | None:
+    needs: frozenset[Needs] = chosen.needs if route == chosen.route else frozenset()
+    needy = replace(p, needs=needs)
+    split = chosen.split and route == "recompute" and variant(route, split=True).serves(needy)
+    way = variant(route, fused=chosen.fused and route == "forward", split=split)
+    if not way.serves(needy):
+        return None
+    rows, back_rows, slab = (
+        min(rows, max(1, p.tokens)) for rows in (chosen.rows, chosen.back_rows, chosen.slab)
+    )
+    cols, back_cols = min(chosen.cols, p.vocab), min(chosen.back_cols, p.vocab)
+    shape = replace(p, wide=chosen.wide, back=(back_rows, back_cols), slab=slab)
+    cost = _cost(shape, way, rows, cols)
+    return replace(
+        chosen,
+        route=route,
+        products=cost.products,
+        buffers=cost.worst,
+        needs=needs,
+        split=split,
+        _problem=p,
+        _passes=(cost.forward, cost.backward),
+    )

@@ -1,0 +1,169 @@
+"""The route ``recompute``: logits are made anew in the backward, a slice of the head at a time.
+
+The hidden gradient is formed in the forward as by ``frozen``, except for a gradient through the
+entropy, whose coefficients are known in the backward only: then both gradients are formed there,
+together or (``split``) in a pass of their own each, which holds less and costs a product more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fusedpo.engine import hidden_gradient
+from fusedpo.engine.cost import Cost, Problem
+from fusedpo.engine.head_gradient import (
+    HeadGradient,
+    add_slice,
+    new_output,
+    row_coefficients,
+    row_operands,
+    slice_scratch,
+    write_slice,
+)
+from fusedpo.engine.plan import RouteName
+from fusedpo.engine.precision import divide_, multiply
+from fusedpo.engine.routes.base import Backward, Forward, graph_is_kept, tall_shapes
+from fusedpo.engine.rows import blocks
+from fusedpo.engine.tiles import Range, Tiles
+
+
+class Recompute:
+    """``recompute``: the one route that serves every need, in the least memory."""
+
+    name: RouteName = "recompute"
+    fused = False
+
+    def __init__(self, *, split: bool) -> None:
+        self.split = split
+
+    def serves(self, p: Problem) -> bool:
+        if self.split:  # of one gradient there is nothing to split
+            return p.entropy and "hidden" in p.needs and len(p.needs) > 1
+        return bool(p.needs) and (p.entropy or p.needs != {"hidden"})
+
+    def shapes(self, p: Problem, n: int, v: int) -> Sequence[Problem]:
+        return list(tall_shapes(p, n, v))
+
+    def cost(self, p: Problem, n: int, v: int) -> Cost:
+        back = p.back or (n, v)
+        head = bool(p.needs & {"weight", "bias"})
+        products = 1 + head + ("hidden" in p.needs) + ("weight" in p.needs)
+        forward = {**p.tile(n, v, gradient=True), **p.waiting(), **p.partial()}
+        if "hidden" in p.needs:
+            forward |= p.running_product(n)
+        backward = p.tile(*back, gradient=True)
+        if head:
+            backward |= p.weight_slice(*back, absorbed=True)
+        if p.entropy:
+            # the hidden gradient is formed anew, while the one of the forward waits
+            products += (not head) + ("hidden" in p.needs)
+            if "hidden" in p.needs:
+                whole = 0 if p.is_whole_output else p.tokens
+                rows = n if (self.split or not head) and p.shards == 1 else whole
+                backward["hidden gradient"] = rows * p.hidden * p.acc
+            backward |= p.waiting()
+        return Cost(products + self.split, forward, backward)
+
+    def forward(self, t: Tiles) -> Forward:
+        if "hidden" not in t.call.needs:
+            return Forward(hidden_gradient.forward_pass(t, None))
+        unscaled = hidden_gradient.new_unscaled(t)
+        return Forward(hidden_gradient.forward_pass(t, unscaled), held={"dlogp_dhidden": unscaled})
+
+    def backward(self, t: Tiles, b: Backward) -> tuple[Tensor | None, HeadGradient]:
+        needs = t.call.needs
+        if b.e is not None:
+            if not graph_is_kept():
+                b.held.clear()  # of no use to a gradient through the entropy
+            head = new_output(t, weight="weight" in needs, bias="bias" in needs)
+            return both_gradients(t, b, head, "hidden" in needs), head
+        hidden = None
+        if "hidden" in needs:
+            unscaled = b.take("dlogp_dhidden", copy=hidden_gradient.waits_in_output(t))
+            hidden = hidden_gradient.scale(t, unscaled, b.g)
+            del unscaled  # before the head's gradient takes its memory
+        head = new_output(t, weight="weight" in needs, bias="bias" in needs)
+        if head.wanted:
+            backward_pass(t, b, head)
+        return hidden, head
+
+
+def both_gradients(t: Tiles, b: Backward, head: HeadGradient, need_hidden: bool) -> Tensor | None:
+    """Gradients of sum(g logp + e entropy): the head's into head; returns the hidden [P, H]."""
+    out = whole = None
+    apart = t.plan.split or not head.wanted
+    if need_hidden:
+        out = hidden_gradient.new_output(t)
+        if t.shard is not None or not apart:
+            in_place = out.dtype == t.acc and t.rows.positions is None
+            whole = out if in_place else t.take("hidden gradient", t.count, t.width)
+    if out is not None and apart:
+        for r in t.row_blocks():
+            if whole is not None:
+                part = whole[slice(*r)]
+            else:
+                part = t.take("hidden gradient", r[1] - r[0], t.width)
+            backward_pass(t, b, HeadGradient(None, None), part, r)
+            if whole is None:
+                hidden_gradient.write_rows(t, out, *r, part)
+    if head.wanted:
+        backward_pass(t, b, head, None if apart else whole)
+    if out is not None and whole is not None:
+        if t.shard is not None:
+            t.shard.add_up(whole)
+        if whole is not out:
+            hidden_gradient.write_rows(t, out, 0, t.count, whole)
+    return out
+
+
+def backward_pass(
+    t: Tiles,
+    b: Backward,
+    out: HeadGradient,
+    hidden_grad: Tensor | None = None,
+    rows: Range | None = None,
+) -> None:
+    """Recompute the logits, a slice of the vocabulary at a time, and write the gradients.
+
+    Each slice of out.weight is written once. hidden_grad [rows, H] is accumulated over the slices;
+    it is wanted here only where both gradients are formed in the backward, and for the given rows
+    only.
+    """
+    if not t.count:
+        return
+    buffer, narrow = t.tile(), t.narrow_tile()
+    scratch = slice_scratch(t, out)
+    first, last = rows or (0, t.count)
+    j, gain = row_coefficients(t, b.stats, b.g, b.e)
+    operands = row_operands(t, first, last, j.missing if out.weight is not None else None)
+    shift = b.stats["shift"]
+    for c in blocks(0, t.vocab, t.plan.back_cols):
+        part, bias_part = out.slices(c, scratch)
+        weight = t.weight_rows(*c)
+        for r, hidden, weighted in operands():
+            n, v = r[1] - r[0], c[1] - c[0]
+            x = buffer[:n, :v]
+            z = x if narrow is None else narrow[:n, :v]
+            of_rows = j.of(slice(*r))
+            multiply(x, hidden, weight.T, add=False)
+            t.kernels.jacobian(
+                x,
+                t.logit_map(r, c),
+                t.targets[slice(*r)],
+                c[0],
+                shift[slice(*r)],
+                of_rows.entry,
+                factor=of_rows.factor,
+                tilt=of_rows.tilt,
+                out=z,
+            )
+            add_slice(t, part, bias_part, z, weighted, of_rows.missing, r[0] > first)
+            if hidden_grad is not None:
+                multiply(hidden_grad[r[0] - first : r[1] - first], z, weight, add=c[0] > 0)
+        write_slice(out, c, part, bias_part, gain)
+    if hidden_grad is not None:
+        if j.missing is not None:
+            hidden_grad.mul_(j.missing[first:last, None])
+        divide_(gain, hidden_grad)

@@ -1,0 +1,253 @@
+"""The problem cut into tiles: reads operands, makes logits of their products, and folds them.
+
+Letters: N scored tokens, P positions (scored or not), V vocabulary, H hidden size; n rows and v
+vocabulary columns of the tile of logits that exists at a time. J is the negated Jacobian of the
+log-probability with respect to the logits, but for one factor a row: see kernels/logit_tile.py.
+
+The backend decides how a tile is worked on; the products and the order of everything are the same
+for all.
+
+Of a vocabulary in slices, one on each rank of a group, V and J are this rank's. The statistics of
+the rows of a pass are merged over the group once they are complete, and so is the gradient with
+respect to the hidden states: one collective each, never one a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fusedpo.engine import stats as statistics
+from fusedpo.engine.cost import Backend, Needs, padded
+from fusedpo.engine.plan import Plan
+from fusedpo.engine.precision import FP16_GAIN, accumulated_dtype, multiply, unit_gain
+from fusedpo.engine.rows import HiddenRows, Rows, blocks
+from fusedpo.engine.structure import Groups
+from fusedpo.engine.workspace import Workspace
+from fusedpo.kernels import logit_tile
+from fusedpo.kernels.logit_tile import LogitMap, RowStats
+from fusedpo.vocab_shards import VocabShard
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Call:
+    """The constants of a call to the engine, beside its differentiable tensors.
+
+    Attributes:
+        rows: the scored tokens.
+        softcap: bound of the logits, or None.
+        scale: logit_scale / temperature; a tensor is [N].
+        plan: the route and its tiles.
+        needs: the gradients that are wanted.
+        stats: names of the statistics to return.
+        operand: dtype of the products; decided once, for a backward outside autocast.
+        backend: of the work on tiles.
+        differentiable: those statistics that pass a gradient on.
+        groups: for ``one_pass``, the loss's gradient as far as it is known early.
+        states: [K] rows whose hidden states are wanted too.
+        shard: of the vocabulary; None: all of it is here.
+    """
+
+    rows: Rows
+    softcap: float | None
+    scale: float | Tensor
+    plan: Plan
+    needs: frozenset[Needs]
+    stats: tuple[str, ...]
+    operand: torch.dtype
+    backend: Backend
+    differentiable: tuple[str, ...] = statistics.DIFFERENTIABLE
+    groups: Groups | None = None
+    states: Tensor | None = None
+    shard: VocabShard | None = None
+
+
+class Tiles:
+    """A call's operands and memory, tile by tile, for one pass: a forward or a backward."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: Call,
+        *,
+        backward: bool = False,
+    ) -> None:
+        # kernels read memory, which holds the negatives where the bit says so; then it is copied
+        self.hidden, self.weight, self.call = hidden.resolve_neg(), weight.resolve_neg(), call
+        self.bias = None if bias is None else bias.resolve_neg().contiguous()
+        self.rows, self.plan = call.rows, call.plan
+        self.acc, self.operand = accumulated_dtype(hidden.dtype), call.operand
+        self.kernels = _kernels(call.backend)
+        self.gain = FP16_GAIN if call.operand == torch.float16 else 1.0
+        self.vocab, self.width = weight.shape
+        self.count = call.rows.count
+        self.shard = call.shard
+        # beyond this slice where another has it
+        self.targets = call.rows.targets
+        if self.shard is not None:
+            self.targets = self.targets - self.shard.offset
+        self.reader = HiddenRows(self.hidden, call.rows)
+        self.workspace = Workspace(call.plan.passes[backward], hidden.device)
+        p = call.plan
+        rows, cols = (p.back_rows, p.back_cols) if backward else (p.rows, p.cols)
+        self._tile = min(rows, self.count), padded(min(cols, self.vocab))
+
+    # memory
+
+    def vector(self, *shape: int) -> Tensor:
+        """Uninitialised numbers a token, or a vocabulary entry, in the dtype of sums."""
+        return torch.empty(shape, dtype=self.acc, device=self.hidden.device)
+
+    def take(
+        self, name: str, *shape: int, dtype: torch.dtype | None = None, part: int = 0
+    ) -> Tensor:
+        """A declared buffer, or a part of one, in the dtype of sums if no other is asked for."""
+        return self.workspace.take(name, *shape, dtype=dtype or self.acc, part=part)
+
+    def tile(self) -> Tensor:
+        """Memory for the logits of one tile [rows, cols].
+
+        Rows start at multiples of 16 numbers, for loads of whole vectors.
+        """
+        return self.take("tile", *self._tile)
+
+    def narrow_tile(self) -> Tensor | None:
+        """Memory for a tile as products take it, if that is another dtype."""
+        if self.operand == self.acc:
+            return None
+        return self.take("tile copies", *self._tile, dtype=self.operand)
+
+    # ranges
+
+    def row_blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Range]:
+        return blocks(start, self.count if stop is None else stop, self.plan.rows)
+
+    def col_blocks(self) -> Iterator[Range]:
+        return blocks(0, self.vocab, self.plan.cols)
+
+    # operands
+
+    def hidden_rows(self, start: int, stop: int) -> Tensor:
+        """[n, H] in the operands' dtype."""
+        flat, places = self.reader.flat, self.reader.places(start, stop)
+        if places is None and flat.dtype == self.operand:
+            return flat[start:stop]
+        out = self.take("hidden rows", stop - start, self.width, dtype=self.operand)
+        if places is None:
+            return out.copy_(flat[start:stop])
+        if flat.dtype == self.operand:
+            return torch.index_select(flat, 0, places, out=out)
+        return out.copy_(flat[places])
+
+    def weight_rows(self, start: int, stop: int) -> Tensor:
+        """[v, H] in the operands' dtype."""
+        rows = self.weight[start:stop]
+        if rows.dtype == self.operand:
+            return rows
+        return self.take("weight rows", *rows.shape, dtype=self.operand).copy_(rows)
+
+    def scale_rows(self, start: int, stop: int) -> float | Tensor:
+        """The factor of the rows' logits after softcap: a number, or [n]."""
+        scale = self.call.scale
+        return scale[start:stop] if isinstance(scale, Tensor) else scale
+
+    def scaled(self, values: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """values [n] times the rows' scale."""
+        return values * self.scale_rows(start, self.count if stop is None else stop)
+
+    def logit_map(self, r: Range, c: Range) -> LogitMap:
+        """The map from the products of row block r and vocabulary block c to their logits."""
+        bias = None if self.bias is None else self.bias[slice(*c)]
+        return LogitMap(bias, self.call.softcap, self.scale_rows(*r))
+
+    # statistics
+
+    def start_stats(self) -> RowStats:
+        return statistics.start(self.call.stats, self.count, self.vector(0))
+
+    def finish_stats(self, stats: RowStats) -> dict[str, Tensor]:
+        """[n] of every statistic that is saved or asked for, after all tiles."""
+        whole = self.vocab if self.shard is None else self.shard.total
+        return statistics.finish(self.call.stats, stats, whole)
+
+    def merge(self, stats: RowStats) -> Tensor | None:
+        """Statistics of this slice become those of the whole vocabulary, in place.
+
+        Returns:
+            [n], the factor that sums of this slice still lack; None: nothing.
+        """
+        return None if self.shard is None else self.shard.merge(stats)
+
+    # a tile
+
+    def fold(
+        self,
+        x: Tensor,
+        hidden: Tensor,
+        r: Range,
+        c: Range,
+        stats: RowStats,
+        *,
+        exponentials: Tensor | None = None,
+        products: Tensor | None = None,
+    ) -> None:
+        """Make the logits of one tile and fold them into the statistics of its rows.
+
+        Args:
+            x: [n, v], memory for the logits.
+            hidden: [n, H] of row block r.
+            exponentials: [n, v], to be filled with exp(z - shift) times softcap's slope.
+            products: [n, H], to which those times the weight are added.
+        """
+        weight, head = self.weight_rows(*c), self.logit_map(r, c)
+        multiply(x, hidden, weight.T, add=False)
+        targets = self.targets[slice(*r)]
+        moved = products if c[0] else None
+        self.kernels.fold(
+            x, head, targets, c[0], stats, out=exponentials, gain=self.gain, rest=moved
+        )
+        if products is not None and exponentials is not None:
+            multiply(products, exponentials, weight, add=True)
+
+    def target_entry(self, total: Tensor, target: Tensor, r: Range) -> Tensor:
+        """J's entries at the targets, negated, [n]: the total times softcap's slope."""
+        slope = self.logit_map(r, (0, self.vocab)).slope(target)
+        return total if slope is None else total * slope
+
+    def row_gain(self, total: Tensor) -> Tensor | float:
+        """Powers of two [n] that keep J within the range of the products' dtype; |J| <= total."""
+        return 2 * FP16_GAIN * unit_gain(total) if self.operand == torch.float16 else 1.0
+
+    def row_factor(self, logprob: Tensor, total: Tensor) -> Tensor:
+        """[n], the factor that J lacks to be softmax - onehot."""
+        return row_factor(logprob, total) / self.row_gain(total)
+
+    def jacobian_products(self, jacobian: Tensor) -> Tensor:
+        """J W [n, H] from J [n, V]."""
+        out = self.take("row products", jacobian.shape[0], self.width)
+        for c in self.col_blocks():
+            multiply(out, jacobian[:, slice(*c)], self.weight_rows(*c), add=c[0] > 0)
+        return out
+
+
+def _kernels(backend: Backend) -> ModuleType:
+    """The module whose functions work on tiles: fold, settle, jacobian, finish."""
+    if backend == "torch":
+        return logit_tile
+    # Triton is not there on every platform
+    import fusedpo.kernels.logit_tile_triton as kernels
+
+    return kernels
+
+
+def row_factor(logprob: Tensor, total: Tensor) -> Tensor:
+    """(1 - p) / total [n], the factor from J to softmax - onehot; 0 for a vocabulary of one."""
+    return torch.where(total == 0, 0.0, -torch.expm1(logprob) / total)

@@ -1,0 +1,65 @@
+"""Numbers of bytes: from a user's text or number, and to a text for people."""
+
+from __future__ import annotations
+
+import re
+from numbers import Real
+
+from fusedpo.checks import bad_type, bad_value
+
+DEFAULT_BUDGET = 256 * 2**20
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def parse_budget(budget: int | float | str | None, argument: str = "memory_budget") -> int:
+    """Bytes from a number, a text such as ``"512MiB"`` or ``"1.5 GB"``, or None: the default.
+
+    Units are B, KB to TB (powers of 1000) and KiB to TiB (of 1024), in any case.
+
+    Args:
+        argument: the name by which an error calls it.
+
+    Raises:
+        TypeError, ValueError: unless it is a positive, finite number of bytes.
+    """
+    if budget is None:
+        return DEFAULT_BUDGET
+    remedy = 'give bytes as a number, or a text such as "512MiB" or "2GB"'
+    if isinstance(budget, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", budget)
+        if match is None or match[2].upper() not in _UNITS:
+            raise bad_value(
+                argument, "a number of bytes or a text with a unit", repr(budget), remedy
+            )
+        size = float(match[1]) * _UNITS[match[2].upper()]
+    elif isinstance(budget, Real) and not isinstance(budget, bool):
+        # not through a float, which would round a large int
+        size = budget if isinstance(budget, int) else float(budget)
+    else:
+        # plan() itself takes no Plan
+        expected = "a number or a text" if argument == "budget" else "a number, a text or a Plan"
+        raise bad_type(argument, expected, type(budget).__name__, remedy)
+    if not 1 <= size < float("inf"):
+        raise bad_value(argument, "a positive, finite number of bytes", repr(budget), remedy)
+    return int(size)
+
+
+def format_bytes(size: int) -> str:
+    """``"1.5 MiB"`` and the like, with four digits at most."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024  # type: ignore[assignment]
+    return f"{size:.4g} GiB"
