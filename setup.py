@@ -51,6 +51,7 @@ setup(
         "fusedpo.engine",
         "fusedpo.engine.routes",
         "fusedpo.losses",
+        "fusedpo.objective",
         "fusedpo.recipes",
         "fusedpo.trainers",
         "fusedpo.kernels",

@@ -7,10 +7,17 @@ from fusedpo import distributed, losses
 from fusedpo.engine.plan import Plan
 from fusedpo.engine.planner import plan
 from fusedpo.engine.stats import TokenStats
+from fusedpo.functional import (
+    FusedLoss,
+    LossOutput,
+    linear_logprobs,
+    linear_token_stats,
+    policy_loss,
+    preference_loss,
+)
 from fusedpo.fused_head import add_fused_head, at_head, hidden_and_head, remove_fused_head
 from fusedpo.head import Head
-from fusedpo.logprobs import linear_logprobs, linear_token_stats
-from fusedpo.objective import FusedLoss, LossOutput, policy_loss, preference_loss
+from fusedpo.objective.reference import Reference
 
 __version__ = "0.1.0"
 
@@ -19,6 +26,7 @@ __all__ = [
     "Head",
     "LossOutput",
     "Plan",
+    "Reference",
     "TokenStats",
     "add_fused_head",
     "at_head",

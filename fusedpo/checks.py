@@ -24,6 +24,12 @@ if TORCH < _LEAST_TORCH:
         f"pip install 'torch>={_least}'"
     )
 
+
+def tracing() -> bool:
+    """Whether a graph is being traced, so that no number can be read."""
+    return torch.compiler.is_compiling()
+
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LABELS = (torch.int64, torch.int32)
 
@@ -206,11 +212,8 @@ def head_inputs(
     hidden = floating(f"{prefix}hidden", hidden)
     weight = floating(f"{prefix}weight", weight)
     if weight.dim() != 2 or weight.numel() == 0:
-        remedy = (
-            "a sharded weight has to be gathered first"
-            if weight.dim() == 1 or weight.numel() == 0
-            else ""
-        )
+        flat = weight.dim() == 1 or weight.numel() == 0
+        remedy = "a sharded weight has to be gathered first" if flat else ""
         raise bad_value(f"{prefix}weight", "[V, H], not empty", str(list(weight.shape)), remedy)
     if hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
         transposed = hidden.dim() >= 2 and hidden.shape[-1] == weight.shape[0]

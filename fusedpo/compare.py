@@ -27,9 +27,9 @@ from torch import Tensor
 from fusedpo import losses
 from fusedpo.checks import bad_type
 from fusedpo.engine.planner import plan
+from fusedpo.functional import preference_loss
 from fusedpo.head import Head
 from fusedpo.losses import PairLoss
-from fusedpo.objective import preference_loss
 from fusedpo.scores import Scores
 
 IGNORED = -100

@@ -23,7 +23,7 @@ from fusedpo.engine.cost import Backend, Needs
 from fusedpo.engine.plan import Plan, RouteName
 from fusedpo.engine.planner import plan
 from fusedpo.losses import Loss, PreferenceLoss
-from fusedpo.objective import plan_options
+from fusedpo.objective.groups import plan_options
 
 Optimizer = Literal["adamw", "adamw-8bit", "sgd", "none"]
 

@@ -44,9 +44,9 @@ from fusedpo.checks import bad_choice, bad_value
 from fusedpo.engine.backend import check_name
 from fusedpo.engine.plan import Plan
 from fusedpo.engine.stats import STATS, TokenStats
+from fusedpo.functional import linear_token_stats
 from fusedpo.head import Head
 from fusedpo.kernels.logit_tile import LogitMap
-from fusedpo.logprobs import linear_token_stats
 from fusedpo.sizes import parse_budget
 
 IGNORED = -100

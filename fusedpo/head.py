@@ -1,4 +1,4 @@
-"""What a language-model head is: a weight, and what is done to the logits before the softmax."""
+"""A language-model head: a weight, and what is done to the logits before the softmax."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fusedpo import checks
+from fusedpo.checks import tracing
 from fusedpo.distributed import checked_group
-from fusedpo.scored import tracing
 from fusedpo.vocab_shards import VocabShard, is_dtensor, local_head
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Head:
 
     Raises:
         TypeError, ValueError: for an attribute that cannot be, naming it; not when it is made, but
-            from ``local``, ``check`` and the functions that take its ``options``.
+            from ``local``, ``check`` and the functions that take the head or its ``options``.
     """
 
     weight: Tensor
@@ -41,6 +41,38 @@ class Head:
     logit_scale: float = 1.0
     vocab_group: ProcessGroup | None = None
     shard: VocabShard | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor | Head,
+        bias: Tensor | None,
+        softcap: float | None,
+        logit_scale: float,
+        vocab_group: ProcessGroup | None,
+    ) -> Head:
+        """The head that a public function is called with: whole, or as loose arguments.
+
+        Raises:
+            ValueError: for a loose argument beside a Head, naming it.
+        """
+        if not isinstance(weight, Head):
+            return cls(weight, bias, softcap, logit_scale, vocab_group)
+        loose = {
+            "bias": bias is not None,
+            "softcap": softcap is not None,
+            "logit_scale": not isinstance(logit_scale, (int, float)) or logit_scale != 1.0,
+            "vocab_group": vocab_group is not None,
+        }
+        for name, passed in loose.items():
+            if passed:
+                raise checks.bad_value(
+                    name,
+                    "its default where weight is a Head, which has its own",
+                    "another value",
+                    f"make it part of the Head: Head(weight, {name}=...)",
+                )
+        return weight
 
     def local(self, prefix: str = "", labels: object = None) -> Head:
         """The head with plain tensors, this rank's, and the slices of the vocabulary known.
@@ -79,8 +111,8 @@ class Head:
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments that carry this head into the public functions, weight apart."""
-        found = {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
-        return found if self.vocab_group is None else {**found, "vocab_group": self.vocab_group}
+        options = {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        return options if self.vocab_group is None else {**options, "vocab_group": self.vocab_group}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The full logits [..., V], fp32 (fp64 for fp64 inputs): the naive program, for checks."""

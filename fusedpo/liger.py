@@ -36,15 +36,15 @@ from torch import Tensor
 
 from fusedpo import checks, losses
 from fusedpo.engine.plan import Plan
+from fusedpo.functional import linear_logprobs, linear_token_stats, policy_loss, preference_loss
 from fusedpo.head import Head
-from fusedpo.logprobs import linear_logprobs, linear_token_stats
 from fusedpo.losses import Input, PolicyLoss, PreferenceLoss
 from fusedpo.losses._base import Coupling, flag, hyperparameter
 from fusedpo.losses._links import Tail
 from fusedpo.losses._modifiers import _Modifier
-from fusedpo.objective import policy_loss, preference_loss
-from fusedpo.policy import PolicyProblem
-from fusedpo.scores import Scores, Sequences, Tokens
+from fusedpo.objective.policy import PolicyProblem
+from fusedpo.objective.sequences import Sequences
+from fusedpo.scores import Scores, Tokens
 from fusedpo.sizes import parse_budget
 
 __all__ = [

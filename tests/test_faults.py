@@ -34,7 +34,7 @@ from fusedpo import (
 from fusedpo.engine import compiled, precision
 from fusedpo.fused_head import UnsupportedHead, hidden_and_head
 from fusedpo.kernels.tiles import on_device_of
-from fusedpo.scored import to_device
+from fusedpo.objective.device_checks import to_device
 
 V, H, B, T = 40, 8, 4, 7
 FLOATS = "one of float64, float32, bfloat16, float16"

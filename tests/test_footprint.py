@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from tracking import Allocations
 
-from fusedpo import footprint, losses, objective, policy_loss, preference_loss
+import fusedpo.objective.run
+from fusedpo import LossOutput, footprint, losses, policy_loss, preference_loss
 from fusedpo.footprint import HEADS, BodyShape, ModelShape, Workload
 
 TOLERANCE = 0.1
@@ -56,7 +57,7 @@ class Tensors:
         return seen.peak_beyond(self.hidden.grad, self.weight.grad, total, *outputs)
 
 
-def call(work: Workload, tensors: Tensors) -> objective.LossOutput:
+def call(work: Workload, tensors: Tensors) -> LossOutput:
     loss, given = work.loss, {}
     if isinstance(loss, losses.PolicyLoss):
         given["advantages"] = torch.linspace(-1, 1, work.responses)
@@ -127,8 +128,8 @@ def test_the_plan_is_the_one_that_a_call_makes(name, monkeypatch) -> None:
         made.append(footprint_plan(*arguments, **options))
         return made[-1]
 
-    footprint_plan = objective.plan_for
-    monkeypatch.setattr(objective, "plan_for", plan_for)
+    footprint_plan = fusedpo.objective.run.plan_for
+    monkeypatch.setattr(fusedpo.objective.run, "plan_for", plan_for)
     for context in (0, 3):
         shape = ModelShape(8, 50, softcap=4.0)
         work = on_cpu(losses.get(name), torch.float32, shape=shape, tokens=5, context=context)

@@ -17,7 +17,7 @@ from fusedpo import (
     policy_loss,
     preference_loss,
 )
-from fusedpo.preference import group_sizes
+from fusedpo.objective.groups import group_sizes
 
 MIB = 2**20
 TOKENS, VOCAB, WIDTH = 1024, 6000, 64

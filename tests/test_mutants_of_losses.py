@@ -20,8 +20,10 @@ from losses import problems
 from losses.problems import LENGTH
 from oracles import HALF
 
-import fusedpo.layout
-import fusedpo.objective
+import fusedpo.objective.arguments
+import fusedpo.objective.layout
+import fusedpo.objective.reference
+import fusedpo.objective.run
 from fusedpo.engine import hidden_gradient
 from fusedpo.engine.routes import one_pass as route
 from fusedpo.losses import (
@@ -39,8 +41,9 @@ from fusedpo.losses import (
 )
 from fusedpo.losses._gates import GATES, arctan_log, identity
 from fusedpo.losses._policy import ClippedLoss
-from fusedpo.policy import PolicyProblem
-from fusedpo.preference import PreferenceGroups, PreferenceProblem
+from fusedpo.objective.groups import PreferenceGroups
+from fusedpo.objective.policy import PolicyProblem
+from fusedpo.objective.preference import PreferenceProblem
 
 Patch = pytest.MonkeyPatch
 
@@ -272,10 +275,10 @@ def with_watched_reference(m: Patch) -> None:
     m.setattr(problems, "preference_loss", preference_loss)
 
 
-def keep_reference_attached(original, *args):
-    """What is given of a reference is not detached."""
-    found = original(*args)
-    return replace(found, logprobs=args[5])
+def keep_reference_attached(original, loss, layout, arguments):
+    """The log-probabilities of a reference are not detached."""
+    found = original(loss, layout, arguments)
+    return replace(found, logprobs=arguments.ref_logprobs)
 
 
 def any_way(m: Patch) -> None:
@@ -353,7 +356,7 @@ MUTANTS = {
     "token weights squared": of_weights(problem_with(PreferenceProblem, token_weight=torch.square)),
     "no length norm": of_means(tail_with(SimPO, aggregate=lambda _: "sum")),
     "no length norm in a group": of_groups(
-        wrapped(fusedpo.objective, "_mean_weight", without_lengths)
+        wrapped(fusedpo.objective.arguments, "_mean_weight", without_lengths)
     ),
     "target margin lost": of_means(tail_with(SimPO, shift=lambda _: 0.0)),
     "label smoothing lost": of_pairs(
@@ -366,22 +369,24 @@ MUTANTS = {
     "reference lost": of_pairs(problem_with(PreferenceProblem, ref_logp=torch.zeros_like)),
     # the kernel takes a reference as numbers
     "reference with gradient": of_pairs(
-        wrapped(fusedpo.objective, "check_reference", keep_reference_attached),
+        wrapped(fusedpo.objective.run, "check_reference", keep_reference_attached),
         early=(False,),
         backends=("torch",),
         way=with_watched_reference,
     ),
     "reference under another temperature": of_pairs(
         wrapped(
-            fusedpo.objective,
-            "reference_logprobs",
-            lambda original, reference, rows, _, *rest: original(reference, rows, 1.0, *rest),
+            fusedpo.objective.reference,
+            "token_logprobs",
+            lambda original, reference, layout, *rest: original(
+                reference, replace(layout, temperature=1.0), *rest
+            ),
         ),
         way=with_hidden_reference,
     ),
     "labels shifted across the border of a packed sequence": of_pairs(
         wrapped(
-            fusedpo.layout,
+            fusedpo.objective.layout,
             "_shifted",
             lambda original, labels, borders, ignored: original(labels, borders[[0, -1]], ignored),
         ),
@@ -389,21 +394,23 @@ MUTANTS = {
         way=packed,
     ),
     "labels not shifted": of_pairs(
-        wrapped(fusedpo.layout, "_shifted", lambda original, labels, *_: labels),
+        wrapped(fusedpo.objective.layout, "_shifted", lambda original, labels, *_: labels),
         early=(False,),
         way=packed,
     ),
     "denominator counts responses, not pairs": of_pairs(
-        wrapped(fusedpo.objective, "_denominator", by_sequences)
+        wrapped(fusedpo.objective.arguments, "_denominator", by_sequences)
     ),
     "denominator counts what is not scored": of_groups(
-        wrapped(fusedpo.objective, "_denominator", by_positions), loss=DAPO(), truth=f.DAPO
+        wrapped(fusedpo.objective.arguments, "_denominator", by_positions),
+        loss=DAPO(),
+        truth=f.DAPO,
     ),
     "cross-entropy of rejected responses too": of_both(
         wrapped(PreferenceProblem, "_chosen", every_response)
     ),
     "desirable taken for undesirable": Mutant(
-        wrapped(fusedpo.objective, "_check_inputs", exchanged),
+        wrapped(fusedpo.objective.arguments, "_check_inputs", exchanged),
         KTO(beta=0.6),
         functools.partial(f.KTO, beta=0.6),
     ),
@@ -423,10 +430,10 @@ MUTANTS = {
     ),
     "gradient passes the clip": of_groups(wrapped(ClippedLoss, "per_token", past_the_clip)),
     "advantage of another response": of_groups(
-        wrapped(fusedpo.objective, "_of_tokens", of_another("advantages", 0))
+        wrapped(fusedpo.objective.arguments, "_of_tokens", of_another("advantages", 0))
     ),
     "old policy off by one token": of_groups(
-        wrapped(fusedpo.objective, "_of_tokens", of_another("old_logprobs", -1))
+        wrapped(fusedpo.objective.arguments, "_of_tokens", of_another("old_logprobs", -1))
     ),
     "importance weights lost": of_groups(
         problem_with(PolicyProblem, correction=nothing), options={"weights": "per token"}

@@ -46,7 +46,8 @@ from fusedpo.losses import (
 )
 from fusedpo.losses._gates import exponential, sigmoid_ratio
 from fusedpo.losses.orpo import log1mexp
-from fusedpo.scores import Scores, Sequences, Tokens
+from fusedpo.objective.sequences import Sequences
+from fusedpo.scores import Scores, Tokens
 
 if engine.KERNELS:
     import triton

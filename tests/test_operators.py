@@ -430,7 +430,7 @@ def test_a_plan_is_refused_in_a_graph() -> None:
 
 @pytest.fixture
 def as_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (fusedpo.head, fusedpo.layout, fusedpo.logprobs, fusedpo.objective):
+    for module in (fusedpo.head, fusedpo.objective.layout, fusedpo.objective.arguments):
         monkeypatch.setattr(module, "tracing", lambda: True)
 
 

@@ -899,7 +899,7 @@ def test_the_naive_program_is_caught_making_logits() -> None:
 @pytest.fixture
 def reads(reads: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     # what it looks at on the CPU only
-    monkeypatch.setattr(fusedpo.objective, "_check_range", lambda *args: None)
+    monkeypatch.setattr(fusedpo.objective.arguments, "_check_range", lambda *args: None)
     return reads
 
 

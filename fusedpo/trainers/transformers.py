@@ -29,6 +29,7 @@ from torch.utils.data import IterableDataset
 
 from fusedpo.checks import bad_type, bad_value, known_tokens, vocabulary
 from fusedpo.engine.plan import Plan
+from fusedpo.functional import LossOutput, linear_logprobs, preference_loss
 from fusedpo.fused_head import (
     Score,
     add_fused_head,
@@ -43,9 +44,7 @@ from fusedpo.fused_head import (
     unnoticed,
 )
 from fusedpo.head import Head
-from fusedpo.logprobs import linear_logprobs
 from fusedpo.losses import Loss, PreferenceLoss
-from fusedpo.objective import LossOutput, preference_loss
 from fusedpo.recipes.short_to_long import IGNORED, ShortToLongCollator, pad_sequences
 from fusedpo.trainers.rows import TokenRow
 

@@ -51,6 +51,7 @@ from torch import Tensor
 
 from fusedpo import liger
 from fusedpo.engine.plan import Plan
+from fusedpo.functional import linear_token_stats
 from fusedpo.fused_head import (
     IGNORED,
     AfterHead,
@@ -68,7 +69,6 @@ from fusedpo.fused_head import (
     install,
 )
 from fusedpo.head import Head
-from fusedpo.logprobs import linear_token_stats
 from fusedpo.losses import CPO, PreferenceLoss, SimPO
 from fusedpo.scores import Scores
 from fusedpo.trainers.trl_losses import (

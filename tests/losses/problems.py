@@ -22,9 +22,10 @@ from torch import Tensor
 from fusedpo import plan, policy_loss, preference_loss
 from fusedpo.engine.plan import Plan
 from fusedpo.losses import Loss, PolicyLoss, PreferenceLoss
-from fusedpo.policy import PolicyProblem
-from fusedpo.preference import PreferenceProblem, Side
-from fusedpo.scores import Scores, Sequences
+from fusedpo.objective.policy import PolicyProblem
+from fusedpo.objective.preference import PreferenceProblem, Side
+from fusedpo.objective.sequences import Sequences
+from fusedpo.scores import Scores
 
 WIDTH, VOCAB, LENGTH = 8, 23, 9
 

@@ -22,8 +22,8 @@ from fusedpo.losses import (
     ShortToLong,
     SimPO,
 )
-from fusedpo.policy import PolicyProblem
-from fusedpo.scores import Sequences
+from fusedpo.objective.policy import PolicyProblem
+from fusedpo.objective.sequences import Sequences
 
 LOG_2 = math.log(2)
 # pi / pi_old of three tokens of a response, and of one of another; log(pi_ref / pi) of all

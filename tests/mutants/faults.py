@@ -957,7 +957,7 @@ _LOSSES = (
 
 _CORE = (
     *_in(
-        "fusedpo/preference.py",
+        "fusedpo/objective/preference.py",
         "test_objective.py losses/test_metrics.py -k 'not triton and (metrics or of_its_states)'",
         (
             "of_states.mean()",
@@ -981,7 +981,7 @@ _CORE = (
         ),
     ),
     *_in(
-        "fusedpo/policy.py",
+        "fusedpo/objective/policy.py",
         "test_policy.py losses/test_metrics.py -k 'not triton and (metrics or digits)'",
         (
             "torch.expm1(-t.delta.clamp(min=-20)) + t.delta",
@@ -1002,7 +1002,7 @@ _CORE = (
         ),
     ),
     *_in(
-        "fusedpo/objective.py",
+        "fusedpo/objective/arguments.py",
         "test_objective.py test_policy.py -k 'not triton and (digits or above_zero or below_zero or the_default or denominator or nothing_sampled)'",
         (
             "loss.entropy_bonus / tokens if",
@@ -1022,8 +1022,8 @@ _CORE = (
         ),
         ("counts is None else max(1, sum(counts))", "counts is None else sum(counts)", "0 / 0"),
         (
-            "given.detach().double()[layout.sequences.index]",
-            "given.detach().float()[layout.sequences.index]",
+            "values.detach().double()[layout.sequences.index]",
+            "values.detach().float()[layout.sequences.index]",
             "advantages in fp32",
         ),
         (
@@ -1033,7 +1033,7 @@ _CORE = (
         ),
     ),
     *_in(
-        "fusedpo/layout.py",
+        "fusedpo/objective/layout.py",
         "test_objective.py test_policy.py -k 'not triton and (digits or above_zero or below_zero or the_default or denominator or nothing_sampled)'",
         {
             "old": "order = torch.argsort(index % examples * roles + index // examples, stable=True)",
@@ -1058,21 +1058,21 @@ _CORE = (
         ),
     ),
     *_in(
-        "fusedpo/reference.py",
+        "fusedpo/objective/reference.py",
         "test_objective.py -k 'reference and not fused_loss and not naive_program'",
         (
-            "if ref_head.vocab < head.vocab:",
-            "if ref_head.vocab != head.vocab:",
+            "if head.vocab < layout.head.vocab:",
+            "if head.vocab != layout.head.vocab:",
             "a larger vocabulary is refused",
         ),
         (
-            "bias=None if head.bias is None else head.bias.detach(),",
-            "bias=None,",
+            "bias = None if policy.bias is None else policy.bias.detach()",
+            "bias = None",
             "the reference without the bias",
         ),
         {
-            "old": "backend=backend, like=policy_plan",
-            "new": "backend=backend",
+            "old": "like=policy_plan,",
+            "new": "",
             "breaks": "policy and reference are planned apart",
             "tests": "test_policy.py -k equal_policies",
         },
@@ -1082,14 +1082,14 @@ _CORE = (
             "a reference in half precision",
         ),
         (
-            "if (ref_logprobs is None) == (ref_hidden is None):",
-            "if ref_logprobs is None and ref_hidden is None:",
+            "    logprobs, hidden = arguments.ref_logprobs, arguments.ref_hidden\n    if (logprobs is None) == (hidden is None):",
+            "    logprobs, hidden = arguments.ref_logprobs, arguments.ref_hidden\n    if logprobs is None and hidden is None:",
             "two references are taken",
             "test_checks.py -k 'reference or ref_'",
         ),
     ),
     *_in(
-        "fusedpo/scored.py",
+        "fusedpo/objective/device_checks.py",
         "test_checks.py",
         (
             "~((temperature > 0) & temperature.isfinite())",

@@ -1,10 +1,10 @@
-"""Finding the scored tokens: everything a call has to read from the device, in one transfer."""
+"""What a call checks and counts on the device: everything is read in one transfer."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,46 +16,47 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def tracing() -> bool:
-    """Whether a graph is being traced, so that no number can be read."""
-    return torch.compiler.is_compiling()
+class DeferredCheck(NamedTuple):
+    """A check of values on the device, to be read together with others.
 
+    Attributes:
+        wrong: a scalar bool on the device.
+        error: makes the error to raise if it is true.
+    """
 
-Fault = tuple[Tensor, Callable[[], ValueError]]
-"""A scalar bool on the device, and the error to raise if it is true."""
+    wrong: Tensor
+    error: Callable[[], ValueError]
 
 
 def count_scored(
     labels: Tensor,
     ignore_index: int,
-    faults: Sequence[Fault],
+    deferred: Sequence[DeferredCheck],
     *,
     borders: Tensor | None = None,
     num_scored: int | Sequence[int] | None = None,
 ) -> list[int]:
-    """How many labels are scored: of all, or of each sequence; and raise what has to be raised.
+    """The number of scored labels: of all, or of each sequence. Raises the first failed check.
 
     Args:
         labels: any shape; those that are not ``ignore_index`` are scored.
-        faults: what else is to be looked at, in order.
+        deferred: further checks, in order.
         borders: [B + 1], starts of the sequences among the flattened labels, and their end.
-        num_scored: the answer, if the caller knows it: nothing is read then, and what would be
-            raised is asserted on the device. On the CPU it is checked like everything else.
+        num_scored: the answer, if the caller knows it: nothing is read then, and the checks are
+            asserted on the device. On the CPU it is checked like everything else.
     """
     promised = None
     if num_scored is not None:
         promised = _whole_numbers(num_scored, 1 if borders is None else borders.shape[0] - 1)
     counts = _counted(labels, ignore_index, borders)
-    found = torch.stack([fault for fault, _ in faults])
+    failed = torch.stack([check.wrong for check in deferred])
     if promised is not None and labels.is_cuda:
-        told = to_device(promised, labels.device)
-        torch._assert_async(~found.any() & (counts == told).all(), _WRONG_VALUE)
+        expected = to_device(promised, labels.device)
+        torch._assert_async(~failed.any() & (counts == expected).all(), _WRONG_VALUE)
         return promised
-    values = torch.cat((found.long(), counts)).tolist()
-    for is_fault, (_, error) in zip(values, faults, strict=False):
-        if is_fault:
-            raise error()
-    read: list[int] = values[len(faults) :]
+    values = torch.cat((failed.long(), counts)).tolist()
+    _raise_first(values, deferred)
+    read: list[int] = values[len(deferred) :]
     if promised is not None:
         _check_promise(promised, read, ignore_index)
     return read
@@ -64,25 +65,23 @@ def count_scored(
 def count_parts(
     labels: Tensor,
     ignore_index: int,
-    faults: Sequence[Fault],
+    deferred: Sequence[DeferredCheck],
     group: ProcessGroup,
     *,
     borders: Tensor,
     num_scored: Sequence[int] | None = None,
 ) -> tuple[list[list[int]], int]:
-    """Of sequences that the ranks of a group share: how many labels of each are scored, by rank;
-    and which rank this is.
+    """The number of scored labels of each sequence, by rank of a group that shares the sequences;
+    and this rank.
 
-    What has to be raised on one rank is raised on all. One all-gather, which is read.
+    A check that fails on one rank raises on all. One all-gather, which is read.
     """
     counts = _counted(labels, ignore_index, borders)
-    found = torch.stack([fault for fault, _ in faults])
-    every = gather(torch.cat((found.long(), counts)), group).tolist()
-    own = get_rank(group)
-    for is_fault, (_, error) in zip(every[own], faults, strict=False):
-        if is_fault:
-            raise error()
-    wrong = [rank for rank, values in enumerate(every) if any(values[: len(faults)])]
+    failed = torch.stack([check.wrong for check in deferred])
+    every = gather(torch.cat((failed.long(), counts)), group).tolist()
+    this = get_rank(group)
+    _raise_first(every[this], deferred)
+    wrong = [rank for rank, values in enumerate(every) if any(values[: len(deferred)])]
     if wrong:
         raise checks.bad_value(
             "labels, temperature or cu_seqlens",
@@ -90,18 +89,25 @@ def count_parts(
             f"a wrong one on rank {wrong[0]} of it",
             "see that rank's own error",
         )
-    read = [values[len(faults) :] for values in every]
+    read = [values[len(deferred) :] for values in every]
     if num_scored is not None:
-        _check_promise(_whole_numbers(num_scored, len(read[own])), read[own], ignore_index)
-    return read, own
+        _check_promise(_whole_numbers(num_scored, len(read[this])), read[this], ignore_index)
+    return read, this
+
+
+def _raise_first(values: list[int], deferred: Sequence[DeferredCheck]) -> None:
+    """Raise the error of the first check whose value, as read, is not 0."""
+    for value, check in zip(values, deferred, strict=False):
+        if value:
+            raise check.error()
 
 
 def _counted(labels: Tensor, ignore_index: int, borders: Tensor | None) -> Tensor:
-    """[1], how many labels are scored; or of each sequence [B]."""
+    """[1], the number of scored labels; or of each sequence [B]."""
     running = torch.nn.functional.pad((labels.reshape(-1) != ignore_index).cumsum(0), (1, 0))
     if borders is None:
         return running[-1:]
-    at = running[borders.clamp(0, labels.numel())]  # a border beyond is a fault of its own
+    at = running[borders.clamp(0, labels.numel())]  # a check of its own finds a border beyond
     return at[1:] - at[:-1]
 
 
@@ -118,22 +124,23 @@ _WRONG_VALUE = (
 )
 
 
-def assert_on_device(faults: Sequence[Fault]) -> None:
-    """Raise where the device comes to it, without waiting for it: for graphs."""
-    torch._assert_async(~torch.stack([fault for fault, _ in faults]).any(), _WRONG_VALUE)
+def assert_on_device(deferred: Sequence[DeferredCheck]) -> None:
+    """Assert the checks on the device without waiting for it: for graphs."""
+    torch._assert_async(~torch.stack([check.wrong for check in deferred]).any(), _WRONG_VALUE)
 
 
-def label_fault(labels: Tensor, vocab: int, ignore_index: int) -> Fault:
-    return (
+def label_check(labels: Tensor, vocab: int, ignore_index: int) -> DeferredCheck:
+    """The check that every label is ignored or in the vocabulary."""
+    return DeferredCheck(
         checks.outside_vocabulary(labels, vocab, ignore_index).any(),
         lambda: checks.bad_labels(labels, vocab, ignore_index),
     )
 
 
-def temperature_faults(
+def temperature_checks(
     temperature: float | Tensor, labels: Tensor, ignore_index: int
-) -> list[Fault]:
-    """Check all but the values of a temperature; what is left to look at is returned."""
+) -> list[DeferredCheck]:
+    """The checks of a tensor's values; all else about a temperature is checked here."""
     if not isinstance(temperature, Tensor):
         checks.positive("temperature", temperature)
         return []
@@ -152,23 +159,24 @@ def temperature_faults(
         first = float(temperature[wrong][0])
         return checks.bad_value("temperature", "finite numbers above 0", f"{first:g}")
 
-    return [(wrong.any(), error)]
+    return [DeferredCheck(wrong.any(), error)]
 
 
-def border_fault(borders: Tensor, positions: int, *, empty: bool = False) -> Fault:
-    """borders [B + 1] have to rise from 0 to the number of positions; or, empty, not to fall."""
+def border_check(borders: Tensor, positions: int, *, empty: bool = False) -> DeferredCheck:
+    """The check that borders [B + 1] rise from 0 to the number of positions; or, with ``empty``,
+    that they do not fall."""
     inner = (borders.diff() < (0 if empty else 1)).any()
     wrong = (borders[0] != 0) | (borders[-1] != positions) | inner
 
     def error() -> ValueError:
-        given = borders.tolist()
+        numbers = borders.tolist()
         return checks.bad_value(
             "cu_seqlens",
             f"numbers that increase from 0 to {positions}, the number of packed positions",
-            str(given) if len(given) <= 17 else f"{given[:16]} ...",
+            str(numbers) if len(numbers) <= 17 else f"{numbers[:16]} ...",
         )
 
-    return wrong, error
+    return DeferredCheck(wrong, error)
 
 
 def to_device(values: Tensor | Sequence[int], device: torch.device) -> Tensor:
@@ -189,10 +197,10 @@ def _whole_numbers(num_scored: int | Sequence[int], sequences: int) -> list[int]
     if isinstance(num_scored, (Tensor, str, bool)):
         raise wrong
     try:
-        given = num_scored if isinstance(num_scored, Iterable) else [num_scored]
-        found = [operator.index(n) for n in given]
+        values = num_scored if isinstance(num_scored, Iterable) else [num_scored]
+        numbers = [operator.index(n) for n in values]
     except TypeError:
         raise wrong from None
-    if len(found) != sequences or min(found, default=0) < 0:
+    if len(numbers) != sequences or min(numbers, default=0) < 0:
         raise wrong
-    return found
+    return numbers

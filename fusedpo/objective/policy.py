@@ -1,20 +1,22 @@
-"""A policy loss as a function of log-probabilities: tokens, formula, averages, groups.
+"""A policy loss as a function of log-probabilities: tokens, formula, averages, metrics.
 
 Letters: B sampled responses, N scored tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fusedpo.losses import PolicyLoss
-from fusedpo.scores import Sequences, Tokens
-from fusedpo.tail import run_tail
+from fusedpo.objective.arguments import PolicyArguments
+from fusedpo.objective.layout import Layout
+from fusedpo.objective.sequences import Sequences
+from fusedpo.objective.tail import run_tail
+from fusedpo.scores import Tokens
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,13 @@ class PolicyProblem:
     Attributes:
         sequences: of the N rows.
         advantage: [N] fp64.
-        weight: [N] fp64, what the token counts in the mean.
+        weight: [N] fp64, of the token's loss in the mean.
         old, reference: [N] fp64, log-probabilities; None: of the policy itself; no reference.
         correction: [N] fp64, factor of the token's loss, or None.
         log_correction: [N] fp64, logarithm of its response's, for a loss that has it inside.
         entropy_weight: of each token's entropy, which is subtracted.
         scored: [N] bool, or None if all rows are.
-        by_kernel: let the tail kernel do it.
+        by_kernel: whether the tail kernel evaluates it.
     """
 
     loss: PolicyLoss
@@ -44,6 +46,35 @@ class PolicyProblem:
     entropy_weight: float | Tensor = 0.0
     scored: Tensor | None = None
     by_kernel: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        layout: Layout,
+        arguments: PolicyArguments,
+        ref_logprob: Tensor | None,
+        *,
+        by_kernel: bool,
+    ) -> PolicyProblem:
+        """The problem of a call.
+
+        Args:
+            ref_logprob: [N], or None without a reference.
+            by_kernel: whether the tail kernel may evaluate it.
+        """
+        return cls(
+            loss=arguments.loss,
+            sequences=layout.sequences,
+            advantage=arguments.advantage,
+            weight=arguments.weight,
+            old=arguments.old,
+            reference=None if ref_logprob is None else ref_logprob.double(),
+            correction=arguments.correction,
+            log_correction=arguments.log_correction,
+            entropy_weight=arguments.entropy_weight,
+            scored=layout.rows.scored,
+            by_kernel=by_kernel and not arguments.loss.kl_weight,
+        )
 
     def tokens(self, logprob: Tensor) -> Tokens:
         return Tokens(
@@ -87,8 +118,8 @@ class PolicyProblem:
 
     def _by_kernel(self, logprob: Tensor) -> tuple[Tensor, Tensor]:
         tail, sequences = self.loss.tail, self.sequences
-        assert tail is not None, "the loss has been asked"
-        # what a response's tokens have in common; 0 for one without tokens
+        assert tail is not None, "there is a kernel only for a loss with a tail"
+        # a response's tokens share these; 0 for one without tokens
         advantage = self.of_sequence(self.advantage)
         corrected = advantage
         if self.correction is not None:
@@ -110,70 +141,26 @@ class PolicyProblem:
         first = self.sequences.starts.clamp(max=max(values.shape[0] - 1, 0))
         return torch.where(empty, 0.0, values[first]) if values.numel() else empty.double() * 0.0
 
+    def output(
+        self, stats: Mapping[str, Tensor], states: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The loss, which alone is differentiable; that of each response [B]; and the metrics."""
+        total, per_sequence = self.evaluate(stats)
+        metrics = self.metrics({name: value.detach() for name, value in stats.items()})
+        return total, per_sequence.detach(), metrics
+
     def metrics(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Detached scalars by name."""
         logprob = stats["logprob"]
         with torch.no_grad():
             t = self.tokens(logprob)
-            found = self.loss.metrics(t)
+            metrics = self.loss.metrics(t)
             if self.old is not None:
-                found["ratio/mean"] = t.average(t.ratio)
+                metrics["ratio/mean"] = t.average(t.ratio)
                 # of the new policy from the old one, by k3
-                found["kl_old"] = t.average(torch.expm1(-t.delta.clamp(min=-20)) + t.delta)
+                metrics["kl_old"] = t.average(torch.expm1(-t.delta.clamp(min=-20)) + t.delta)
             if self.reference is not None:
-                found["kl"] = t.average(self.loss.kl(t, self.reference))
+                metrics["kl"] = t.average(self.loss.kl(t, self.reference))
             if "entropy" in stats:
-                found["entropy"] = t.average(stats["entropy"].double())
-            return {name: value.to(logprob.dtype) for name, value in found.items()}
-
-
-class PolicyGroups:
-    """Tokens, or responses where a formula looks at whole ones, as the groups of ``one_pass``."""
-
-    def __init__(self, problem: PolicyProblem, counts: list[int]) -> None:
-        self.problem = problem
-        self.alone = not problem.loss.sees_sequences
-        self.starts: Sequence[int] = (
-            range(sum(counts) + 1) if self.alone else [0, *accumulate(counts)]
-        )
-        self.runs: Sequence[int] = self.starts
-
-    def units(self, start: int, stop: int, stats: Mapping[str, Tensor]) -> Tensor:
-        part = self._rows(slice(start, stop))
-        with torch.enable_grad():
-            leaf = stats["logprob"].detach().double().requires_grad_()
-            return torch.autograd.grad(part.loss.gated(part.tokens(leaf)).sum(), leaf)[0]
-
-    def gradient(self, first: int, last: int, stats: Mapping[str, Tensor]) -> Tensor:
-        part = self._rows(slice(self.starts[first], self.starts[last]))
-        if not self.alone:
-            sequences = part.sequences
-            which = slice(first, last)
-            part = replace(
-                part,
-                sequences=Sequences(
-                    sequences.index - first,
-                    sequences.lengths[which],
-                    sequences.starts[which] - self.starts[first],
-                ),
-            )
-        with torch.enable_grad():
-            leaf = stats["logprob"].detach().requires_grad_()
-            return torch.autograd.grad(part.evaluate({**stats, "logprob": leaf})[0], leaf)[0]
-
-    def _rows(self, rows: slice) -> PolicyProblem:
-        """The problem of some rows; its sequences are still all of them."""
-        problem = self.problem
-
-        def cut(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[rows]
-
-        return replace(
-            problem,
-            sequences=replace(problem.sequences, index=problem.sequences.index[rows]),
-            advantage=problem.advantage[rows],
-            weight=problem.weight[rows],
-            old=cut(problem.old),
-            reference=cut(problem.reference),
-            correction=cut(problem.correction),
-            log_correction=cut(problem.log_correction),
-        )
+                metrics["entropy"] = t.average(stats["entropy"].double())
+            return {name: value.to(logprob.dtype) for name, value in metrics.items()}

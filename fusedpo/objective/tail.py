@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedpo.checks import first_order
 from fusedpo.losses._links import Tail
-from fusedpo.scores import Sequences
+from fusedpo.objective.sequences import Sequences
 
 
 def run_tail(
@@ -29,8 +29,8 @@ def run_tail(
         logprob: [N].
         reference, baseline, tau, weight: as the kernel takes them.
     """
-    given = {"reference": reference, "baseline": baseline, "tau": tau, "weight": weight}
-    return _Tail.apply(logprob, tail, sequences, given)  # type: ignore[no-untyped-call]
+    terms = {"reference": reference, "baseline": baseline, "tau": tau, "weight": weight}
+    return _Tail.apply(logprob, tail, sequences, terms)  # type: ignore[no-untyped-call]
 
 
 class _Tail(torch.autograd.Function):
@@ -45,13 +45,13 @@ class _Tail(torch.autograd.Function):
         logprob: Tensor,
         tail: Tail,
         sequences: Sequences,
-        given: dict[str, Tensor | None],
+        terms: dict[str, Tensor | None],
     ) -> tuple[Tensor, ...]:
         # Triton is not there on every platform
         import fusedpo.kernels.tail as kernel
 
         losses, scores, gradient = kernel.tail(
-            logprob, sequences.starts, sequences.lengths, **given, **asdict(tail)
+            logprob, sequences.starts, sequences.lengths, **terms, **asdict(tail)
         )
         ctx.save_for_backward(gradient)
         total = losses.sum()

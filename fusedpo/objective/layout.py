@@ -1,11 +1,11 @@
-"""Where the sequences of a call are: padded or packed, shifted or not, scored or not.
+"""The batch of a call and its sequences: padded or packed, shifted or not, scored or not.
 
-Letters: B sequences, T positions of a padded row, N scored tokens.
+Letters: B sequences, T positions of a padded row, N scored tokens, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 from fusedpo import checks
-from fusedpo.distributed import SequenceParts
+from fusedpo.checks import tracing
+from fusedpo.distributed import SequenceParts, checked_group
 from fusedpo.engine.backend import resolve
 from fusedpo.engine.rows import Rows
 from fusedpo.head import Head
-from fusedpo.scored import (
-    Fault,
+from fusedpo.objective.device_checks import (
+    DeferredCheck,
     assert_on_device,
-    border_fault,
+    border_check,
     count_parts,
     count_scored,
-    label_fault,
-    temperature_faults,
+    label_check,
+    temperature_checks,
     to_device,
-    tracing,
 )
-from fusedpo.scores import Sequences
+from fusedpo.objective.sequences import Sequences
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,18 +37,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """The scored tokens of a call and the sequences they belong to.
+    """The batch of a call: the inputs of the head, the scored tokens, and their sequences.
 
     Attributes:
-        labels: aligned with hidden.
+        hidden: [..., H].
+        head: of plain tensors.
+        labels: [...], aligned with hidden.
+        temperature: a number, or [...].
         rows: the scored tokens; in a graph that is traced, every position.
         sequences: of the rows.
         counts: scored tokens of each sequence, here or elsewhere, or None in a graph, where
             numbers are not known.
-        backend: the one that is used; as it was given in a graph.
+        backend: the one that is used; in a graph, the argument.
     """
 
+    hidden: Tensor
+    head: Head
     labels: Tensor
+    temperature: float | Tensor
     rows: Rows
     sequences: Sequences
     counts: list[int] | None
@@ -56,18 +62,18 @@ class Layout:
 
     @property
     def last_rows(self) -> Tensor:
-        """[B], the row of each sequence's last scored token; [K], of those where it is here."""
+        """[B], the row of each sequence's last scored token; with parts [K], of those here."""
         if self.rows.scored is None:
             last = self.sequences.starts + self.sequences.here - 1
             return last if self.sequences.parts is None else last[self.sequences.parts.last_here]
         places = torch.arange(self.rows.targets.shape[0], device=self.labels.device)
         none = torch.zeros_like(self.sequences.starts)
-        found = torch.where(self.rows.scored, places, 0)
-        return none.scatter_reduce(0, self.sequences.index, found, "amax")
+        scored = torch.where(self.rows.scored, places, 0)
+        return none.scatter_reduce(0, self.sequences.index, scored, "amax")
 
     @property
     def positions(self) -> Tensor:
-        """[N], how many scored tokens of its sequence a row comes after."""
+        """[N], the place of each scored token among those of its sequence, from 0."""
         starts = self.sequences.starts[self.sequences.index]
         if self.rows.scored is None:
             here = torch.arange(self.rows.count, device=self.labels.device) - starts
@@ -77,7 +83,7 @@ class Layout:
         return before - before[starts]
 
     def by_example(self, roles: int) -> Layout:
-        """The same with the rows of an example's sequences side by side.
+        """The batch with the rows of an example's sequences side by side.
 
         Sequence i is one of example i % (B / roles).
         """
@@ -86,12 +92,10 @@ class Layout:
         index = self.sequences.index
         order = torch.argsort(index % examples * roles + index // examples, stable=True)
         places = [e + r * examples for e in range(examples) for r in range(roles)]
-        return Layout(
-            self.labels,
-            self.rows.reorder(order),
-            _laid_out(index[order], self.counts, self.sequences.lengths, places),
-            self.counts,
-            self.backend,
+        return replace(
+            self,
+            rows=self.rows.reorder(order),
+            sequences=_sequences_in(places, index[order], self.counts, self.sequences.lengths),
         )
 
 
@@ -107,49 +111,114 @@ def lay_out(
     num_scored: Sequence[int] | None,
     backend: str,
     empty: bool,
-    sequence_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None,
 ) -> Layout:
-    """Check head, labels, borders and temperature, and find the scored tokens.
+    """The batch of a call, whose head, labels, borders and temperature are checked here.
 
     Args:
         empty: whether a sequence may be without scored tokens. Checked here in a graph only, where
             it has to be asserted on the device.
         sequence_group: the ranks that share the sequences, or None.
     """
+    group = _sequence_group(sequence_group, head, shift)
     head.check(hidden)
     labels = checks.label_tensor(
         labels, hidden, ignore_index, unshifted="pass shift=True with both at full length"
     )
-    borders, faults = _borders(labels, cu_seqlens, empty=sequence_group is not None)
-    faults.append(label_fault(labels, head.vocab, ignore_index))
+    borders, deferred = _borders(labels, cu_seqlens, empty=group is not None)
+    deferred.append(label_check(labels, head.vocab, ignore_index))
     if shift:
         labels = _shifted(labels, borders, ignore_index)
-    faults += temperature_faults(temperature, labels, ignore_index)
+    deferred += temperature_checks(temperature, labels, ignore_index)
+    counts: list[int] | None = None
     if tracing():
-        assert_on_device(faults)
+        assert_on_device(deferred)
         rows = Rows.all_of(labels, ignore_index)
-        return Layout(labels, rows, _traced_sequences(rows, borders, empty), None, backend)
+        sequences = _traced_sequences(rows, borders, empty)
+    else:
+        backend = resolve(backend, hidden, head.weight, head.bias)
+        if group is None:
+            counts = count_scored(
+                labels, ignore_index, deferred, borders=borders, num_scored=num_scored
+            )
+            rows = Rows.of(labels, ignore_index, sum(counts))
+            sequences = _sequences(rows, borders, counts)
+        else:
+            every, rank = count_parts(
+                labels, ignore_index, deferred, group, borders=borders, num_scored=num_scored
+            )
+            rows = Rows.of(labels, ignore_index, sum(every[rank]))
+            counts = [sum(of_ranks) for of_ranks in zip(*every, strict=True)]
+            sequences = replace(
+                _sequences(rows, borders, every[rank]),
+                lengths=to_device(counts, labels.device),
+                parts=SequenceParts.of(group, every, labels.device),
+            )
+    return Layout(hidden, head, labels, temperature, rows, sequences, counts, backend)
+
+
+def lay_out_tokens(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    temperature: float | Tensor,
+    ignore_index: int,
+    backend: str,
+    num_scored: int | None,
+) -> tuple[Rows, str]:
+    """The scored tokens of a call without sequences, and its backend; all is checked here."""
+    head.check(hidden)
+    labels = checks.label_tensor(labels, hidden, ignore_index)
+    deferred = [
+        label_check(labels, head.vocab, ignore_index),
+        *temperature_checks(temperature, labels, ignore_index),
+    ]
+    if tracing():
+        assert_on_device(deferred)
+        return Rows.all_of(labels, ignore_index), backend
     backend = resolve(backend, hidden, head.weight, head.bias)
-    if sequence_group is not None:
-        every, rank = count_parts(
-            labels, ignore_index, faults, sequence_group, borders=borders, num_scored=num_scored
+    (count,) = count_scored(labels, ignore_index, deferred, num_scored=num_scored)
+    return Rows.of(labels, ignore_index, count), backend
+
+
+def _sequence_group(group: ProcessGroup | None, head: Head, shift: bool) -> ProcessGroup | None:
+    """The ranks that share the sequences, checked; None for none or one."""
+    if group is None:
+        return None
+    if tracing():
+        raise checks.bad_value(
+            "sequence_group",
+            "None inside torch.compile",
+            "a group",
+            "call the loss outside of the graph, under torch.compiler.disable",
         )
-        rows = Rows.of(labels, ignore_index, sum(every[rank]))
-        parts = SequenceParts.of(sequence_group, every, labels.device)
-        here = _sequences(rows, borders, every[rank])
-        counts = [sum(of) for of in zip(*every, strict=True)]
-        lengths = to_device(counts, labels.device)
-        return Layout(labels, rows, replace(here, lengths=lengths, parts=parts), counts, backend)
-    counts = count_scored(labels, ignore_index, faults, borders=borders, num_scored=num_scored)
-    rows = Rows.of(labels, ignore_index, sum(counts))
-    return Layout(labels, rows, _sequences(rows, borders, counts), counts, backend)
+    if shift:
+        raise checks.bad_value(
+            "shift",
+            "False beside sequence_group",
+            "True",
+            "shift the labels before they are cut: a part's last token predicts the next part's "
+            "first",
+        )
+    ranks = checked_group("sequence_group", group)
+    if ranks is not None and head.shard is not None and ranks is head.shard.group:
+        raise checks.bad_value(
+            "sequence_group",
+            "another group than vocab_group, whose ranks have the same tokens",
+            "the same group",
+        )
+    return ranks
 
 
 def _borders(
     labels: Tensor, cu_seqlens: Tensor | None, *, empty: bool
-) -> tuple[Tensor, list[Fault]]:
-    """[B + 1] int64, where each sequence starts among the flattened positions; and what of it is
-    still to be looked at. empty: whether one may be without any position."""
+) -> tuple[Tensor, list[DeferredCheck]]:
+    """[B + 1] int64, the start of each sequence among the flattened positions and their end; and
+    the checks of it that are left.
+
+    Args:
+        empty: whether a sequence may be without any position.
+    """
     if cu_seqlens is None:
         if labels.dim() != 2:
             raise checks.bad_value(
@@ -167,7 +236,7 @@ def _borders(
     if labels.dim() != 1 and not (labels.dim() == 2 and labels.shape[0] == 1):
         raise checks.bad_value("labels", "[N] or [1, N] with cu_seqlens", str(list(labels.shape)))
     borders = to_device(cu_seqlens.long(), labels.device)
-    return borders, [border_fault(borders, labels.numel(), empty=empty)]
+    return borders, [border_check(borders, labels.numel(), empty=empty)]
 
 
 def _shifted(labels: Tensor, borders: Tensor, ignore_index: int) -> Tensor:
@@ -176,7 +245,7 @@ def _shifted(labels: Tensor, borders: Tensor, ignore_index: int) -> Tensor:
     shifted = torch.full_like(flat, ignore_index)
     shifted[:-1] = flat[1:]
     if flat.numel():
-        # without a fault the borders rise; with one, an error follows
+        # borders that do not rise are an error later
         shifted[(borders[1:] - 1).clamp(0, flat.shape[0] - 1)] = ignore_index
     return shifted.view(labels.shape)
 
@@ -186,15 +255,15 @@ def _sequences(rows: Rows, borders: Tensor, counts: list[int]) -> Sequences:
     if positions is None:
         positions = torch.arange(rows.count, device=borders.device)
     index = torch.searchsorted(borders[1:].contiguous(), positions, right=True)
-    return _laid_out(index, counts, to_device(counts, borders.device))
+    return _sequences_in(range(len(counts)), index, counts, to_device(counts, borders.device))
 
 
 def _traced_sequences(rows: Rows, borders: Tensor, empty: bool) -> Sequences:
-    """Sequences of all positions, scored or not; what is not scored counts 0 in every sum."""
+    """Sequences of all positions, scored or not; those not scored count 0 in every sum."""
     assert rows.scored is not None, "these rows are every position"
     positions = torch.arange(rows.targets.shape[0], device=borders.device)
     index = torch.searchsorted(borders[1:].contiguous(), positions, right=True)
-    # borders that end too early are a fault, but are not to be an index out of range
+    # borders that end too early fail a check, and must not be an index out of range before it
     index = index.clamp(max=borders.shape[0] - 2)
     none = torch.zeros_like(borders[:-1])
     lengths = none.index_add(0, index, rows.scored.long())
@@ -205,12 +274,11 @@ def _traced_sequences(rows: Rows, borders: Tensor, empty: bool) -> Sequences:
     return Sequences(index, lengths, borders[:-1])
 
 
-def _laid_out(
-    index: Tensor, counts: list[int], lengths: Tensor, order: Sequence[int] | None = None
+def _sequences_in(
+    order: Iterable[int], index: Tensor, counts: list[int], lengths: Tensor
 ) -> Sequences:
-    """Sequences one after the other, in this order; by number if not given."""
-    if order is None:
-        order = range(len(counts))
+    """Sequences whose tokens follow each other in this order."""
+    order = list(order)
     starts = [0] * len(counts)
     for before, i in zip(accumulate((counts[i] for i in order), initial=0), order, strict=False):
         starts[i] = before

@@ -1,0 +1,1 @@
+"""From log-probabilities to the loss: batch, reference, arguments, formula, groups, output."""
