@@ -182,8 +182,8 @@ def shaped(
         raise bad_value(argument, f"{meaning} {list(shape)}", str(list(value.shape)), remedy)
 
 
-def same_device(**tensors: Tensor | None) -> None:
-    devices = {name: t.device for name, t in tensors.items() if t is not None}
+def same_device(**tensors: Tensor | torch.device | None) -> None:
+    devices = {n: getattr(t, "device", t) for n, t in tensors.items() if t is not None}
     if len(set(devices.values())) > 1:
         got = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(

@@ -52,8 +52,8 @@ class PreferenceArguments:
         return cls(
             loss,
             examples,
-            _check_inputs(loss, inputs, examples, layout.hidden),
-            _denominator("num_items", num_items, examples, layout.hidden.device),
+            _check_inputs(loss, inputs, examples, layout.device),
+            _denominator("num_items", num_items, examples, layout.device),
             _nll_denominator(loss, num_items, num_tokens, layout, examples),
         )
 
@@ -83,7 +83,7 @@ def _count_examples(loss: PreferenceLoss, layout: Layout) -> int:
 
 
 def _check_inputs(
-    loss: Loss, inputs: Mapping[str, Tensor | float], examples: int, hidden: Tensor
+    loss: Loss, inputs: Mapping[str, Tensor | float], examples: int, device: torch.device
 ) -> dict[str, Tensor]:
     """The loss's further inputs, detached, with their defaults."""
     values: dict[str, Tensor] = {}
@@ -93,7 +93,7 @@ def _check_inputs(
         if value is None:
             raise checks.bad_type(name, f"{shape} for {type(loss).__name__}", "nothing")
         if isinstance(value, Real):
-            value = torch.full((), float(value), dtype=torch.float64, device=hidden.device)
+            value = torch.full((), float(value), dtype=torch.float64, device=device)
             values[name] = value.expand(examples) if about.per == "example" else value
         else:
             value = checks.is_tensor(name, value).detach()
@@ -103,7 +103,7 @@ def _check_inputs(
                 checks.shaped(name, value, (examples,), "one number a pair,")
             elif not value.numel():
                 raise checks.bad_value(name, "at least one number", str(list(value.shape)))
-            checks.same_device(hidden=hidden, **{name: value})
+            checks.same_device(hidden=device, **{name: value})
             values[name] = value.double()
         _check_range(name, values[name], about)
     return values
@@ -193,7 +193,7 @@ def _of_tokens(name: str, value: object, layout: Layout, *, per_sequence: bool =
     """[N] fp64 from numbers per sequence [B] or per token, detached."""
     values = checks.floating(name, value)
     count, shape = layout.sequences.count, layout.labels.shape
-    checks.same_device(hidden=layout.hidden, **{name: values})
+    checks.same_device(hidden=layout.device, **{name: values})
     if per_sequence and values.shape == (count,):
         return values.detach().double()[layout.sequences.index]
     if values.shape != shape:
@@ -227,7 +227,7 @@ def _policy_denominators(
 ) -> tuple[float | Tensor, float | Tensor]:
     """The responses and the scored tokens that a policy loss and its entropy are means over."""
     per_tokens = loss.aggregation == "token_mean"
-    counts, device = layout.counts, layout.hidden.device
+    counts, device = layout.counts, layout.device
     items = _denominator("num_items", num_items, layout.sequences.count, device)
     # a mean over no tokens is 0
     scored = layout.sequences.lengths.sum().clamp(min=1) if counts is None else max(1, sum(counts))

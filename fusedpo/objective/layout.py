@@ -61,6 +61,11 @@ class Layout:
     backend: str
 
     @property
+    def device(self) -> torch.device:
+        """The device of hidden, where all tensors are."""
+        return self.hidden.device
+
+    @property
     def last_rows(self) -> Tensor:
         """[B], the row of each sequence's last scored token; with parts [K], of those here."""
         if self.rows.scored is None:

@@ -141,7 +141,7 @@ def _of_record(loss: Loss, layout: Layout, reference: Reference) -> Reference:
 def _logprobs(argument: str, logprobs: Tensor, loss: Loss, layout: Layout) -> Tensor:
     """Log-probabilities per token or, for a preference loss, per sequence."""
     logprobs = checks.floating(argument, logprobs)
-    checks.same_device(hidden=layout.hidden, **{argument: logprobs})
+    checks.same_device(hidden=layout.device, **{argument: logprobs})
     shape, per_sequence = layout.labels.shape, (layout.sequences.count,)
     if logprobs.shape == shape:
         return logprobs.detach()
@@ -177,7 +177,7 @@ def _states(prefix: str, hidden: Tensor, head: Head | None, layout: Layout) -> R
     shape = layout.labels.shape
     expected = "the shape of hidden without its last axis"
     checks.shaped(f"{prefix}hidden", hidden[..., 0], shape, expected)
-    checks.same_device(hidden=layout.hidden, **{f"{prefix}hidden": hidden})
+    checks.same_device(hidden=layout.device, **{f"{prefix}hidden": hidden})
     if head.vocab < layout.head.vocab:
         raise checks.bad_value(
             f"{prefix}weight",
