@@ -5,7 +5,7 @@ PYTEST = $(BIN)/python -m pytest
 
 TRL_VERSIONS := 0.29.1 1.8.0 1.12.0 1.13.0 1.14.2
 
-.PHONY: demo test coverage mutants test-oldest test-versions test-trl test-zero lint bench bench-results bench-gpu clean
+.PHONY: demo losses test coverage mutants test-oldest test-versions test-trl test-zero lint bench bench-results bench-gpu clean
 
 # threads that spin while they wait bring two cores to a crawl as soon as anything else runs
 demo: export OMP_WAIT_POLICY = passive
@@ -14,6 +14,10 @@ demo: .venv/ready
 
 test: .venv/ready lint
 	$(PYTEST) -n 2 --dist loadgroup
+
+# the lists of losses for type checkers and readers, after a loss was added
+losses: .venv/ready
+	$(BIN)/python tests/generated.py
 
 # what of fusedpo/ no test on a CPU goes through, branches included: `make test`, half as long again, and
 # earlier versions of TRL; docs/testing.md says why the rest is left

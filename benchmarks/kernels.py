@@ -24,7 +24,7 @@ from fusedpo.benchmarks.section import Section, Setting, Verdict, number, quotie
 from fusedpo.benchmarks.shapes import GPU, MIB, Inputs, Shape, head_of, make_inputs
 from fusedpo.engine.precision import multiply
 from fusedpo.kernels.timing import Clock, Deadline, Measured
-from fusedpo.losses import _gates, _links
+from fusedpo.losses import gates, links
 
 TAIL_MICROSECONDS = 40.0
 TAIL_SPEEDUP = 8.0
@@ -482,7 +482,7 @@ class TailProblem:
     starts: Tensor
     lengths: Tensor
     index: Tensor  # [N], the sequence of each token
-    algebra: _links.Tail
+    algebra: links.Tail
     options: dict[str, Any]  # baseline, reference, tau, weight
 
     def by_kernel(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -498,14 +498,14 @@ class TailProblem:
         if options.get("baseline") is not None:
             delta = delta - options["baseline"]
         tau = options.get("tau")
-        phi = _gates.GATES[algebra.gate](delta, 1.0 if tau is None else tau[self.index])
+        phi = gates.GATES[algebra.gate](delta, 1.0 if tau is None else tau[self.index])
         sums = torch.zeros(len(self.lengths), dtype=torch.float64, device=leaf.device)
         score = sums.index_add(0, self.index, phi)
         if options.get("reference") is not None:
             score = score - options["reference"]
         if algebra.aggregate == "mean":
             score = score / self.lengths
-        z = _gates.MAPS[algebra.sequence_map](score)
+        z = gates.MAPS[algebra.sequence_map](score)
         if algebra.combine == "pair":
             chosen, rejected = z.chunk(2)
             z = chosen - rejected
@@ -532,10 +532,10 @@ def tail_problems(setting: Setting) -> dict[str, TailProblem]:
     index = torch.arange(count, device=device).repeat_interleave(length)
     tau = torch.linspace(0.5, 1.5, count, dtype=torch.float64, device=device)
     reference = torch.full((count,), -0.8 * length, dtype=torch.float64, device=device)
-    soft = _links.Tail("sigmoid_ratio", "mean", "exp", "single", "linear")
+    soft = links.Tail("sigmoid_ratio", "mean", "exp", "single", "linear")
     advantages = {"baseline": baseline, "tau": tau, "weight": normal(count, torch.float64)}
 
-    def made(algebra: _links.Tail | None, **options: Tensor) -> TailProblem:
+    def made(algebra: links.Tail | None, **options: Tensor) -> TailProblem:
         assert algebra is not None, "these losses are in the algebra"
         return TailProblem(logprob, starts, lengths, index, algebra, options)
 

@@ -1,55 +1,55 @@
-"""The table of all losses: what each is made of, what it needs, and what it costs.
+"""The table of all losses: what each takes and costs, and where it is from.
 
 ``fusedpo losses`` prints it, and the README holds it.
 """
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import fields
 
 from fusedpo import losses
 from fusedpo.losses import PolicyLoss, PreferenceLoss
 
-HEADER = ("loss", "gate, aggregate, map", "combination", "link", "needs", "products")
+HEADER = ("loss", "needs", "products", "paper")
 
 
 def needs(loss: losses.Loss) -> str:
     """What a call has to be given beside hidden states, head and labels."""
-    found = ["reference"] if loss.needs_reference else []
-    found += [name for name, about in loss.inputs.items() if about.default is None]
+    required = ["reference"] if loss.needs_reference else []
+    required += [name for name, about in loss.inputs.items() if about.default is None]
     if isinstance(loss, PreferenceLoss):
-        found += [f"{role} rows" for role in loss.roles if role.startswith("long")]
+        required += [f"{role} rows" for role in loss.roles if role.startswith("long")]
     if isinstance(loss, PolicyLoss):
-        found.append("advantages")
+        required.append("advantages")
     optional = [name for name, about in loss.inputs.items() if about.default is not None]
-    return ", ".join([*found, *(f"({name})" for name in optional)]) or "-"
+    return ", ".join([*required, *(f"({name})" for name in optional)]) or "-"
 
 
 def products(loss: losses.Loss) -> str:
     """Head products, forward and backward, if the budget has room for their accumulators."""
-    return "3 or 4" if loss.scope == "batch" else "3"
+    return "3 or 4" if loss.gradient_structure.scope == "batch" else "3"
+
+
+def paper(cls: type[losses.Loss]) -> str:
+    """Where it is from: the papers that the first lines of its file cite."""
+    title = " ".join((sys.modules[cls.__module__].__doc__ or "").split("\n\n")[0].split())
+    numbers = re.findall(r"arXiv (\d{4}\.\d{4,5})", title)
+    if numbers:
+        return f"arXiv {', '.join(numbers)}"
+    cited = re.search(r"\((.*)\)", title)
+    return cited[1] if cited else "-"
 
 
 def rows() -> list[tuple[str, ...]]:
     """A row for each loss at its defaults, in alphabetical order."""
-    found: list[tuple[str, ...]] = []
+    lines: list[tuple[str, ...]] = []
     for cls in losses.available().values():
-        loss = cls()
-        gate, aggregate, sequence_map, combination, link = (
-            term.replace("_", "-") for term in loss.terms
-        )
         names = ", ".join(f.name for f in fields(cls) if not f.kw_only)
-        found.append(
-            (
-                f"`{cls.__name__}({names})`",
-                f"{gate}, {aggregate}, {sequence_map}",
-                combination,
-                link,
-                needs(loss),
-                products(loss),
-            )
-        )
-    return found
+        call = f"`{cls.__name__}({names})`"
+        lines.append((call, needs(cls()), products(cls()), paper(cls)))
+    return lines
 
 
 def table() -> list[str]:

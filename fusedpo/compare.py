@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ from fusedpo.checks import bad_type
 from fusedpo.engine.planner import plan
 from fusedpo.functional import preference_loss
 from fusedpo.head import Head
-from fusedpo.losses import PairLoss
-from fusedpo.scores import Scores
+from fusedpo.losses.base import Loss, PreferenceLoss
+from fusedpo.losses.scores import Scores
 
 IGNORED = -100
 
@@ -55,7 +55,7 @@ class Batch:
         memory_budget: bytes the fused loss may hold.
     """
 
-    loss: PairLoss
+    loss: PreferenceLoss
     hidden: Tensor
     head: Head
     labels: Tensor
@@ -170,7 +170,7 @@ def small_budget(batch: Batch, fraction: float = 1 / 16) -> int:
                 hidden,
                 dtype=batch.hidden.dtype,
                 budget=budget,
-                scope=batch.loss.scope,
+                scope=batch.loss.gradient_structure.scope,
                 groups=len(batch.labels) // 2,
                 softcap=batch.head.softcap is not None,
                 device=batch.hidden.device,
@@ -181,6 +181,16 @@ def small_budget(batch: Batch, fraction: float = 1 / 16) -> int:
             return budget
 
 
+def is_comparable(loss: Loss) -> TypeGuard[PreferenceLoss]:
+    """Whether the program with full logits is written for this loss: one of pairs, with a name."""
+    return (
+        isinstance(loss, PreferenceLoss)
+        and type(loss) in losses.available().values()
+        and loss.roles == ("chosen", "rejected")
+        and not loss.inputs
+    )
+
+
 def compare(batch: Batch, *, rounds: int = 9) -> Comparison:
     """Run the batch every way: loss, gradients, time and peak memory.
 
@@ -188,7 +198,7 @@ def compare(batch: Batch, *, rounds: int = 9) -> Comparison:
         batch: without a memory budget it gets a small one, see ``small_budget``.
         rounds: timed rounds, each of which runs every way once.
     """
-    if not isinstance(batch.loss, PairLoss) or batch.loss.inputs:
+    if not is_comparable(batch.loss):
         raise bad_type("loss", "a loss of pairs", repr(batch.loss))
     if batch.memory_budget is None:
         batch = replace(batch, memory_budget=small_budget(batch))
@@ -295,7 +305,7 @@ def _worker(path: Path) -> int:
     packed = torch.load(path, weights_only=True)
     torch.set_num_threads(packed["threads"])
     loss = losses.get(packed["loss"], **packed["hyperparameters"])
-    assert isinstance(loss, PairLoss), "compare() lets nothing else through"
+    assert is_comparable(loss), "compare() lets nothing else through"
     head = Head(packed["weight"], packed["bias"], packed["softcap"], packed["logit_scale"])
     batch = Batch(
         loss,

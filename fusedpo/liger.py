@@ -39,12 +39,12 @@ from fusedpo.engine.plan import Plan
 from fusedpo.functional import linear_logprobs, linear_token_stats, policy_loss, preference_loss
 from fusedpo.head import Head
 from fusedpo.losses import Input, PolicyLoss, PreferenceLoss
-from fusedpo.losses._base import Coupling, flag, hyperparameter
-from fusedpo.losses._links import Tail
-from fusedpo.losses._modifiers import _Modifier
+from fusedpo.losses.base import GradientStructure, flag, hyperparameter
+from fusedpo.losses.links import Tail
+from fusedpo.losses.modifiers import Modifier
+from fusedpo.losses.scores import Scores, Tokens
 from fusedpo.objective.policy import PolicyProblem
 from fusedpo.objective.sequences import Sequences
-from fusedpo.scores import Scores, Tokens
 from fusedpo.sizes import parse_budget
 
 __all__ = [
@@ -330,8 +330,8 @@ class LigerFusedLinearCPOLoss(_Paired):
         ignore_index: label of the positions to leave out.
         beta: scale of the log-probabilities.
         alpha: weight of the cross-entropy of the chosen responses, a mean over all their tokens.
-        label_smoothing: odds that a preference is recorded the wrong way round; under "hinge" and
-            "ipo" 0.
+        label_smoothing: probability that a preference is recorded the wrong way round; under
+            "hinge" and "ipo" 0.
         compute_nll_loss: whether the cross-entropy is added.
         compiled, chunk_size: without effect.
         average_log_prob: means over tokens instead of sums.
@@ -397,7 +397,7 @@ class LigerFusedLinearSimPOLoss(_Paired):
         ignore_index: label of the positions to leave out.
         beta: scale of the log-probabilities per token.
         alpha: weight of the cross-entropy of the chosen responses, a mean over all their tokens.
-        label_smoothing: odds that a preference is recorded the wrong way round.
+        label_smoothing: probability that a preference is recorded the wrong way round.
         compute_nll_loss: whether the cross-entropy is added. It is, unless told otherwise.
         compiled, chunk_size: without effect.
         gamma: target margin, absolute.
@@ -1011,7 +1011,7 @@ class _Counted(Tokens):
 
 
 @dataclass(frozen=True)
-class _Shaped(_Modifier):
+class _Shaped(Modifier):
     """A loss as Liger has it: of averages if it is told to, and with metrics of each response."""
 
     average: bool = hyperparameter(False, "means over tokens rather than sums, in any loss", flag)
@@ -1022,14 +1022,10 @@ class _Shaped(_Modifier):
         return self.base.nll_weight + self.added_nll
 
     @property
-    def coupling(self) -> Coupling:
-        own = self.base.coupling
-        # as in a loss that has a cross-entropy itself
-        return "example" if own == "margin" and self.added_nll else own
-
-    @property
-    def averages(self) -> bool:
-        return self.average or self.base.averages
+    def formula_structure(self) -> GradientStructure:
+        structure = self.base.formula_structure
+        of_means = self.average and structure.unit == "margin"
+        return replace(structure, unit="mean_margin") if of_means else structure
 
     @property
     def tail(self) -> Tail | None:

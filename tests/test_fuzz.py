@@ -35,7 +35,7 @@ from fusedpo.engine.routes.base import Backward
 from fusedpo.engine.rows import Rows
 from fusedpo.engine.tiles import Tiles
 from fusedpo.losses import Loss, PolicyLoss, PreferenceLoss, available
-from fusedpo.losses._gates import GATES
+from fusedpo.losses.gates import GATES
 from fusedpo.sizes import DEFAULT_BUDGET
 
 COUNT = int(os.environ.get("FUSEDPO_FUZZ", "300"))
@@ -391,7 +391,7 @@ def faults_of_loss(loss: Loss, case: Case, draw: random.Random, backend: str) ->
     if isinstance(loss, PolicyLoss) and loss.entropy_bonus:
         case.upstream_entropy = torch.zeros(case.labels.shape)
     case.name += f", {loss!r}, {kind} {borders}{', shift' * shift}"
-    ask = way(case, draw, backend, loss.scope)
+    ask = way(case, draw, backend, loss.gradient_structure.scope)
     case = mixed_in(case, ask)
     numbers = numbers_of(loss, case, borders, draw, g)
     means = denominators(loss, draw)
@@ -574,7 +574,7 @@ def numbers_of(
         else:
             states(found, case, kind, g)
     if isinstance(loss, PolicyLoss):
-        by_token = not loss.sees_sequences and draw.random() < 0.3
+        by_token = loss.formula_structure.scope == "token" and draw.random() < 0.3
         where, size = (found.rows, count) if by_token else (found.others, sequences)
         where["advantages"] = torch.randn(size, generator=g)
         if by_token:

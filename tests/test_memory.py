@@ -237,8 +237,9 @@ def test_every_loss_takes_three_products_if_its_gradient_is_known_early(name: st
         given[key] = torch.tensor([1.0, 0.0] * 3) if key == "desirable" else torch.full((6,), 0.5)
     if loss.needs_reference:
         given["ref_logprobs"] = torch.full(labels.shape, -5.0)
-    options = {"scope": loss.scope, "groups": 6, "factors": 1 if policy else loss.factors}
-    if loss.scope == "batch":
+    structure = loss.gradient_structure
+    options = {"scope": structure.scope, "groups": 6, "factors": structure.factors}
+    if structure.scope == "batch":
         assert name == "aot"
         chosen = plan(scored, 300, 16, budget="1GiB", **options)
         assert chosen.route == "retain" and chosen.products == 3
@@ -255,15 +256,15 @@ def test_every_loss_takes_three_products_if_its_gradient_is_known_early(name: st
 def test_one_pass_is_chosen_where_its_accumulators_fit(name: str) -> None:
     """At 64k tokens J would take 16 GiB; a loss with few factors is served by [V, H] ones."""
     loss = losses.get(name)
-    factors = getattr(loss, "factors", 1)
+    factors = loss.gradient_structure.factors
     chosen = plan(
         2**16,
         2**16,
         512,
         budget="1200MiB",
-        scope=loss.scope,
+        scope=loss.gradient_structure.scope,
         groups=4,
         factors=factors,
     )
-    expected = ("recompute", 4) if loss.scope == "batch" else ("one_pass", 3)
+    expected = ("recompute", 4) if loss.gradient_structure.scope == "batch" else ("one_pass", 3)
     assert (chosen.route, chosen.products) == expected

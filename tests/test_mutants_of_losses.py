@@ -39,8 +39,8 @@ from fusedpo.losses import (
     SoftSequence,
     soft_sequence,
 )
-from fusedpo.losses._gates import GATES, arctan_log, identity
-from fusedpo.losses._policy import ClippedLoss
+from fusedpo.losses.gates import GATES, arctan_log, identity
+from fusedpo.losses.policy import ClippedLoss
 from fusedpo.objective.groups import PreferenceGroups
 from fusedpo.objective.policy import PolicyProblem
 from fusedpo.objective.preference import PreferenceProblem

@@ -44,10 +44,10 @@ from fusedpo.losses import (
     SoftSequence,
     available,
 )
-from fusedpo.losses._gates import exponential, sigmoid_ratio
+from fusedpo.losses.gates import exponential, sigmoid_ratio
 from fusedpo.losses.orpo import log1mexp
+from fusedpo.losses.scores import Scores, Tokens
 from fusedpo.objective.sequences import Sequences
-from fusedpo.scores import Scores, Tokens
 
 if engine.KERNELS:
     import triton
@@ -679,7 +679,7 @@ def test_n10_garbage_at_padding_does_not_matter(
 
     def given(per_token: Tensor) -> dict[str, Any]:
         found: dict[str, Any] = {"advantages": advantages}
-        if not loss.sees_sequences:
+        if loss.formula_structure.scope == "token":
             found["advantages"] = torch.where(mask, advantages[:, None], per_token)
             found["importance_weights"] = torch.where(mask, 1.0, per_token)
         return {**found, "old_logprobs": per_token, "ref_logprobs": per_token}

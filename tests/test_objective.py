@@ -20,7 +20,7 @@ from oracles import gradient_faults, relative
 import fusedpo
 from fusedpo import FusedLoss, linear_logprobs, losses, plan, preference_loss
 from fusedpo.losses import CPO, DPO, IPO, LengthDesensitized, PreferenceLoss, SimPO
-from fusedpo.scores import Scores
+from fusedpo.losses.base import GradientStructure, Scores
 
 every_loss = pytest.mark.parametrize("loss", kinds_of_losses(), ids=name_of)
 VOCAB, WIDTH = 61, 12
@@ -132,10 +132,10 @@ def check(loss: PreferenceLoss, data: dict, factor: float = 1.0, **options) -> N
 def test_equals_the_naive_program(
     loss: PreferenceLoss, pairs: int, dtype: torch.dtype, route: str
 ) -> None:
-    if route == "one_pass" and loss.scope == "batch":
+    if route == "one_pass" and loss.gradient_structure.scope == "batch":
         # the gradient of this loss is known at the end only
         with pytest.raises(ValueError, match=r"^route .*got 'one_pass'"):
-            plan(9, VOCAB, WIDTH, scope=loss.scope, route=route)
+            plan(9, VOCAB, WIDTH, scope=loss.gradient_structure.scope, route=route)
         return
     data = batch(pairs, pairs, dtype=dtype, roles=len(loss.roles))
     count = int((data["labels"] >= 0).sum())
@@ -145,9 +145,9 @@ def test_equals_the_naive_program(
             VOCAB,
             WIDTH,
             dtype=dtype,
-            scope=loss.scope,
+            scope=loss.gradient_structure.scope,
             groups=pairs,
-            factors=loss.factors,
+            factors=loss.gradient_structure.factors,
             route=route,
             backend=engine.BACKEND,
         )
@@ -599,7 +599,7 @@ def test_a_new_loss_needs_nothing_but_its_formula() -> None:
     class Exponential(losses.MarginLoss):
         """exp(-margin), per token, each pair with a weight of its own."""
 
-        averages = True
+        formula_structure = GradientStructure("pair", 1, "mean_margin")
         inputs = types.MappingProxyType({"pair_weight": losses.Input("of the pair")})
 
         def of_margin(self, margin: torch.Tensor, *, pair_weight: torch.Tensor) -> torch.Tensor:
@@ -667,9 +667,10 @@ def test_a_long_response_gives_the_same_gradient_on_every_route(loss: Preference
     count = int((data["labels"] >= 0).sum())
     found = []
     for route in ("recompute", "retain", "one_pass"):
-        if route == "one_pass" and loss.scope == "batch":
+        structure = loss.gradient_structure
+        if route == "one_pass" and structure.scope == "batch":
             continue
-        options = {"scope": loss.scope, "groups": 2, "factors": loss.factors}
+        options = {"scope": structure.scope, "groups": 2, "factors": structure.factors}
         chosen = plan(count, VOCAB, WIDTH, dtype=torch.float64, route=route, **options)
         out = preference_loss(
             loss,

@@ -34,9 +34,9 @@ from fusedpo.losses import (
     SoftSequence,
     available,
 )
-from fusedpo.losses._gates import GATES
-from fusedpo.losses._links import Tail
-from fusedpo.scores import Tokens
+from fusedpo.losses.gates import GATES
+from fusedpo.losses.links import Tail
+from fusedpo.losses.scores import Tokens
 
 VOCAB, WIDTH = 61, 12
 
@@ -151,10 +151,10 @@ def test_equals_the_naive_program(loss: PolicyLoss, dtype: torch.dtype, route: s
     # a gradient through the entropy is formed in recompute
     by_entropy = loss.entropy_bonus and route != "recompute"
     # and that of a loss of the batch is known at the end only
-    if by_entropy or (loss.scope == "batch" and route == "one_pass"):
+    if by_entropy or (loss.gradient_structure.scope == "batch" and route == "one_pass"):
         entropy = bool(loss.entropy_bonus)
         with pytest.raises(ValueError, match=rf"^route .*got '{route}'"):
-            plan(9, VOCAB, WIDTH, scope=loss.scope, entropy=entropy, route=route)
+            plan(9, VOCAB, WIDTH, scope=loss.gradient_structure.scope, entropy=entropy, route=route)
         return
     data = sampled(3, 4, dtype=dtype, empty=2)
     for tile in ((3, 16), (16, 128)):
@@ -163,7 +163,7 @@ def test_equals_the_naive_program(loss: PolicyLoss, dtype: torch.dtype, route: s
             VOCAB,
             WIDTH,
             dtype=dtype,
-            scope=loss.scope,
+            scope=loss.gradient_structure.scope,
             groups=4,
             entropy=bool(loss.entropy_bonus),
             route=route,

@@ -161,9 +161,9 @@ class Problem:
             *head.shape,
             dtype=head.dtype,
             needs=needs,
-            scope=loss.scope,
+            scope=loss.gradient_structure.scope,
             groups=self.sequences,
-            factors=getattr(loss, "factors", 1),
+            factors=loss.gradient_structure.factors,
             entropy=bool(getattr(loss, "entropy_bonus", 0)),
             route=route,
             backend=backend,
@@ -177,7 +177,11 @@ def routes_of(loss: Loss) -> list[str]:
     """Those that have all gradients."""
     if getattr(loss, "entropy_bonus", 0):
         return ["recompute"]
-    return ["recompute", "retain", *([] if loss.scope == "batch" else ["one_pass"])]
+    return [
+        "recompute",
+        "retain",
+        *([] if loss.gradient_structure.scope == "batch" else ["one_pass"]),
+    ]
 
 
 def needs_for(route: str) -> tuple[str, ...]:
@@ -474,7 +478,7 @@ def test_the_order_of_examples_does_not_matter(loss: Loss) -> None:
     moved = problem.some(order)
     plain, got = problem(), moved()
     assert relative(got.loss, plain.loss) <= 1e-12
-    if getattr(loss, "coupling", None) != "batch":
+    if loss.formula_structure.scope != "batch":
         assert relative(got.per_example, plain.per_example[order]) <= 1e-12
     for mine, truth in zip(
         torch.autograd.grad(got.loss, problem.leaves), problem.gradients(plain), strict=True
@@ -649,7 +653,7 @@ def test_another_example_in_the_batch_changes_nothing(loss: Loss, dtype: torch.d
     rows = [start + i for start in range(0, problem.sequences, 4) for i in (0, 2)]
     out, alone = problem(), few(**problem.denominators)
     assert relative(alone.logprobs, out.logprobs[rows]) <= rounding
-    if getattr(loss, "coupling", None) == "batch":
+    if loss.formula_structure.scope == "batch":
         return  # it compares the examples of a batch with each other
     assert relative(alone.per_example, out.per_example[[0, 2]]) <= rounding
     if getattr(loss, "stats", ()) and not isinstance(loss, PolicyLoss):
@@ -664,7 +668,7 @@ def test_another_example_in_the_batch_changes_nothing(loss: Loss, dtype: torch.d
 @every_loss
 @pytest.mark.parametrize("splits", [[2, 3], [1, 1, 3], [1, 1, 1, 1, 1]], ids=str)
 def test_micro_batches_are_one_batch(loss: Loss, splits: list[int]) -> None:
-    if getattr(loss, "coupling", None) == "batch":
+    if loss.formula_structure.scope == "batch":
         splits = [sum(splits)]  # it compares the examples of a batch with each other
     problem = Problem.of(loss, 5, torch.float64)
     whole, borders = problem(), [0, *itertools.accumulate(splits)]

@@ -9,8 +9,8 @@ from oracles import relative
 
 from fusedpo import linear_logprobs, preference_loss
 from fusedpo.losses import BCO, DPO, PreferenceLoss
+from fusedpo.losses.scores import Scores
 from fusedpo.objective.sequences import Sequences
-from fusedpo.scores import Scores
 
 
 def test_sums_are_kept_in_double_precision() -> None:

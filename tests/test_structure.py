@@ -10,11 +10,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import generated
 import pytest
 from repository import ROOT, files
 
 import fusedpo
-from fusedpo import catalogue, losses
+from fusedpo import losses
 
 # lowest first; a module imports from the lines above its own, and from its own package
 LAYERS = (
@@ -48,7 +49,9 @@ MODULES = {
     if path.suffix == ".py" and path.parts[0] in ("fusedpo", "kernels")
 }
 LOSS_FILES = [
-    path for path in FILES if path.match("fusedpo/losses/*.py") and not path.name.startswith("_")
+    path
+    for path in FILES
+    if path.match("fusedpo/losses/*.py") and path.stem not in {*losses._PARTS, "__init__"}
 ]
 LOSSES = losses.available()
 
@@ -167,10 +170,10 @@ def test_public_loss_name_has_a_docstring(name):
     assert own_docstring(getattr(losses, name))
 
 
-def test_the_readme_has_the_table_of_losses():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    held = re.search(r"<!-- made by.*?-->\n(.*?)\n<!-- end", text, re.DOTALL)
-    assert held is not None and held[1].splitlines() == catalogue.table()
+@pytest.mark.parametrize("path", generated.made(), ids=str)
+def test_what_lists_the_losses_has_them_all(path):
+    """As ``make losses`` writes it: imports for type checkers, tables of the README and guide."""
+    assert (ROOT / path).read_text(encoding="utf-8") == generated.made()[path]
 
 
 # what no file holds

@@ -1,7 +1,8 @@
-"""The losses, one file each. A file that defines a ``Loss`` is found by being in this folder.
+"""The losses, one file each: a file of this folder that defines a loss is all that it takes.
 
 ``get`` finds them by name. Losses of pairs can be added and multiplied by numbers, and changed by
-``FDivergence``, ``WPO`` and ``LengthDesensitized``.
+``FDivergence``, ``WPO`` and ``LengthDesensitized``. ``fusedpo.losses.base`` has what the file of a
+loss is written with.
 """
 
 from __future__ import annotations
@@ -9,92 +10,69 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusedpo.checks import bad_choice
-from fusedpo.losses._base import Input, Loss, MarginLoss, PairLoss, PreferenceLoss, ResponseLoss
-from fusedpo.losses._mixture import Mixture
-from fusedpo.losses._modifiers import WPO, FDivergence, LengthDesensitized
-from fusedpo.losses._policy import PolicyLoss
-from fusedpo.losses.alphapo import AlphaPO
-from fusedpo.losses.aot import AOT
-from fusedpo.losses.apo import APODown, APOZero
-from fusedpo.losses.bco import BCO
-from fusedpo.losses.cispo import CISPO
-from fusedpo.losses.cpo import CPO
-from fusedpo.losses.dapo import DAPO
-from fusedpo.losses.discopop import DiscoPOP
-from fusedpo.losses.dpo import DPO
-from fusedpo.losses.dr_grpo import DrGRPO
-from fusedpo.losses.exo import EXO
-from fusedpo.losses.gmpo import GMPO
-from fusedpo.losses.grpo import GRPO
-from fusedpo.losses.gspo import GSPO
-from fusedpo.losses.ipo import IPO
-from fusedpo.losses.kto import KTO
-from fusedpo.losses.luspo import LUSPO
-from fusedpo.losses.nca import NCA
-from fusedpo.losses.orpo import ORPO
-from fusedpo.losses.reinforce import REINFORCE
-from fusedpo.losses.robust_dpo import RobustDPO
-from fusedpo.losses.semantic_sppo import SemanticSPPO
-from fusedpo.losses.sft import SFT
-from fusedpo.losses.short_to_long import ShortToLong
-from fusedpo.losses.simpo import SimPO
-from fusedpo.losses.slic import SLiC
-from fusedpo.losses.soft_adaptive import SoftAdaptive
-from fusedpo.losses.soft_sequence import SoftSequence
-from fusedpo.losses.sppo import SPPO
-from fusedpo.losses.vespo import VESPO
+from fusedpo.losses.loss import Input as Input
+from fusedpo.losses.loss import Loss as Loss
+from fusedpo.losses.mixture import Mixture as Mixture
+from fusedpo.losses.modifiers import WPO as WPO
+from fusedpo.losses.modifiers import FDivergence as FDivergence
+from fusedpo.losses.modifiers import LengthDesensitized as LengthDesensitized
+from fusedpo.losses.policy import PolicyLoss as PolicyLoss
+from fusedpo.losses.preference import MarginLoss as MarginLoss
+from fusedpo.losses.preference import PreferenceLoss as PreferenceLoss
+from fusedpo.losses.preference import ResponseLoss as ResponseLoss
 
-__all__ = [
-    "AOT",
-    "BCO",
-    "CISPO",
-    "CPO",
-    "DAPO",
-    "DPO",
-    "EXO",
-    "GMPO",
-    "GRPO",
-    "GSPO",
-    "IPO",
-    "KTO",
-    "LUSPO",
-    "NCA",
-    "ORPO",
-    "REINFORCE",
-    "SFT",
-    "SPPO",
-    "VESPO",
-    "WPO",
-    "APODown",
-    "APOZero",
-    "AlphaPO",
-    "DiscoPOP",
-    "DrGRPO",
-    "FDivergence",
-    "Input",
-    "LengthDesensitized",
-    "Loss",
-    "MarginLoss",
-    "Mixture",
-    "PairLoss",
-    "PolicyLoss",
-    "PreferenceLoss",
-    "ResponseLoss",
-    "RobustDPO",
-    "SLiC",
-    "SemanticSPPO",
-    "ShortToLong",
-    "SimPO",
-    "SoftAdaptive",
-    "SoftSequence",
-    "aliases",
-    "available",
-    "find",
-    "get",
-]
+if TYPE_CHECKING:  # what the walk below finds, for type checkers: `make losses` writes these lines
+    from fusedpo.losses.alphapo import AlphaPO as AlphaPO
+    from fusedpo.losses.aot import AOT as AOT
+    from fusedpo.losses.apo import APODown as APODown
+    from fusedpo.losses.apo import APOZero as APOZero
+    from fusedpo.losses.bco import BCO as BCO
+    from fusedpo.losses.cispo import CISPO as CISPO
+    from fusedpo.losses.cpo import CPO as CPO
+    from fusedpo.losses.dapo import DAPO as DAPO
+    from fusedpo.losses.discopop import DiscoPOP as DiscoPOP
+    from fusedpo.losses.dpo import DPO as DPO
+    from fusedpo.losses.dr_grpo import DrGRPO as DrGRPO
+    from fusedpo.losses.exo import EXO as EXO
+    from fusedpo.losses.gmpo import GMPO as GMPO
+    from fusedpo.losses.grpo import GRPO as GRPO
+    from fusedpo.losses.gspo import GSPO as GSPO
+    from fusedpo.losses.ipo import IPO as IPO
+    from fusedpo.losses.kto import KTO as KTO
+    from fusedpo.losses.luspo import LUSPO as LUSPO
+    from fusedpo.losses.nca import NCA as NCA
+    from fusedpo.losses.orpo import ORPO as ORPO
+    from fusedpo.losses.reinforce import REINFORCE as REINFORCE
+    from fusedpo.losses.robust_dpo import RobustDPO as RobustDPO
+    from fusedpo.losses.semantic_sppo import SemanticSPPO as SemanticSPPO
+    from fusedpo.losses.sft import SFT as SFT
+    from fusedpo.losses.short_to_long import ShortToLong as ShortToLong
+    from fusedpo.losses.simpo import SimPO as SimPO
+    from fusedpo.losses.slic import SLiC as SLiC
+    from fusedpo.losses.soft_adaptive import SoftAdaptive as SoftAdaptive
+    from fusedpo.losses.soft_sequence import SoftSequence as SoftSequence
+    from fusedpo.losses.sppo import SPPO as SPPO
+    from fusedpo.losses.vespo import VESPO as VESPO
+
+# what losses are made of; every other file of the folder defines some
+_PARTS = frozenset(
+    {
+        "base",
+        "forwarding",
+        "gates",
+        "hyperparameters",
+        "links",
+        "loss",
+        "mixture",
+        "modifiers",
+        "policy",
+        "preference",
+        "scores",
+    }
+)
 
 # other names of a loss, as plain names are written: its name, hyperparameters, and a factor. First
 # the ``loss_type`` strings of TRL's trainers that are not names of a loss here, then short names of
@@ -119,12 +97,13 @@ _ALIASES: dict[str, tuple[str, dict[str, Any], float]] = {
 }
 
 
-def _discover() -> dict[str, type[Loss]]:
-    found: dict[str, type[Loss]] = {}
-    for module_info in pkgutil.iter_modules(__path__):
-        if module_info.name.startswith("_"):
+def _walk() -> dict[str, type[Loss]]:
+    """Name in lower case -> class, of the losses that the files of the folder define."""
+    known: dict[str, type[Loss]] = {}
+    for file in pkgutil.iter_modules(__path__):
+        if file.name in _PARTS:
             continue
-        module = importlib.import_module(f"{__name__}.{module_info.name}")
+        module = importlib.import_module(f"{__name__}.{file.name}")
         for value in vars(module).values():
             if (
                 isinstance(value, type)
@@ -132,22 +111,39 @@ def _discover() -> dict[str, type[Loss]]:
                 and value.__module__ == module.__name__
             ):
                 name = value.__name__.lower()
-                if name in found:
+                if name in known:
                     raise ImportError(
                         f"two losses are called {name!r}: "
-                        f"{found[name].__module__} and {module.__name__}"
+                        f"{known[name].__module__} and {module.__name__}"
                     )
-                found[name] = value
-    return found
+                known[name] = value
+    return known
 
 
-# a loss whose file was dropped into the folder is an attribute of this module like the others
-globals().update({cls.__name__: cls for cls in _discover().values()})
+_OTHERS = (
+    "FDivergence",
+    "Input",
+    "LengthDesensitized",
+    "Loss",
+    "MarginLoss",
+    "Mixture",
+    "PolicyLoss",
+    "PreferenceLoss",
+    "ResponseLoss",
+    "WPO",
+    "aliases",
+    "available",
+    "find",
+    "get",
+)
+_LOSSES = {cls.__name__: cls for cls in _walk().values()}
+# __all__ this way, as type checkers would take a list that they cannot read for an empty one
+globals().update(_LOSSES, __all__=sorted((*_LOSSES, *_OTHERS)))
 
 
 def available() -> dict[str, type[Loss]]:
     """Name -> class of every loss, names in lower case, in alphabetical order."""
-    return dict(sorted(_discover().items()))
+    return dict(sorted(_walk().items()))
 
 
 def aliases() -> dict[str, str]:

@@ -17,24 +17,24 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import number, positive
-from fusedpo.losses._base import PairLoss, hyperparameter, label_smoothing
-from fusedpo.losses._gates import MAP_LIMIT
-from fusedpo.losses._links import log_sigmoid
-from fusedpo.scores import Scores
+from fusedpo.losses.base import (
+    MAP_LIMIT,
+    PreferenceLoss,
+    Scores,
+    hyperparameter,
+    label_smoothing,
+    log_sigmoid,
+)
 
 
 @dataclass(frozen=True)
-class AlphaPO(PairLoss):
+class AlphaPO(PreferenceLoss):
     """AlphaPO: SimPO on a reward that saturates (alpha < 0) or steepens (alpha > 0)."""
 
     beta: float = hyperparameter(2.0, "scale of the rewards", positive)
     gamma: float = hyperparameter(0.5, "target margin, absolute", number)
     alpha: float = hyperparameter(0.25, "shape of the reward; 0 is SimPO", number)
     label_smoothing: float = label_smoothing()
-
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return ("identity", "mean", "1 - exp(-alpha m)", "pair", "log_sigmoid")
 
     def per_example(self, chosen: Scores, rejected: Scores, **inputs: Any) -> Tensor:
         z = self.reward(chosen) - self.reward(rejected) - self.gamma

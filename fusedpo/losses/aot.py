@@ -15,35 +15,27 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fusedpo.losses._base import (
-    Coupling,
-    PairLoss,
+from fusedpo.losses.base import (
+    GradientStructure,
+    RatioLoss,
+    Scores,
     flag,
     hyperparameter,
     inverse_temperature,
     label_smoothing,
+    log_sigmoid,
 )
-from fusedpo.losses._links import log_sigmoid
-from fusedpo.scores import Scores
 
 
 @dataclass(frozen=True)
-class AOT(PairLoss):
+class AOT(RatioLoss):
     """Alignment via Optimal Transport: DPO's loss after sorting over the batch."""
 
-    needs_reference: ClassVar[bool] = True
+    formula_structure: ClassVar[GradientStructure] = GradientStructure("batch")
 
     beta: float = inverse_temperature(0.01)
     paired: bool = hyperparameter(True, "sort margins of pairs rather than each side", flag)
     label_smoothing: float = label_smoothing()
-
-    @property
-    def coupling(self) -> Coupling:
-        return "batch"
-
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return ("identity", "sum", "identity", "pair, sorted", "log_sigmoid")
 
     def per_example(self, chosen: Scores, rejected: Scores, **inputs: Any) -> Tensor:
         if self.paired:
@@ -53,9 +45,6 @@ class AOT(PairLoss):
             ahead, behind = chosen.ratio, rejected.ratio
         gap = _sorted(ahead) - _sorted(behind)
         return log_sigmoid(self.beta * gap, self.label_smoothing)
-
-    def reward(self, s: Scores) -> Tensor:
-        return self.beta * s.ratio
 
 
 def _sorted(values: Tensor) -> Tensor:

@@ -10,22 +10,17 @@ zero: for chosen responses that are better than the model's own; down: for worse
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedpo.losses._base import PairLoss, ResponseRatioLoss, inverse_temperature
-from fusedpo.scores import Scores
+from fusedpo.losses.base import RatioLoss, ResponseLoss, Scores
 
 
 @dataclass(frozen=True)
-class APOZero(ResponseRatioLoss):
+class APOZero(RatioLoss, ResponseLoss):
     """Anchored Preference Optimization, zero: raises the chosen and lowers the rejected."""
-
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return ("identity", "sum", "identity", "single", "sigmoid")
 
     def of_response(self, role: str, s: Scores, **inputs: Any) -> Tensor:
         r = self.reward(s)
@@ -33,20 +28,9 @@ class APOZero(ResponseRatioLoss):
 
 
 @dataclass(frozen=True)
-class APODown(PairLoss):
+class APODown(RatioLoss):
     """Anchored Preference Optimization, down: lowers both, the rejected more."""
-
-    needs_reference: ClassVar[bool] = True
-
-    beta: float = inverse_temperature()
-
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return ("identity", "sum", "identity", "pair and single", "sigmoid")
 
     def per_example(self, chosen: Scores, rejected: Scores, **inputs: Any) -> Tensor:
         r_w, r_l = self.reward(chosen), self.reward(rejected)
         return torch.sigmoid(r_w) + torch.sigmoid(r_l - r_w)
-
-    def reward(self, s: Scores) -> Tensor:
-        return self.beta * s.ratio

@@ -14,9 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fusedpo.checks import positive
-from fusedpo.losses._base import hyperparameter
-from fusedpo.losses._policy import Aggregation, PolicyLoss
-from fusedpo.scores import Tokens
+from fusedpo.losses.base import Aggregation, GradientStructure, PolicyLoss, Tokens, hyperparameter
 
 
 @dataclass(frozen=True)
@@ -27,13 +25,7 @@ class CISPO(PolicyLoss):
 
     epsilon_high: float = hyperparameter(5.0, "the most a ratio counts", positive)
 
-    @property
-    def sees_sequences(self) -> bool:
-        return False
-
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return ("capped ratio, detached", "token mean", "identity", "advantage", "log-probability")
+    formula_structure: ClassVar[GradientStructure] = GradientStructure("token", unit="gate")
 
     def per_token(self, t: Tokens) -> Tensor:
         return -t.ratio.detach().clamp(max=self.epsilon_high) * t.advantage * t.logprob

@@ -17,9 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 from fusedpo.checks import non_negative, positive
-from fusedpo.losses._base import MarginLoss, hyperparameter, label_smoothing, one_of
-from fusedpo.losses._links import Tail
-from fusedpo.scores import Scores
+from fusedpo.losses.base import MarginLoss, Scores, Tail, hyperparameter, label_smoothing, one_of
 
 
 @dataclass(frozen=True)

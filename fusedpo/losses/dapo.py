@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fusedpo.checks import non_negative
-from fusedpo.losses._base import hyperparameter
-from fusedpo.losses._policy import Aggregation, TokenClippedLoss
+from fusedpo.losses.base import Aggregation, ClippedLoss, hyperparameter
 
 
 @dataclass(frozen=True)
-class DAPO(TokenClippedLoss):
+class DAPO(ClippedLoss):
     """Decoupled clip Policy Optimization: clips higher above than below, mean over all tokens."""
 
     aggregation: ClassVar[Aggregation] = "token_mean"

@@ -16,21 +16,22 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import positive
-from fusedpo.losses._base import RatioLoss, hyperparameter, inverse_temperature
-from fusedpo.losses._gates import exponential
-from fusedpo.losses._links import log_sigmoid
+from fusedpo.losses.base import (
+    MarginLoss,
+    RatioLoss,
+    exponential,
+    hyperparameter,
+    inverse_temperature,
+    log_sigmoid,
+)
 
 
 @dataclass(frozen=True)
-class DiscoPOP(RatioLoss):
+class DiscoPOP(RatioLoss, MarginLoss):
     """Discovered Preference Optimization: a blend of the logistic and the exponential loss."""
 
     beta: float = inverse_temperature(0.05)
     tau: float = hyperparameter(0.05, "temperature of the blend", positive)
-
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return ("identity", "sum", "identity", "pair", "log_sigmoid and exp, blended")
 
     def of_margin(self, margin: Tensor, **inputs: Any) -> Tensor:
         z = self.beta * margin

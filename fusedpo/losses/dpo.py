@@ -14,12 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fusedpo.losses._base import RatioLoss, flag, hyperparameter, label_smoothing
-from fusedpo.losses._links import Tail
+from fusedpo.losses.base import MarginLoss, RatioLoss, Tail, flag, hyperparameter, label_smoothing
 
 
 @dataclass(frozen=True)
-class DPO(RatioLoss):
+class DPO(RatioLoss, MarginLoss):
     """Direct Preference Optimization: log-sigmoid of beta times the difference of log-ratios."""
 
     label_smoothing: float = label_smoothing()

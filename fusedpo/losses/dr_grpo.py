@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fusedpo.checks import positive
-from fusedpo.losses._base import hyperparameter
-from fusedpo.losses._policy import Aggregation, TokenClippedLoss
+from fusedpo.losses.base import Aggregation, ClippedLoss, hyperparameter
 
 
 @dataclass(frozen=True)
-class DrGRPO(TokenClippedLoss):
+class DrGRPO(ClippedLoss):
     """GRPO Done Right: token losses over a constant rather than over the response's length."""
 
     aggregation: ClassVar[Aggregation] = "sequence_sum"

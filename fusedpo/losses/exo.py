@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import bad_value, in_range
-from fusedpo.losses._base import RatioLoss, hyperparameter
-from fusedpo.losses._links import log_sigmoid
+from fusedpo.losses.base import MarginLoss, RatioLoss, hyperparameter, log_sigmoid
 
 
 def _label_smoothing(name: str, value: Any) -> float:
@@ -27,18 +26,14 @@ def _label_smoothing(name: str, value: Any) -> float:
 
 
 @dataclass(frozen=True)
-class EXO(RatioLoss):
+class EXO(RatioLoss, MarginLoss):
     """Efficient Exact Optimization: reverse KL from smoothed labels to the implied preference."""
 
     label_smoothing: float = hyperparameter(
         1e-3,
-        "odds that a preference is recorded the wrong way round, in (0, 0.5)",
+        "probability that a preference is recorded the wrong way round, in (0, 0.5)",
         _label_smoothing,
     )
-
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return ("identity", "sum", "identity", "pair", "reverse KL")
 
     def of_margin(self, margin: Tensor, **inputs: Any) -> Tensor:
         z, e = self.beta * margin, self.label_smoothing

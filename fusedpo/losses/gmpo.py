@@ -16,11 +16,7 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import positive
-from fusedpo.losses._base import hyperparameter
-from fusedpo.losses._gates import clip_log, exponential
-from fusedpo.losses._links import Tail
-from fusedpo.losses._policy import PolicyLoss
-from fusedpo.scores import Tokens
+from fusedpo.losses.base import PolicyLoss, Tail, Tokens, clip_log, exponential, hyperparameter
 
 
 @dataclass(frozen=True)

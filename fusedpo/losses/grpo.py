@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fusedpo.losses._policy import TokenClippedLoss
+from fusedpo.losses.base import ClippedLoss
 
 
 @dataclass(frozen=True)
-class GRPO(TokenClippedLoss):
+class GRPO(ClippedLoss):
     """Group Relative Policy Optimization: clipped token ratios, mean over responses of means."""

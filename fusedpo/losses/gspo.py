@@ -10,14 +10,12 @@ Advantages are one number a response.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from fusedpo.checks import non_negative
-from fusedpo.losses._base import hyperparameter
-from fusedpo.losses._gates import exponential
-from fusedpo.losses._policy import ClippedLoss
-from fusedpo.scores import Tokens
+from fusedpo.losses.base import ClippedLoss, GradientStructure, Tokens, exponential, hyperparameter
 
 
 @dataclass(frozen=True)
@@ -27,9 +25,7 @@ class GSPO(ClippedLoss):
     epsilon_low: float = hyperparameter(3e-4, "how far below 1 a ratio counts", non_negative)
     epsilon_high: float = hyperparameter(4e-4, "how far above 1 a ratio counts", non_negative)
 
+    formula_structure: ClassVar[GradientStructure] = GradientStructure("sequence", unit="gate")
+
     def ratio(self, t: Tokens) -> Tensor:
         return exponential(t.mean(t.delta))
-
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return ("identity", "mean", "exp", "advantage", "clipped linear")

@@ -13,12 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fusedpo.checks import positive
-from fusedpo.losses._base import RatioLoss, flag, hyperparameter
-from fusedpo.losses._links import Tail
+from fusedpo.losses.base import MarginLoss, RatioLoss, Tail, flag, hyperparameter
 
 
 @dataclass(frozen=True)
-class IPO(RatioLoss):
+class IPO(RatioLoss, MarginLoss):
     """Identity Preference Optimization: squared distance of the log-ratio gap from 1 / (2 beta)."""
 
     beta: float = hyperparameter(0.1, "regularisation; the gap aimed at is 1 / (2 beta)", positive)

@@ -14,21 +14,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fusedpo.checks import non_negative
-from fusedpo.losses._base import (
+from fusedpo.losses.base import (
     Input,
+    RatioLoss,
     ResponseLoss,
+    Scores,
     hyperparameter,
-    inverse_temperature,
     one_of,
     pick,
 )
-from fusedpo.scores import Scores
 
 _DESIRABLE = Input(
     "whether the response is desirable: True or 1, False or 0", low=0.0, high=1.0, binary=True
@@ -40,12 +40,9 @@ _KL = Input(
 
 
 @dataclass(frozen=True)
-class KTO(ResponseLoss):
+class KTO(RatioLoss, ResponseLoss):
     """Kahneman-Tversky Optimization: single responses that are desirable or not."""
 
-    needs_reference: ClassVar[bool] = True
-
-    beta: float = inverse_temperature()
     desirable_weight: float = hyperparameter(1.0, "weight of desirable responses", non_negative)
     undesirable_weight: float = hyperparameter(1.0, "weight of undesirable ones", non_negative)
     variant: Literal["kto", "apo_zero"] = hyperparameter(
@@ -61,10 +58,6 @@ class KTO(ResponseLoss):
         known = {"desirable": _DESIRABLE}
         return MappingProxyType(known if self.variant == "apo_zero" else {**known, "kl": _KL})
 
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return ("identity", "sum", "identity", "single", "sigmoid")
-
     def of_response(self, role: str, s: Scores, **inputs: Any) -> Tensor:
         desirable = inputs["desirable"].bool()
         a = s.ratio
@@ -74,9 +67,6 @@ class KTO(ResponseLoss):
         weight = pick(desirable, self.desirable_weight, self.undesirable_weight)
         # 1 - sigmoid(u) would round a small loss to 0
         return weight * torch.sigmoid(-self.beta * sign * a)
-
-    def reward(self, s: Scores) -> Tensor:
-        return self.beta * s.ratio
 
     def metrics(self, *responses: Any, **inputs: Any) -> dict[str, Tensor]:
         """Means over the desirable ("chosen") and the undesirable responses; NaN without any."""

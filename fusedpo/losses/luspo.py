@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fusedpo.checks import non_negative
-from fusedpo.losses._base import hyperparameter
-from fusedpo.losses._policy import Aggregation
+from fusedpo.losses.base import Aggregation, hyperparameter
 from fusedpo.losses.gspo import GSPO
 
 
@@ -27,7 +26,3 @@ class LUSPO(GSPO):
 
     epsilon_low: float = hyperparameter(2e-3, "how far below 1 a ratio counts", non_negative)
     epsilon_high: float = hyperparameter(2.5e-3, "how far above 1 a ratio counts", non_negative)
-
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return ("identity", "mean", "exp", "advantage x length", "clipped linear")

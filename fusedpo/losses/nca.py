@@ -13,20 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
-from fusedpo.losses._base import ResponseRatioLoss, inverse_temperature
-from fusedpo.losses._links import log_sigmoid
-from fusedpo.scores import Scores
+from fusedpo.losses.base import RatioLoss, ResponseLoss, Scores, inverse_temperature, log_sigmoid
 
 
 @dataclass(frozen=True)
-class NCA(ResponseRatioLoss):
+class NCA(RatioLoss, ResponseLoss):
     """Noise Contrastive Alignment: raises the chosen's own likelihood, not only the gap."""
 
     beta: float = inverse_temperature(0.01)
-
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return ("identity", "sum", "identity", "single", "log_sigmoid, three")
 
     def of_response(self, role: str, s: Scores, **inputs: Any) -> Tensor:
         r = self.reward(s)

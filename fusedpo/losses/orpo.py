@@ -19,25 +19,19 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import non_negative, positive
-from fusedpo.losses._base import PairLoss, hyperparameter
-from fusedpo.losses._links import log_sigmoid
-from fusedpo.scores import Scores
+from fusedpo.losses.base import PreferenceLoss, Scores, hyperparameter, log_sigmoid
 
 _LARGEST = -1e-7
 
 
 @dataclass(frozen=True)
-class ORPO(PairLoss):
+class ORPO(PreferenceLoss):
     """Odds Ratio Preference Optimization: cross-entropy plus a reference-free odds-ratio term."""
 
     beta: float = hyperparameter(0.1, "weight of the odds-ratio term", positive)
     nll_weight: float = hyperparameter(
         1.0, "weight of the chosen responses' cross-entropy", non_negative
     )
-
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return ("identity", "mean", "log-odds", "pair", "log_sigmoid")
 
     def per_example(self, chosen: Scores, rejected: Scores, **inputs: Any) -> Tensor:
         gap = self.alignment_reward(chosen) - self.alignment_reward(rejected)

@@ -14,8 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fusedpo.losses._policy import Aggregation, PolicyLoss
-from fusedpo.scores import Tokens
+from fusedpo.losses.base import Aggregation, GradientStructure, PolicyLoss, Tokens
 
 
 @dataclass(frozen=True)
@@ -24,13 +23,7 @@ class REINFORCE(PolicyLoss):
 
     aggregation: ClassVar[Aggregation] = "token_mean"
 
-    @property
-    def sees_sequences(self) -> bool:
-        return False
-
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return ("identity", "token mean", "identity", "advantage", "linear")
+    formula_structure: ClassVar[GradientStructure] = GradientStructure("token", unit="gate")
 
     def per_token(self, t: Tokens) -> Tensor:
         return -t.advantage * t.logprob

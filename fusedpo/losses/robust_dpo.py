@@ -14,19 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
-from fusedpo.losses._base import RatioLoss, label_smoothing
-from fusedpo.losses._links import log_sigmoid
+from fusedpo.losses.base import MarginLoss, RatioLoss, label_smoothing, log_sigmoid
 
 
 @dataclass(frozen=True)
-class RobustDPO(RatioLoss):
+class RobustDPO(RatioLoss, MarginLoss):
     """Robust DPO: DPO's loss, debiased for a known share of flipped preferences."""
 
     label_smoothing: float = label_smoothing(0.1)
-
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return ("identity", "sum", "identity", "pair", "debiased log_sigmoid")
 
     def of_margin(self, margin: Tensor, **inputs: Any) -> Tensor:
         z, e = self.beta * margin, self.label_smoothing

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import non_negative, positive
-from fusedpo.losses._base import Input, hyperparameter, one_of
+from fusedpo.losses.base import Input, hyperparameter, one_of
 from fusedpo.losses.sppo import SPPO, WIN_RATES
 
 Repulsion = Literal["unit_sq_euclid", "cosine", "hinge_sq", "gauss", "none"]

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import positive
-from fusedpo.losses._base import ResponseLoss, hyperparameter
-from fusedpo.scores import Scores
+from fusedpo.losses.base import ResponseLoss, Scores, hyperparameter
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,6 @@ class SFT(ResponseLoss):
     @property
     def nll_weight(self) -> float:
         return self.weight
-
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return ("identity", "token mean", "identity", "single", "linear")
 
     def of_response(self, role: str, s: Scores, **inputs: Any) -> Tensor:
         """0: all there is of this loss is the cross-entropy, which is no mean over pairs."""

@@ -34,7 +34,7 @@ reference as ``ref_hidden``. The accounts have alpha 3 over DPO, 1 over SimPO, 1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,22 +42,25 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import bad_type, bad_value, non_negative, positive
-from fusedpo.losses._base import (
-    Input,
+from fusedpo.losses.base import (
+    GradientStructure,
     MarginLoss,
     PreferenceLoss,
+    Scores,
+    Tail,
     flag,
     hyperparameter,
     one_of,
 )
+from fusedpo.losses.forwarding import forwards
 from fusedpo.losses.simpo import SimPO
-from fusedpo.scores import Scores
 
 
 def _base(name: str, value: Any) -> PreferenceLoss:
     if not isinstance(value, PreferenceLoss):
         raise bad_type(name, "a loss of pairs, such as SimPO()", repr(value))
-    if value.roles != ("chosen", "rejected") or value.coupling == "batch" or value.uses_states:
+    by_batch = value.formula_structure.scope == "batch"
+    if value.roles != ("chosen", "rejected") or by_batch or value.uses_states:
         raise bad_value(
             name,
             "a loss of chosen and rejected responses, one pair at a time and of log-probabilities",
@@ -66,18 +69,21 @@ def _base(name: str, value: Any) -> PreferenceLoss:
     return value
 
 
-def _is_squared(loss: PreferenceLoss) -> bool:
-    """Whether the loss, or one that it is made of, is the square of a margin or a log-ratio."""
-    parts = getattr(loss, "losses", None) or [getattr(loss, "base", None)]
-    inner = [part for part in parts if part is not None]
-    if inner:
-        return any(map(_is_squared, inner))
-    try:
-        return loss.terms[-1] == "squared"
-    except NotImplementedError:  # one of a user's own that says nothing of itself
-        return False
-
-
+@forwards(
+    "base",
+    "needs_reference",
+    "inputs",
+    "stats",
+    "nll_weight",
+    "is_square",
+    "weights_tokens",
+    "token_weight",
+    "uses_states",
+    "of_states",
+    "reward",
+    "alignment_reward",
+    "logged_logp",
+)
 @dataclass(frozen=True)
 class ShortToLong(PreferenceLoss):
     """Short-to-Long Preference Optimization: a loss on short contexts, rewards aligned to long."""
@@ -112,7 +118,7 @@ class ShortToLong(PreferenceLoss):
                 "'quadratic'",
                 "take a loss of one margin, such as IPO()",
             )
-        if self.distance in ("abs", "huber") and _is_squared(self.base):
+        if self.distance in ("abs", "huber") and self.base.is_square:
             fitting = "'quadratic'" if of_margin else "'sq'"
             raise bad_value(
                 "distance",
@@ -127,32 +133,16 @@ class ShortToLong(PreferenceLoss):
         return (*self.base.roles, *long)
 
     @property
-    def needs_reference(self) -> bool:
-        return self.base.needs_reference
+    def formula_structure(self) -> GradientStructure:
+        return GradientStructure("pair", len(self.roles))
 
     @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        gate, aggregate, sequence_map, _, link = self.base.terms
-        return (gate, aggregate, sequence_map, "triple", f"{link} + {self.distance}(gap)")
+    def tail(self) -> Tail | None:
+        """None: the kernel runs no distance of rewards."""
+        return None
 
-    @property
-    def inputs(self) -> Mapping[str, Input]:
-        return self.base.inputs
-
-    @property
-    def stats(self) -> tuple[str, ...]:
-        return self.base.stats
-
-    @property
-    def nll_weight(self) -> float:
-        return self.base.nll_weight
-
-    @property
-    def weights_tokens(self) -> bool:
-        return self.base.weights_tokens
-
-    def token_weight(self, position: Tensor, shortest: Tensor) -> Tensor:
-        return self.base.token_weight(position, shortest)
+    def of_response(self, role: str, s: Scores, **inputs: Any) -> Tensor:
+        raise NotImplementedError("ShortToLong compares responses: it is no sum over them")
 
     def per_example(self, *responses: Any, **inputs: Any) -> Tensor:
         """[P], the loss of each example."""
@@ -179,12 +169,6 @@ class ShortToLong(PreferenceLoss):
         if self.distance == "huber":
             return torch.hypot(d, torch.full_like(d, self.kappa)) - self.kappa
         return d.abs()
-
-    def reward(self, s: Scores) -> Tensor:
-        return self.base.reward(s)
-
-    def logged_logp(self, s: Scores) -> Tensor:
-        return self.base.logged_logp(s)
 
     def metrics(self, *responses: Any, **inputs: Any) -> dict[str, Tensor]:
         gap = self.gap(responses[0], responses[2])

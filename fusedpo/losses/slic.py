@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fusedpo.losses._base import RatioLoss, inverse_temperature
-from fusedpo.losses._links import Tail
+from fusedpo.losses.base import MarginLoss, RatioLoss, Tail, inverse_temperature
 
 
 @dataclass(frozen=True)
-class SLiC(RatioLoss):
+class SLiC(RatioLoss, MarginLoss):
     """Sequence Likelihood Calibration: hinge of beta times the difference of log-ratios."""
 
     beta: float = inverse_temperature(0.05)

@@ -12,14 +12,19 @@ counts as exp(20), without a gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fusedpo.checks import positive
-from fusedpo.losses._base import hyperparameter
-from fusedpo.losses._policy import PolicyLoss, advantage_sign
-from fusedpo.scores import Tokens
+from fusedpo.losses.base import (
+    GradientStructure,
+    PolicyLoss,
+    Tokens,
+    advantage_sign,
+    hyperparameter,
+)
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,7 @@ class SoftAdaptive(PolicyLoss):
     tau_pos: float = hyperparameter(1.0, "temperature of the gate where A > 0", positive)
     tau_neg: float = hyperparameter(1.05, "temperature elsewhere", positive)
 
-    @property
-    def sees_sequences(self) -> bool:
-        return False
-
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return ("sigmoid of the ratio", "sequence mean", "identity", "advantage", "linear")
+    formula_structure: ClassVar[GradientStructure] = GradientStructure("token", unit="gate")
 
     def per_token(self, t: Tokens) -> Tensor:
         tau = advantage_sign(t.advantage, self.tau_pos, self.tau_neg)

@@ -32,11 +32,16 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import positive
-from fusedpo.losses._base import hyperparameter, one_of
-from fusedpo.losses._gates import GATES, exponential
-from fusedpo.losses._links import Tail
-from fusedpo.losses._policy import PolicyLoss, advantage_sign
-from fusedpo.scores import Tokens
+from fusedpo.losses.base import (
+    GATES,
+    PolicyLoss,
+    Tail,
+    Tokens,
+    advantage_sign,
+    exponential,
+    hyperparameter,
+    one_of,
+)
 
 Gate = Literal[
     "arctan_log",

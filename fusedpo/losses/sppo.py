@@ -17,13 +17,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from fusedpo.checks import bad_value, number, positive
-from fusedpo.losses._base import Input, ResponseRatioLoss, flag, hyperparameter
-from fusedpo.scores import Scores
+from fusedpo.losses.base import Input, RatioLoss, ResponseLoss, Scores, flag, hyperparameter
 
 WIN_RATES = {
     "win_rate_chosen": Input("share of comparisons that the chosen response wins", 1.0, 0.0, 1.0),
@@ -38,7 +37,7 @@ def _baseline(name: str, value: object) -> float:
 
 
 @dataclass(frozen=True)
-class SPPO(ResponseRatioLoss):
+class SPPO(RatioLoss, ResponseLoss):
     """Self-Play Preference Optimization: log-ratios fitted to win rates by least squares."""
 
     beta: float = hyperparameter(1e-3, "1 / eta; aims at (P - baseline) / beta", positive)
@@ -47,13 +46,11 @@ class SPPO(ResponseRatioLoss):
         0.5, "what a win rate is compared with, in place of beta log Z", _baseline, kw_only=True
     )
 
+    is_square: ClassVar[bool] = True
+
     @property
     def inputs(self) -> Mapping[str, Input]:
         return MappingProxyType(WIN_RATES)
-
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return ("identity", "sum", "identity", "single", "squared")
 
     def target(self, role: str, **inputs: Any) -> Tensor:
         """[P], the win rate that a response is fitted to."""

@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import positive
-from fusedpo.losses._base import hyperparameter, pick
-from fusedpo.losses._policy import Aggregation, PolicyLoss
-from fusedpo.scores import RATIO_LIMIT, Tokens
+from fusedpo.losses.base import RATIO_LIMIT, Aggregation, PolicyLoss, Tokens, hyperparameter, pick
 
 _LEAST = math.log(1e-8)
 
@@ -32,22 +30,17 @@ class VESPO(PolicyLoss):
     """VESPO: REINFORCE with a smooth weight on the ratio of the whole response."""
 
     aggregation: ClassVar[Aggregation] = "token_mean"
-    absorbs_correction: ClassVar[bool] = True
 
     k_pos: float = hyperparameter(2.0, "power of the ratio where A >= 0", positive)
     lambda_pos: float = hyperparameter(3.0, "decay where A >= 0", positive)
     k_neg: float = hyperparameter(3.0, "power of the ratio elsewhere", positive)
     lambda_neg: float = hyperparameter(2.0, "decay elsewhere", positive)
 
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return ("identity", "sum", "gamma weight, detached", "advantage", "log-probability")
-
     def per_token(self, t: Tokens) -> Tensor:
         return -self.weight(t) * t.advantage * t.logprob
 
     def log_correction(self, weight: Tensor) -> Tensor:
-        return super().log_correction(weight).clamp(_LEAST, RATIO_LIMIT)
+        return weight.log().clamp(_LEAST, RATIO_LIMIT)
 
     def weight(self, t: Tokens) -> Tensor:
         """[N], phi(W) of each token's sequence."""

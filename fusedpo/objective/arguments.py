@@ -208,7 +208,7 @@ def _check_per_response(
     loss: PolicyLoss, layout: Layout, advantages: Tensor, importance_weights: Tensor | None
 ) -> None:
     """Raise for numbers per token where the loss takes them per response."""
-    if not loss.sees_sequences:
+    if loss.formula_structure.scope == "token":
         return
     whole = {"advantages": advantages}
     if importance_weights is not None and not loss.absorbs_correction:

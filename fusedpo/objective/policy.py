@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fusedpo.losses import PolicyLoss
+from fusedpo.losses.scores import Tokens
 from fusedpo.objective.arguments import PolicyArguments
 from fusedpo.objective.layout import Layout
 from fusedpo.objective.sequences import Sequences
 from fusedpo.objective.tail import run_tail
-from fusedpo.scores import Tokens
 
 
 @dataclass(frozen=True)

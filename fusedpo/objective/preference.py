@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fusedpo.losses import PreferenceLoss
-from fusedpo.losses._links import Tail
+from fusedpo.losses.links import Tail
+from fusedpo.losses.scores import Scores
 from fusedpo.objective.arguments import PreferenceArguments
 from fusedpo.objective.layout import Layout
 from fusedpo.objective.sequences import Sequences
 from fusedpo.objective.tail import run_tail
-from fusedpo.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class PreferenceProblem:
         return total.to(logprob.dtype), per_example.detach().to(logprob.dtype), scores, of_states
 
     def _formula(self, scores: Scores) -> Tensor:
-        if self.loss.gradient_structure.scope != "sequence":
+        if self.loss.formula_structure.scope != "sequence":
             inputs = self._inputs_of(self.sides[0])
             return self.loss.per_example(*(scores[side.sequences] for side in self.sides), **inputs)
         # of a group: its examples, each with the responses that are here

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import first_order
-from fusedpo.losses._links import Tail
+from fusedpo.losses.links import Tail
 from fusedpo.objective.sequences import Sequences
 
 

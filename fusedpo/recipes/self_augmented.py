@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fusedpo.checks import bad_type, bad_value, in_range, known_tokens, positive, vocabulary
-from fusedpo.losses._base import Check, check_hyperparameters, hyperparameter, one_of
+from fusedpo.losses.base import Check, check_hyperparameters, hyperparameter, one_of
 
 Ids: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int32]]"
 Stored: TypeAlias = "tuple[dict[str, Tensor], dict[str, Any]]"

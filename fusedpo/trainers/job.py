@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import bad_choice, bad_value, in_range, positive
-from fusedpo.compare import Batch, Comparison, compare
+from fusedpo.compare import Batch, Comparison, compare, is_comparable
 from fusedpo.fused_head import Score, aligned_labels, at_head, hidden_and_head
-from fusedpo.losses import Loss, PairLoss
+from fusedpo.losses import Loss
 from fusedpo.recipes import stdlib_pairs
 from fusedpo.report import (
     History,
@@ -317,8 +317,7 @@ class TrainJob:
     @property
     def _comparable(self) -> bool:
         """Whether the program with full logits is written for this loss."""
-        plain = isinstance(self.loss, PairLoss) and not self.loss.inputs
-        return plain and type(self.way) is Pairs
+        return is_comparable(self.loss) and type(self.way) is Pairs
 
     @property
     def checkpoints(self) -> Path:
@@ -668,7 +667,7 @@ def _comparison_batch(job: TrainJob, trainer: FusedTrainerMixin, rows: list[Any]
     """Some training rows, as the trained model sees them."""
     from fusedpo.trainers.transformers import PreferenceCollator
 
-    assert isinstance(job.loss, PairLoss), "TrainJob refuses to compare another loss"
+    assert is_comparable(job.loss), "TrainJob refuses to compare another loss"
     collate = PreferenceCollator(pad_token_id=0)
     batch = {
         name: value.to(trainer.args.device)

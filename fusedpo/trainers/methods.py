@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fusedpo.checks import bad_value, in_range, positive, vocabulary
 from fusedpo.losses import Loss, MarginLoss, PolicyLoss, PreferenceLoss, SemanticSPPO, ShortToLong
-from fusedpo.losses._base import check_hyperparameters, flag, hyperparameter, one_of
+from fusedpo.losses.base import check_hyperparameters, flag, hyperparameter, one_of
 from fusedpo.recipes import self_augmented as recipe
 from fusedpo.recipes import stdlib_pairs
 from fusedpo.recipes.groups import token_overlap
@@ -249,7 +249,9 @@ class SelfAugmented(Pairs):
             by_itself.next_batch(min(_GENERATED, len(held_out) - start))
         dataset = SelfAugmentedDataset(source)
         collator: Any = PreferenceCollator(pad)
-        if self.skip_shared_prefix and isinstance(loss, MarginLoss) and loss.prefix_cancels:
+        # of sums, what both responses begin with cancels in the margin
+        by_sums = isinstance(loss, MarginLoss) and loss.gradient_structure.unit == "margin"
+        if self.skip_shared_prefix and by_sums:
             collator = MaskSharedPrefix(collator)
         trainer = PreferenceTrainer(
             model,

@@ -70,7 +70,7 @@ from fusedpo.fused_head import (
 )
 from fusedpo.head import Head
 from fusedpo.losses import CPO, PreferenceLoss, SimPO
-from fusedpo.scores import Scores
+from fusedpo.losses.scores import Scores
 from fusedpo.trainers.trl_losses import (
     Calls,
     FusedDPOConfig,

@@ -239,7 +239,7 @@ class FusedGRPOConfig(_ByName, GRPOConfig):
         self._refuse(_OF_GRPO, "use fused_loss_args")
         if "kl_estimator" in _dictionary("fused_loss_args", self.fused_loss_args):
             self._refuse(("use_bias_correction_kl",), "kl_estimator in fused_loss_args decides")
-        whole = loss.sees_sequences and not loss.absorbs_correction
+        whole = loss.formula_structure.scope != "token" and not loss.absorbs_correction
         corrected = self.use_vllm and getattr(self, "vllm_importance_sampling_correction", False)
         mode = getattr(self, "vllm_importance_sampling_mode", "")
         if whole and corrected and str(mode).startswith("token"):

@@ -184,9 +184,9 @@ def batch(loss: Loss, seed: int, dtype: torch.dtype, reference: str = "token") -
         inputs = {"advantages": normal(count), "importance_weights": normal(count).abs() + 0.5}
         inputs["advantages"][:2] = torch.tensor([1.3, -0.7])
         # per token where the loss takes it
-        if loss.absorbs_correction or not loss.sees_sequences:
+        if loss.absorbs_correction or loss.formula_structure.scope == "token":
             inputs["importance_weights"] = normal(count, LENGTH).abs() + 0.5
-        if not loss.sees_sequences:
+        if loss.formula_structure.scope == "token":
             inputs["advantages"] = normal(count, LENGTH)
         inputs["log_entropy"] = True
     return Batch(

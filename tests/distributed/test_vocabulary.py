@@ -132,7 +132,7 @@ def test_holds_what_the_plan_says(
 @pytest.mark.parametrize("loss", LOSSES, ids=name_of)
 def test_losses(two: Processes, loss) -> None:
     routes = ["recompute"] if getattr(loss, "entropy_bonus", 0) else ["recompute", "retain"]
-    if loss.scope != "batch":
+    if loss.gradient_structure.scope != "batch":
         routes.append("one_pass")
     found = [
         fault

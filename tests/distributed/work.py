@@ -404,9 +404,9 @@ def solve_loss(
             b.weight.shape[1],
             dtype=dtype,
             needs=("hidden", "weight", "bias"),
-            scope=loss.scope,
+            scope=loss.gradient_structure.scope,
             groups=3,
-            factors=getattr(loss, "factors", 1),
+            factors=loss.gradient_structure.factors,
             entropy=entropy,
             entropy_value=isinstance(loss, PolicyLoss),  # it is logged
             route=route,

@@ -167,7 +167,7 @@ def test_losses_equal_those_from_full_logits(
     logprob = (exact_hidden @ exact_weight.T).log_softmax(-1)
     scored = labels != -100
     taken = logprob.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * scored
-    score = taken.sum(-1) / (scored.sum(-1) if loss.averages else 1)
+    score = taken.sum(-1) / (scored.sum(-1) if loss.formula_structure.unit == "mean_margin" else 1)
     score = score - reference.get("ref_logprobs", torch.zeros_like(score)).double()
     chosen, rejected = score.chunk(2)
     exact = loss.tail.of_margin(chosen - rejected).mean()

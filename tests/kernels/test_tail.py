@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from fusedpo.kernels import tail as module
-from fusedpo.losses import _gates, _links
+from fusedpo.losses import gates, links
 
 AGGREGATES, COMBINES = module.AGGREGATES, module.COMBINES
 GATES, LINKS = module.GATES, module.LINKS
@@ -122,21 +122,21 @@ def definition(problem: Problem) -> Outcome:
         if o["baseline"] is not None:
             delta = delta - o["baseline"][problem.rows(b)].double()
         tau = 1.0 if o["tau"] is None else o["tau"][b].double()
-        total = _gates.GATES[o["gate"]](delta, tau).sum()
+        total = gates.GATES[o["gate"]](delta, tau).sum()
         if o["reference"] is not None:
             total = total - o["reference"][b].double()
         if o["aggregate"] == "mean":
             total = total / max(delta.shape[0], 1)
         scores.append(total if delta.shape[0] else delta.sum())
     score = torch.stack(scores) if scores else leaf.new_zeros(0)
-    z = _gates.MAPS[o["sequence_map"]](score)
+    z = gates.MAPS[o["sequence_map"]](score)
     if o["combine"] == "pair":
         z = z[: z.shape[0] // 2] - z[z.shape[0] // 2 :]
     x = o["scale"] * z + o["shift"]
     if o["link"] == "log_sigmoid":
-        loss = _links.log_sigmoid(x, o["label_smoothing"])
+        loss = links.log_sigmoid(x, o["label_smoothing"])
     else:
-        loss = _links.LINKS[o["link"]](x)
+        loss = links.LINKS[o["link"]](x)
     if o["weight"] is not None:
         loss = loss * o["weight"].double()
     (gradient,) = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)
@@ -406,14 +406,14 @@ def test_gates_keep_their_digits(gate: str, tau: float) -> None:
 def test_definition_of_a_gate_is_what_its_formula_says(gate: str) -> None:
     delta = points().requires_grad_()
     for tau in (0.05, 1.0, 2.0):
-        phi = _gates.GATES[gate](delta, tau)
+        phi = gates.GATES[gate](delta, tau)
         (slope,) = torch.autograd.grad(phi.sum(), delta)
         with mpmath.workdps(50):
             truth = [[float(v) for v in exactly(gate, d, tau)] for d in delta.tolist()]
         exact = torch.tensor(truth, dtype=torch.float64)
         assert relative(phi, exact[:, 0]) <= 1e-14
         assert relative(slope, exact[:, 1]) <= 1e-14
-        per_token = _gates.GATES[gate](delta, torch.full((256,), tau, dtype=torch.float64))
+        per_token = gates.GATES[gate](delta, torch.full((256,), tau, dtype=torch.float64))
         assert torch.equal(phi, per_token)
 
 
@@ -423,7 +423,7 @@ def test_definition_of_a_gate_is_finite_and_keeps_nan(gate: str, dtype: torch.dt
     delta = torch.tensor([0.0, 1e-12, 20.0, 88.0, 700.0, 1e4], dtype=dtype)
     delta = torch.cat((delta, -delta, torch.tensor([torch.nan], dtype=dtype))).requires_grad_()
     for tau in (1e-3, 1.0, 50.0, *([0.0, -1.0] if gate == "clip_log" else [])):
-        phi = _gates.GATES[gate](delta, tau)
+        phi = gates.GATES[gate](delta, tau)
         (slope,) = torch.autograd.grad(phi.sum(), delta)
         assert phi.dtype == dtype and phi[:-1].isfinite().all() and slope[:-1].isfinite().all()
         assert phi[-1].isnan()
@@ -433,7 +433,7 @@ def test_one_sided_clip_is_the_pessimistic_one() -> None:
     delta = torch.tensor([-3.0, -0.4, -0.1, 0.0, 0.1, 0.4, 3.0], dtype=torch.float64)
     for sign in (1.0, -1.0, 0.0):
         pessimistic = sign * torch.minimum(sign * delta, sign * delta.clamp(-0.4, 0.4))
-        assert torch.equal(_gates.clip_log(delta, 0.4 * sign), pessimistic)
+        assert torch.equal(gates.clip_log(delta, 0.4 * sign), pessimistic)
         bound = torch.full((7,), 0.4 * sign, dtype=torch.float64)
         rows = torch.arange(7)
         single = {"combine": "single", "link": "linear", "gate": "clip_log", "tau": bound}
@@ -471,8 +471,8 @@ def test_extreme_log_ratios(gate: str) -> None:
 
 
 def test_map_is_limited() -> None:
-    assert module._MAP_LIMIT.value == _gates.MAP_LIMIT
-    assert module._RATIO_LIMIT.value == _gates.RATIO_LIMIT
+    assert module._MAP_LIMIT.value == gates.MAP_LIMIT
+    assert module._RATIO_LIMIT.value == gates.RATIO_LIMIT
     logprob = torch.tensor([79.0, 80.0, 81.0, -900.0], dtype=torch.float64)
     rows = torch.arange(4)
     options = {"sequence_map": "exp", "combine": "single", "link": "linear"}

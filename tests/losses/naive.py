@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fusedpo.losses import PolicyLoss, PreferenceLoss
+from fusedpo.losses.scores import Scores, Tokens
 from fusedpo.objective.sequences import Sequences
-from fusedpo.scores import Scores, Tokens
 
 
 def preference(

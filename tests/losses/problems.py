@@ -22,10 +22,10 @@ from torch import Tensor
 from fusedpo import plan, policy_loss, preference_loss
 from fusedpo.engine.plan import Plan
 from fusedpo.losses import Loss, PolicyLoss, PreferenceLoss
+from fusedpo.losses.scores import Scores
 from fusedpo.objective.policy import PolicyProblem
 from fusedpo.objective.preference import PreferenceProblem, Side
 from fusedpo.objective.sequences import Sequences
-from fusedpo.scores import Scores
 
 WIDTH, VOCAB, LENGTH = 8, 23, 9
 
@@ -258,14 +258,14 @@ def one_pass(
     dtype: torch.dtype = torch.float32,
 ) -> Plan | None:
     """A plan that has the gradient before the last token is seen; None if that cannot be."""
-    if loss.scope == "batch":
+    if loss.gradient_structure.scope == "batch":
         return None
     chosen = plan(
         int((b.labels >= 0).sum()),
         VOCAB,
         WIDTH,
         dtype=dtype,
-        scope=loss.scope,
+        scope=loss.gradient_structure.scope,
         groups=groups,
         factors=factors,
         route="one_pass",
@@ -295,13 +295,15 @@ def preference_faults(
         inputs["desirable"] = torch.arange(examples) % 2 == 0
     leaves = tuple(t.clone().requires_grad_() for t in (b.hidden, b.weight))
     ref = {"ref_logprobs": b.ref} if loss.needs_reference else {}
-    groups = len(b.labels) if loss.coupling == "response" else examples
+    structure = loss.gradient_structure
+    groups = len(b.labels) if structure.scope == "sequence" else examples
+    planned = one_pass(loss, b, backend, groups, structure.factors) if early else None
     out = preference_loss(
         loss,
         *leaves,
         b.labels,
         backend=backend,
-        memory_budget=one_pass(loss, b, backend, groups, loss.factors) if early else None,
+        memory_budget=planned,
         **ref,
         **inputs,
     )
@@ -367,7 +369,8 @@ def policy_faults(
     g = torch.Generator().manual_seed(seed)
     shape = b.labels.shape if weights == "per token" else (count,)
     factor = torch.rand(shape, generator=g) + 0.5
-    advantage = torch.randn((count,) if loss.sees_sequences else shape, generator=g)
+    whole = loss.formula_structure.scope == "sequence"
+    advantage = torch.randn((count,) if whole else shape, generator=g)
     if advantage.dim() == 1:
         advantage[:2] = torch.tensor([1.3, -0.7])
     leaves = tuple(t.clone().requires_grad_() for t in (b.hidden, b.weight))

@@ -28,7 +28,7 @@ from fusedpo.losses import (
     SimPO,
     available,
 )
-from fusedpo.scores import Scores
+from fusedpo.losses.scores import Scores
 
 
 def preference_losses() -> list[PreferenceLoss]:

@@ -34,22 +34,17 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fusedpo.checks import number, positive
-from fusedpo.losses._base import MarginLoss, hyperparameter
-from fusedpo.scores import Scores
+from fusedpo.losses.base import GradientStructure, MarginLoss, Scores, hyperparameter
 
 
 @dataclass(frozen=True)
 class Toy(MarginLoss):
     """A bounded least-squares fit of the margin."""
 
-    averages: ClassVar[bool] = True
+    formula_structure: ClassVar[GradientStructure] = GradientStructure("pair", 1, "mean_margin")
 
     beta: float = hyperparameter(2.0, "scale of the margin", positive)
     target: float = hyperparameter(5.0, "the margin aimed at", number)
-
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return ("identity", "mean", "identity", "pair", "bounded squared")
 
     def of_margin(self, margin: Tensor, **inputs: Any) -> Tensor:
         z = self.beta * margin - self.target
@@ -118,9 +113,9 @@ def test_it_takes_every_route(
         int((data["labels"] >= 0).sum()),
         test_objective.VOCAB,
         test_objective.WIDTH,
-        scope=toy.scope,
+        scope=toy.gradient_structure.scope,
         groups=3,
-        factors=toy.factors,
+        factors=toy.gradient_structure.factors,
         route=route,
         backend=backend,
     )
@@ -154,7 +149,6 @@ S = scores_of([-8.0], [-10.0])
 @pytest.mark.parametrize(
     ("ask", "said"),
     [
-        (lambda: Bare().terms, "Bare defines neither tail nor terms"),
         (lambda: Bare().per_example(S, S), "Bare has no formula"),
         (lambda: Bare().of_response("chosen", S), "Bare is no sum over responses"),
         (lambda: Bare().metrics(S, S), "Bare has no reward"),

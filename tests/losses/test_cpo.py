@@ -7,8 +7,9 @@ import torch
 from losses.problems import scores_of
 from losses.shared import scores
 
+from fusedpo.engine.structure import GradientStructure
 from fusedpo.losses import CPO, DPO
-from fusedpo.scores import Scores
+from fusedpo.losses.scores import Scores
 
 
 @pytest.mark.holds(33)
@@ -37,8 +38,8 @@ def test_it_is_dpo_against_a_uniform_reference() -> None:
 
 
 def test_the_cross_entropy_is_no_part_of_the_pair_loss() -> None:
-    assert CPO().nll_weight == 1.0 and CPO().coupling == "example"
-    assert CPO(nll_weight=0.0).coupling == "margin"
+    assert CPO().nll_weight == 1.0 and CPO().gradient_structure == GradientStructure("pair", 2)
+    assert CPO(nll_weight=0.0).gradient_structure.unit == "margin"
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from losses.problems import (
 from losses.shared import made
 
 from fusedpo import losses as L
-from fusedpo.losses._gates import GATES
+from fusedpo.losses.gates import GATES
 
 PAIRS: dict[str, tuple[L.PreferenceLoss, Callable]] = {}
 SAMPLES: dict[str, tuple[L.PolicyLoss, Callable]] = {}
@@ -340,7 +340,7 @@ def test_groups_with_importance_weights(name: str, backend: str, seed: int, coun
     assert not faults(got, Found(*truth(samples)))
 
 
-OF_TOKENS = [n for n, (loss, _) in SAMPLES.items() if not loss.sees_sequences]
+OF_TOKENS = [n for n, (loss, _) in SAMPLES.items() if loss.formula_structure.scope == "token"]
 
 
 @pytest.mark.holds(33)
@@ -409,7 +409,7 @@ WEIGHTED = [n for n in SAMPLES if "kl_weight" not in n and "VESPO" not in n]
 @on_both_backends(WEIGHTED)
 def test_weighted_groups_from_hidden_states(name: str, backend: str) -> None:
     loss, truth = SAMPLES[name]
-    weights = "per sequence" if loss.sees_sequences else "per token"
+    weights = "per sequence" if loss.formula_structure.scope == "sequence" else "per token"
     for early in (False, True):
         assert not policy_faults(loss, truth, len(name), backend, weights=weights, early=early)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from losses.shared import scores
 
 from fusedpo.losses import IPO
-from fusedpo.scores import Scores
+from fusedpo.losses.scores import Scores
 
 
 @pytest.mark.holds(33)

@@ -13,6 +13,7 @@ from losses.shared import inputs_for, scores
 from oracles import relative
 
 from fusedpo import losses, preference_loss
+from fusedpo.engine.structure import GradientStructure
 from fusedpo.losses import (
     AOT,
     BCO,
@@ -109,7 +110,8 @@ def test_a_worked_weight() -> None:
 
 
 def test_a_weight_waits_for_both_responses() -> None:
-    assert WPO(BCO()).coupling == "example" and WPO(DPO()).coupling == "margin"
+    assert WPO(BCO()).gradient_structure == GradientStructure("pair", 2)
+    assert WPO(DPO()).gradient_structure == GradientStructure("pair", 1, "margin")
     assert WPO(DPO()).stats == ("log_sum_sq_probs",) == WPO(WPO(DPO())).stats
 
 
@@ -173,16 +175,18 @@ def test_equality_and_text() -> None:
 
 
 @pytest.mark.parametrize(
-    "loss, coupling",
+    "loss, structure",
     [
-        (DPO() + IPO(), "example"),
-        (BCO() + NCA() + SFT(), "response"),
-        (BCO() + DPO(), "example"),
-        (DPO() + losses.AOT(), "batch"),
+        (DPO() + IPO(), GradientStructure("pair", 2)),
+        (BCO() + NCA() + SFT(), GradientStructure("sequence")),
+        (BCO() + DPO(), GradientStructure("pair", 2)),
+        (DPO() + losses.AOT(), GradientStructure("batch")),
     ],
 )
-def test_a_sum_waits_for_what_waits_longest(loss: PreferenceLoss, coupling: str) -> None:
-    assert loss.coupling == coupling
+def test_a_sum_waits_for_what_waits_longest(
+    loss: PreferenceLoss, structure: GradientStructure
+) -> None:
+    assert loss.gradient_structure == structure
 
 
 def test_rewards_are_those_of_the_first() -> None:

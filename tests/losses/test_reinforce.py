@@ -7,7 +7,7 @@ from losses.problems import of_samples, sampled
 from losses.shared import made
 
 from fusedpo.losses import REINFORCE, PolicyLoss, SoftSequence, available
-from fusedpo.losses._gates import GATES
+from fusedpo.losses.gates import GATES
 
 EVERY = [cls() for cls in available().values() if issubclass(cls, PolicyLoss)]
 EVERY += [made(SoftSequence, gate=gate, tau_pos=0.7, tau_neg=1.9) for gate in GATES]

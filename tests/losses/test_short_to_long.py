@@ -28,7 +28,7 @@ from fusedpo.losses import (
     SimPO,
     SLiC,
 )
-from fusedpo.scores import Scores
+from fusedpo.losses.scores import Scores
 
 BASES = [DPO(), DPO(3.0, length_normalized=True), SimPO(), ORPO(), CPO()]
 every_base = pytest.mark.parametrize("base", BASES, ids=lambda base: type(base).__name__)

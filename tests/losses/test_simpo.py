@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from losses.shared import scores
 
+from fusedpo.engine.structure import GradientStructure
 from fusedpo.losses import SimPO
-from fusedpo.scores import Scores
+from fusedpo.losses.scores import Scores
 
 
 @pytest.mark.holds(33)
@@ -56,4 +57,5 @@ def test_the_added_cross_entropy_is_no_part_of_the_pair_loss() -> None:
     w, l = scores(2, reference=False)
     assert torch.equal(SimPO(sft_weight=0.3).per_example(w, l), SimPO().per_example(w, l))
     assert SimPO(sft_weight=0.3).nll_weight == 0.3
-    assert SimPO().coupling == "margin" and SimPO(sft_weight=0.3).coupling == "example"
+    assert SimPO().gradient_structure == GradientStructure("pair", 1, "mean_margin")
+    assert SimPO(sft_weight=0.3).gradient_structure == GradientStructure("pair", 2)

@@ -9,7 +9,7 @@ import torch
 from losses.problems import Found, of_samples, sampled
 
 from fusedpo.losses import GMPO, GSPO, SoftSequence
-from fusedpo.losses._gates import GATES, clip_log
+from fusedpo.losses.gates import GATES, clip_log
 
 SAMPLES = sampled(
     [0.3, -0.2, 0.9], [0.5, -0.7], [-0.4], [0.1, 2.0], advantages=[1.0, -2.0, 0.0, 0.5]

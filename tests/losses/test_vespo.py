@@ -9,8 +9,8 @@ import torch
 from losses.problems import of_samples, sampled
 
 from fusedpo.losses import VESPO
+from fusedpo.losses.scores import Tokens
 from fusedpo.objective.sequences import Sequences
-from fusedpo.scores import Tokens
 
 
 @pytest.mark.holds(33)

@@ -231,7 +231,7 @@ _TRAINERS = (
         ),
         ("min(_GENERATED, len(held_out) - start)", "_GENERATED", "more held-out pairs than rows"),
         (
-            "isinstance(loss, MarginLoss) and loss.prefix_cancels",
+            'isinstance(loss, MarginLoss) and loss.gradient_structure.unit == "margin"',
             "isinstance(loss, MarginLoss)",
             "averages lose tokens",
         ),
@@ -662,7 +662,7 @@ _OF_LOSSES += " -k 'metrics or logs or not (test_objective or test_policy)'"
 
 _LOSSES = (
     *_in(
-        "fusedpo/losses/_base.py",
+        "fusedpo/losses/preference.py",
         _OF_LOSSES,
         (
             "(of_chosen > of_rejected).double().mean()",
@@ -675,6 +675,10 @@ _LOSSES = (
             "sums for means",
             "test_objective.py -k 'metrics or simpo_logs'",
         ),
+    ),
+    *_in(
+        "fusedpo/losses/loss.py",
+        _OF_LOSSES,
         (
             "return torch.full_like(which, no, dtype=torch.float64).masked_fill(which, yes)",
             "return torch.where(which, yes, no).double()",
@@ -683,7 +687,7 @@ _LOSSES = (
         ),
     ),
     *_in(
-        "fusedpo/losses/_policy.py",
+        "fusedpo/losses/policy.py",
         _OF_LOSSES,
         (
             "(ratio < 1 - self.epsilon_low) & (t.advantage < 0)",
@@ -691,8 +695,8 @@ _LOSSES = (
             "clipped where it is not",
         ),
         (
-            "t.average_of_sequences if self.sees_sequences else t.average",
-            "t.average",
+            "share = t.average if by_token else t.average_of_sequences",
+            "share = t.average",
             "shares of tokens for responses",
             "losses/test_gspo.py losses/test_luspo.py test_policy.py -k 'metrics or gspo or luspo'",
         ),
@@ -705,7 +709,7 @@ _LOSSES = (
         ),
     ),
     *_in(
-        "fusedpo/losses/_mixture.py",
+        "fusedpo/losses/mixture.py",
         _OF_LOSSES,
         (
             "for loss in reversed(self.losses)",
@@ -723,22 +727,22 @@ _LOSSES = (
             "repulsion without its weight",
         ),
         (
-            'return "batch" if "batch" in known else "example"',
-            'return "example"',
+            'return GradientStructure("batch") if "batch" in scopes else super().formula_structure',
+            "return super().formula_structure",
             "a gradient known too early",
         ),
     ),
     *_in(
-        "fusedpo/losses/_modifiers.py",
+        "fusedpo/losses/modifiers.py",
         _OF_LOSSES,
         (
-            'return "example" if self.base.coupling == "response" else self.base.coupling',
-            "return self.base.coupling",
+            'if structure.scope != "sequence":',
+            "if True:",
             "a weight that is not known yet",
         ),
         (
-            "return own * self.base.token_weight(position, shortest)",
-            "return own",
+            "return weight * self.base.token_weight(position, shortest)",
+            "return weight",
             "desensitized once",
         ),
         (
@@ -795,8 +799,8 @@ _LOSSES = (
             "weights of unlikely responses",
         ),
         (
-            "super().log_correction(weight).clamp(_LEAST, RATIO_LIMIT)",
-            "super().log_correction(weight)",
+            "weight.log().clamp(_LEAST, RATIO_LIMIT)",
+            "weight.log()",
             "log 0",
         ),
         (
@@ -932,7 +936,7 @@ _LOSSES = (
         ("tau: float = hyperparameter(0.05", "tau: float = hyperparameter(0.5", "another default"),
     ),
     *_in(
-        "fusedpo/losses/_gates.py",
+        "fusedpo/losses/gates.py",
         _OF_LOSSES,
         ("delta.clamp(max=RATIO_LIMIT).exp()", "delta.exp()", "infinite ratios"),
         (
@@ -1043,7 +1047,7 @@ _CORE = (
         },
     ),
     *_in(
-        "fusedpo/scores.py",
+        "fusedpo/losses/scores.py",
         "test_policy.py losses/test_metrics.py -k 'not triton and (metrics or digits)'",
         (
             "means.sum() / max(1, self.sequences.count)",
@@ -1435,7 +1439,11 @@ _PROGRAMS = (
         "fusedpo/catalogue.py",
         "test_tables.py",
         ("if about.default is not None]", "]", "what is needed is called optional"),
-        ('"3 or 4" if loss.scope == "batch" else "3"', '"3"', "too few products"),
+        (
+            '"3 or 4" if loss.gradient_structure.scope == "batch" else "3"',
+            '"3"',
+            "too few products",
+        ),
         ("if not f.kw_only", "", "options of all losses"),
     ),
     *_in(

@@ -1,6 +1,6 @@
-"""The log-probabilities that a loss sees: of whole responses, or of tokens.
+"""Scores and Tokens: what a loss sees of responses.
 
-Letters: N scored tokens, B sequences.
+Letters: N scored tokens, B responses.
 """
 
 from __future__ import annotations
@@ -11,32 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-
-class SequenceSums(Protocol):
-    """The sequences that tokens belong to, as a loss sees them: ``objective.sequences.Sequences``.
-
-    Attributes:
-        index: [N] int64, the sequence of each token.
-        lengths: [B] int64, tokens of each sequence.
-        count: B.
-    """
-
-    @property
-    def index(self) -> Tensor: ...
-
-    @property
-    def lengths(self) -> Tensor: ...
-
-    @property
-    def count(self) -> int: ...
-
-    def sum(self, values: Tensor, *, same: bool = True) -> Tensor:
-        """[B] fp64, the sum of values [N] over each sequence."""
-        ...
-
-    def total(self, values: Tensor) -> Tensor:
-        """The sum of values [N] over all sequences, a number."""
-        ...
+# a ratio above exp(20) counts as exp(20): the exponential and its derivative stay finite
+RATIO_LIMIT = 20.0
 
 
 @dataclass(frozen=True)
@@ -88,8 +64,26 @@ class Scores:
         )
 
 
-# a ratio above exp(20) counts as exp(20): the exponential and its derivative stay finite
-RATIO_LIMIT = 20.0
+class Responses(Protocol):
+    """Which response each token belongs to, as far as a loss asks."""
+
+    @property
+    def index(self) -> Tensor:
+        """[N] int64, the response of each token."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] int64, scored tokens of each response."""
+
+    @property
+    def count(self) -> int:
+        """B."""
+
+    def sum(self, values: Tensor, *, same: bool = True) -> Tensor:
+        """[B] fp64, the sum of values [N] over each response."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of values [N], a number."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +101,7 @@ class Tokens:
 
     logprob: Tensor
     advantage: Tensor
-    sequences: SequenceSums
+    sequences: Responses
     old: Tensor | None = None
     log_correction: Tensor | None = None
     scored: Tensor | None = None

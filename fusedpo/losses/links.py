@@ -1,7 +1,7 @@
 """The algebra of losses: a tail is a gate, an aggregate, a sequence map, a combination and a link.
 
 They carry mathematical names, which the tail kernel knows too. What is defined here, in PyTorch, is
-what that kernel is held to; gates and maps are in _gates.
+what that kernel is held to; gates and maps are in gates.py.
 """
 
 from __future__ import annotations
@@ -61,11 +61,6 @@ class Tail:
     scale: float = 1.0
     shift: float = 0.0
     label_smoothing: float = 0.0
-
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        """Gate, aggregate, sequence map, combination and link."""
-        return (self.gate, self.aggregate, self.sequence_map, self.combine, self.link)
 
     def of_margin(self, margin: Tensor) -> Tensor:
         """The link at scale margin + shift."""

@@ -1,17 +1,18 @@
-"""What a policy loss is: a formula on tokens, how tokens are averaged, and its regularisers."""
+"""Policy losses: a formula on tokens, how tokens are averaged, and regularisers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fusedpo.checks import bad_value, non_negative, number
-from fusedpo.engine.structure import GradientStructure, Scope
-from fusedpo.losses._base import Loss, hyperparameter, one_of, optional, pick
-from fusedpo.scores import RATIO_LIMIT, Tokens
+from fusedpo.engine.structure import GradientStructure
+from fusedpo.losses.hyperparameters import hyperparameter, one_of, optional
+from fusedpo.losses.loss import Loss, pick
+from fusedpo.losses.scores import RATIO_LIMIT, Tokens
 
 Aggregation = Literal["sequence_mean", "sequence_sum", "token_mean"]
 
@@ -43,9 +44,6 @@ class PolicyLoss(Loss):
     aggregation: ClassVar[Aggregation] = "sequence_mean"
     """The mean over sequences of the mean (or the sum) over tokens, or the mean over all tokens."""
 
-    absorbs_correction: ClassVar[bool] = False
-    """Whether importance weights are part of the formula, rather than a factor of it."""
-
     @property
     def needs_reference(self) -> bool:
         return self.kl_weight > 0.0
@@ -55,21 +53,21 @@ class PolicyLoss(Loss):
         return ("entropy",) if self.entropy_bonus else ()
 
     @property
-    def sees_sequences(self) -> bool:
-        """Whether a token's gradient depends on other tokens of its sequence."""
-        return True
+    def formula_structure(self) -> GradientStructure:
+        """How much of the gradient of ``per_token`` is known when.
 
-    @property
-    def scope(self) -> Scope:
-        if self.entropy_bonus:
-            return "batch"
-        if not self.sees_sequences:
-            return "token"
-        return "batch" if self.kl_weight else "sequence"
+        By default one factor a ``sequence``. Where tokens stand alone the scope is ``token``; a
+        token may then have an advantage and an importance weight of its own.
+        """
+        return GradientStructure("sequence", unit="gate")
 
     @property
     def gradient_structure(self) -> GradientStructure:
-        return GradientStructure(self.scope, unit="gate")
+        """The formula's with the KL term and the entropy bonus; not overridden."""
+        structure = self.formula_structure
+        # a token's KL term has no part in the factor of its sequence
+        beside = self.kl_weight and structure.scope == "sequence"
+        return replace(structure, scope="batch") if self.entropy_bonus or beside else structure
 
     @property
     def divisor(self) -> float:
@@ -96,8 +94,16 @@ class PolicyLoss(Loss):
         return t.ratio
 
     def log_correction(self, weight: Tensor) -> Tensor:
-        """What importance weights add to the logarithm of a response's, if they are absorbed."""
-        return weight.log()
+        """Logarithms of importance weights, for a loss whose formula has them inside.
+
+        A loss that does not define this has them as factors.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has importance weights as factors")
+
+    @property
+    def absorbs_correction(self) -> bool:
+        """Whether importance weights are part of the formula, rather than a factor of it."""
+        return type(self).log_correction is not PolicyLoss.log_correction
 
     def kl(self, t: Tokens, reference: Tensor) -> Tensor:
         """[N], the estimate of the KL divergence from the reference's log-probabilities [N].
@@ -131,7 +137,7 @@ def _above_one(name: str, value: float) -> float:
 
 @dataclass(frozen=True)
 class ClippedLoss(PolicyLoss):
-    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7) on some ratio r.
+    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7) on some ratio r, by default the token's.
 
         l = -min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A)
 
@@ -149,6 +155,11 @@ class ClippedLoss(PolicyLoss):
         None, "the most a ratio counts, clipped or not", optional(_above_one)
     )
 
+    @property
+    def formula_structure(self) -> GradientStructure:
+        """One factor a token."""
+        return GradientStructure("token", unit="gate")
+
     def per_token(self, t: Tokens) -> Tensor:
         ratio, advantage = self.ratio(t), t.advantage
         clipped = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
@@ -164,28 +175,10 @@ class ClippedLoss(PolicyLoss):
         ratio = self.ratio(t)
         low = (ratio < 1 - self.epsilon_low) & (t.advantage < 0)
         high = (ratio > 1 + self.epsilon_high) & (t.advantage > 0)
-        share = t.average_of_sequences if self.sees_sequences else t.average
+        by_token = self.formula_structure.scope == "token"
+        share = t.average if by_token else t.average_of_sequences
         return {
             "clip_ratio/low_mean": share(low.double()),
             "clip_ratio/high_mean": share(high.double()),
             "clip_ratio/region_mean": share((low | high).double()),
         }
-
-
-@dataclass(frozen=True)
-class TokenClippedLoss(ClippedLoss):
-    """The clipped surrogate on each token's own ratio."""
-
-    @property
-    def sees_sequences(self) -> bool:
-        return False
-
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return (
-            "clipped ratio",
-            self.aggregation.replace("_", " "),
-            "identity",
-            "advantage",
-            "linear",
-        )

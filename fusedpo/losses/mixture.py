@@ -10,8 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from fusedpo.checks import bad_type, bad_value, number
-from fusedpo.losses._base import Coupling, Input, PreferenceLoss, hyperparameter
-from fusedpo.scores import Scores
+from fusedpo.engine.structure import GradientStructure
+from fusedpo.losses.forwarding import forwards
+from fusedpo.losses.hyperparameters import hyperparameter
+from fusedpo.losses.links import Tail
+from fusedpo.losses.loss import Input
+from fusedpo.losses.preference import PreferenceLoss
+from fusedpo.losses.scores import Scores
 
 
 def _terms(name: str, value: Any) -> Any:
@@ -30,6 +35,15 @@ def _terms(name: str, value: Any) -> Any:
     return value
 
 
+@forwards(
+    "first",
+    "roles",
+    "weights_tokens",
+    "token_weight",
+    "reward",
+    "alignment_reward",
+    "logged_logp",
+)
 @dataclass(frozen=True)
 class Mixture(PreferenceLoss):
     """A weighted sum of losses of the same responses. Rewards are those of the first."""
@@ -43,7 +57,7 @@ class Mixture(PreferenceLoss):
         """weight times the loss, which may be a mixture itself."""
         weight = number("weight of a loss", weight)
         parts = loss.parts if isinstance(loss, Mixture) else ((1.0, loss),)
-        return cls(tuple((weight * own, part) for own, part in parts))
+        return cls(tuple((weight * factor, part) for factor, part in parts))
 
     def __add__(self, other: PreferenceLoss) -> PreferenceLoss:
         if not isinstance(other, PreferenceLoss):
@@ -58,8 +72,8 @@ class Mixture(PreferenceLoss):
         return tuple(loss for _, loss in self.parts)
 
     @property
-    def roles(self) -> tuple[str, ...]:
-        return self.losses[0].roles
+    def first(self) -> PreferenceLoss:
+        return self.losses[0]
 
     @property
     def needs_reference(self) -> bool:
@@ -78,15 +92,20 @@ class Mixture(PreferenceLoss):
         return sum(weight * loss.nll_weight for weight, loss in self.parts)
 
     @property
-    def coupling(self) -> Coupling:
-        known = {loss.coupling for loss in self.losses}
-        if known == {"response"}:
-            return "response"
-        return "batch" if "batch" in known else "example"
+    def formula_structure(self) -> GradientStructure:
+        scopes = {loss.formula_structure.scope for loss in self.losses}
+        if scopes == {"sequence"}:
+            return GradientStructure("sequence")
+        return GradientStructure("batch") if "batch" in scopes else super().formula_structure
 
     @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return ("", "", "", "", "weighted sum")
+    def is_square(self) -> bool:
+        return any(loss.is_square for loss in self.losses)
+
+    @property
+    def tail(self) -> Tail | None:
+        """None: the kernel runs one tail, not a sum of them."""
+        return None
 
     def per_example(self, *responses: Any, **inputs: Any) -> Tensor:
         """[P], the weighted sum of the losses."""
@@ -112,15 +131,6 @@ class Mixture(PreferenceLoss):
         found = [(w, loss.of_states(*states)) for w, loss in self.parts if loss.uses_states]
         parts = [weight * value for weight, value in found if value is not None]
         return sum(parts[1:], parts[0]) if parts else None
-
-    def reward(self, s: Scores) -> Tensor:
-        return self.losses[0].reward(s)
-
-    def alignment_reward(self, s: Scores) -> Tensor:
-        return self.losses[0].alignment_reward(s)
-
-    def logged_logp(self, s: Scores) -> Tensor:
-        return self.losses[0].logged_logp(s)
 
     def metrics(self, *responses: Any, **inputs: Any) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

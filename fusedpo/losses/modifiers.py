@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fusedpo.checks import bad_type, bad_value, in_range, number
-from fusedpo.losses._base import Coupling, Input, PreferenceLoss, hyperparameter, one_of, pick
-from fusedpo.losses._gates import MAP_LIMIT
-from fusedpo.losses._mixture import Mixture
-from fusedpo.scores import Scores
+from fusedpo.engine.structure import GradientStructure
+from fusedpo.losses.forwarding import forwards
+from fusedpo.losses.gates import MAP_LIMIT
+from fusedpo.losses.hyperparameters import hyperparameter, one_of
+from fusedpo.losses.links import Tail
+from fusedpo.losses.loss import pick
+from fusedpo.losses.mixture import Mixture
+from fusedpo.losses.preference import PreferenceLoss
+from fusedpo.losses.scores import Scores
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
@@ -27,83 +31,44 @@ def _loss(name: str, value: Any) -> PreferenceLoss:
 
 def _one_by_one(name: str, loss: PreferenceLoss) -> None:
     """An example's loss is to be its own, not that of a rank among the batch."""
-    if loss.coupling == "batch":
+    if loss.formula_structure.scope == "batch":
         raise bad_value(name, "a loss of one example at a time", repr(loss))
 
 
+@forwards(
+    "base",
+    "roles",
+    "needs_reference",
+    "inputs",
+    "stats",
+    "nll_weight",
+    "formula_structure",
+    "is_square",
+    "per_example",
+    "of_response",
+    "weights_tokens",
+    "token_weight",
+    "uses_states",
+    "of_states",
+    "reward",
+    "alignment_reward",
+    "logged_logp",
+    "metrics",
+)
 @dataclass(frozen=True)
-class _Modifier(PreferenceLoss):
+class Modifier(PreferenceLoss):
     """A loss that is another one, but for what its subclass says."""
 
     base: PreferenceLoss = hyperparameter(None, "the loss that is changed", _loss)
 
     @property
-    def roles(self) -> tuple[str, ...]:
-        return self.base.roles
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.base.needs_reference
-
-    @property
-    def inputs(self) -> Mapping[str, Input]:
-        return self.base.inputs
-
-    @property
-    def stats(self) -> tuple[str, ...]:
-        return self.base.stats
-
-    @property
-    def nll_weight(self) -> float:
-        return self.base.nll_weight
-
-    @property
-    def coupling(self) -> Coupling:
-        return self.base.coupling
-
-    @property
-    def terms(self) -> tuple[str, str, str, str, str]:
-        return self.base.terms
-
-    @property
-    def weights_tokens(self) -> bool:
-        return self.base.weights_tokens
-
-    def token_weight(self, position: Tensor, shortest: Tensor) -> Tensor:
-        return self.base.token_weight(position, shortest)
-
-    @property
-    def uses_states(self) -> bool:
-        return self.base.uses_states
-
-    def of_states(self, *states: Any) -> Tensor | None:
-        return self.base.of_states(*states)
-
-    @property
-    def averages(self) -> bool:
-        return self.base.averages
-
-    def per_example(self, *responses: Any, **inputs: Any) -> Tensor:
-        return self.base.per_example(*responses, **inputs)
-
-    def of_response(self, role: str, s: Scores, **inputs: Any) -> Tensor:
-        return self.base.of_response(role, s, **inputs)
-
-    def reward(self, s: Scores) -> Tensor:
-        return self.base.reward(s)
-
-    def alignment_reward(self, s: Scores) -> Tensor:
-        return self.base.alignment_reward(s)
-
-    def logged_logp(self, s: Scores) -> Tensor:
-        return self.base.logged_logp(s)
-
-    def metrics(self, *responses: Any, **inputs: Any) -> dict[str, Tensor]:
-        return self.base.metrics(*responses, **inputs)
+    def tail(self) -> Tail | None:
+        """None: what changes the loss is not in its tail."""
+        return None
 
 
 @dataclass(frozen=True)
-class FDivergence(_Modifier):
+class FDivergence(Modifier):
     """Another divergence from the reference than the reverse KL (Wang et al., arXiv 2309.16240).
 
     The log-ratio a of every response is replaced by f'(exp(a)), which is 0 at a = 0:
@@ -139,10 +104,12 @@ class FDivergence(_Modifier):
             )
 
     @property
-    def coupling(self) -> Coupling:
-        own = self.base.coupling
+    def formula_structure(self) -> GradientStructure:
+        structure = self.base.formula_structure
+        if self._is_plain or structure.unit == "one":
+            return structure
         # two responses of a margin no longer have the same slope
-        return "example" if own == "margin" and not self._is_plain else own
+        return GradientStructure("pair", len(self.roles))
 
     @property
     def _is_plain(self) -> bool:
@@ -179,7 +146,7 @@ class FDivergence(_Modifier):
 
 
 @dataclass(frozen=True)
-class WPO(_Modifier):
+class WPO(Modifier):
     """Weighted Preference Optimization (Zhou et al., arXiv 2406.11827, eq. 2).
 
     Each example's loss is multiplied, without a gradient, by how likely its responses are to the
@@ -199,9 +166,12 @@ class WPO(_Modifier):
         return tuple(dict.fromkeys((*self.base.stats, "log_sum_sq_probs")))
 
     @property
-    def coupling(self) -> Coupling:
+    def formula_structure(self) -> GradientStructure:
+        structure = self.base.formula_structure
+        if structure.scope != "sequence":
+            return structure
         # the weight of an example is known when all its responses are
-        return "example" if self.base.coupling == "response" else self.base.coupling
+        return GradientStructure("pair", len(self.roles))
 
     def per_example(self, *responses: Any, **inputs: Any) -> Tensor:
         """[P], the base's loss times the weight."""
@@ -211,7 +181,7 @@ class WPO(_Modifier):
 
 
 @dataclass(frozen=True)
-class LengthDesensitized(_Modifier):
+class LengthDesensitized(Modifier):
     """LD-DPO (Liu et al., arXiv 2409.06411, eq. 8): tokens beyond the shorter response count less.
 
         log pi(y) = sum over t <= m of log p_t + alpha sum over t > m of log p_t
@@ -223,10 +193,8 @@ class LengthDesensitized(_Modifier):
         0.5, "weight of the tokens beyond", lambda name, value: in_range(name, value, 0.0, 2.0)
     )
 
-    @property
-    def weights_tokens(self) -> bool:
-        return True
+    weights_tokens: ClassVar[bool] = True
 
     def token_weight(self, position: Tensor, shortest: Tensor) -> Tensor:
-        own = pick(position < shortest, 1.0, self.alpha)
-        return own * self.base.token_weight(position, shortest)
+        weight = pick(position < shortest, 1.0, self.alpha)
+        return weight * self.base.token_weight(position, shortest)

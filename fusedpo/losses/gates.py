@@ -17,7 +17,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from fusedpo.scores import RATIO_LIMIT
+from fusedpo.losses.scores import RATIO_LIMIT
 
 # exp(80) times a weight still fits single precision
 MAP_LIMIT = 80.0

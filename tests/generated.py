@@ -1,0 +1,64 @@
+"""The lists of losses that type checkers and readers see, made from the losses that there are.
+
+``python tests/generated.py`` (``make losses``) writes them: the imports for type checkers in
+fusedpo/losses/__init__.py, the README's table, and the guide's table of the losses that it says
+nothing more about.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from repository import ROOT
+
+from fusedpo import catalogue, losses
+
+PACKAGE, README, GUIDE = (
+    Path(name) for name in ("fusedpo/losses/__init__.py", "README.md", "docs/guide.md")
+)
+BEGIN, END = "<!-- made by `make losses`; a test holds it -->\n", "\n<!-- end of the losses -->"
+
+
+def imports() -> str:
+    """What type checkers read, a line for each loss."""
+    classes = losses.available().values()
+    places = sorted((cls.__module__, cls.__name__) for cls in classes)
+    return "\n".join(f"    from {module} import {name} as {name}" for module, name in places)
+
+
+def others(guide: str) -> str:
+    """A table of the losses that no other table of the guide names."""
+    start, stop = _span(guide, BEGIN, END)
+    rest = guide[:start] + guide[stop:]
+    missing = [cls for cls in losses.available().values() if f"| `{cls.__name__}(" not in rest]
+    missing = [cls for cls in missing if f", `{cls.__name__}(" not in rest]
+    rows = [f"| `{cls()!r}` | {catalogue.paper(cls)} |" for cls in missing]
+    return "\n".join(["| defaults | from |", "|---|---|", *rows])
+
+
+def made() -> dict[Path, str]:
+    """The texts of the three files with these parts renewed."""
+    texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in (PACKAGE, README, GUIDE)}
+    heading = re.search(r"^if TYPE_CHECKING:.*\n", texts[PACKAGE], re.MULTILINE)
+    assert heading is not None, "the imports for type checkers stand below TYPE_CHECKING"
+    return {
+        PACKAGE: _renewed(texts[PACKAGE], heading[0], "\n\n# what losses", imports()),
+        README: _renewed(texts[README], BEGIN, END, "\n".join(catalogue.table())),
+        GUIDE: _renewed(texts[GUIDE], BEGIN, END, others(texts[GUIDE])),
+    }
+
+
+def _span(text: str, begin: str, end: str) -> tuple[int, int]:
+    start = text.index(begin) + len(begin)
+    return start, text.index(end, start)
+
+
+def _renewed(text: str, begin: str, end: str, part: str) -> str:
+    start, stop = _span(text, begin, end)
+    return text[:start] + part + text[stop:]
+
+
+if __name__ == "__main__":
+    for path, text in made().items():
+        (ROOT / path).write_text(text, encoding="utf-8")
