@@ -15,7 +15,7 @@ import engine
 import pytest
 import torch
 from engine import DTYPES
-from losses import formulas as f
+from losses import exact as f
 from losses import problems
 from losses.problems import LENGTH
 from oracles import HALF

@@ -1,6 +1,7 @@
-"""The losses written out: from ragged token log-probabilities to a value and its gradients.
+"""What the written-out losses are made of: ragged token log-probabilities, rules, sums of them.
 
-Nothing here is imported from the library. Every loss is a plain program over Python's floats, one
+Nothing of it is imported from the library. The formula of a loss stands in the test file of that
+loss (exact.py finds it), with what is here as ``f``. It is a plain program over Python's floats, one
 example after another, that returns its value by its formula and, separately, the derivative with
 respect to each token's log-probability by the closed form of that derivative. The derivatives are
 those of the whole loss: the mean over pairs, examples or groups is in them.
@@ -135,7 +136,7 @@ def log_ratio(response: Response, m: int, ld_alpha: float) -> tuple[float, list[
     return a, weights
 
 
-def _zeros(pairs: list[Pair]) -> list[dict[str, np.ndarray]]:
+def zeros(pairs: list[Pair]) -> list[dict[str, np.ndarray]]:
     return [
         {
             role: np.zeros(len(getattr(pair, role).p))
@@ -150,7 +151,7 @@ def _zeros(pairs: list[Pair]) -> list[dict[str, np.ndarray]]:
 Rule = Callable[[float, float], tuple[float, float, float]]
 
 
-def _of_log_ratios(
+def of_log_ratios(
     pairs: list[Pair],
     rule: Rule,
     *,
@@ -161,7 +162,7 @@ def _of_log_ratios(
 ) -> PairResult:
     """Mean over pairs of a rule of the log-ratios: of S(a), or of S(a)/T."""
     loss = 0.0
-    grads = _zeros(pairs)
+    grads = zeros(pairs)
     for pair, grad in zip(pairs, grads, strict=True):
         w, l = pair.chosen, pair.rejected
         m = min(len(w.p), len(l.p))
@@ -180,10 +181,10 @@ def _of_log_ratios(
     return loss, grads
 
 
-def _of_log_probs(pairs: list[Pair], rule: Rule, *, average: bool) -> PairResult:
+def of_log_probs(pairs: list[Pair], rule: Rule, *, average: bool) -> PairResult:
     """Mean over pairs of a rule of the policy's log-probabilities: their sums or their averages."""
     loss = 0.0
-    grads = _zeros(pairs)
+    grads = zeros(pairs)
     for pair, grad in zip(pairs, grads, strict=True):
         w, l = pair.chosen.p, pair.rejected.p
         n_w = max(len(w), 1) if average else 1
@@ -197,11 +198,11 @@ def _of_log_probs(pairs: list[Pair], rule: Rule, *, average: bool) -> PairResult
     return loss, grads
 
 
-def SFT(pairs: list[Pair], weight: float = 1.0) -> PairResult:
+def cross_entropy(pairs: list[Pair], weight: float = 1.0) -> PairResult:
     """Minus the mean log-probability of all chosen tokens of the batch."""
     tokens = max(sum(len(pair.chosen.p) for pair in pairs), 1)
     loss = 0.0
-    grads = _zeros(pairs)
+    grads = zeros(pairs)
     for pair, grad in zip(pairs, grads, strict=True):
         for t, p in enumerate(pair.chosen.p):
             loss -= weight * p / tokens
@@ -222,203 +223,9 @@ def add(*results: PairResult) -> PairResult:
 # pairs with a reference
 
 
-def DPO(
-    pairs: list[Pair],
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    length_normalized: bool = False,
-    **modifiers,
-) -> PairResult:
-    """-(1-e) log sigma(z) - e log sigma(-z),  z = beta (a_w - a_l)"""
-    e = label_smoothing
-
-    def rule(a_w, a_l):
-        z = beta * (a_w - a_l)
-        c = beta * ((1 - e) * sigma(-z) - e * sigma(z))
-        return -(1 - e) * logsig(z) - e * logsig(-z), -c, c
-
-    return _of_log_ratios(pairs, rule, average=length_normalized, **modifiers)
-
-
-def RobustDPO(
-    pairs: list[Pair], beta: float = 0.1, label_smoothing: float = 0.1, **modifiers
-) -> PairResult:
-    """[-(1-e) log sigma(z) + e log sigma(-z)] / (1 - 2e)"""
-    e = label_smoothing
-
-    def rule(a_w, a_l):
-        z = beta * (a_w - a_l)
-        c = beta * ((1 - e) * sigma(-z) + e * sigma(z)) / (1 - 2 * e)
-        return (-(1 - e) * logsig(z) + e * logsig(-z)) / (1 - 2 * e), -c, c
-
-    return _of_log_ratios(pairs, rule, **modifiers)
-
-
-def SLiC(pairs: list[Pair], beta: float = 0.05, **modifiers) -> PairResult:
-    """max(0, 1 - z)"""
-
-    def rule(a_w, a_l):
-        z = beta * (a_w - a_l)
-        c = beta if z < 1 else 0.0
-        return max(0.0, 1 - z), -c, c
-
-    return _of_log_ratios(pairs, rule, **modifiers)
-
-
-def IPO(pairs: list[Pair], beta: float = 0.1, average: bool = True, **modifiers) -> PairResult:
-    """(a_w - a_l - 1/(2 beta))^2, of log-ratios averaged over tokens or summed"""
-
-    def rule(a_w, a_l):
-        u = a_w - a_l - 1 / (2 * beta)
-        return u**2, 2 * u, -2 * u
-
-    return _of_log_ratios(pairs, rule, average=average, **modifiers)
-
-
-def EXO(
-    pairs: list[Pair], beta: float = 0.1, label_smoothing: float = 1e-3, **modifiers
-) -> PairResult:
-    """KL( (s, 1-s) || (1-e, e) ),  s = sigma(z)"""
-    e = label_smoothing
-
-    def rule(a_w, a_l):
-        z = beta * (a_w - a_l)
-        value = sigma(z) * (logsig(z) - math.log(1 - e))
-        value += sigma(-z) * (logsig(-z) - math.log(e))
-        c = beta * sigma(z) * sigma(-z) * (z - math.log((1 - e) / e))
-        return value, c, -c
-
-    return _of_log_ratios(pairs, rule, **modifiers)
-
-
-def NCA(pairs: list[Pair], beta: float = 0.01, **modifiers) -> PairResult:
-    """-log sigma(r_w) - 1/2 log sigma(-r_w) - 1/2 log sigma(-r_l),  r = beta a"""
-
-    def rule(a_w, a_l):
-        r_w, r_l = beta * a_w, beta * a_l
-        value = -logsig(r_w) - logsig(-r_w) / 2 - logsig(-r_l) / 2
-        return value, -beta * sigma(-r_w) + beta / 2 * sigma(r_w), beta / 2 * sigma(r_l)
-
-    return _of_log_ratios(pairs, rule, **modifiers)
-
-
-def BCO(pairs: list[Pair], beta: float = 0.01, **modifiers) -> PairResult:
-    """-log sigma(r_w) - log sigma(-r_l)"""
-
-    def rule(a_w, a_l):
-        r_w, r_l = beta * a_w, beta * a_l
-        return -logsig(r_w) - logsig(-r_l), -beta * sigma(-r_w), beta * sigma(r_l)
-
-    return _of_log_ratios(pairs, rule, **modifiers)
-
-
-def APOZero(pairs: list[Pair], beta: float = 0.1, ld_alpha: float = 1.0) -> PairResult:
-    """1 - sigma(r_w) + sigma(r_l)"""
-
-    def rule(a_w, a_l):
-        r_w, r_l = beta * a_w, beta * a_l
-        d_w = -beta * sigma(r_w) * sigma(-r_w)
-        d_l = beta * sigma(r_l) * sigma(-r_l)
-        return 1 - sigma(r_w) + sigma(r_l), d_w, d_l
-
-    return _of_log_ratios(pairs, rule, ld_alpha=ld_alpha)
-
-
-def APODown(pairs: list[Pair], beta: float = 0.1, **modifiers) -> PairResult:
-    """sigma(r_w) + 1 - sigma(z)"""
-
-    def rule(a_w, a_l):
-        r_w, z = beta * a_w, beta * (a_w - a_l)
-        d_w = beta * (sigma(r_w) * sigma(-r_w) - sigma(z) * sigma(-z))
-        d_l = beta * sigma(z) * sigma(-z)
-        return sigma(r_w) + 1 - sigma(z), d_w, d_l
-
-    return _of_log_ratios(pairs, rule, **modifiers)
-
-
-def DiscoPOP(pairs: list[Pair], beta: float = 0.05, tau: float = 0.05, **modifiers) -> PairResult:
-    """-(1-m) log sigma(z) + m e^-z,  m = sigma(z/tau)"""
-
-    def rule(a_w, a_l):
-        z = beta * (a_w - a_l)
-        m, rest = sigma(z / tau), sigma(-z / tau)
-        value = -logsig(z) * rest + math.exp(-z) * m
-        slope = m * rest / tau
-        c = beta * (-rest * sigma(-z) + slope * (logsig(z) + math.exp(-z)) - m * math.exp(-z))
-        return value, c, -c
-
-    return _of_log_ratios(pairs, rule, **modifiers)
-
-
-def AOT(
-    pairs: list[Pair], beta: float = 0.01, paired: bool = True, label_smoothing: float = 0.0
-) -> PairResult:
-    """DPO's loss of z_(k) = beta (x_(k) - y_(k)), x and y sorted separately over the batch.
-
-    Paired: x is the policy's margin of a pair and y the reference's. Unpaired: x is the log-ratio
-    of the chosen response and y that of the rejected one.
-    """
-    e = label_smoothing
-    order = range(len(pairs))
-    policy = [sum(pair.chosen.p) - sum(pair.rejected.p) for pair in pairs]
-    reference = [sum(pair.chosen.q) - sum(pair.rejected.q) for pair in pairs]
-    a_w = [sum(pair.chosen.p) - sum(pair.chosen.q) for pair in pairs]
-    a_l = [sum(pair.rejected.p) - sum(pair.rejected.q) for pair in pairs]
-    x, y = (policy, reference) if paired else (a_w, a_l)
-    of_x = sorted(order, key=lambda i: x[i])  # stable
-    of_y = sorted(order, key=lambda i: y[i])
-    loss = 0.0
-    grads = _zeros(pairs)
-    for i, j in zip(of_x, of_y, strict=True):
-        z = beta * (x[i] - y[j])
-        c = beta * ((1 - e) * sigma(-z) - e * sigma(z)) / len(pairs)
-        loss += (-(1 - e) * logsig(z) - e * logsig(-z)) / len(pairs)
-        grads[i]["chosen"] -= c
-        grads[i if paired else j]["rejected"] += c
-    return loss, grads
-
-
-def SPPO(
-    pairs: list[Pair], beta: float = 1e-3, scaled: bool = False, baseline: float = 0.5
-) -> PairResult:
-    """1/2 [(a_w - (P_w - c)/beta)^2 + (a_l - (P_l - c)/beta)^2]; ``scaled``: times beta^2
-
-    c the ``baseline``.
-    """
-    loss = 0.0
-    grads = _zeros(pairs)
-    factor = beta**2 if scaled else 1.0
-    for pair, grad in zip(pairs, grads, strict=True):
-        wins = (pair.inputs.get("win_rate_chosen", 1.0), pair.inputs.get("win_rate_rejected", 0.0))
-        for role, win in zip(("chosen", "rejected"), wins, strict=True):
-            response = getattr(pair, role)
-            a = sum(response.p) - sum(response.q)
-            u = a - (win - baseline) / beta
-            loss += factor * u**2 / 2 / len(pairs)
-            grad[role][:] = factor * u / len(pairs)
-    return loss, grads
-
-
 def soften(win_rate: float, similarity: float) -> float:
     """P' = 1/2 + (1 - s)(P - 1/2), s the similarity clipped to [0, 1]"""
     return 0.5 + (1 - clip(similarity, 0.0, 1.0)) * (win_rate - 0.5)
-
-
-def SemanticSPPO(
-    pairs: list[Pair], beta: float = 1e-3, scaled: bool = False, baseline: float = 0.5
-) -> PairResult:
-    """SPPO of softened win rates. What it adds on hidden states is ``repulsion``."""
-    softened = []
-    for pair in pairs:
-        s = pair.inputs.get("similarity", 0.0)
-        inputs = {
-            "win_rate_chosen": soften(pair.inputs.get("win_rate_chosen", 1.0), s),
-            "win_rate_rejected": soften(pair.inputs.get("win_rate_rejected", 0.0), s),
-        }
-        softened.append(
-            Pair(pair.chosen, pair.rejected, pair.long_chosen, pair.long_rejected, inputs)
-        )
-    return SPPO(softened, beta, scaled, baseline)
 
 
 def repulsion(
@@ -459,7 +266,7 @@ def repulsion(
 # pairs without a reference
 
 
-def _linked(link: str, label_smoothing: float, z: float) -> tuple[float, float]:
+def linked(link: str, label_smoothing: float, z: float) -> tuple[float, float]:
     """A loss of the margin z, and minus its derivative."""
     e = label_smoothing
     if link == "sigmoid":
@@ -469,83 +276,9 @@ def _linked(link: str, label_smoothing: float, z: float) -> tuple[float, float]:
     raise ValueError(link)
 
 
-def SimPO(
-    pairs: list[Pair],
-    beta: float = 2.0,
-    gamma: float = 0.5,
-    label_smoothing: float = 0.0,
-    link: str = "sigmoid",
-    sft_weight: float = 0.0,
-) -> PairResult:
-    """DPO's loss or the hinge of z = beta (pbar_w - pbar_l) - gamma, plus sft_weight * SFT"""
-
-    def rule(mean_w, mean_l):
-        value, c = _linked(link, label_smoothing, beta * (mean_w - mean_l) - gamma)
-        return value, -beta * c, beta * c
-
-    return add(_of_log_probs(pairs, rule, average=True), SFT(pairs, sft_weight))
-
-
-def AlphaPO(
-    pairs: list[Pair],
-    beta: float,
-    gamma: float,
-    alpha: float = 0.25,
-    label_smoothing: float = 0.0,
-    link: str = "sigmoid",
-    sft_weight: float = 0.0,
-) -> PairResult:
-    """SimPO's loss of (1 - e^(-alpha pbar))/alpha in the place of pbar; of pbar for alpha = 0"""
-
-    def reward(x):
-        return ((1 - math.exp(-alpha * x)) / alpha if alpha else x), math.exp(-alpha * x)
-
-    def rule(mean_w, mean_l):
-        (r_w, dr_w), (r_l, dr_l) = reward(mean_w), reward(mean_l)
-        value, c = _linked(link, label_smoothing, beta * (r_w - r_l) - gamma)
-        return value, -beta * c * dr_w, beta * c * dr_l
-
-    return add(_of_log_probs(pairs, rule, average=True), SFT(pairs, sft_weight))
-
-
-def CPO(
-    pairs: list[Pair],
-    beta: float = 0.1,
-    nll_weight: float = 1.0,
-    link: str = "sigmoid",
-    label_smoothing: float = 0.0,
-) -> PairResult:
-    """DPO's loss or the hinge of z = beta (lp_w - lp_l), or IPO's of averages, plus SFT"""
-
-    def rule(lp_w, lp_l):
-        value, c = _linked(link, label_smoothing, beta * (lp_w - lp_l))
-        return value, -beta * c, beta * c
-
-    def ipo(mean_w, mean_l):
-        u = mean_w - mean_l - 1 / (2 * beta)
-        return u**2, 2 * u, -2 * u
-
-    if link == "ipo":
-        preference = _of_log_probs(pairs, ipo, average=True)
-    else:
-        preference = _of_log_probs(pairs, rule, average=False)
-    return add(preference, SFT(pairs, nll_weight))
-
-
 def log_odds(x: float) -> tuple[float, float]:
     """log( e^x / (1 - e^x) ) and its derivative 1 / (1 - e^x), x < 0"""
     return x - log1mexp(x), -1 / math.expm1(x)
-
-
-def ORPO(pairs: list[Pair], beta: float = 0.1, nll_weight: float = 1.0) -> PairResult:
-    """nll_weight * SFT - beta log sigma( log_odds(pbar_w) - log_odds(pbar_l) )"""
-
-    def rule(mean_w, mean_l):
-        (odds_w, d_w), (odds_l, d_l) = log_odds(mean_w), log_odds(mean_l)
-        lo = odds_w - odds_l
-        return -beta * logsig(lo), -beta * sigma(-lo) * d_w, beta * sigma(-lo) * d_l
-
-    return add(_of_log_probs(pairs, rule, average=True), SFT(pairs, nll_weight))
 
 
 # pairs: modifiers
@@ -573,7 +306,7 @@ def WPO(
     return loss, grads
 
 
-def _reward(base: str, response: Response, hyper: dict) -> tuple[float, float]:
+def reward(base: str, response: Response, hyper: dict) -> tuple[float, float]:
     """r(x, y) of a base loss, and its derivative with respect to each token."""
     tokens = max(len(response.p), 1)
     if base == "DPO":
@@ -592,7 +325,7 @@ def _reward(base: str, response: Response, hyper: dict) -> tuple[float, float]:
     raise ValueError(base)
 
 
-def _compared(base: str, response: Response, hyper: dict) -> tuple[float, float]:
+def compared(base: str, response: Response, hyper: dict) -> tuple[float, float]:
     """What the margin of a base loss compares, before its beta; and its derivative."""
     tokens = max(len(response.p), 1)
     if base == "SimPO":
@@ -602,7 +335,7 @@ def _compared(base: str, response: Response, hyper: dict) -> tuple[float, float]
     return (ratio, 1.0) if summed else (ratio / tokens, 1 / tokens)
 
 
-def _distance(name: str, d: float, kappa: float, scale: float) -> tuple[float, float]:
+def distance(name: str, d: float, kappa: float, scale: float) -> tuple[float, float]:
     if name == "abs":
         return abs(d), sgn(d)
     if name == "sq":
@@ -614,77 +347,13 @@ def _distance(name: str, d: float, kappa: float, scale: float) -> tuple[float, f
     raise ValueError(name)
 
 
-def ShortToLong(
-    pairs: list[Pair],
-    base: str = "DPO",
-    alpha: float = 1.0,
-    detach_short: bool = False,
-    distance: str = "abs",
-    kappa: float = 1.0,
-    both: bool = False,
-    scale: float = 1.0,
-    frozen: list[Pair] | None = None,
-    **hyper,
-) -> PairResult:
-    """base + alpha * mean distance( r(short, y_w) - r(long, y_w) ); ``both``: and the same of y_l
-
-    ``hyper`` goes to the base. ``detach_short`` holds r(short, y) constant in the distance only.
-    ``quadratic`` is ((x(short) - x(long)) / scale)^2, x what the base's margin compares.
-    """
-    losses = {"DPO": DPO, "SimPO": SimPO, "ORPO": ORPO, "IPO": IPO}
-    loss, grads = losses[base](pairs, **hyper)
-    for pair, constant, grad in zip(pairs, frozen or pairs, grads, strict=True):
-        for role in ("chosen", "rejected") if both else ("chosen",):
-            short = getattr(constant if detach_short else pair, role)
-            of = _compared if distance == "quadratic" else _reward
-            r_short, dr_short = of(base, short, hyper)
-            r_long, dr_long = of(base, getattr(pair, f"long_{role}"), hyper)
-            value, slope = _distance(distance, r_short - r_long, kappa, scale)
-            loss += alpha * value / len(pairs)
-            if not detach_short:
-                grad[role] += alpha * slope * dr_short / len(pairs)
-            grad[f"long_{role}"] -= alpha * slope * dr_long / len(pairs)
-    return loss, grads
-
-
 # single examples
-
-
-def KTO(
-    examples: list[Response],
-    desirable: list[bool],
-    kl: float = 0.0,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-    variant: str = "kto",
-) -> Result:
-    """weight * (1 - sigma(u)),  u = beta (a - z0) if desirable, beta (z0 - a) if not
-
-    z0 = max(0, kl); zero in the variant ``apo_zero``. Mean over all examples.
-    """
-    if variant not in ("kto", "apo_zero"):
-        raise ValueError(variant)
-    z0 = max(0.0, kl) if variant == "kto" else 0.0
-    loss = 0.0
-    grads = []
-    for response, good in zip(examples, desirable, strict=True):
-        a = sum(response.p) - sum(response.q)
-        if good:
-            u = beta * (a - z0)
-            weight, slope = desirable_weight, -desirable_weight * beta * sigma(u) * sigma(-u)
-        else:
-            u = beta * (z0 - a)
-            weight, slope = undesirable_weight, undesirable_weight * beta * sigma(u) * sigma(-u)
-        loss += weight * (1 - sigma(u)) / len(examples)
-        grads.append(np.full(len(response.p), slope / len(examples)))
-    return loss, grads
 
 
 # groups: what they have in common
 
 
-def _per_token(value: float | list[float], tokens: int) -> list[float]:
+def per_token(value: float | list[float], tokens: int) -> list[float]:
     if isinstance(value, list):
         if len(value) != tokens:
             raise ValueError("one value per token")
@@ -692,7 +361,7 @@ def _per_token(value: float | list[float], tokens: int) -> list[float]:
     return [float(value)] * tokens
 
 
-def _per_sequence(value: float | list[float]) -> float:
+def per_sequence(value: float | list[float]) -> float:
     if isinstance(value, list):
         if any(x != value[0] for x in value[1:]):
             raise ValueError("this loss has one value per sequence")
@@ -700,7 +369,7 @@ def _per_sequence(value: float | list[float]) -> float:
     return float(value)
 
 
-def _log_ratios(sample: Sample, constant: Sample) -> list[float]:
+def log_ratios(sample: Sample, constant: Sample) -> list[float]:
     """delta_t = p_t - o_t; without o, p_t minus a constant of the same value."""
     old = constant.p if sample.o is None else sample.o
     return [p - o for p, o in zip(sample.p, old, strict=True)]
@@ -721,11 +390,11 @@ def kl_term(name: str, p: float, q: float, delta: float) -> tuple[float, float]:
     raise ValueError(name)
 
 
-def _number_of_tokens(samples: list[Sample]) -> int:
+def number_of_tokens(samples: list[Sample]) -> int:
     return max(sum(len(sample.p) for sample in samples), 1)
 
 
-def _weights(
+def weights_of_tokens(
     samples: list[Sample], aggregation: str, num_items: float | None, length: float | None = None
 ) -> list[float]:
     """For each sample, the weight that each of its tokens has in the sum over tokens.
@@ -738,7 +407,7 @@ def _weights(
     ``num_items`` stands in for N in token_mean and for G in the others.
     """
     if aggregation == "token_mean":
-        n = _number_of_tokens(samples) if num_items is None else num_items
+        n = number_of_tokens(samples) if num_items is None else num_items
         return [1 / n for _ in samples]
     group = len(samples) if num_items is None else num_items
     if aggregation == "sequence_mean":
@@ -750,7 +419,7 @@ def _weights(
     raise ValueError(aggregation)
 
 
-def _add_kl(
+def add_kl(
     loss, grads, samples, frozen, weights, kl_weight, kl_estimator, of_sequence=False
 ) -> Result:
     """Adds kl_weight times the aggregated divergence.
@@ -761,11 +430,11 @@ def _add_kl(
         return loss, grads
     for sample, constant, w, grad in zip(samples, frozen, weights, grads, strict=True):
         if of_sequence and kl_estimator == "k3_corrected":
-            value, slopes = sequence_corrected_kl(sample, _log_ratios(sample, constant))
+            value, slopes = sequence_corrected_kl(sample, log_ratios(sample, constant))
             loss += w * kl_weight * value
             grad += w * kl_weight * slopes
             continue
-        for t, delta in enumerate(_log_ratios(sample, constant)):
+        for t, delta in enumerate(log_ratios(sample, constant)):
             value, slope = kl_term(kl_estimator, sample.p[t], sample.q[t], delta)
             loss += w * kl_weight * value
             grad[t] += w * kl_weight * slope
@@ -781,7 +450,7 @@ def sequence_corrected_kl(sample: Sample, delta: list[float]) -> tuple[float, np
     return s * total, np.array(slopes, dtype=np.float64)
 
 
-def _of_tokens(
+def of_tokens(
     samples: list[Sample],
     rule: Callable[[float, float, float, float], tuple[float, float]],
     aggregation: str,
@@ -794,22 +463,22 @@ def _of_tokens(
 ) -> Result:
     """Aggregates rule(p, delta, constant delta, advantage) -> l_t, dl/dp_t over all tokens."""
     frozen = frozen or samples
-    weights = _weights(samples, aggregation, num_items, length)
+    weights = weights_of_tokens(samples, aggregation, num_items, length)
     loss = 0.0
     grads = [np.zeros(len(sample.p)) for sample in samples]
     for sample, constant, w, grad in zip(samples, frozen, weights, grads, strict=True):
-        delta = _log_ratios(sample, constant)
-        still = _log_ratios(constant, constant)
-        advantage = _per_token(sample.advantage, len(sample.p))
-        importance = _per_token(sample.weight, len(sample.p))
+        delta = log_ratios(sample, constant)
+        still = log_ratios(constant, constant)
+        advantage = per_token(sample.advantage, len(sample.p))
+        importance = per_token(sample.weight, len(sample.p))
         for t in range(len(sample.p)):
             value, slope = rule(sample.p[t], delta[t], still[t], advantage[t])
             loss += w * importance[t] * value
             grad[t] = w * importance[t] * slope
-    return _add_kl(loss, grads, samples, frozen, weights, kl_weight, kl_estimator)
+    return add_kl(loss, grads, samples, frozen, weights, kl_weight, kl_estimator)
 
 
-def _of_sequences(
+def of_sequences(
     samples: list[Sample],
     rule: Callable[[list[float], float], tuple[float, list[float]]],
     *,
@@ -826,37 +495,35 @@ def _of_sequences(
     loss = 0.0
     grads = []
     for sample, constant in zip(samples, frozen, strict=True):
-        delta = _log_ratios(sample, constant)
-        value, slopes = rule(delta, _per_sequence(sample.advantage))
-        w = _per_sequence(sample.weight) / group
+        delta = log_ratios(sample, constant)
+        value, slopes = rule(delta, per_sequence(sample.advantage))
+        w = per_sequence(sample.weight) / group
         if times_length:
             w *= len(sample.p)
         loss += w * value if delta else 0.0
         grads.append(np.array([w * slope for slope in slopes], dtype=np.float64))
     aggregation = "sequence_sum" if times_length else "sequence_mean"
-    weights = _weights(samples, aggregation, num_items)
-    return _add_kl(
-        loss, grads, samples, frozen, weights, kl_weight, kl_estimator, ratio_of_sequence
-    )
+    weights = weights_of_tokens(samples, aggregation, num_items)
+    return add_kl(loss, grads, samples, frozen, weights, kl_weight, kl_estimator, ratio_of_sequence)
 
 
 # groups: clipped ratios
 
 
-def _clipped(ratio: float, advantage: float, low: float, high: float) -> tuple[float, bool]:
+def clipped(ratio: float, advantage: float, low: float, high: float) -> tuple[float, bool]:
     """-min(r A, clip(r, low, high) A), and whether it depends on r."""
     value = -min(ratio * advantage, clip(ratio, low, high) * advantage)
     active = (advantage > 0 and ratio <= high) or (advantage < 0 and ratio >= low)
     return value, active
 
 
-def _ppo(epsilon_low, epsilon_high, dual_clip, ratio_cap):
+def ppo(epsilon_low, epsilon_high, dual_clip, ratio_cap):
     """Token rule of the clipped ratio; dual_clip bounds the loss at -dual_clip A where A < 0."""
 
     def rule(p, delta, still, advantage):
         ratio = math.exp(delta)
         capped = ratio if ratio_cap is None else min(ratio, ratio_cap)
-        value, active = _clipped(capped, advantage, 1 - epsilon_low, 1 + epsilon_high)
+        value, active = clipped(capped, advantage, 1 - epsilon_low, 1 + epsilon_high)
         if ratio_cap is not None and ratio > ratio_cap:
             active = False
         if dual_clip is not None and advantage < 0:
@@ -868,87 +535,14 @@ def _ppo(epsilon_low, epsilon_high, dual_clip, ratio_cap):
     return rule
 
 
-def GRPO(
-    samples: list[Sample],
-    epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
-    dual_clip: float | None = None,
-    ratio_cap: float | None = None,
-    **options,
-) -> Result:
-    """-min(r A, clip(r, 1-e_low, 1+e_high) A): mean over tokens, then over sequences"""
-    rule = _ppo(epsilon_low, epsilon_high, dual_clip, ratio_cap)
-    return _of_tokens(samples, rule, "sequence_mean", **options)
-
-
-def DAPO(
-    samples: list[Sample],
-    epsilon_low: float = 0.2,
-    epsilon_high: float = 0.28,
-    dual_clip: float | None = None,
-    ratio_cap: float | None = None,
-    **options,
-) -> Result:
-    """GRPO's token loss, mean over all tokens"""
-    rule = _ppo(epsilon_low, epsilon_high, dual_clip, ratio_cap)
-    return _of_tokens(samples, rule, "token_mean", **options)
-
-
-def DrGRPO(
-    samples: list[Sample],
-    epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
-    max_completion_length: float = 3000,
-    dual_clip: float | None = None,
-    ratio_cap: float | None = None,
-    **options,
-) -> Result:
-    """GRPO's token loss, its sum over G * max_completion_length"""
-    rule = _ppo(epsilon_low, epsilon_high, dual_clip, ratio_cap)
-    return _of_tokens(samples, rule, "constant", length=max_completion_length, **options)
-
-
-def _gspo(epsilon_low, epsilon_high):
+def gspo(epsilon_low, epsilon_high):
     def rule(delta, advantage):
         tokens = max(len(delta), 1)
         s = math.exp(sum(delta) / tokens)
-        value, active = _clipped(s, advantage, 1 - epsilon_low, 1 + epsilon_high)
+        value, active = clipped(s, advantage, 1 - epsilon_low, 1 + epsilon_high)
         return value, [-advantage * s / tokens if active else 0.0 for _ in delta]
 
     return rule
-
-
-def GSPO(
-    samples: list[Sample], epsilon_low: float = 3e-4, epsilon_high: float = 4e-4, **options
-) -> Result:
-    """-min(s A, clip(s, 1-e_low, 1+e_high) A),  s = exp(mean_t delta): mean over sequences"""
-    rule = _gspo(epsilon_low, epsilon_high)
-    return _of_sequences(samples, rule, ratio_of_sequence=True, **options)
-
-
-def LUSPO(
-    samples: list[Sample], epsilon_low: float = 2e-3, epsilon_high: float = 2.5e-3, **options
-) -> Result:
-    """GSPO's sequence loss times its length, mean over sequences"""
-    rule = _gspo(epsilon_low, epsilon_high)
-    return _of_sequences(samples, rule, times_length=True, ratio_of_sequence=True, **options)
-
-
-def GMPO(samples: list[Sample], epsilon: float = 0.4, **options) -> Result:
-    """-A s,  s = exp(mean_t d_t),  d = sgn(A) min(sgn(A) delta, sgn(A) clip(delta, -e, e))"""
-
-    def rule(delta, advantage):
-        tokens = max(len(delta), 1)
-        sign = sgn(advantage)
-        d = [sign * min(sign * x, sign * clip(x, -epsilon, epsilon)) for x in delta]
-        s = math.exp(sum(d) / tokens)
-        slopes = []
-        for x in delta:
-            inside = x <= epsilon if advantage > 0 else x >= -epsilon
-            slopes.append(-advantage * s / tokens if inside else 0.0)
-        return -advantage * s, slopes
-
-    return _of_sequences(samples, rule, **options)
 
 
 # groups: soft gates
@@ -981,51 +575,7 @@ def log_gate(
     raise ValueError(name)
 
 
-def SoftSequence(
-    samples: list[Sample],
-    tau_pos: float = 1.0,
-    tau_neg: float = 1.05,
-    gate: str = "arctan_log",
-    epsilon: float = 0.4,
-    **options,
-) -> Result:
-    """-A s,  s = exp(mean_t phi(delta_t)): mean over sequences. ``epsilon`` is for clip_log."""
-
-    def rule(delta, advantage):
-        tokens = max(len(delta), 1)
-        tau = tau_pos if advantage > 0 else tau_neg
-        gates = [log_gate(gate, x, tau, advantage, epsilon) for x in delta]
-        s = math.exp(sum(phi for phi, _ in gates) / tokens)
-        return -advantage * s, [-advantage * s / tokens * slope for _, slope in gates]
-
-    return _of_sequences(samples, rule, **options)
-
-
-def SoftAdaptive(
-    samples: list[Sample], tau_pos: float = 1.0, tau_neg: float = 1.05, **options
-) -> Result:
-    """-A (4/tau) sigma(tau (r - 1)): mean over tokens, then over sequences"""
-
-    def rule(p, delta, still, advantage):
-        ratio = math.exp(delta)
-        tau = tau_pos if advantage > 0 else tau_neg
-        v = tau * math.expm1(delta)
-        return -advantage * 4 / tau * sigma(v), -advantage * ratio * 4 * sigma(v) * sigma(-v)
-
-    return _of_tokens(samples, rule, "sequence_mean", **options)
-
-
 # groups: constant coefficients
-
-
-def CISPO(samples: list[Sample], epsilon_high: float = 5.0, **options) -> Result:
-    """-sg[min(r, epsilon_high)] A p_t, mean over all tokens"""
-
-    def rule(p, delta, still, advantage):
-        coefficient = min(math.exp(still), epsilon_high)
-        return -coefficient * advantage * p, -coefficient * advantage
-
-    return _of_tokens(samples, rule, "token_mean", **options)
 
 
 def vespo_phi(log_w: float, k: float, lam: float) -> float:
@@ -1034,58 +584,14 @@ def vespo_phi(log_w: float, k: float, lam: float) -> float:
     return math.exp(lam + k * log_w - lam * math.exp(log_w))
 
 
-def VESPO(
-    samples: list[Sample],
-    k_pos: float = 2.0,
-    lambda_pos: float = 3.0,
-    k_neg: float = 3.0,
-    lambda_neg: float = 2.0,
-    fold_weight: bool = False,
-    num_items: float | None = None,
-    kl_weight: float = 0.0,
-    kl_estimator: str = "k3",
-    frozen: list[Sample] | None = None,
-) -> Result:
-    """-sg[phi(W)] A p_t,  W = exp(sum_t delta_t), mean over all tokens
-
-    Each delta_t is within [-20, 20]. ``fold_weight``: a sample's weight multiplies W, not the loss.
-    """
-    frozen = frozen or samples
-    weights = _weights(samples, "token_mean", num_items)
-    loss = 0.0
-    grads = [np.zeros(len(sample.p)) for sample in samples]
-    for sample, constant, w, grad in zip(samples, frozen, weights, grads, strict=True):
-        log_w = sum(clip(x, -20.0, 20.0) for x in _log_ratios(constant, constant))
-        importance = _per_token(sample.weight, len(sample.p))
-        if fold_weight:
-            log_w += math.log(_per_sequence(sample.weight))
-            importance = [1.0] * len(sample.p)
-        advantage = _per_token(sample.advantage, len(sample.p))
-        for t, (p, a) in enumerate(zip(sample.p, advantage, strict=True)):
-            k, lam = (k_pos, lambda_pos) if a >= 0 else (k_neg, lambda_neg)
-            coefficient = importance[t] * vespo_phi(log_w, k, lam) * a
-            loss -= w * coefficient * p
-            grad[t] = -w * coefficient
-    return _add_kl(loss, grads, samples, frozen, weights, kl_weight, kl_estimator)
-
-
-def REINFORCE(samples: list[Sample], **options) -> Result:
-    """-A p_t, mean over all tokens"""
-
-    def rule(p, delta, still, advantage):
-        return -advantage * p, -advantage
-
-    return _of_tokens(samples, rule, "token_mean", **options)
-
-
 # random input
 
 
-def _log_probs(rng: np.random.Generator, tokens: int) -> list[float]:
+def log_probs(rng: np.random.Generator, tokens: int) -> list[float]:
     return [float(x) for x in -6 * rng.uniform(0.002, 0.998, tokens)]
 
 
-def _near(rng: np.random.Generator, p: list[float], spread: float) -> list[float]:
+def near(rng: np.random.Generator, p: list[float], spread: float) -> list[float]:
     """Log-probabilities of the same tokens under a model that is not far."""
     return [min(x + spread * float(rng.normal()), -1e-3) for x in p]
 
@@ -1093,16 +599,16 @@ def _near(rng: np.random.Generator, p: list[float], spread: float) -> list[float
 def random_response(
     rng: np.random.Generator, tokens: int | None = None, reference: bool = True
 ) -> Response:
-    p = _log_probs(rng, int(rng.integers(1, 31)) if tokens is None else tokens)
-    return _complete(rng, p, reference)
+    p = log_probs(rng, int(rng.integers(1, 31)) if tokens is None else tokens)
+    return complete(rng, p, reference)
 
 
-def _complete(rng: np.random.Generator, p: list[float], reference: bool) -> Response:
+def complete(rng: np.random.Generator, p: list[float], reference: bool) -> Response:
     # the token's own square, and what squares the rest of the probability can have
     lssq = [
         math.log(math.exp(2 * x) + math.expm1(x) ** 2 * float(rng.uniform(0.01, 1.0))) for x in p
     ]
-    return Response(p, _near(rng, p, 0.3) if reference else None, lssq)
+    return Response(p, near(rng, p, 0.3) if reference else None, lssq)
 
 
 def random_pairs(
@@ -1113,8 +619,8 @@ def random_pairs(
     for _ in range(P):
         pair = Pair(random_response(rng, None, reference), random_response(rng, None, reference))
         if long:
-            pair.long_chosen = _complete(rng, _near(rng, pair.chosen.p, 0.3), reference)
-            pair.long_rejected = _complete(rng, _near(rng, pair.rejected.p, 0.3), reference)
+            pair.long_chosen = complete(rng, near(rng, pair.chosen.p, 0.3), reference)
+            pair.long_rejected = complete(rng, near(rng, pair.rejected.p, 0.3), reference)
         pair.inputs = {
             "win_rate_chosen": float(rng.uniform(0.5, 1.0)),
             "win_rate_rejected": float(rng.uniform(0.0, 0.5)),
@@ -1140,8 +646,8 @@ def random_samples(
     for i in rng.permutation(G):
         sign = (1.0, 0.0, -1.0)[i] if i < 3 else float(rng.choice([-1.0, 1.0]))
         tokens = int(rng.integers(1, 31))
-        p = _log_probs(rng, tokens)
-        o = _near(rng, p, 0.3)
+        p = log_probs(rng, tokens)
+        o = near(rng, p, 0.3)
         if i < 3 and sum(p) > sum(o):
             # less likely than before: a clip of sequences leaves the first of these, not the last
             o = [min(2 * x - y, -1e-3) for x, y in zip(p, o, strict=True)]
@@ -1155,7 +661,7 @@ def random_samples(
             Sample(
                 p,
                 o if old else None,
-                _near(rng, p, 0.3) if reference else None,
+                near(rng, p, 0.3) if reference else None,
                 advantage if per_token else advantage[0],
                 weight if per_token else weight[0],
             )

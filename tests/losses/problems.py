@@ -1,4 +1,4 @@
-"""Losses on ragged numbers and on a small head, to be compared with what formulas.py says.
+"""Losses on ragged numbers and on a small head, to be compared with their formulas.
 
 ``of_responses`` and ``of_samples`` evaluate a loss in float64 as a function of log-probabilities;
 ``faults`` compares that with the written-out formula. ``preference_faults`` and ``policy_faults``

@@ -2,12 +2,54 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from losses import formulas as f
 from losses.problems import scores_of
 from losses.shared import scores
 
 from fusedpo.losses import AlphaPO, SimPO
+
+
+def exact(
+    pairs: list[f.Pair],
+    beta: float = 2.0,
+    gamma: float = 0.5,
+    alpha: float = 0.25,
+    label_smoothing: float = 0.0,
+    link: str = "sigmoid",
+    sft_weight: float = 0.0,
+) -> f.PairResult:
+    """SimPO's loss of (1 - e^(-alpha pbar))/alpha in the place of pbar; of pbar for alpha = 0"""
+
+    def reward(x):
+        return ((1 - math.exp(-alpha * x)) / alpha if alpha else x), math.exp(-alpha * x)
+
+    def rule(mean_w, mean_l):
+        (r_w, dr_w), (r_l, dr_l) = reward(mean_w), reward(mean_l)
+        value, c = f.linked(link, label_smoothing, beta * (r_w - r_l) - gamma)
+        return value, -beta * c * dr_w, beta * c * dr_l
+
+    return f.add(f.of_log_probs(pairs, rule, average=True), f.cross_entropy(pairs, sft_weight))
+
+
+EXACT = {
+    AlphaPO: (
+        exact,
+        [
+            {},
+            {"beta": 2.0, "gamma": 0.5},
+            {"beta": 1.5, "gamma": 0.2, "alpha": -0.5, "label_smoothing": 0.1},
+            {"beta": 1.5, "gamma": 0.2, "alpha": 0.0},
+        ],
+    ),
+}
+
+DEFAULTS = [
+    "AlphaPO(beta=2.0, gamma=0.5, alpha=0.25, label_smoothing=0.0)",
+]
 
 
 @pytest.mark.holds(33)

@@ -4,10 +4,48 @@ from __future__ import annotations
 
 import pytest
 import torch
+from losses import formulas as f
 from losses.problems import scores_of
 from losses.shared import scores
 
 from fusedpo.losses import AOT, DPO
+
+
+def exact(
+    pairs: list[f.Pair], beta: float = 0.01, paired: bool = True, label_smoothing: float = 0.0
+) -> f.PairResult:
+    """DPO's loss of z_(k) = beta (x_(k) - y_(k)), x and y sorted separately over the batch.
+
+    Paired: x is the policy's margin of a pair and y the reference's. Unpaired: x is the log-ratio
+    of the chosen response and y that of the rejected one.
+    """
+    e = label_smoothing
+    order = range(len(pairs))
+    policy = [sum(pair.chosen.p) - sum(pair.rejected.p) for pair in pairs]
+    reference = [sum(pair.chosen.q) - sum(pair.rejected.q) for pair in pairs]
+    a_w = [sum(pair.chosen.p) - sum(pair.chosen.q) for pair in pairs]
+    a_l = [sum(pair.rejected.p) - sum(pair.rejected.q) for pair in pairs]
+    x, y = (policy, reference) if paired else (a_w, a_l)
+    of_x = sorted(order, key=lambda i: x[i])  # stable
+    of_y = sorted(order, key=lambda i: y[i])
+    loss = 0.0
+    grads = f.zeros(pairs)
+    for i, j in zip(of_x, of_y, strict=True):
+        z = beta * (x[i] - y[j])
+        c = beta * ((1 - e) * f.sigma(-z) - e * f.sigma(z)) / len(pairs)
+        loss += (-(1 - e) * f.logsig(z) - e * f.logsig(-z)) / len(pairs)
+        grads[i]["chosen"] -= c
+        grads[i if paired else j]["rejected"] += c
+    return loss, grads
+
+
+EXACT = {
+    AOT: (exact, [{}, {"beta": 0.4, "label_smoothing": 0.1}, {"beta": 0.4, "paired": False}]),
+}
+
+DEFAULTS = [
+    "AOT(beta=0.01, paired=True, label_smoothing=0.0)",
+]
 
 
 @pytest.mark.holds(33)

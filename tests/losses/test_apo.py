@@ -4,10 +4,46 @@ from __future__ import annotations
 
 import pytest
 import torch
+from losses import formulas as f
 from losses.problems import scores_of
 from losses.shared import scores
 
 from fusedpo.losses import APODown, APOZero
+
+
+def exact_down(pairs: list[f.Pair], beta: float = 0.1, **modifiers) -> f.PairResult:
+    """sigma(r_w) + 1 - sigma(z)"""
+
+    def rule(a_w, a_l):
+        r_w, z = beta * a_w, beta * (a_w - a_l)
+        d_w = beta * (f.sigma(r_w) * f.sigma(-r_w) - f.sigma(z) * f.sigma(-z))
+        d_l = beta * f.sigma(z) * f.sigma(-z)
+        return f.sigma(r_w) + 1 - f.sigma(z), d_w, d_l
+
+    return f.of_log_ratios(pairs, rule, **modifiers)
+
+
+def exact_zero(pairs: list[f.Pair], beta: float = 0.1, ld_alpha: float = 1.0) -> f.PairResult:
+    """1 - sigma(r_w) + sigma(r_l)"""
+
+    def rule(a_w, a_l):
+        r_w, r_l = beta * a_w, beta * a_l
+        d_w = -beta * f.sigma(r_w) * f.sigma(-r_w)
+        d_l = beta * f.sigma(r_l) * f.sigma(-r_l)
+        return 1 - f.sigma(r_w) + f.sigma(r_l), d_w, d_l
+
+    return f.of_log_ratios(pairs, rule, ld_alpha=ld_alpha)
+
+
+EXACT = {
+    APODown: (exact_down, [{}, {"beta": 0.9}]),
+    APOZero: (exact_zero, [{}, {"beta": 0.9}]),
+}
+
+DEFAULTS = [
+    "APODown(beta=0.1)",
+    "APOZero(beta=0.1)",
+]
 
 
 @pytest.mark.holds(33)

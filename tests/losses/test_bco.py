@@ -4,10 +4,30 @@ from __future__ import annotations
 
 import pytest
 import torch
+from losses import formulas as f
 from losses.problems import scores_of
 from losses.shared import scores
 
 from fusedpo.losses import BCO
+
+
+def exact(pairs: list[f.Pair], beta: float = 0.01, **modifiers) -> f.PairResult:
+    """-log sigma(r_w) - log sigma(-r_l)"""
+
+    def rule(a_w, a_l):
+        r_w, r_l = beta * a_w, beta * a_l
+        return -f.logsig(r_w) - f.logsig(-r_l), -beta * f.sigma(-r_w), beta * f.sigma(r_l)
+
+    return f.of_log_ratios(pairs, rule, **modifiers)
+
+
+EXACT = {
+    BCO: (exact, [{}, {"beta": 0.5}]),
+}
+
+DEFAULTS = [
+    "BCO(beta=0.01)",
+]
 
 
 @pytest.mark.holds(33)

@@ -5,9 +5,29 @@ from __future__ import annotations
 import math
 
 import pytest
+from losses import formulas as f
 from losses.problems import of_samples, sampled
 
 from fusedpo.losses import CISPO, REINFORCE
+
+
+def exact(samples: list[f.Sample], epsilon_high: float = 5.0, **options) -> f.Result:
+    """-sg[min(r, epsilon_high)] A p_t, mean over all tokens"""
+
+    def rule(p, delta, still, advantage):
+        coefficient = min(math.exp(still), epsilon_high)
+        return -coefficient * advantage * p, -coefficient * advantage
+
+    return f.of_tokens(samples, rule, "token_mean", **options)
+
+
+EXACT = {
+    CISPO: (exact, [{}, {"epsilon_high": 1.2}]),
+}
+
+DEFAULTS = [
+    "CISPO(epsilon_high=5.0)",
+]
 
 
 @pytest.mark.holds(33)

@@ -4,12 +4,54 @@ from __future__ import annotations
 
 import pytest
 import torch
+from losses import formulas as f
 from losses.problems import scores_of
 from losses.shared import scores
 
 from fusedpo.engine.structure import GradientStructure
 from fusedpo.losses import CPO, DPO
 from fusedpo.losses.scores import Scores
+
+
+def exact(
+    pairs: list[f.Pair],
+    beta: float = 0.1,
+    nll_weight: float = 1.0,
+    link: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> f.PairResult:
+    """DPO's loss or the hinge of z = beta (lp_w - lp_l), or IPO's of averages, plus SFT"""
+
+    def rule(lp_w, lp_l):
+        value, c = f.linked(link, label_smoothing, beta * (lp_w - lp_l))
+        return value, -beta * c, beta * c
+
+    def ipo(mean_w, mean_l):
+        u = mean_w - mean_l - 1 / (2 * beta)
+        return u**2, 2 * u, -2 * u
+
+    if link == "ipo":
+        preference = f.of_log_probs(pairs, ipo, average=True)
+    else:
+        preference = f.of_log_probs(pairs, rule, average=False)
+    return f.add(preference, f.cross_entropy(pairs, nll_weight))
+
+
+EXACT = {
+    CPO: (
+        exact,
+        [
+            {},
+            {"nll_weight": 0.0, "label_smoothing": 0.2},
+            {"link": "hinge", "nll_weight": 0.4},
+            {"link": "ipo", "beta": 0.3},
+        ],
+    ),
+}
+
+DEFAULTS = [
+    "CPO(beta=0.1, nll_weight=1.0, link='sigmoid', label_smoothing=0.0)",
+]
 
 
 @pytest.mark.holds(33)

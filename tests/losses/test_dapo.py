@@ -5,9 +5,32 @@ from __future__ import annotations
 import math
 
 import pytest
+from losses import formulas as f
 from losses.problems import of_samples, sampled
 
 from fusedpo.losses import DAPO, GRPO
+
+
+def exact(
+    samples: list[f.Sample],
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.28,
+    dual_clip: float | None = None,
+    ratio_cap: float | None = None,
+    **options,
+) -> f.Result:
+    """GRPO's token loss, mean over all tokens"""
+    rule = f.ppo(epsilon_low, epsilon_high, dual_clip, ratio_cap)
+    return f.of_tokens(samples, rule, "token_mean", **options)
+
+
+EXACT = {
+    DAPO: (exact, [{}, {"epsilon_high": 0.2, "dual_clip": 1.5}]),
+}
+
+DEFAULTS = [
+    "DAPO(epsilon_low=0.2, epsilon_high=0.28, dual_clip=None, ratio_cap=None)",
+]
 
 
 @pytest.mark.holds(33)

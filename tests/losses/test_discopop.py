@@ -5,9 +5,33 @@ from __future__ import annotations
 import math
 
 import pytest
+from losses import formulas as f
 from losses.problems import scores_of
 
 from fusedpo.losses import DPO, DiscoPOP
+
+
+def exact(pairs: list[f.Pair], beta: float = 0.05, tau: float = 0.05, **modifiers) -> f.PairResult:
+    """-(1-m) log sigma(z) + m e^-z,  m = sigma(z/tau)"""
+
+    def rule(a_w, a_l):
+        z = beta * (a_w - a_l)
+        m, rest = f.sigma(z / tau), f.sigma(-z / tau)
+        value = -f.logsig(z) * rest + math.exp(-z) * m
+        slope = m * rest / tau
+        c = beta * (-rest * f.sigma(-z) + slope * (f.logsig(z) + math.exp(-z)) - m * math.exp(-z))
+        return value, c, -c
+
+    return f.of_log_ratios(pairs, rule, **modifiers)
+
+
+EXACT = {
+    DiscoPOP: (exact, [{}, {"beta": 0.3, "tau": 0.4}]),
+}
+
+DEFAULTS = [
+    "DiscoPOP(beta=0.05, tau=0.05)",
+]
 
 
 @pytest.mark.holds(33)

@@ -8,10 +8,41 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from losses import formulas as f
 from losses.shared import scores
 
 from fusedpo.losses import DPO
 from fusedpo.losses.scores import Scores
+
+
+def exact(
+    pairs: list[f.Pair],
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    length_normalized: bool = False,
+    **modifiers,
+) -> f.PairResult:
+    """-(1-e) log sigma(z) - e log sigma(-z),  z = beta (a_w - a_l)"""
+    e = label_smoothing
+
+    def rule(a_w, a_l):
+        z = beta * (a_w - a_l)
+        c = beta * ((1 - e) * f.sigma(-z) - e * f.sigma(z))
+        return -(1 - e) * f.logsig(z) - e * f.logsig(-z), -c, c
+
+    return f.of_log_ratios(pairs, rule, average=length_normalized, **modifiers)
+
+
+EXACT = {
+    DPO: (
+        exact,
+        [{}, {"beta": 0.7, "label_smoothing": 0.2}, {"beta": 3.0, "length_normalized": True}],
+    ),
+}
+
+DEFAULTS = [
+    "DPO(beta=0.1, label_smoothing=0.0, length_normalized=False)",
+]
 
 
 @pytest.mark.holds(33)

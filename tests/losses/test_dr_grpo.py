@@ -5,9 +5,33 @@ from __future__ import annotations
 import math
 
 import pytest
+from losses import formulas as f
 from losses.problems import of_samples, sampled
 
 from fusedpo.losses import DrGRPO
+
+
+def exact(
+    samples: list[f.Sample],
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    max_completion_length: float = 3000,
+    dual_clip: float | None = None,
+    ratio_cap: float | None = None,
+    **options,
+) -> f.Result:
+    """GRPO's token loss, its sum over G * max_completion_length"""
+    rule = f.ppo(epsilon_low, epsilon_high, dual_clip, ratio_cap)
+    return f.of_tokens(samples, rule, "constant", length=max_completion_length, **options)
+
+
+EXACT = {
+    DrGRPO: (exact, [{}, {"max_completion_length": 40, "ratio_cap": 1.5}]),
+}
+
+DEFAULTS = [
+    "DrGRPO(epsilon_low=0.2, epsilon_high=0.2, ratio_cap=None, max_completion_length=3000)",
+]
 
 
 @pytest.mark.holds(33)

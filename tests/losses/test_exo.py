@@ -6,9 +6,35 @@ import math
 
 import pytest
 import torch
+from losses import formulas as f
 from losses.problems import scores_of
 
 from fusedpo.losses import EXO
+
+
+def exact(
+    pairs: list[f.Pair], beta: float = 0.1, label_smoothing: float = 1e-3, **modifiers
+) -> f.PairResult:
+    """KL( (s, 1-s) || (1-e, e) ),  s = sigma(z)"""
+    e = label_smoothing
+
+    def rule(a_w, a_l):
+        z = beta * (a_w - a_l)
+        value = f.sigma(z) * (f.logsig(z) - math.log(1 - e))
+        value += f.sigma(-z) * (f.logsig(-z) - math.log(e))
+        c = beta * f.sigma(z) * f.sigma(-z) * (z - math.log((1 - e) / e))
+        return value, c, -c
+
+    return f.of_log_ratios(pairs, rule, **modifiers)
+
+
+EXACT = {
+    EXO: (exact, [{}, {"beta": 0.8, "label_smoothing": 0.1}]),
+}
+
+DEFAULTS = [
+    "EXO(beta=0.1, label_smoothing=0.001)",
+]
 
 
 @pytest.mark.holds(33)

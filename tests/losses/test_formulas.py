@@ -1,4 +1,4 @@
-"""Every loss, modifier and option against formulas.py: value and gradient of every token."""
+"""Every loss, modifier and option against its formula: value and gradient of every token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from losses import formulas as f
+from losses import exact as f
 from losses.problems import (
     Found,
     faults,
@@ -38,55 +38,13 @@ def _add(table: dict, cls: type, **options) -> None:
     table[name] = (cls(**options), functools.partial(getattr(f, cls.__name__), **options))
 
 
-for _cls, _options in [
-    (L.DPO, {}),
-    (L.DPO, {"beta": 0.7, "label_smoothing": 0.2}),
-    (L.DPO, {"beta": 3.0, "length_normalized": True}),
-    (L.RobustDPO, {}),
-    (L.RobustDPO, {"beta": 0.6, "label_smoothing": 0.3}),
-    (L.SLiC, {}),
-    (L.SLiC, {"beta": 1.5}),
-    (L.IPO, {}),
-    (L.IPO, {"beta": 0.4, "average": False}),
-    (L.EXO, {}),
-    (L.EXO, {"beta": 0.8, "label_smoothing": 0.1}),
-    (L.NCA, {}),
-    (L.NCA, {"beta": 0.5}),
-    (L.BCO, {}),
-    (L.BCO, {"beta": 0.5}),
-    (L.APOZero, {}),
-    (L.APOZero, {"beta": 0.9}),
-    (L.APODown, {}),
-    (L.APODown, {"beta": 0.9}),
-    (L.AOT, {}),
-    (L.AOT, {"beta": 0.4, "label_smoothing": 0.1}),
-    (L.AOT, {"beta": 0.4, "paired": False}),
-    (L.DiscoPOP, {}),
-    (L.DiscoPOP, {"beta": 0.3, "tau": 0.4}),
-    (L.SimPO, {}),
-    (L.SimPO, {"beta": 2.5, "gamma": 1.2, "label_smoothing": 0.1}),
-    (L.SimPO, {"link": "hinge"}),
-    (L.SimPO, {"sft_weight": 0.3}),
-    (L.AlphaPO, {"beta": 2.0, "gamma": 0.5}),
-    (L.AlphaPO, {"beta": 1.5, "gamma": 0.2, "alpha": -0.5, "label_smoothing": 0.1}),
-    (L.AlphaPO, {"beta": 1.5, "gamma": 0.2, "alpha": 0.0}),
-    (L.CPO, {}),
-    (L.CPO, {"nll_weight": 0.0, "label_smoothing": 0.2}),
-    (L.CPO, {"link": "hinge", "nll_weight": 0.4}),
-    (L.CPO, {"link": "ipo", "beta": 0.3}),
-    (L.ORPO, {}),
-    (L.ORPO, {"beta": 0.7, "nll_weight": 0.0}),
-    (L.SPPO, {}),
-    (L.SPPO, {"beta": 0.2, "scaled": True}),
-    (L.SPPO, {"beta": 0.2, "baseline": 0.8}),
-    (L.SFT, {}),
-    (L.SFT, {"weight": 0.4}),
-]:
-    _add(PAIRS, _cls, **_options)
+for _cls, (_, _settings) in f.EXACT.items():
+    if issubclass(_cls, L.PreferenceLoss):
+        for _options in _settings:
+            _add(PAIRS, _cls, **_options)
 
 # what is spelt otherwise there: defaults by themselves, modifiers, sums
 PAIRS |= {
-    "AlphaPO": (L.AlphaPO(), functools.partial(f.AlphaPO, beta=2.0, gamma=0.5)),
     "SemanticSPPO": (L.SemanticSPPO(repulsion="none"), f.SemanticSPPO),
     "SemanticSPPO scaled": (
         L.SemanticSPPO(0.3, True, repulsion="none"),
@@ -209,33 +167,13 @@ KTO = {
     for options in ({}, {"beta": 0.6, "desirable_weight": 1.3, "undesirable_weight": 0.7})
 }
 
-for _cls, _options in [
-    (L.GRPO, {}),
-    (L.GRPO, {"epsilon_low": 0.1, "epsilon_high": 0.4}),
-    (L.GRPO, {"dual_clip": 1.3}),
-    (L.GRPO, {"ratio_cap": 1.4}),
-    (L.GRPO, {"dual_clip": 1.35, "ratio_cap": 1.6}),
-    (L.DAPO, {}),
-    (L.DAPO, {"epsilon_high": 0.2, "dual_clip": 1.5}),
-    (L.DrGRPO, {}),
-    (L.DrGRPO, {"max_completion_length": 40, "ratio_cap": 1.5}),
-    (L.GSPO, {}),
-    (L.GSPO, {"epsilon_low": 0.1, "epsilon_high": 0.05}),
-    (L.LUSPO, {}),
-    (L.LUSPO, {"epsilon_low": 0.1, "epsilon_high": 0.05}),
-    (L.GMPO, {}),
-    (L.GMPO, {"epsilon": 0.15}),
-    (L.SoftAdaptive, {}),
-    (L.SoftAdaptive, {"tau_pos": 2.0, "tau_neg": 3.0}),
-    (L.CISPO, {}),
-    (L.CISPO, {"epsilon_high": 1.2}),
-    (L.VESPO, {}),
-    (L.VESPO, {"k_pos": 1.0, "lambda_pos": 2.0, "k_neg": 2.0, "lambda_neg": 1.0}),
-    (L.REINFORCE, {}),
+_SETTINGS = [
+    *((cls, each) for cls, (_, settings) in f.EXACT.items() for each in settings),
     *((L.SoftSequence, {"gate": gate}) for gate in GATES if gate != "clip_log"),
-    (L.SoftSequence, {"tau_pos": 1.4, "tau_neg": 2.1}),
-    (L.SoftSequence, {"gate": "sigmoid_ratio", "tau_pos": 1.4, "tau_neg": 2.1}),
-]:
+]
+for _cls, _options in _SETTINGS:
+    if not issubclass(_cls, L.PolicyLoss):
+        continue
     _add(SAMPLES, _cls, **_options)
     if set(_options) <= {"gate"}:
         for _estimator in ("k1", "k2", "k3", "k3_corrected"):

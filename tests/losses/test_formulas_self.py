@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 import pytest
-from losses import formulas as f
+from losses import exact as f
 
 
 def differences(value, sequences: list[list[float]], step: float = 1e-5) -> list[np.ndarray]:

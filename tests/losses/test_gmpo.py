@@ -5,9 +5,36 @@ from __future__ import annotations
 import math
 
 import pytest
+from losses import formulas as f
 from losses.problems import of_samples, sampled
 
 from fusedpo.losses import GMPO, SoftSequence
+
+
+def exact(samples: list[f.Sample], epsilon: float = 0.4, **options) -> f.Result:
+    """-A s,  s = exp(mean_t d_t),  d = sgn(A) min(sgn(A) delta, sgn(A) clip(delta, -e, e))"""
+
+    def rule(delta, advantage):
+        tokens = max(len(delta), 1)
+        sign = f.sgn(advantage)
+        d = [sign * min(sign * x, sign * f.clip(x, -epsilon, epsilon)) for x in delta]
+        s = math.exp(sum(d) / tokens)
+        slopes = []
+        for x in delta:
+            inside = x <= epsilon if advantage > 0 else x >= -epsilon
+            slopes.append(-advantage * s / tokens if inside else 0.0)
+        return -advantage * s, slopes
+
+    return f.of_sequences(samples, rule, **options)
+
+
+EXACT = {
+    GMPO: (exact, [{}, {"epsilon": 0.15}]),
+}
+
+DEFAULTS = [
+    "GMPO(epsilon=0.4)",
+]
 
 
 @pytest.mark.holds(33)

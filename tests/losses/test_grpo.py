@@ -5,9 +5,41 @@ from __future__ import annotations
 import math
 
 import pytest
+from losses import formulas as f
 from losses.problems import of_samples, sampled
 
 from fusedpo.losses import GRPO
+
+
+def exact(
+    samples: list[f.Sample],
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    dual_clip: float | None = None,
+    ratio_cap: float | None = None,
+    **options,
+) -> f.Result:
+    """-min(r A, clip(r, 1-e_low, 1+e_high) A): mean over tokens, then over sequences"""
+    rule = f.ppo(epsilon_low, epsilon_high, dual_clip, ratio_cap)
+    return f.of_tokens(samples, rule, "sequence_mean", **options)
+
+
+EXACT = {
+    GRPO: (
+        exact,
+        [
+            {},
+            {"epsilon_low": 0.1, "epsilon_high": 0.4},
+            {"dual_clip": 1.3},
+            {"ratio_cap": 1.4},
+            {"dual_clip": 1.35, "ratio_cap": 1.6},
+        ],
+    ),
+}
+
+DEFAULTS = [
+    "GRPO(epsilon_low=0.2, epsilon_high=0.2, dual_clip=None, ratio_cap=None)",
+]
 
 
 @pytest.mark.holds(33)

@@ -5,9 +5,27 @@ from __future__ import annotations
 import math
 
 import pytest
+from losses import formulas as f
 from losses.problems import of_samples, sampled
 
 from fusedpo.losses import GRPO, GSPO, LUSPO
+
+
+def exact(
+    samples: list[f.Sample], epsilon_low: float = 3e-4, epsilon_high: float = 4e-4, **options
+) -> f.Result:
+    """-min(s A, clip(s, 1-e_low, 1+e_high) A),  s = exp(mean_t delta): mean over sequences"""
+    rule = f.gspo(epsilon_low, epsilon_high)
+    return f.of_sequences(samples, rule, ratio_of_sequence=True, **options)
+
+
+EXACT = {
+    GSPO: (exact, [{}, {"epsilon_low": 0.1, "epsilon_high": 0.05}]),
+}
+
+DEFAULTS = [
+    "GSPO(epsilon_low=0.0003, epsilon_high=0.0004, dual_clip=None, ratio_cap=None)",
+]
 
 
 @pytest.mark.holds(33)

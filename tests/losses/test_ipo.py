@@ -6,10 +6,32 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from losses import formulas as f
 from losses.shared import scores
 
 from fusedpo.losses import IPO
 from fusedpo.losses.scores import Scores
+
+
+def exact(
+    pairs: list[f.Pair], beta: float = 0.1, average: bool = True, **modifiers
+) -> f.PairResult:
+    """(a_w - a_l - 1/(2 beta))^2, of log-ratios averaged over tokens or summed"""
+
+    def rule(a_w, a_l):
+        u = a_w - a_l - 1 / (2 * beta)
+        return u**2, 2 * u, -2 * u
+
+    return f.of_log_ratios(pairs, rule, average=average, **modifiers)
+
+
+EXACT = {
+    IPO: (exact, [{}, {"beta": 0.4, "average": False}]),
+}
+
+DEFAULTS = [
+    "IPO(beta=0.1, average=True)",
+]
 
 
 @pytest.mark.holds(33)

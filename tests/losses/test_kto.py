@@ -2,11 +2,53 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from losses import formulas as f
 from losses.problems import scores_of
 
 from fusedpo.losses import KTO
+
+
+def exact(
+    examples: list[f.Response],
+    desirable: list[bool],
+    kl: float = 0.0,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    variant: str = "kto",
+) -> f.Result:
+    """weight * (1 - sigma(u)),  u = beta (a - z0) if desirable, beta (z0 - a) if not
+
+    z0 = max(0, kl); zero in the variant ``apo_zero``. Mean over all examples.
+    """
+    if variant not in ("kto", "apo_zero"):
+        raise ValueError(variant)
+    z0 = max(0.0, kl) if variant == "kto" else 0.0
+    loss = 0.0
+    grads = []
+    for response, good in zip(examples, desirable, strict=True):
+        a = sum(response.p) - sum(response.q)
+        if good:
+            u = beta * (a - z0)
+            weight, slope = desirable_weight, -desirable_weight * beta * f.sigma(u) * f.sigma(-u)
+        else:
+            u = beta * (z0 - a)
+            weight, slope = undesirable_weight, undesirable_weight * beta * f.sigma(u) * f.sigma(-u)
+        loss += weight * (1 - f.sigma(u)) / len(examples)
+        grads.append(np.full(len(response.p), slope / len(examples)))
+    return loss, grads
+
+
+EXACT = {
+    KTO: (exact, []),  # of single responses: test_formulas has them apart
+}
+
+DEFAULTS = [
+    "KTO(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0, variant='kto')",
+]
 
 
 def losses_of(loss: KTO, desirable: list[bool], kl: list[float]) -> torch.Tensor:

@@ -6,9 +6,27 @@ import math
 from dataclasses import replace
 
 import pytest
+from losses import formulas as f
 from losses.problems import of_samples, sampled
 
 from fusedpo.losses import GSPO, LUSPO
+
+
+def exact(
+    samples: list[f.Sample], epsilon_low: float = 2e-3, epsilon_high: float = 2.5e-3, **options
+) -> f.Result:
+    """GSPO's sequence loss times its length, mean over sequences"""
+    rule = f.gspo(epsilon_low, epsilon_high)
+    return f.of_sequences(samples, rule, times_length=True, ratio_of_sequence=True, **options)
+
+
+EXACT = {
+    LUSPO: (exact, [{}, {"epsilon_low": 0.1, "epsilon_high": 0.05}]),
+}
+
+DEFAULTS = [
+    "LUSPO(epsilon_low=0.002, epsilon_high=0.0025, dual_clip=None, ratio_cap=None)",
+]
 
 
 @pytest.mark.holds(33)

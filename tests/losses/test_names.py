@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from losses.exact import DEFAULTS
 
 from fusedpo import losses
 from fusedpo.losses import aliases, available, get
@@ -71,44 +72,7 @@ def test_every_other_name_is_of_a_loss_and_of_no_other() -> None:
 
 
 # numbers of the papers and of TRL's configurations, where they have one; a change is another loss
-DEFAULTS = """
-AOT(beta=0.01, paired=True, label_smoothing=0.0)
-APODown(beta=0.1)
-APOZero(beta=0.1)
-AlphaPO(beta=2.0, gamma=0.5, alpha=0.25, label_smoothing=0.0)
-BCO(beta=0.01)
-CISPO(epsilon_high=5.0)
-CPO(beta=0.1, nll_weight=1.0, link='sigmoid', label_smoothing=0.0)
-DAPO(epsilon_low=0.2, epsilon_high=0.28, dual_clip=None, ratio_cap=None)
-DPO(beta=0.1, label_smoothing=0.0, length_normalized=False)
-DiscoPOP(beta=0.05, tau=0.05)
-DrGRPO(epsilon_low=0.2, epsilon_high=0.2, ratio_cap=None, max_completion_length=3000)
-EXO(beta=0.1, label_smoothing=0.001)
-GMPO(epsilon=0.4)
-GRPO(epsilon_low=0.2, epsilon_high=0.2, dual_clip=None, ratio_cap=None)
-GSPO(epsilon_low=0.0003, epsilon_high=0.0004, dual_clip=None, ratio_cap=None)
-IPO(beta=0.1, average=True)
-KTO(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0, variant='kto')
-LUSPO(epsilon_low=0.002, epsilon_high=0.0025, dual_clip=None, ratio_cap=None)
-NCA(beta=0.01)
-ORPO(beta=0.1, nll_weight=1.0)
-REINFORCE()
-RobustDPO(beta=0.1, label_smoothing=0.1)
-SFT(weight=1.0)
-SLiC(beta=0.05)
-SPPO(beta=0.001)
-SemanticSPPO(beta=0.001, repulsion_weight=1.0, repulsion='unit_sq_euclid', margin=1.0, kappa=1.0)
-ShortToLong(alpha=1.0, detach_short=False, distance='abs', both=False, kappa=0.1)
-SimPO(beta=2.0, gamma=0.5, label_smoothing=0.0, link='sigmoid', sft_weight=0.0)
-SoftAdaptive(tau_pos=1.0, tau_neg=1.05)
-SoftSequence(tau_pos=1.0, tau_neg=1.05, gate='arctan_log')
-VESPO(k_pos=2.0, lambda_pos=3.0, k_neg=3.0, lambda_neg=2.0)
-"""
-
-
-@pytest.mark.parametrize(
-    "text", DEFAULTS.split("\n")[1:-1], ids=lambda text: text.partition("(")[0]
-)
+@pytest.mark.parametrize("text", DEFAULTS, ids=lambda text: text.partition("(")[0])
 def test_defaults_stay_what_they_are(text: str) -> None:
     name, _, given = text.removesuffix(")").partition("(")
     loss = getattr(losses, name)()
@@ -122,7 +86,7 @@ def test_defaults_stay_what_they_are(text: str) -> None:
 
 
 def test_every_loss_has_defaults_that_stay() -> None:
-    named = {text.partition("(")[0].lower() for text in DEFAULTS.split()}
+    named = {text.partition("(")[0].lower() for text in DEFAULTS}
     assert set(available()) <= named
 
 

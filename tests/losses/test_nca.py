@@ -4,9 +4,30 @@ from __future__ import annotations
 
 import pytest
 import torch
+from losses import formulas as f
 from losses.problems import scores_of
 
 from fusedpo.losses import BCO, NCA
+
+
+def exact(pairs: list[f.Pair], beta: float = 0.01, **modifiers) -> f.PairResult:
+    """-log sigma(r_w) - 1/2 log sigma(-r_w) - 1/2 log sigma(-r_l),  r = beta a"""
+
+    def rule(a_w, a_l):
+        r_w, r_l = beta * a_w, beta * a_l
+        value = -f.logsig(r_w) - f.logsig(-r_w) / 2 - f.logsig(-r_l) / 2
+        return value, -beta * f.sigma(-r_w) + beta / 2 * f.sigma(r_w), beta / 2 * f.sigma(r_l)
+
+    return f.of_log_ratios(pairs, rule, **modifiers)
+
+
+EXACT = {
+    NCA: (exact, [{}, {"beta": 0.5}]),
+}
+
+DEFAULTS = [
+    "NCA(beta=0.01)",
+]
 
 
 @pytest.mark.holds(33)

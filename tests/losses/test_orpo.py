@@ -6,11 +6,32 @@ import math
 
 import pytest
 import torch
+from losses import formulas as f
 from losses.problems import scores_of
 from losses.shared import scores
 
 from fusedpo.losses import ORPO
 from fusedpo.losses.orpo import log1mexp
+
+
+def exact(pairs: list[f.Pair], beta: float = 0.1, nll_weight: float = 1.0) -> f.PairResult:
+    """nll_weight * SFT - beta log sigma( log_odds(pbar_w) - log_odds(pbar_l) )"""
+
+    def rule(mean_w, mean_l):
+        (odds_w, d_w), (odds_l, d_l) = f.log_odds(mean_w), f.log_odds(mean_l)
+        lo = odds_w - odds_l
+        return -beta * f.logsig(lo), -beta * f.sigma(-lo) * d_w, beta * f.sigma(-lo) * d_l
+
+    return f.add(f.of_log_probs(pairs, rule, average=True), f.cross_entropy(pairs, nll_weight))
+
+
+EXACT = {
+    ORPO: (exact, [{}, {"beta": 0.7, "nll_weight": 0.0}]),
+}
+
+DEFAULTS = [
+    "ORPO(beta=0.1, nll_weight=1.0)",
+]
 
 
 @pytest.mark.holds(33)

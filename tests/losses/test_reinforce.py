@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import pytest
+from losses import formulas as f
 from losses.problems import of_samples, sampled
 from losses.shared import made
 
 from fusedpo.losses import REINFORCE, PolicyLoss, SoftSequence, available
 from fusedpo.losses.gates import GATES
+
+
+def exact(samples: list[f.Sample], **options) -> f.Result:
+    """-A p_t, mean over all tokens"""
+
+    def rule(p, delta, still, advantage):
+        return -advantage * p, -advantage
+
+    return f.of_tokens(samples, rule, "token_mean", **options)
+
+
+EXACT = {
+    REINFORCE: (exact, [{}]),
+}
+
+DEFAULTS = [
+    "REINFORCE()",
+]
 
 EVERY = [cls() for cls in available().values() if issubclass(cls, PolicyLoss)]
 EVERY += [made(SoftSequence, gate=gate, tau_pos=0.7, tau_neg=1.9) for gate in GATES]

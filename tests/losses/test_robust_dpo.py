@@ -4,10 +4,34 @@ from __future__ import annotations
 
 import pytest
 import torch
+from losses import formulas as f
 from losses.problems import scores_of
 from losses.shared import scores
 
 from fusedpo.losses import DPO, RobustDPO
+
+
+def exact(
+    pairs: list[f.Pair], beta: float = 0.1, label_smoothing: float = 0.1, **modifiers
+) -> f.PairResult:
+    """[-(1-e) log sigma(z) + e log sigma(-z)] / (1 - 2e)"""
+    e = label_smoothing
+
+    def rule(a_w, a_l):
+        z = beta * (a_w - a_l)
+        c = beta * ((1 - e) * f.sigma(-z) + e * f.sigma(z)) / (1 - 2 * e)
+        return (-(1 - e) * f.logsig(z) + e * f.logsig(-z)) / (1 - 2 * e), -c, c
+
+    return f.of_log_ratios(pairs, rule, **modifiers)
+
+
+EXACT = {
+    RobustDPO: (exact, [{}, {"beta": 0.6, "label_smoothing": 0.3}]),
+}
+
+DEFAULTS = [
+    "RobustDPO(beta=0.1, label_smoothing=0.1)",
+]
 
 
 @pytest.mark.holds(33)

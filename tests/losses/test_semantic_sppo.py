@@ -5,11 +5,39 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from losses import formulas
+from losses import formulas as f
+from losses import test_sppo
 from losses.problems import scores_of
 from losses.shared import inputs_for, made, scores
 
 from fusedpo.losses import SPPO, SemanticSPPO
+
+
+def exact(
+    pairs: list[f.Pair], beta: float = 1e-3, scaled: bool = False, baseline: float = 0.5
+) -> f.PairResult:
+    """SPPO of softened win rates. What it adds on hidden states is ``repulsion``."""
+    softened = []
+    for pair in pairs:
+        s = pair.inputs.get("similarity", 0.0)
+        inputs = {
+            "win_rate_chosen": f.soften(pair.inputs.get("win_rate_chosen", 1.0), s),
+            "win_rate_rejected": f.soften(pair.inputs.get("win_rate_rejected", 0.0), s),
+        }
+        softened.append(
+            f.Pair(pair.chosen, pair.rejected, pair.long_chosen, pair.long_rejected, inputs)
+        )
+    return test_sppo.exact(softened, beta, scaled, baseline)
+
+
+EXACT = {
+    SemanticSPPO: (exact, []),
+}
+
+DEFAULTS = [
+    "SemanticSPPO(beta=0.001, repulsion_weight=1.0, repulsion='unit_sq_euclid', margin=1.0, "
+    "kappa=1.0)",
+]
 
 ROLES = ("chosen", "rejected")
 FORMS = ("unit_sq_euclid", "cosine", "hinge_sq", "gauss")
@@ -98,7 +126,7 @@ def test_the_repulsion_is_its_formula(form: str, weight: float) -> None:
     found = loss.of_states(*h)
     gradients = torch.autograd.grad(found.sum(), h)
     for i in range(4):
-        value, *truth = formulas.repulsion(
+        value, *truth = f.repulsion(
             form, *(x[i].detach().numpy() for x in h), margin=5.0, kappa=1.5
         )
         assert found[i].item() == pytest.approx(weight * value, rel=1e-12)

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
-from losses import formulas
+from losses import formulas as f
 from losses.problems import of_responses
 from losses.shared import scores
 
 from fusedpo.losses import SFT
+
+EXACT = {
+    SFT: (f.cross_entropy, [{}, {"weight": 0.4}]),
+}
+
+DEFAULTS = [
+    "SFT(weight=1.0)",
+]
 
 
 @pytest.mark.holds(33)
 def test_a_worked_example() -> None:
     """Chosen tokens -1, -2 and -6 of two responses: L = 9 / 3 = 3, each token's gradient -1/3. The
     mean over responses of means, (1.5 + 6) / 2, would be another."""
-    response = formulas.Response
+    response = f.Response
     responses = {
         "chosen": [response([-1.0, -2.0]), response([-6.0])],
         "rejected": [response([-5.0]), response([-7.0, -8.0])],

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from losses import formulas as f
+from losses import test_dpo, test_ipo, test_orpo, test_simpo
 from losses.problems import scores_of
 from losses.shared import for_loss, made
 
@@ -29,6 +31,53 @@ from fusedpo.losses import (
     SLiC,
 )
 from fusedpo.losses.scores import Scores
+
+
+def exact(
+    pairs: list[f.Pair],
+    base: str = "DPO",
+    alpha: float = 1.0,
+    detach_short: bool = False,
+    distance: str = "abs",
+    kappa: float = 1.0,
+    both: bool = False,
+    scale: float = 1.0,
+    frozen: list[f.Pair] | None = None,
+    **hyper,
+) -> f.PairResult:
+    """base + alpha * mean distance( r(short, y_w) - r(long, y_w) ); ``both``: and the same of y_l
+
+    ``hyper`` goes to the base. ``detach_short`` holds r(short, y) constant in the distance only.
+    ``quadratic`` is ((x(short) - x(long)) / scale)^2, x what the base's margin compares.
+    """
+    losses = {
+        "DPO": test_dpo.exact,
+        "SimPO": test_simpo.exact,
+        "ORPO": test_orpo.exact,
+        "IPO": test_ipo.exact,
+    }
+    loss, grads = losses[base](pairs, **hyper)
+    for pair, constant, grad in zip(pairs, frozen or pairs, grads, strict=True):
+        for role in ("chosen", "rejected") if both else ("chosen",):
+            short = getattr(constant if detach_short else pair, role)
+            of = f.compared if distance == "quadratic" else f.reward
+            r_short, dr_short = of(base, short, hyper)
+            r_long, dr_long = of(base, getattr(pair, f"long_{role}"), hyper)
+            value, slope = f.distance(distance, r_short - r_long, kappa, scale)
+            loss += alpha * value / len(pairs)
+            if not detach_short:
+                grad[role] += alpha * slope * dr_short / len(pairs)
+            grad[f"long_{role}"] -= alpha * slope * dr_long / len(pairs)
+    return loss, grads
+
+
+EXACT = {
+    ShortToLong: (exact, []),
+}
+
+DEFAULTS = [
+    "ShortToLong(alpha=1.0, detach_short=False, distance='abs', both=False, kappa=0.1)",
+]
 
 BASES = [DPO(), DPO(3.0, length_normalized=True), SimPO(), ORPO(), CPO()]
 every_base = pytest.mark.parametrize("base", BASES, ids=lambda base: type(base).__name__)

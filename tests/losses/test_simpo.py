@@ -8,11 +8,46 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from losses import formulas as f
 from losses.shared import scores
 
 from fusedpo.engine.structure import GradientStructure
 from fusedpo.losses import SimPO
 from fusedpo.losses.scores import Scores
+
+
+def exact(
+    pairs: list[f.Pair],
+    beta: float = 2.0,
+    gamma: float = 0.5,
+    label_smoothing: float = 0.0,
+    link: str = "sigmoid",
+    sft_weight: float = 0.0,
+) -> f.PairResult:
+    """DPO's loss or the hinge of z = beta (pbar_w - pbar_l) - gamma, plus sft_weight * SFT"""
+
+    def rule(mean_w, mean_l):
+        value, c = f.linked(link, label_smoothing, beta * (mean_w - mean_l) - gamma)
+        return value, -beta * c, beta * c
+
+    return f.add(f.of_log_probs(pairs, rule, average=True), f.cross_entropy(pairs, sft_weight))
+
+
+EXACT = {
+    SimPO: (
+        exact,
+        [
+            {},
+            {"beta": 2.5, "gamma": 1.2, "label_smoothing": 0.1},
+            {"link": "hinge"},
+            {"sft_weight": 0.3},
+        ],
+    ),
+}
+
+DEFAULTS = [
+    "SimPO(beta=2.0, gamma=0.5, label_smoothing=0.0, link='sigmoid', sft_weight=0.0)",
+]
 
 
 @pytest.mark.holds(33)

@@ -4,9 +4,30 @@ from __future__ import annotations
 
 import pytest
 import torch
+from losses import formulas as f
 from losses.problems import scores_of
 
 from fusedpo.losses import SLiC
+
+
+def exact(pairs: list[f.Pair], beta: float = 0.05, **modifiers) -> f.PairResult:
+    """max(0, 1 - z)"""
+
+    def rule(a_w, a_l):
+        z = beta * (a_w - a_l)
+        c = beta if z < 1 else 0.0
+        return max(0.0, 1 - z), -c, c
+
+    return f.of_log_ratios(pairs, rule, **modifiers)
+
+
+EXACT = {
+    SLiC: (exact, [{}, {"beta": 1.5}]),
+}
+
+DEFAULTS = [
+    "SLiC(beta=0.05)",
+]
 
 
 @pytest.mark.holds(33)

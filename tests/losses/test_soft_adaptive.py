@@ -5,9 +5,33 @@ from __future__ import annotations
 import math
 
 import pytest
+from losses import formulas as f
 from losses.problems import of_samples, sampled
 
 from fusedpo.losses import SoftAdaptive
+
+
+def exact(
+    samples: list[f.Sample], tau_pos: float = 1.0, tau_neg: float = 1.05, **options
+) -> f.Result:
+    """-A (4/tau) sigma(tau (r - 1)): mean over tokens, then over sequences"""
+
+    def rule(p, delta, still, advantage):
+        ratio = math.exp(delta)
+        tau = tau_pos if advantage > 0 else tau_neg
+        v = tau * math.expm1(delta)
+        return -advantage * 4 / tau * f.sigma(v), -advantage * ratio * 4 * f.sigma(v) * f.sigma(-v)
+
+    return f.of_tokens(samples, rule, "sequence_mean", **options)
+
+
+EXACT = {
+    SoftAdaptive: (exact, [{}, {"tau_pos": 2.0, "tau_neg": 3.0}]),
+}
+
+DEFAULTS = [
+    "SoftAdaptive(tau_pos=1.0, tau_neg=1.05)",
+]
 
 
 @pytest.mark.holds(33)

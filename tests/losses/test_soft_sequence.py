@@ -6,10 +6,46 @@ import math
 
 import pytest
 import torch
+from losses import formulas as f
 from losses.problems import Found, of_samples, sampled
 
 from fusedpo.losses import GMPO, GSPO, SoftSequence
 from fusedpo.losses.gates import GATES, clip_log
+
+
+def exact(
+    samples: list[f.Sample],
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
+    gate: str = "arctan_log",
+    epsilon: float = 0.4,
+    **options,
+) -> f.Result:
+    """-A s,  s = exp(mean_t phi(delta_t)): mean over sequences. ``epsilon`` is for clip_log."""
+
+    def rule(delta, advantage):
+        tokens = max(len(delta), 1)
+        tau = tau_pos if advantage > 0 else tau_neg
+        gates = [f.log_gate(gate, x, tau, advantage, epsilon) for x in delta]
+        s = math.exp(sum(phi for phi, _ in gates) / tokens)
+        return -advantage * s, [-advantage * s / tokens * slope for _, slope in gates]
+
+    return f.of_sequences(samples, rule, **options)
+
+
+EXACT = {
+    SoftSequence: (
+        exact,
+        [
+            {"tau_pos": 1.4, "tau_neg": 2.1},
+            {"gate": "sigmoid_ratio", "tau_pos": 1.4, "tau_neg": 2.1},
+        ],
+    ),
+}
+
+DEFAULTS = [
+    "SoftSequence(tau_pos=1.0, tau_neg=1.05, gate='arctan_log')",
+]
 
 SAMPLES = sampled(
     [0.3, -0.2, 0.9], [0.5, -0.7], [-0.4], [0.1, 2.0], advantages=[1.0, -2.0, 0.0, 0.5]

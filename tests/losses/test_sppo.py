@@ -7,10 +7,41 @@ from dataclasses import replace
 
 import pytest
 import torch
+from losses import formulas as f
 from losses.problems import scores_of
 from losses.shared import scores
 
 from fusedpo.losses import SPPO, get
+
+
+def exact(
+    pairs: list[f.Pair], beta: float = 1e-3, scaled: bool = False, baseline: float = 0.5
+) -> f.PairResult:
+    """1/2 [(a_w - (P_w - c)/beta)^2 + (a_l - (P_l - c)/beta)^2]; ``scaled``: times beta^2
+
+    c the ``baseline``.
+    """
+    loss = 0.0
+    grads = f.zeros(pairs)
+    factor = beta**2 if scaled else 1.0
+    for pair, grad in zip(pairs, grads, strict=True):
+        wins = (pair.inputs.get("win_rate_chosen", 1.0), pair.inputs.get("win_rate_rejected", 0.0))
+        for role, win in zip(("chosen", "rejected"), wins, strict=True):
+            response = getattr(pair, role)
+            a = sum(response.p) - sum(response.q)
+            u = a - (win - baseline) / beta
+            loss += factor * u**2 / 2 / len(pairs)
+            grad[role][:] = factor * u / len(pairs)
+    return loss, grads
+
+
+EXACT = {
+    SPPO: (exact, [{}, {"beta": 0.2, "scaled": True}, {"beta": 0.2, "baseline": 0.8}]),
+}
+
+DEFAULTS = [
+    "SPPO(beta=0.001)",
+]
 
 HARD = {"win_rate_chosen": torch.ones(5), "win_rate_rejected": torch.zeros(5)}
 

@@ -4,13 +4,59 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from losses import formulas as f
 from losses.problems import of_samples, sampled
 
 from fusedpo.losses import VESPO
 from fusedpo.losses.scores import Tokens
 from fusedpo.objective.sequences import Sequences
+
+
+def exact(
+    samples: list[f.Sample],
+    k_pos: float = 2.0,
+    lambda_pos: float = 3.0,
+    k_neg: float = 3.0,
+    lambda_neg: float = 2.0,
+    fold_weight: bool = False,
+    num_items: float | None = None,
+    kl_weight: float = 0.0,
+    kl_estimator: str = "k3",
+    frozen: list[f.Sample] | None = None,
+) -> f.Result:
+    """-sg[phi(W)] A p_t,  W = exp(sum_t delta_t), mean over all tokens
+
+    Each delta_t is within [-20, 20]. ``fold_weight``: a sample's weight multiplies W, not the loss.
+    """
+    frozen = frozen or samples
+    weights = f.weights_of_tokens(samples, "token_mean", num_items)
+    loss = 0.0
+    grads = [np.zeros(len(sample.p)) for sample in samples]
+    for sample, constant, w, grad in zip(samples, frozen, weights, grads, strict=True):
+        log_w = sum(f.clip(x, -20.0, 20.0) for x in f.log_ratios(constant, constant))
+        importance = f.per_token(sample.weight, len(sample.p))
+        if fold_weight:
+            log_w += math.log(f.per_sequence(sample.weight))
+            importance = [1.0] * len(sample.p)
+        advantage = f.per_token(sample.advantage, len(sample.p))
+        for t, (p, a) in enumerate(zip(sample.p, advantage, strict=True)):
+            k, lam = (k_pos, lambda_pos) if a >= 0 else (k_neg, lambda_neg)
+            coefficient = importance[t] * f.vespo_phi(log_w, k, lam) * a
+            loss -= w * coefficient * p
+            grad[t] = -w * coefficient
+    return f.add_kl(loss, grads, samples, frozen, weights, kl_weight, kl_estimator)
+
+
+EXACT = {
+    VESPO: (exact, [{}, {"k_pos": 1.0, "lambda_pos": 2.0, "k_neg": 2.0, "lambda_neg": 1.0}]),
+}
+
+DEFAULTS = [
+    "VESPO(k_pos=2.0, lambda_pos=3.0, k_neg=3.0, lambda_neg=2.0)",
+]
 
 
 @pytest.mark.holds(33)
