@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,3 +30,21 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield path
         elif path.suffix != ".egg-info":
             yield from _walk(path)
+
+
+def added(diff: Path) -> dict[str, str]:
+    """Path -> text of the files that a diff makes; of a file that it changes, the new lines."""
+    parts = re.split(r"^diff --git a/\S+ b/(\S+)\n", diff.read_text(encoding="utf-8"), flags=re.M)
+    return {
+        path: "".join(re.findall(r"^\+(?!\+\+ )(.*\n?)", part, re.M))
+        for path, part in zip(parts[1::2], parts[2::2], strict=True)
+    }
+
+
+def copy_with(diff: Path, folder: Path) -> Path:
+    """A copy of the repository in this folder, with the diff applied."""
+    for path in files():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, folder / path)
+    subprocess.run(["git", "apply", str(diff)], cwd=folder, check=True)
+    return folder

@@ -1,10 +1,10 @@
 """What the written-out losses are made of: ragged token log-probabilities, rules, sums of them.
 
 Nothing of it is imported from the library. The formula of a loss stands in the test file of that
-loss (exact.py finds it), with what is here as ``f``. It is a plain program over Python's floats, one
-example after another, that returns its value by its formula and, separately, the derivative with
-respect to each token's log-probability by the closed form of that derivative. The derivatives are
-those of the whole loss: the mean over pairs, examples or groups is in them.
+loss (exact.py finds it), with what is here as ``f``. It is a plain program over Python's floats,
+one example after another, that returns its value by its formula and, separately, the derivative
+with respect to each token's log-probability by the closed form of that derivative. The derivatives
+are those of the whole loss: the mean over pairs, examples or groups is in them.
 
     pairs     f(pairs, **hyperparameters)           -> loss, [{role: array of dL/dp_t}]
     examples  KTO(examples, desirable, kl, ...)     -> loss, [array]

@@ -1,9 +1,12 @@
-"""A new loss is one file of at most 40 lines, and has every check by existing."""
+"""A new loss is one file of at most 40 lines and one test file, and has every check by existing."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import os
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,44 +18,13 @@ import test_objective
 import torch
 from losses import test_shared
 from losses.problems import scores_of
+from repository import ROOT, added, copy_with
 
 from fusedpo import losses, plan, preference_loss
 from fusedpo.losses import MarginLoss, PolicyLoss, PreferenceLoss
 
-TOY = '''\
-r"""A toy: the squared distance of a scaled margin from a target, smaller for long pairs.
-
-    z = beta (m(y_w) - m(y_l)) - target,   m(y) = log pi(y | x) / |y|
-    L = z^2 / (1 + z^2)
-"""
-
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any, ClassVar
-
-from torch import Tensor
-
-from fusedpo.checks import number, positive
-from fusedpo.losses.base import GradientStructure, MarginLoss, Scores, hyperparameter
-
-
-@dataclass(frozen=True)
-class Toy(MarginLoss):
-    """A bounded least-squares fit of the margin."""
-
-    formula_structure: ClassVar[GradientStructure] = GradientStructure("pair", 1, "mean_margin")
-
-    beta: float = hyperparameter(2.0, "scale of the margin", positive)
-    target: float = hyperparameter(5.0, "the margin aimed at", number)
-
-    def of_margin(self, margin: Tensor, **inputs: Any) -> Tensor:
-        z = self.beta * margin - self.target
-        return z * z / (1 + z * z)
-
-    def reward(self, s: Scores) -> Tensor:
-        return self.beta * s.mean
-'''
+DIFF = ROOT / "tests" / "additions" / "loss.diff"
+TOY = added(DIFF)["fusedpo/losses/toy.py"]
 
 
 @pytest.fixture
@@ -68,6 +40,29 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PreferenceL
 
 def test_it_is_short() -> None:
     assert len(TOY.splitlines()) <= 40
+
+
+def test_it_is_two_files_and_nothing_else_by_hand(tmp_path: Path) -> None:
+    """In a copy of the tree, what asks something of every loss has all that it asks for."""
+    assert set(added(DIFF)) == {"fusedpo/losses/toy.py", "tests/losses/test_toy.py"}
+    tree = copy_with(DIFF, tmp_path)
+
+    def run(*words: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(tree)}
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tree, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run("tests/generated.py")  # `make losses`
+    asking = "toy or every_loss_is_compared or lists_the_losses or every_loss_has or in_the_tables"
+    folder = "tests/losses"
+    of_losses = [f"{folder}/test_{name}.py" for name in ("toy", "formulas", "names", "shared")]
+    others = [f"tests/test_{name}.py" for name in ("structure", "memory", "tables", "docs")]
+    told = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", asking, *of_losses, *others)
+    passed = re.search(r"(\d+) passed", told)
+    assert passed is not None and int(passed[1]) >= 30
 
 
 def test_it_is_found(toy: PreferenceLoss) -> None:

@@ -677,6 +677,43 @@ _LOSSES = (
         ),
     ),
     *_in(
+        "fusedpo/losses/preference.py",
+        "losses/test_forwarding.py losses/test_simpo.py losses/test_shared.py",
+        (
+            'if structure.unit != "one":',
+            "if False:",
+            "a cross-entropy without a factor of its own",
+        ),
+        (
+            'return replace(structure, scope="batch") if self.weights_tokens else structure',
+            "return structure",
+            "one unit for tokens that count unequally",
+        ),
+        (
+            'return GradientStructure("pair", 1, "mean_margin" if of_means else "margin")',
+            'return GradientStructure("pair", 1, "margin")',
+            "sums for means",
+        ),
+    ),
+    *_in(
+        "fusedpo/losses/policy.py",
+        "losses/test_forwarding.py",
+        (
+            'replace(structure, scope="batch") if self.entropy_bonus or beside else structure',
+            'replace(structure, scope="batch") if self.entropy_bonus else structure',
+            "a KL term in the factor of its sequence",
+        ),
+    ),
+    *_in(
+        "fusedpo/losses/forwarding.py",
+        "losses/test_forwarding.py losses/test_modifiers.py",
+        (
+            "if name not in interface() or name in vars(cls):",
+            "if name not in interface():",
+            "what a composite says itself is overwritten",
+        ),
+    ),
+    *_in(
         "fusedpo/losses/loss.py",
         _OF_LOSSES,
         (
