@@ -18,11 +18,12 @@ _METHODS = {"fusedpo.FusedLoss": ("forward",), "fusedpo.Head": ("local", "check"
 
 
 def parameters(function: object) -> Parameters:
-    """The parameters of a function, or of a class as it is called."""
+    """The public parameters of a function, or of a class as it is called."""
     signature = inspect.signature(function)
     return [
         [p.name, p.kind.name, "" if p.default is p.empty else repr(p.default)]
         for p in signature.parameters.values()
+        if not p.name.startswith("_")
     ]
 
 

@@ -18,6 +18,8 @@ from losses.shared import made
 from oracles import gradient_faults, relative
 
 import fusedpo
+import fusedpo.objective.run
+import fusedpo.objective.scoring
 from fusedpo import FusedLoss, linear_logprobs, plan, policy_loss
 from fusedpo.losses import (
     CISPO,

@@ -7,11 +7,9 @@ Letters: B sequences, P examples, N scored tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import cast
 
 from torch import Tensor
 
-from fusedpo.engine.cost import Backend
 from fusedpo.engine.plan import Plan
 from fusedpo.engine.score import plan_for, score, score_in_graph
 from fusedpo.losses import Loss, PreferenceLoss
@@ -77,7 +75,7 @@ def prepare(
             layout.head,
             layout.rows,
             memory_budget,
-            backend=cast(Backend, layout.backend),
+            backend=layout.backend,
             **options,
         )
         reordered = plan.route == "one_pass" and options["reordered"]
@@ -144,7 +142,7 @@ def finish(
             stats=run.stats,
             differentiable=run.differentiable,
             temperature=layout.temperature,
-            backend=cast(Backend, layout.backend),
+            backend=layout.backend,
             groups=groups_of(problem, layout.counts) if one_pass else None,
             states=run.state_rows,
         )

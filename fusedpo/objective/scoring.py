@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 from torch import Tensor
 
 from fusedpo import checks
-from fusedpo.engine.cost import Backend
 from fusedpo.engine.plan import Plan
 from fusedpo.engine.rows import Rows
 from fusedpo.engine.score import plan_for, score, score_in_graph
@@ -55,6 +53,5 @@ def score_tokens(
             temperature=temperature,
             backend=backend,
         )[0]
-    used = cast(Backend, backend)
-    plan = plan_for(hidden, head, rows, memory_budget, stats=stats, backend=used, like=like)
-    return score(hidden, head, rows, plan, stats=stats, temperature=temperature, backend=used)[0]
+    plan = plan_for(hidden, head, rows, memory_budget, stats=stats, backend=backend, like=like)
+    return score(hidden, head, rows, plan, stats=stats, temperature=temperature, backend=backend)[0]
