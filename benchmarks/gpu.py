@@ -62,7 +62,7 @@ _QUICK = Shape(pairs=4, tokens=256, hidden=2048, vocab=32_000)
 def setting_of(device: str, *, quick: bool, dry: bool) -> Setting:
     # the kernels are defined here, which is when Triton looks whether to interpret them
     from fusedpo.benchmarks.section import Setting
-    from fusedpo.kernels.timing import Clock
+    from fusedpo.benchmarks.timing import Clock
 
     if dry:
         return Setting(
@@ -148,7 +148,7 @@ def run(
 
     save: called after each, so that what ends the program leaves the others' answers.
     """
-    from fusedpo.kernels.timing import Deadline
+    from fusedpo.benchmarks.timing import Deadline
 
     known, whole = sections(), Deadline(seconds)
     for i, name in enumerate(names):

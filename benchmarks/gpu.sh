@@ -8,7 +8,7 @@
 #                       right, and nothing more if one is not; products of tiles,
 #                       bits, kernels, folds, routes, trace, tail,
 #                       and an experiment
-#              tune     python -m fusedpo.kernels.tune                              45
+#              tune     python -m tools.tune                                        45
 #     second   tests    tests/gpu: the engine on the device                         110
 #              kernels  tests/kernels: the kernels, compiled                        90
 #              more     python -m fusedpo.benchmarks.gpu: shapes, memory            80
@@ -113,7 +113,7 @@ first() {
         return
     fi
     # compiled at once, since compiling takes longer than measuring
-    part tune 45 "$python" -m fusedpo.kernels.tune "${tiles[@]}" --processes "$processes" \
+    part tune 45 "$python" -m tools.tune "${tiles[@]}" --processes "$processes" \
         --json "$work/tune.json"
 }
 

@@ -22,8 +22,8 @@ from fusedpo import losses
 from fusedpo.benchmarks import measure, routes, sweep
 from fusedpo.benchmarks.section import Section, Setting, Verdict, number, quotient
 from fusedpo.benchmarks.shapes import GPU, MIB, Inputs, Shape, head_of, make_inputs
+from fusedpo.benchmarks.timing import Clock, Deadline, Measured
 from fusedpo.engine.precision import multiply
-from fusedpo.kernels.timing import Clock, Deadline, Measured
 from fusedpo.losses import gates, links
 
 TAIL_MICROSECONDS = 40.0

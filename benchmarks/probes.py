@@ -24,8 +24,8 @@ from torch import Tensor
 from fusedpo.benchmarks import routes
 from fusedpo.benchmarks.section import Section, Setting, number, quotient
 from fusedpo.benchmarks.shapes import Inputs, Shape, make_inputs
+from fusedpo.benchmarks.timing import Deadline
 from fusedpo.engine.precision import multiply
-from fusedpo.kernels.timing import Deadline
 
 TILES = {
     **dict.fromkeys((1024, 2048, 4096), (4096, 8192, 8448, 13568, 16384, 16896)),

@@ -20,9 +20,9 @@ from fusedpo.benchmarks import roofline
 from fusedpo.benchmarks.peers import PEERS, step, why_not
 from fusedpo.benchmarks.section import Section, Setting, Verdict, number, quotient
 from fusedpo.benchmarks.shapes import MIB, Case, Inputs, Shape, make_inputs
+from fusedpo.benchmarks.timing import Deadline, Measured
 from fusedpo.engine.cost import Backend
 from fusedpo.engine.plan import Plan, RouteName
-from fusedpo.kernels.timing import Deadline, Measured
 
 # more than either backend's rounding in half precision makes of a gradient, and less than a lost
 # tile does

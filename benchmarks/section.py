@@ -10,7 +10,7 @@ import torch
 
 from fusedpo import tables
 from fusedpo.benchmarks.shapes import Shape
-from fusedpo.kernels.timing import Clock
+from fusedpo.benchmarks.timing import Clock
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fusedpo.benchmarks import routes
 from fusedpo.benchmarks.peers import Unsupported
 from fusedpo.benchmarks.section import Section, Setting
 from fusedpo.benchmarks.shapes import Shape, make_inputs
-from fusedpo.kernels.timing import Deadline
+from fusedpo.benchmarks.timing import Deadline
 
 SHAPE = Shape(pairs=2, tokens=75, hidden=256, vocab=5000)
 _DRY = Shape(pairs=2, tokens=4, hidden=32, vocab=300)

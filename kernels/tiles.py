@@ -1,7 +1,7 @@
 """Tiles: how much of a problem one program of a kernel takes. Pure functions of shapes.
 
 No kernel tunes itself: these functions choose, tests hold every choice to its machine code, and
-``python -m fusedpo.kernels.tune`` measures the alternatives on a GPU for whoever wants to change
+``python -m tools.tune`` measures the alternatives on a GPU for whoever wants to change
 them. The choices were made from machine code and arithmetic; none has been timed on a GPU.
 """
 

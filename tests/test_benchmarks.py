@@ -32,7 +32,7 @@ from fusedpo.benchmarks.formulas import FORMULAS, WITH_REFERENCE
 from fusedpo.benchmarks.peers import PEERS, Unsupported, by_formula, full_logits, step, why_not
 from fusedpo.benchmarks.section import Section, Setting
 from fusedpo.benchmarks.shapes import MIB, TINY, Case, Inputs, Shape, head_of, make_inputs
-from fusedpo.kernels.timing import Clock, Deadline, Measured
+from fusedpo.benchmarks.timing import Clock, Deadline, Measured
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-5
@@ -1102,8 +1102,7 @@ class PretendedGraph:
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     """A setting on the CPU that takes itself for a GPU, to run what is done on one alone."""
-    from fusedpo.benchmarks import kernels
-    from fusedpo.kernels import timing
+    from fusedpo.benchmarks import kernels, timing
 
     setting = gpu.setting_of("cpu", quick=False, dry=True)
     setting.clock.cuda = True

@@ -189,6 +189,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, checkout):
     assert "fusedpo/py.typed" in names
     assert any(name.endswith("LICENSE") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fusedpo"}
+    # tools are for the repository
+    assert (checkout / "tools").is_dir() and not [name for name in names if "/tools/" in name]
 
 
 BLOCK = """

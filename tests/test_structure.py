@@ -106,6 +106,27 @@ def test_kernels_import_torch_and_triton_only(module):
 
 
 @pytest.mark.parametrize("module", KERNELS)
+def test_kernels_folder_holds_what_the_package_runs(module):
+    """Kernels and their definitions; tools for whoever works on them are in tools/."""
+    others = (name for other in MODULES if other != module for name in imports_of(other))
+    assert any(f"{name}.".startswith(f"{module}.") for name in others), f"nothing imports {module}"
+
+
+SHIPPED = [
+    path
+    for path in FILES
+    if path.suffix == ".py" and path.parts[0] in ("fusedpo", "kernels", "benchmarks")
+]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=str)
+def test_what_is_installed_needs_no_tool_of_the_repository(path):
+    source = (ROOT / path).read_text(encoding="utf-8")
+    names = imports(source, ".".join(path.with_suffix("").parts))
+    assert not [name for name in names if name.split(".")[0] in ("tools", "tests")]
+
+
+@pytest.mark.parametrize("module", KERNELS)
 def test_kernels_know_no_loss_by_name(module):
     text = (ROOT / MODULES[module]).read_text(encoding="utf-8")
     assert not re.findall(rf"\b({'|'.join(LOSSES)})\b", text, re.IGNORECASE)

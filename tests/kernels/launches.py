@@ -23,7 +23,7 @@ import fusedpo.engine.problem
 import fusedpo.engine.score
 from fusedpo import linear_logprobs, linear_token_stats, losses, plan, preference_loss
 from fusedpo.engine.stats import STATS
-from fusedpo.kernels.machine_code import target_named
+from tools.targets import target_named
 
 VARIANTS: dict[str, set[str]] = {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedpo.kernels.machine_code import Specimen
+from tools.machine_code import Specimen
 
 
 @triton.jit

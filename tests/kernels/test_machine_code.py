@@ -20,9 +20,10 @@ from repository import ROOT
 
 pytest.importorskip("triton")
 
-from fusedpo.kernels import machine_code
-from fusedpo.kernels.machine_code import TARGETS, MachineCode, Specimen, target_named
-from fusedpo.kernels.races import races
+from tools import instructions, machine_code, targets
+from tools.machine_code import MachineCode, Specimen
+from tools.races import races
+from tools.targets import TARGETS, target_named
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="Triton's compiler and tools exist for Linux only"
@@ -63,7 +64,7 @@ def report(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]], st
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, "-m", "fusedpo.kernels.report", "--json", str(file), *arguments],
+        [sys.executable, "-m", "tools.report", "--json", str(file), *arguments],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -195,7 +196,7 @@ def test_kernels_keep_their_promises(target, tmp_path):
     ],
 )
 def test_occupancy(target, registers, shared, tensor_memory, warps, occupancy):
-    found = machine_code._occupancy(target_named(target), registers, shared, tensor_memory, warps)
+    found = targets.occupancy(target_named(target), registers, shared, tensor_memory, warps)
     assert found == occupancy
 
 
@@ -218,7 +219,7 @@ def test_occupancy(target, registers, shared, tensor_memory, warps, occupancy):
 )
 def test_width_of_a_load(target, instruction, width):
     counts = Counter({instruction: 3, "LDGDEPBAR": 1, "LDL.128": 1, "s_load_dwordx4": 1})
-    found = machine_code._by_width(counts, target_named(target), machine_code._LOADS)
+    found = instructions.by_width(counts, target_named(target), instructions.LOADS)
     assert found == {width: 3}
 
 
@@ -226,7 +227,7 @@ def test_fused_multiply_adds():
     fmas = {"FFMA": 1, "FFMA.FTZ": 1, "FFMA2": 2, "FHFMA.BF16": 1, "DFMA": 1, "HFMA2.MMA": 0}
     fmas |= {"v_fma_f32": 1, "v_fmac_f32_e32": 1, "v_pk_fma_f32": 2, "v_dot2c_f32_bf16": 2}
     fmas |= {"v_mad_u64_u32": 0, "v_mfma_f32_32x32x8_bf16": 0, "FMUL": 0, "v_mul_f32_e32": 0}
-    assert {name: machine_code._fmas(name) for name in fmas} == fmas
+    assert {name: instructions.fmas(name) for name in fmas} == fmas
 
 
 GOOD = MachineCode(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusedpo.kernels.timing import Clock, Deadline, Measured
+from fusedpo.benchmarks.timing import Clock, Deadline, Measured
 
 
 def test_every_function_runs_once_a_round_in_changing_order() -> None:

@@ -12,23 +12,24 @@ import torch
 
 pytest.importorskip("triton")
 
-from fusedpo.kernels import logit_tile_triton, product_fold, tail, tune
+from fusedpo.benchmarks.timing import Clock, Deadline
+from fusedpo.kernels import logit_tile_triton, product_fold, tail
 from fusedpo.kernels.tiles import StreamTile, row_tile
-from fusedpo.kernels.timing import Clock, Deadline
+from tools import candidates, tune
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("FUSEDPO_TEST_DEVICE") == "cuda", reason="is for the interpreter"
 )
 
-SIZES = replace(tune.TINY, rows=2, columns=40)
+SIZES = replace(candidates.TINY, rows=2, columns=40)
 
 
-@pytest.mark.parametrize("kernel", tune.KERNELS)
+@pytest.mark.parametrize("kernel", candidates.KERNELS)
 def test_one_candidate_is_the_current_choice(kernel: str) -> None:
-    found = tune.candidates(kernel, SIZES, "cpu")
+    found = candidates.candidates(kernel, SIZES, "cpu")
     assert sum(c.current for c in found) == 1
     assert len({c.tile for c in found}) == len(found) > 3
-    few = tune.candidates(kernel, SIZES, "cpu", few=True)
+    few = candidates.candidates(kernel, SIZES, "cpu", few=True)
     assert len(few) == 3 and few[0].current
 
 
@@ -42,7 +43,7 @@ def test_the_tile_is_what_the_kernel_is_launched_with(monkeypatch: pytest.Monkey
         fold(x, *args, **options)
 
     monkeypatch.setattr(logit_tile_triton, "fold", spy)
-    for candidate in tune.candidates("fold", SIZES, "cpu"):
+    for candidate in candidates.candidates("fold", SIZES, "cpu"):
         candidate.call(0)
         assert candidate.tile == f"{asked[-1].block} x {asked[-1].warps} warps"
         assert candidate.current == (asked[-1] == row_tile(SIZES.columns))
@@ -52,7 +53,7 @@ def test_the_tile_is_what_the_kernel_is_launched_with(monkeypatch: pytest.Monkey
 
 def test_a_call_that_raises_leaves_the_choice_as_it_was() -> None:
     before = (tail.BLOCK, tail.WARPS)
-    with pytest.raises(ZeroDivisionError), tune.answering(tail, BLOCK=1, WARPS=1):
+    with pytest.raises(ZeroDivisionError), candidates.answering(tail, BLOCK=1, WARPS=1):
         assert (tail.BLOCK, tail.WARPS) == (1, 1)
         raise ZeroDivisionError
     assert before == (tail.BLOCK, tail.WARPS)
@@ -62,14 +63,14 @@ def test_a_call_that_raises_leaves_the_choice_as_it_was() -> None:
 def test_no_split_of_a_product_is_empty(vocab: int) -> None:
     tile = product_fold.default_tile(90, 8192, vocab, 4096, torch.bfloat16)
     for splits in (1, 3, tile.splits, 2 * tile.splits, 1000):
-        made = tune._without_empty_splits(replace(tile, splits=splits), vocab)
+        made = candidates._without_empty_splits(replace(tile, splits=splits), vocab)
         tiles = -(-vocab // made.BLOCK_V)
         assert 1 <= made.splits <= splits
         assert (made.splits - 1) * made.tiles_per_split(vocab) < tiles
 
 
 def test_the_tiles_of_a_product_include_another_shape_for_its_accumulator() -> None:
-    found = tune.candidates("product_fold", replace(SIZES, dtype=torch.bfloat16), "cpu")
+    found = candidates.candidates("product_fold", replace(SIZES, dtype=torch.bfloat16), "cpu")
     assert any(c.tile.startswith("128 x 128 x 64, 8 warps") for c in found)
 
 
@@ -78,8 +79,8 @@ def test_a_tile_that_cannot_run_says_why() -> None:
         raise RuntimeError("out of resource: shared memory\nand more")
 
     found = [
-        tune.Candidate("fold", "a", True, lambda i: None),
-        tune.Candidate("fold", "b", False, broken),
+        candidates.Candidate("fold", "a", True, lambda i: None),
+        candidates.Candidate("fold", "b", False, broken),
     ]
     times = tune.measure(found, Clock("cpu"), 2, Deadline(5.0), 1)
     rows = tune.rows_of(found, times)

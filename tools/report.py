@@ -1,4 +1,4 @@
-"""``python -m fusedpo.kernels.report``: every kernel's machine code for every target, in a table.
+"""``python -m tools.report``: every kernel's machine code for every target, in a table.
 
 Compiles what ``specimens(target)`` of the modules beside this one offers and compares it with what
 it promises; needs no GPU. The exit status is 1 if a promise is broken, 2 for a user's error.
@@ -22,14 +22,9 @@ from typing import Any
 
 import triton
 
-from fusedpo.kernels.machine_code import (
-    TARGETS,
-    Specimen,
-    compile_for,
-    faults,
-    target_named,
-    wide,
-)
+from tools.instructions import wide
+from tools.machine_code import Specimen, compile_for, faults
+from tools.targets import TARGETS, target_named
 
 _FAULTS = 1
 _USER_ERROR = 2
@@ -98,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m fusedpo.kernels.report",
+        prog="python -m tools.report",
         description="Compile every kernel for every target, and say what its machine code is like.",
         allow_abbrev=False,
     )

@@ -1,34 +1,18 @@
-"""``python -m fusedpo.kernels.tune``: what other tiles would cost on this GPU, in a table.
-
-No kernel tunes itself: ``tiles`` and ``product_fold.default_tile`` choose by shape alone, and what
-they choose is marked here. Whoever wants another choice writes it there, and the tests hold it to
-its machine code.
-"""
+"""Tiles of each kernel that are worth a look, each ready to be called on buffers of its own."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedpo.kernels.timing import Clock, Deadline, Measured
-
 KERNELS = ("fold", "settle", "jacobian", "finish", "tail", "product_fold")
 
-_USER_ERROR = 2
 # so that no buffer is read from a second-level cache
 _ROTATED_BYTES = 256 << 20
 _MOST_COPIES = 8
@@ -286,160 +270,3 @@ def _without_empty_splits(tile: Any, vocab: int) -> Any:
     tiles = -(-vocab // tile.BLOCK_V)
     splits = min(tile.splits, tiles)
     return replace(tile, splits=-(-tiles // -(-tiles // splits)))
-
-
-def warm(kernel: str, sizes: Sizes, device: str, few: bool, processes: int) -> None:
-    """Compile a kernel's candidates in processes of their own, which share Triton's cache."""
-    count = len(candidates(kernel, sizes, device, few=few))
-    # spawned, not forked: the device is in use
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, count), mp_context=context) as pool:
-        list(pool.map(partial(_warm, kernel, sizes, device, few), range(count)))
-
-
-def _warm(kernel: str, sizes: Sizes, device: str, few: bool, i: int) -> None:
-    # what cannot run says why when it is measured
-    with suppress(Exception):
-        candidates(kernel, sizes, device, few=few)[i].call(0)
-
-
-def measure(
-    found: Sequence[Candidate], clock: Clock, rounds: int, deadline: Deadline, calls: int
-) -> dict[str, Measured]:
-    """Seconds a call of each candidate, by its tile; one that cannot run says why."""
-    functions: dict[str, Callable[[], object]] = {}
-    missing: dict[str, Measured] = {}
-    for candidate in found:
-        if deadline.over and not candidate.current:
-            missing[candidate.tile] = Measured(missing="no time left")
-            continue
-        try:
-            functions[candidate.tile] = clock.repeated(candidate.call, calls)
-        except Exception as error:  # too much shared memory, say: a line of the table
-            first = (str(error).strip().splitlines() or ["no message"])[0]
-            missing[candidate.tile] = Measured(missing=f"{type(error).__name__}: {first}")
-    times = clock.interleaved(functions, rounds, deadline)
-    for taken in times.values():
-        taken.seconds = [seconds / calls for seconds in taken.seconds]
-        taken.host = [seconds / calls for seconds in taken.host]
-    return {c.tile: times.get(c.tile) or missing[c.tile] for c in found}
-
-
-def rows_of(found: Sequence[Candidate], times: dict[str, Measured]) -> list[dict[str, Any]]:
-    """A row a candidate, with its time as a multiple of the current choice's."""
-    current = next((times[c.tile].median for c in found if c.current), None)
-    rows = []
-    for candidate in found:
-        taken = times[candidate.tile]
-        median = taken.median
-        rows.append(
-            {
-                "kernel": candidate.kernel,
-                "tile": candidate.tile,
-                "current": candidate.current,
-                "median_seconds": median,
-                "quartiles_seconds": taken.quartiles,
-                "ratio_to_current": median / current if median and current else None,
-                "missing": taken.missing,
-            }
-        )
-    return sorted(rows, key=lambda r: (r["median_seconds"] is None, r["median_seconds"] or 0.0))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if args.dry_run:
-        # before a kernel is defined, which is when Triton looks
-        os.environ["TRITON_INTERPRET"] = "1"
-        args.device = "cpu"
-    elif not torch.cuda.is_available():
-        parser.exit(_USER_ERROR, "tiles are measured on a GPU, and there is none; see --dry-run\n")
-    sizes = TINY if args.dry_run else FULL
-    given = {name: getattr(args, name) for name in ("rows", "columns", "tokens", "vocab", "hidden")}
-    sizes = replace(sizes, **{name: value for name, value in given.items() if value})
-    if args.dtype:
-        sizes = replace(sizes, dtype=getattr(torch, args.dtype))
-
-    clock = Clock(args.device)
-    kernels = args.kernel or KERNELS
-    rows: list[dict[str, Any]] = []
-    whole = Deadline(args.seconds)
-    for i, kernel in enumerate(kernels):
-        print(f"{kernel} ...", file=sys.stderr, flush=True)
-        # the tiles of the others compile in a moment
-        if args.processes > 1 and kernel == "product_fold":
-            warm(kernel, sizes, args.device, args.dry_run, args.processes)
-        found = candidates(kernel, sizes, args.device, few=args.dry_run)
-        deadline = Deadline(whole.left / (len(kernels) - i))
-        # a product of seconds' length needs no repeating; a copy of microseconds' does
-        calls = 1 if args.dry_run or kernel == "product_fold" else 16
-        times = measure(found, clock, 1 if args.dry_run else args.rounds, deadline, calls)
-        rows += rows_of(found, times)
-        del found, times
-    about = {
-        "device": "cpu" if args.dry_run else torch.cuda.get_device_name(args.device),
-        "torch": torch.__version__,
-        "sizes": {**asdict(sizes), "dtype": str(sizes.dtype).removeprefix("torch.")},
-        "dry_run": args.dry_run,
-    }
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    print(_table(rows))
-    if args.json is not None:
-        args.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    # where no tile runs, the kernel does not
-    return int(any(row["current"] and row["median_seconds"] is None for row in rows))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fusedpo.kernels.tune",
-        description="Measure other tiles than those that the kernels choose.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, help="default: all of them")
-    parser.add_argument("--rows", type=int, help="of the tile of logits")
-    parser.add_argument("--columns", type=int, help="of the tile of logits")
-    parser.add_argument("--tokens", type=int, help="N of product_fold")
-    parser.add_argument("--vocab", type=int)
-    parser.add_argument("--hidden", type=int)
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=120.0, help="for all of it")
-    parser.add_argument(
-        "--processes", type=int, default=1, help="that compile product_fold's tiles beforehand"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="run a few tiles of every kernel in Triton's interpreter; the times say nothing",
-    )
-    return parser
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [("kernel", "tile", "us", "x current", "")]
-    for row in rows:
-        median, ratio = row["median_seconds"], row["ratio_to_current"]
-        lines.append(
-            (
-                row["kernel"],
-                row["tile"],
-                "-" if median is None else f"{1e6 * median:.1f}",
-                "-" if ratio is None else f"{ratio:.2f}",
-                row["missing"] or ("<- current" if row["current"] else ""),
-            )
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(4)]
-    return "\n".join(
-        "  ".join(
-            (a.ljust(widths[0]), b.ljust(widths[1]), c.rjust(widths[2]), d.rjust(widths[3]), e)
-        ).rstrip()
-        for a, b, c, d, e in lines
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())
