@@ -318,7 +318,8 @@ def _copies(setting: Setting, make: Callable[[], Tensor]) -> list[Tensor]:
 
 def _streams(setting: Setting) -> list[Kernel]:
     """The kernels that work on a tile of the plan, and what finishes its rows."""
-    from fusedpo.kernels.logit_tile import LogitMap, RowStats
+    from fusedpo.kernels.logit_map import LogitMap
+    from fusedpo.kernels.row_stats import RowStats
 
     kernels = _module(setting)
     shape, device, dtype = setting.shape, setting.device, setting.dtype

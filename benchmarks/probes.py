@@ -127,31 +127,21 @@ def _tile_product(
 
 
 # the fold in other ways, by what its module's text has and would have instead
-_LAUNCH = (
-    "WHOLE=width <= tile.block,\n            BLOCK=tile.block,\n            num_warps=tile.warps"
-)
-_TILE = "tile = row_tile(width)\n    with on_device_of(x):\n        fold_kernel"
+_LAUNCH = "num_warps=tile.warps"
 _LOAD = "tl.load(x_ptr + lanes, mask=inside, other=0.0)"
 _EDITS = {
     "64 registers": (_LAUNCH, f"{_LAUNCH}, maxnreg=64"),
-    "8192 columns a block": (
-        _TILE,
-        _TILE.replace("row_tile(width)", "type(row_tile(width))(8192, warps=8)"),
-    ),
     "evict first": (_LOAD, _LOAD.replace(")", ', eviction_policy="evict_first")')),
-    "one warp": (
-        _LAUNCH,
-        "WHOLE=False,\n            BLOCK=2048,\n            num_warps=1",
-    ),
+    "one warp": (_LAUNCH, "num_warps=1"),
 }
 
 
 @contextmanager
 def edited(names: Sequence[str]) -> Iterator[dict[str, ModuleType]]:
-    """The tile's kernels with one edit each, by the edit's name."""
-    from fusedpo.kernels import logit_tile_triton
+    """The fold with one edit each, by the edit's name."""
+    from fusedpo.kernels import fold
 
-    source = Path(logit_tile_triton.__file__).read_text(encoding="utf-8")
+    source = Path(fold.__file__).read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         modules = {}
         for i, name in enumerate(names):
@@ -190,7 +180,8 @@ def _of_folds(setting: Setting, deadline: Deadline) -> Iterator[tuple[str, int, 
     What is added up is left out: a warp adds in another order than sixteen.
     """
     from fusedpo.kernels import logit_tile_triton
-    from fusedpo.kernels.logit_tile import LogitMap, RowStats
+    from fusedpo.kernels.logit_map import LogitMap
+    from fusedpo.kernels.row_stats import RowStats
 
     n, v, h, most = (4, 96, 32, 4) if setting.dry else (1024, 16384, 1024, 2000)
     device = setting.device
@@ -238,7 +229,8 @@ def _of_routes(setting: Setting, deadline: Deadline) -> Iterator[tuple[str, int,
 def folds(setting: Setting, deadline: Deadline) -> Section:
     """The fold with exponentials in other ways, over a copy of as many bytes, in graphs."""
     from fusedpo.kernels import logit_tile_triton
-    from fusedpo.kernels.logit_tile import LogitMap, RowStats
+    from fusedpo.kernels.logit_map import LogitMap
+    from fusedpo.kernels.row_stats import RowStats
 
     section = Section("fold with exponentials", ("what", "tile", "us", "of a copy's speed"))
     device, half = setting.device, setting.dtype.itemsize
@@ -259,7 +251,7 @@ def folds(setting: Setting, deadline: Deadline) -> Section:
 
         return call
 
-    own = ["64 registers", "8192 columns a block", "evict first"]
+    own = ["64 registers", "evict first"]
     with edited(own) as modules:
         wide = 2 * n, v * 33 // 64
         calls: dict[str, tuple[Callable[[int], object], tuple[int, int]]] = {

@@ -46,7 +46,7 @@ from fusedpo.engine.plan import Plan
 from fusedpo.engine.stats import STATS, TokenStats
 from fusedpo.functional import linear_token_stats
 from fusedpo.head import Head
-from fusedpo.kernels.logit_tile import LogitMap
+from fusedpo.kernels.logit_map import LogitMap
 from fusedpo.sizes import parse_budget
 
 IGNORED = -100

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusedpo.checks import FLOATS, bad_type, bad_value
 from fusedpo.distributed import device_of, gather
-from fusedpo.kernels.logit_tile import LOWEST, RowStats
+from fusedpo.kernels.row_stats import LOWEST, RowStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

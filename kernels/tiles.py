@@ -23,13 +23,18 @@ class StreamTile:
     warps: int
 
 
-def row_tile(columns: int) -> StreamTile:
-    """For a kernel with one program a row that needs the whole row.
+def whole_row_tile(columns: int) -> StreamTile:
+    """For a kernel with one program a row, which it holds in registers and reads only once.
 
-    Up to 16384 columns the row is held in registers, 32 numbers a thread, and read only once.
-    Longer rows are read twice, in steps that leave registers for running sums.
+    32 numbers a thread up to 16384 columns, the widest tile of a plan. Wider ones run, but spill.
     """
-    return _stream(columns, largest=16384) if columns <= 16384 else StreamTile(2048, warps=4)
+    block = max(1024, 1 << (columns - 1).bit_length())
+    return StreamTile(block, _stream(columns, largest=16384).warps)
+
+
+def row_tile(columns: int) -> StreamTile:
+    """For a kernel with one program a row that takes it in steps, 32 numbers a thread."""
+    return _stream(columns, largest=16384)
 
 
 def jacobian_tile(columns: int) -> StreamTile:

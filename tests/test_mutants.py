@@ -30,7 +30,8 @@ from fusedpo.engine.routes.retain import Retain
 from fusedpo.engine.rows import Rows
 from fusedpo.engine.tiles import Tiles
 from fusedpo.head import Head
-from fusedpo.kernels import logit_tile
+from fusedpo.kernels import logit_map, row_stats
+from fusedpo.kernels.tile_operations import tile_operations
 from fusedpo.vocab_shards import VocabShard
 
 Patch = pytest.MonkeyPatch
@@ -41,7 +42,7 @@ BACKENDS = ("torch", "triton")
 
 def tile_kernels():
     """The module whose functions the engine calls for a tile."""
-    return tiles._kernels(engine.BACKEND)
+    return tile_operations(engine.BACKEND)
 
 
 def cases(dtype: torch.dtype, seed: int = 0) -> list[Case]:
@@ -214,14 +215,14 @@ def ignore_the_mask(m: Patch) -> None:
 
 
 def start_peak_at_zero(m: Patch) -> None:
-    original = logit_tile.RowStats.start.__func__
+    original = row_stats.RowStats.start.__func__
 
     def start(cls, *args, **kwargs):
         stats = original(cls, *args, **kwargs)
         stats.peak.zero_()
         return stats
 
-    m.setattr(logit_tile.RowStats, "start", classmethod(start))
+    m.setattr(row_stats.RowStats, "start", classmethod(start))
 
 
 def no_rescale(m: Patch) -> None:
@@ -256,11 +257,12 @@ if engine.KERNELS:
 
 
 def lose_softcap_slope(m: Patch) -> None:
-    m.setattr(logit_tile.LogitMap, "slope", lambda self, z: None)
+    m.setattr(logit_map.LogitMap, "slope", lambda self, z: None)
     if engine.BACKEND == "triton":
-        import fusedpo.kernels.logit_tile_triton as kernels
+        from fusedpo.kernels import fold, jacobian
 
-        m.setattr(kernels, "_slope", flat)
+        m.setattr(fold, "slope", flat)
+        m.setattr(jacobian, "slope", flat)
 
 
 def lose_temperature_in_backward(m: Patch) -> None:
@@ -288,11 +290,11 @@ def bias_twice(m: Patch) -> None:
 
 
 def half_precision_logsumexp(m: Patch) -> None:
-    def logprob(s: logit_tile.RowStats) -> torch.Tensor:
+    def logprob(s: row_stats.RowStats) -> torch.Tensor:
         rest = s.rest.bfloat16().to(s.peak.dtype)
         return torch.nn.functional.logsigmoid(s.target - rest)
 
-    m.setattr(logit_tile.RowStats, "logprob", property(logprob))
+    m.setattr(row_stats.RowStats, "logprob", property(logprob))
 
 
 def scalar_upstream(m: Patch) -> None:
@@ -398,12 +400,12 @@ def leave_ignored_rows_unwritten(m: Patch) -> None:
 
 
 def round_probabilities_of_entropy(m: Patch) -> None:
-    original = logit_tile.below_logsumexp
+    original = row_stats.below_logsumexp
 
     def below(logprob, total):
         return original(logprob, total).exp().bfloat16().to(total.dtype).log()
 
-    m.setattr(logit_tile, "below_logsumexp", below)
+    m.setattr(row_stats, "below_logsumexp", below)
 
 
 def lose_tilt(m: Patch) -> None:
@@ -445,10 +447,11 @@ if engine.KERNELS:
 
 def softcap_the_padding(m: Patch) -> None:
     """What lies beyond the tile is -inf before the softcap, and counts as -softcap."""
-    import fusedpo.kernels.logit_tile_triton as kernels
+    from fusedpo.kernels import fold, jacobian
 
-    m.setattr(kernels, "_logits", masked_before_softcap)
-    m.setattr(kernels, "_others", all_but_the_target)
+    m.setattr(fold, "logits", masked_before_softcap)
+    m.setattr(jacobian, "logits", masked_before_softcap)
+    m.setattr(fold, "_others", all_but_the_target)
 
 
 @dataclass(frozen=True)
@@ -734,10 +737,10 @@ def sums_in(dtype: torch.dtype) -> Callable[[Patch], None]:
 def subtract_logsumexp(m: Patch) -> None:
     """The difference of two large numbers, instead of a sigmoid of their distance."""
 
-    def logprob(s: logit_tile.RowStats) -> torch.Tensor:
+    def logprob(s: row_stats.RowStats) -> torch.Tensor:
         return s.target - torch.logaddexp(s.rest, s.target)
 
-    m.setattr(logit_tile.RowStats, "logprob", property(logprob))
+    m.setattr(row_stats.RowStats, "logprob", property(logprob))
 
 
 def fix_the_gain(m: Patch) -> None:

@@ -47,7 +47,8 @@ from fusedpo.engine.plan import Plan
 from fusedpo.engine.stats import STATS
 from fusedpo.engine.tiles import Tiles
 from fusedpo.kernels import logit_tile
-from fusedpo.kernels.logit_tile import LogitMap, RowStats
+from fusedpo.kernels.logit_map import LogitMap
+from fusedpo.kernels.row_stats import RowStats
 from fusedpo.losses import Loss, PolicyLoss
 
 NAN = float("nan")
@@ -1625,25 +1626,21 @@ class Launches:
 
 def launch_all(monkeypatch: pytest.MonkeyPatch, n: int, columns: int) -> Launches:
     """Every launch of every kernel module, for n rows; nothing is computed."""
-    from fusedpo.kernels import logit_tile_triton, product_fold, tail
+    from fusedpo.kernels import finish, fold, jacobian, product_fold, settle, tail
 
     launches = Launches([])
-    names = {
-        logit_tile_triton: ("fold", "settle", "jacobian", "finish"),
-        product_fold: ("product_fold", "merge"),
-        tail: ("tail",),
-    }
-    for module, kernels in names.items():
+    for module in (fold, settle, jacobian, finish, product_fold, tail):
+        name = module.__name__.split(".")[-1]
         monkeypatch.setattr(module, "on_device_of", launches.on_device_of)
-        for name in kernels:
-            monkeypatch.setattr(module, f"{name}_kernel", launches.of(name))
+        monkeypatch.setattr(module, f"{name}_kernel", launches.of(name))
+    monkeypatch.setattr(product_fold, "merge_kernel", launches.of("merge"))
     x, rows = torch.zeros(1, columns).expand(n, -1), torch.zeros(n)
     target = torch.zeros(n, dtype=torch.long)
     stats = RowStats.start(n, rows, entropy=True, squares=True, mean=True)
-    logit_tile_triton.fold(x, LogitMap(), target, 0, stats, out=x, rest=x)
-    logit_tile_triton.settle(x, target, rows, torch.zeros(3, n), 32)
-    logit_tile_triton.jacobian(x, LogitMap(), target, 0, rows, rows, out=x)
-    logit_tile_triton.finish(x, rows, x, target, rows, x, None, block=8)
+    fold.fold(x, LogitMap(), target, 0, stats, out=x, rest=x)
+    settle.settle(x, target, rows, torch.zeros(3, n), 32)
+    jacobian.jacobian(x, LogitMap(), target, 0, rows, rows, out=x)
+    finish.finish(x, rows, x, target, rows, x, None, block=8)
     tile = product_fold.Tile(16, 16, 16, 4, 2, splits=2)
     product_fold.product_fold(x, torch.zeros(40, columns), target, tile=tile, entropy=True)
     tail.tail(rows, target, target, combine="single")
@@ -1720,11 +1717,18 @@ def test_everything_is_made_where_the_inputs_are(loss: Loss, backend: str) -> No
 def test_each_tile_of_a_row_gives_the_same_answer(
     block: int, route: str, backend: str, monkeypatch
 ) -> None:
-    from fusedpo.kernels import logit_tile_triton
+    from fusedpo.kernels import finish, fold, jacobian, settle
     from fusedpo.kernels.tiles import StreamTile
 
-    for name in ("row_tile", "jacobian_tile"):
-        monkeypatch.setattr(logit_tile_triton, name, lambda columns: StreamTile(block, 1))
+    # a row that is folded fits its block
+    whole = StreamTile(max(block, 256), 1)
+    monkeypatch.setattr(fold, "whole_row_tile", lambda columns: whole)
+    for module, name in (
+        (settle, "row_tile"),
+        (jacobian, "jacobian_tile"),
+        (finish, "jacobian_tile"),
+    ):
+        monkeypatch.setattr(module, name, lambda columns: StreamTile(block, 1))
     case = plain_case(route, torch.float32, 11, 301, 20)
     case.bias, case.softcap = torch.linspace(-1, 1, 301), 4.0
     got = run(case, plan_of(case, route, 8, 160, backend), backend=backend)

@@ -75,15 +75,15 @@ def candidates(kernel: str, sizes: Sizes, device: str, *, few: bool = False) -> 
 
 
 def _stream_candidates(
-    kernel: str,
+    module: ModuleType,
     chooser: str,
     columns: int,
     blocks: Sequence[int],
     run: Callable[[int], object],
 ) -> list[Candidate]:
-    from fusedpo.kernels import logit_tile_triton as module
     from fusedpo.kernels.tiles import StreamTile
 
+    kernel = module.__name__.split(".")[-1]
     current = getattr(module, chooser)(columns)
     # 8 to 64 numbers a thread
     tiles = {
@@ -110,17 +110,14 @@ def _copies(make: Callable[[], Tensor]) -> list[Tensor]:
     return [first, *(make() for _ in range(min(count, _MOST_COPIES) - 1))]
 
 
-def _whole(columns: int) -> int:
-    return 1 << (columns - 1).bit_length()
-
-
 def _targets(sizes: Sizes, device: str, count: int) -> Tensor:
     return torch.randint(sizes.vocab, (count,), device=device)
 
 
 def _fold(sizes: Sizes, device: str) -> list[Candidate]:
-    from fusedpo.kernels import logit_tile_triton as kernels
-    from fusedpo.kernels.logit_tile import LogitMap, RowStats
+    from fusedpo.kernels import fold
+    from fusedpo.kernels.logit_map import LogitMap
+    from fusedpo.kernels.row_stats import RowStats
 
     n, v = sizes.rows, sizes.columns
     tiles = _copies(lambda: torch.randn(n, v, device=device))
@@ -129,14 +126,15 @@ def _fold(sizes: Sizes, device: str) -> list[Candidate]:
     target = _targets(sizes, device, n)
 
     def run(i: int) -> None:
-        kernels.fold(tiles[i % len(tiles)], LogitMap(), target, 0, stats, out=out)
+        fold.fold(tiles[i % len(tiles)], LogitMap(), target, 0, stats, out=out)
 
-    blocks = (1024, 2048, 4096, 8192, _whole(v))
-    return _stream_candidates("fold", "row_tile", v, blocks, run)
+    whole = 1 << (v - 1).bit_length()
+    blocks = [b for b in (1024, 2048, 4096, 8192, 16384) if b > v]
+    return _stream_candidates(fold, "whole_row_tile", v, [whole, *blocks], run)
 
 
 def _settle(sizes: Sizes, device: str) -> list[Candidate]:
-    from fusedpo.kernels import logit_tile_triton as kernels
+    from fusedpo.kernels import settle
 
     n, v = sizes.rows, sizes.columns
     tiles = _copies(lambda: torch.rand(n, v, device=device).to(sizes.dtype))
@@ -146,15 +144,15 @@ def _settle(sizes: Sizes, device: str) -> list[Candidate]:
 
     def run(i: int) -> None:
         turn, which = divmod(i, len(tiles))
-        kernels.settle(tiles[which], target, own, factors[turn % 2], v)
+        settle.settle(tiles[which], target, own, factors[turn % 2], v)
 
     blocks = (1024, 2048, 4096, 8192, 16384)
-    return _stream_candidates("settle", "row_tile", v, blocks, run)
+    return _stream_candidates(settle, "row_tile", v, blocks, run)
 
 
 def _jacobian(sizes: Sizes, device: str) -> list[Candidate]:
-    from fusedpo.kernels import logit_tile_triton as kernels
-    from fusedpo.kernels.logit_tile import LogitMap
+    from fusedpo.kernels import jacobian
+    from fusedpo.kernels.logit_map import LogitMap
 
     n, v = sizes.rows, sizes.columns
     tiles = _copies(lambda: torch.randn(n, v, device=device))
@@ -164,14 +162,14 @@ def _jacobian(sizes: Sizes, device: str) -> list[Candidate]:
 
     def run(i: int) -> None:
         x = tiles[i % len(tiles)]
-        kernels.jacobian(x, LogitMap(), target, 0, shift, factor, factor=factor, out=out)
+        jacobian.jacobian(x, LogitMap(), target, 0, shift, factor, factor=factor, out=out)
 
     blocks = (512, 1024, 2048, 4096, 8192)
-    return _stream_candidates("jacobian", "jacobian_tile", v, blocks, run)
+    return _stream_candidates(jacobian, "jacobian_tile", v, blocks, run)
 
 
 def _finish(sizes: Sizes, device: str) -> list[Candidate]:
-    from fusedpo.kernels import logit_tile_triton as kernels
+    from fusedpo.kernels import finish
 
     n, width = sizes.rows, sizes.hidden
     rest = _copies(lambda: torch.randn(n, width, device=device))
@@ -181,10 +179,10 @@ def _finish(sizes: Sizes, device: str) -> list[Candidate]:
 
     def run(i: int) -> None:
         x = rest[i % len(rest)]
-        kernels.finish(x, factor, weight, target, factor, out, None, block=n)
+        finish.finish(x, factor, weight, target, factor, out, None, block=n)
 
     blocks = (512, 1024, 2048, 4096, 8192)
-    return _stream_candidates("finish", "jacobian_tile", width, blocks, run)
+    return _stream_candidates(finish, "jacobian_tile", width, blocks, run)
 
 
 def _tail(sizes: Sizes, device: str) -> list[Candidate]:

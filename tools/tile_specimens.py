@@ -6,9 +6,7 @@ floating-point operations, an exponential for one: the floor that bandwidth and 
 
 from __future__ import annotations
 
-from itertools import product
-
-from fusedpo.kernels import logit_tile_triton, tiles
+from fusedpo.kernels import finish, fold, jacobian, settle, tiles
 from tools.machine_code import Specimen
 
 # a common hidden size: Llama 3's
@@ -42,9 +40,8 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 def _fold() -> list[Specimen]:
     found = []
-    widths = (1024, 4096, 16384)
-    for width, whole in (*product(widths, [True]), (widths[-1] + 1, False)):
-        tile = tiles.row_tile(width)
+    for width in (1024, 4096, 16384):
+        tile = tiles.whole_row_tile(width)
         for kind, x, out, options in (
             ("statistics", "fp32", None, False),
             ("statistics of bf16 products", "bf16", None, False),
@@ -55,8 +52,8 @@ def _fold() -> list[Specimen]:
             found.append(
                 Specimen(
                     name="fold",
-                    variant=f"{kind}, {tile.block} columns{'' if whole else ' at a time'}",
-                    kernel=logit_tile_triton.fold_kernel,
+                    variant=f"{kind}, {tile.block} columns",
+                    kernel=fold.fold_kernel,
                     signature={
                         **dict.fromkeys(_FOLD_POINTERS, "*fp32"),
                         "x_ptr": f"*{x}",
@@ -80,7 +77,6 @@ def _fold() -> list[Specimen]:
                         ),
                         "OUT": out is not None,
                         "REST": out is not None,
-                        "WHOLE": whole,
                         "BLOCK": tile.block,
                     },
                     divisible=(
@@ -95,7 +91,7 @@ def _fold() -> list[Specimen]:
                     streaming=True,
                     wide_stores=out is not None,
                     narrow=32,
-                    ahead=BYTES[x] * tile.block if whole and not options else 0,
+                    ahead=BYTES[x] * tile.block if not options else 0,
                     # in place and with all options, two programs of the longest rows may not fit
                     occupancy=0.25 if options or out == x else 0.5,
                     same={"out_ptr": "x_ptr"} if out == x else {},
@@ -114,7 +110,7 @@ def _settle() -> list[Specimen]:
         Specimen(
             name="settle",
             variant=f"{dtype}, {tile.block} columns",
-            kernel=logit_tile_triton.settle_kernel,
+            kernel=settle.settle_kernel,
             signature={
                 **dict.fromkeys(pointers, "*fp32"),
                 "block_ptr": f"*{dtype}",
@@ -158,7 +154,7 @@ def _jacobian() -> list[Specimen]:
                 Specimen(
                     name="jacobian",
                     variant=f"{kind}, {width} columns",
-                    kernel=logit_tile_triton.jacobian_kernel,
+                    kernel=jacobian.jacobian_kernel,
                     signature={
                         **dict.fromkeys(pointers, "*fp32"),
                         "out_ptr": f"*{out}",
@@ -200,7 +196,7 @@ def _finish() -> list[Specimen]:
         Specimen(
             name="finish",
             variant=f"to {dtype}{', scattered' if gathered else ''}",
-            kernel=logit_tile_triton.finish_kernel,
+            kernel=finish.finish_kernel,
             signature={
                 **dict.fromkeys(pointers, "*fp32"),
                 "weight_ptr": "*bf16",

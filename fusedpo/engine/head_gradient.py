@@ -11,7 +11,7 @@ from torch import Tensor
 from fusedpo.engine.precision import divide_, largest, multiply, unit_gain
 from fusedpo.engine.rows import blocks
 from fusedpo.engine.tiles import Range, Tiles
-from fusedpo.kernels.logit_tile import LOWEST, below_logsumexp
+from fusedpo.kernels.row_stats import LOWEST, below_logsumexp
 
 
 @dataclass

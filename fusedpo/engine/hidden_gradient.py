@@ -13,7 +13,7 @@ from torch import Tensor
 from fusedpo.engine.cost import FINISHED_ROWS
 from fusedpo.engine.rows import blocks
 from fusedpo.engine.tiles import Range, Tiles, row_factor
-from fusedpo.kernels.logit_tile import RowStats
+from fusedpo.kernels.row_stats import RowStats
 
 
 def new_output(t: Tiles) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusedpo.engine.cost import padded
 from fusedpo.engine.tiles import Range, Tiles
-from fusedpo.kernels.logit_tile import MOST_STEPS, RowStats, power_of_two
+from fusedpo.kernels.row_stats import MOST_STEPS, RowStats, power_of_two
 
 
 def new_rows(t: Tiles, name: str, rows: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import TORCH
-from fusedpo.kernels.logit_tile import power_of_two
+from fusedpo.kernels.row_stats import power_of_two
 
 # fp32 results of half-precision operands, on CUDA: torch.mm since 2.8; torch.addmm exists as long,
 # but took an fp32 accumulator only later

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedpo.kernels.logit_tile import RowStats
+from fusedpo.kernels.row_stats import RowStats
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -28,8 +27,9 @@ from fusedpo.engine.precision import FP16_GAIN, accumulated_dtype, multiply, uni
 from fusedpo.engine.rows import HiddenRows, Rows, blocks
 from fusedpo.engine.structure import Groups
 from fusedpo.engine.workspace import Workspace
-from fusedpo.kernels import logit_tile
-from fusedpo.kernels.logit_tile import LogitMap, RowStats
+from fusedpo.kernels.logit_map import LogitMap
+from fusedpo.kernels.row_stats import RowStats
+from fusedpo.kernels.tile_operations import tile_operations
 from fusedpo.vocab_shards import VocabShard
 
 Range = tuple[int, int]
@@ -85,7 +85,7 @@ class Tiles:
         self.bias = None if bias is None else bias.resolve_neg().contiguous()
         self.rows, self.plan = call.rows, call.plan
         self.acc, self.operand = accumulated_dtype(hidden.dtype), call.operand
-        self.kernels = _kernels(call.backend)
+        self.kernels = tile_operations(call.backend)
         self.gain = FP16_GAIN if call.operand == torch.float16 else 1.0
         self.vocab, self.width = weight.shape
         self.count = call.rows.count
@@ -236,16 +236,6 @@ class Tiles:
         for c in self.col_blocks():
             multiply(out, jacobian[:, slice(*c)], self.weight_rows(*c), add=c[0] > 0)
         return out
-
-
-def _kernels(backend: Backend) -> ModuleType:
-    """The module whose functions work on tiles: fold, settle, jacobian, finish."""
-    if backend == "torch":
-        return logit_tile
-    # Triton is not there on every platform
-    import fusedpo.kernels.logit_tile_triton as kernels
-
-    return kernels
 
 
 def row_factor(logprob: Tensor, total: Tensor) -> Tensor:

@@ -14,23 +14,31 @@ from hypothesis import strategies as st
 from oracles import relative
 
 from fusedpo.kernels import logit_tile
-from fusedpo.kernels.logit_tile import LogitMap, RowStats, power_of_two
+from fusedpo.kernels.logit_map import LogitMap
+from fusedpo.kernels.row_stats import RowStats, power_of_two
 
 pytest.importorskip("triton")
 
-from fusedpo.kernels import device_math, logit_tile_triton
-from fusedpo.kernels.tiles import StreamTile, jacobian_tile, row_tile
+from fusedpo.kernels import device_math, finish, fold, jacobian, logit_tile_triton, settle
+from fusedpo.kernels.tiles import StreamTile, jacobian_tile, row_tile, whole_row_tile
 
 DEVICE = os.environ.get("FUSEDPO_TEST_DEVICE", "cpu")
 SENTINEL = 12345.0
 
 
+def smallest_whole(columns: int) -> StreamTile:
+    return StreamTile(max(16, 1 << (columns - 1).bit_length()), 1)
+
+
 @pytest.fixture(params=["one block", "several blocks"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Rows that fit a block, and rows that take several, the last of them ragged."""
+    """Rows that fit a block, and rows that take several, the last of them ragged; a row that is
+    folded always fits, and the sums that go with it take several."""
     if request.param == "several blocks":
-        for name in ("row_tile", "jacobian_tile"):
-            monkeypatch.setattr(logit_tile_triton, name, lambda columns: StreamTile(16, 1))
+        for module, name in ((settle, "row_tile"), (jacobian, "jacobian_tile")):
+            monkeypatch.setattr(module, name, lambda columns: StreamTile(16, 1))
+        monkeypatch.setattr(finish, "jacobian_tile", lambda columns: StreamTile(16, 1))
+        monkeypatch.setattr(fold, "whole_row_tile", smallest_whole)
     return request.param
 
 
@@ -57,7 +65,7 @@ class Problem:
     target: torch.Tensor
     head: LogitMap
     columns: int
-    hidden: int = 21
+    hidden: int = 150
 
     def tiles(self):
         for start in range(0, self.x.shape[1], self.columns):
@@ -300,7 +308,9 @@ def test_a_tile_is_a_power_of_two_that_suits_its_row(columns: int) -> None:
         assert tile.block >= min(columns, 2048)
         # between 16 numbers a thread, whole vectors of half precision, and 32
         assert 16 <= tile.block / (32 * tile.warps) <= 32
-    assert columns > 16384 or row_tile(columns).block >= columns
+    assert columns > 16384 or row_tile(columns) == whole_row_tile(columns)
+    # wider than any tile of a plan: right, and slow
+    assert columns <= whole_row_tile(columns).block <= max(1024, 2 * columns)
 
 
 def test_powers_of_two_are_exact() -> None:

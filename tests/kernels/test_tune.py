@@ -13,8 +13,8 @@ import torch
 pytest.importorskip("triton")
 
 from fusedpo.benchmarks.timing import Clock, Deadline
-from fusedpo.kernels import logit_tile_triton, product_fold, tail
-from fusedpo.kernels.tiles import StreamTile, row_tile
+from fusedpo.kernels import finish, fold, jacobian, product_fold, settle, tail
+from fusedpo.kernels.tiles import StreamTile, whole_row_tile
 from tools import candidates, tune
 
 pytestmark = pytest.mark.skipif(
@@ -36,19 +36,19 @@ def test_one_candidate_is_the_current_choice(kernel: str) -> None:
 def test_the_tile_is_what_the_kernel_is_launched_with(monkeypatch: pytest.MonkeyPatch) -> None:
     """And afterwards the launchers choose for themselves again."""
     asked = []
-    fold = logit_tile_triton.fold
+    original = fold.fold
 
     def spy(x: torch.Tensor, *args, **options) -> None:
-        asked.append(logit_tile_triton.row_tile(x.shape[1]))
-        fold(x, *args, **options)
+        asked.append(fold.whole_row_tile(x.shape[1]))
+        original(x, *args, **options)
 
-    monkeypatch.setattr(logit_tile_triton, "fold", spy)
+    monkeypatch.setattr(fold, "fold", spy)
     for candidate in candidates.candidates("fold", SIZES, "cpu"):
         candidate.call(0)
         assert candidate.tile == f"{asked[-1].block} x {asked[-1].warps} warps"
-        assert candidate.current == (asked[-1] == row_tile(SIZES.columns))
+        assert candidate.current == (asked[-1] == whole_row_tile(SIZES.columns))
     assert len({*asked}) == len(asked)
-    assert logit_tile_triton.row_tile is row_tile
+    assert fold.whole_row_tile is whole_row_tile
 
 
 def test_a_call_that_raises_leaves_the_choice_as_it_was() -> None:
@@ -110,6 +110,8 @@ def test_without_a_gpu_it_says_so() -> None:
 
 def test_a_choice_is_a_tile() -> None:
     """What tune answers in place of is what the launchers ask for."""
-    assert isinstance(logit_tile_triton.row_tile(100), StreamTile)
-    assert isinstance(logit_tile_triton.jacobian_tile(100), StreamTile)
+    assert isinstance(fold.whole_row_tile(100), StreamTile)
+    assert isinstance(settle.row_tile(100), StreamTile)
+    assert isinstance(jacobian.jacobian_tile(100), StreamTile)
+    assert isinstance(finish.jacobian_tile(100), StreamTile)
     assert isinstance(tail.BLOCK, int) and isinstance(tail.WARPS, int)

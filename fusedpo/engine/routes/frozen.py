@@ -19,7 +19,7 @@ from fusedpo.engine.plan import RouteName
 from fusedpo.engine.routes.base import Backward, Forward
 from fusedpo.engine.stats import accumulators
 from fusedpo.engine.tiles import Tiles
-from fusedpo.kernels.logit_tile import RowStats
+from fusedpo.kernels.row_stats import RowStats
 
 
 class ForwardOnly:
