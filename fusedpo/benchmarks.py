@@ -8,7 +8,7 @@ installed beside the package; fusedpo/kernels.py explains why this module stands
 from pathlib import Path
 
 _here = Path(__file__).resolve().parent
-_installed = _here / "benchmarks"
+_beside = _here / "benchmarks"
 _checkout = _here.parent / "benchmarks"
 
-__path__ = [str(_installed if _installed.is_dir() else _checkout)]
+__path__ = [str((_beside if _beside.is_dir() else _checkout).resolve())]

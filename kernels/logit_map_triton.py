@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,7 +36,7 @@ def slope(z, limit):
     return 1.0 - ratio * ratio
 
 
-def head_arguments(head: LogitMap, x: Tensor) -> dict[str, Any]:
+def head_arguments(head: LogitMap, x: Tensor) -> dict[str, object]:
     """A head's arguments of a launch; x stands in for pointers that nothing is read from."""
     per_row = isinstance(head.scale, Tensor)
     return {

@@ -7,7 +7,7 @@ a tile is folded in.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -65,8 +65,20 @@ class RowStats:
 
     def of(self, rows: slice) -> RowStats:
         """The statistics of some rows, in the same memory."""
-        columns = (getattr(self, field.name) for field in fields(self))
-        return RowStats(*(None if t is None else t[rows] for t in columns))
+
+        def of_rows(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[rows]
+
+        return RowStats(
+            peak=self.peak[rows],
+            shift=self.shift[rows],
+            steps=self.steps[rows],
+            total=self.total[rows],
+            target=self.target[rows],
+            weighted=of_rows(self.weighted),
+            squares=of_rows(self.squares),
+            plain=of_rows(self.plain),
+        )
 
     @property
     def rest(self) -> Tensor:

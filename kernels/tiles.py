@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +47,6 @@ def _stream(columns: int, largest: int) -> StreamTile:
     return StreamTile(block, warps=min(16, max(1, block // 1024)))
 
 
-def on_device_of(t: Tensor) -> AbstractContextManager[Any]:
+def on_device_of(t: Tensor) -> AbstractContextManager[object]:
     """Launches go to the current device: make it the tensor's."""
     return torch.cuda.device(t.device) if t.is_cuda else nullcontext()

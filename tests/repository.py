@@ -28,7 +28,8 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         if path.is_file():
             yield path
-        elif path.suffix != ".egg-info":
+        # links to folders of the repository are for editors and type checkers
+        elif path.suffix != ".egg-info" and not path.is_symlink():
             yield from _walk(path)
 
 

@@ -73,6 +73,8 @@ def checkout(folder) -> Path:
     for path in files():
         (copy / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, copy / path)
+    for name in ("kernels", "benchmarks"):
+        (copy / "fusedpo" / name).symlink_to(Path("..", name))
     return copy
 
 
@@ -104,7 +106,7 @@ def pypi_kernels(folder) -> Path:
 def wheel(folder, checkout, pypi_kernels) -> Path:
     """Built beside the package ``kernels``."""
     out = folder("wheel")
-    source = shutil.copytree(checkout, out / "source")
+    source = shutil.copytree(checkout, out / "source", symlinks=True)
     offline = ("--quiet", "--no-deps", "--no-build-isolation")
     run("-m", "pip", "wheel", *offline, "-w", out, source, cwd=source, path=[pypi_kernels])
     assert (pypi_kernels / "kernels" / "called").exists(), "the hook was not exercised"
@@ -123,7 +125,7 @@ def installed(folder, wheel) -> Path:
 def editable(folder, checkout) -> Path:
     """The site folder of an editable install; what it points at is beside it, in ``source``."""
     base = folder("editable")
-    source, site = shutil.copytree(checkout, base / "source"), base / "site"
+    source, site = shutil.copytree(checkout, base / "source", symlinks=True), base / "site"
     offline = ("--quiet", "--no-deps", "--no-build-isolation")
     run("-m", "pip", "install", *offline, "--target", site, "--editable", source, cwd=base)
     return site
@@ -158,6 +160,16 @@ def test_editable_install_is_importable(editable, tmp_path):
 @pytest.mark.holds(39)
 def test_checkout_is_importable(checkout):
     assert ask(USE, cwd=checkout) == in_source(checkout)
+
+
+@pytest.mark.holds(39)
+def test_checkout_without_links_is_importable(checkout, tmp_path):
+    """Where git writes them as files of one line, as on Windows."""
+    source = shutil.copytree(checkout, tmp_path / "source", symlinks=True)
+    for name in ("kernels", "benchmarks"):
+        (source / "fusedpo" / name).unlink()
+        (source / "fusedpo" / name).write_text(f"../{name}")
+    assert ask(USE, cwd=source) == in_source(source)
 
 
 BOTH = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import io
 import re
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import generated
 import pytest
+from mypy.config_parser import parse_config_file
+from mypy.modulefinder import FindModuleCache, SearchPaths
+from mypy.options import Options
 from repository import ROOT, files
 
 import fusedpo
@@ -136,6 +140,49 @@ def test_kernels_know_no_loss_by_name(module):
 def test_kernels_folder_has_no_init():
     """With one, ``import kernels`` from a checkout would find it instead of PyPI's package."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def mypy_options() -> Options:
+    options = Options()
+    parse_config_file(options, lambda: None, str(ROOT / "pyproject.toml"), io.StringIO())
+    return options
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a copy of the files, without links")
+def test_mypy_finds_every_module_of_the_package(monkeypatch: pytest.MonkeyPatch):
+    """Through links in fusedpo/: what it does not find is Any to whoever imports it."""
+    monkeypatch.chdir(ROOT)
+    finder = FindModuleCache(SearchPaths((str(ROOT),), (), (), ()), None, mypy_options())
+    for module, path in MODULES.items():
+        place = finder.find_module(module.removesuffix(".__init__"))
+        assert isinstance(place, str) and Path(place).resolve() == (ROOT / path).resolve(), module
+
+
+def test_mypy_overlooks_missing_types_of_other_packages_only():
+    options = mypy_options()
+    assert not options.ignore_missing_imports and options.files == ["fusedpo", "tools"]
+    names = ("fusedpo", "tools", "torch", "numpy", "transformers", "trl", "accelerate")
+    for pattern, changes in options.per_module_options.items():
+        if changes.get("ignore_missing_imports"):
+            assert pattern.split(".")[0] not in names, pattern
+        if changes.get("ignore_errors"):
+            assert pattern == "fusedpo.benchmarks.*", pattern
+
+
+@pytest.mark.parametrize("module", KERNELS)
+def test_all_but_kernels_in_the_language_of_triton_have_types(module):
+    """mypy is told to accept functions without, as it cannot tell those under a decorator."""
+    tree = ast.parse((ROOT / MODULES[module]).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        if any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list):
+            continue
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        untyped = [
+            a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")
+        ]
+        assert node.returns is not None and not untyped, (node.name, untyped)
 
 
 # a loss is one file and one test file

@@ -79,5 +79,4 @@ class Sequences:
         # Triton is not there on every platform
         from fusedpo.kernels.tail import tail
 
-        options = {"combine": "single", "link": "linear"}
-        return tail(values, self.starts, self.lengths, **options)[1]
+        return tail(values, self.starts, self.lengths, combine="single", link="linear")[1]

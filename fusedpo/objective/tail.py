@@ -50,8 +50,9 @@ class _Tail(torch.autograd.Function):
         # Triton is not there on every platform
         import fusedpo.kernels.tail as kernel
 
+        options = {**asdict(tail), **terms}
         losses, scores, gradient = kernel.tail(
-            logprob, sequences.starts, sequences.lengths, **terms, **asdict(tail)
+            logprob, sequences.starts, sequences.lengths, **options
         )
         ctx.save_for_backward(gradient)
         total = losses.sum()
