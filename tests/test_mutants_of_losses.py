@@ -179,7 +179,7 @@ if engine.KERNELS:
     import triton.language as tl
 
     import fusedpo.kernels.tail as tail_kernels
-    from fusedpo.kernels.tail import _gate, _gate_slope
+    from fusedpo.kernels.tail_terms import gate_slope, gate_value
 
     @triton.jit
     def no_gate(delta, tau, GATE: tl.constexpr):
@@ -191,20 +191,20 @@ if engine.KERNELS:
 
     @triton.jit
     def squared_gate(delta, tau, GATE: tl.constexpr):
-        phi = _gate(delta, tau, GATE)
+        phi = gate_value(delta, tau, GATE)
         return phi * phi
 
     @triton.jit
     def squared_gate_slope(delta, tau, GATE: tl.constexpr):
-        return _gate(delta, tau, GATE) * _gate_slope(delta, tau, GATE) * 2.0
+        return gate_value(delta, tau, GATE) * gate_slope(delta, tau, GATE) * 2.0
 
 
 def gate_becomes(gate: Callable, kernel: str) -> Callable[[Patch], None]:
     def patch(m: Patch) -> None:
         m.setattr(soft_sequence, "GATES", {**GATES, "arctan_log": gate})
         if engine.BACKEND == "triton":
-            m.setattr(tail_kernels, "_gate", globals()[kernel])
-            m.setattr(tail_kernels, "_gate_slope", globals()[f"{kernel}_slope"])
+            m.setattr(tail_kernels, "gate_value", globals()[kernel])
+            m.setattr(tail_kernels, "gate_slope", globals()[f"{kernel}_slope"])
 
     return patch
 

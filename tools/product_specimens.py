@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fusedpo.kernels import product_fold, tail
+from fusedpo.kernels import product_fold, tail, tail_terms
 from tools.machine_code import Specimen
 
 # a common head: Llama 3's
@@ -121,7 +121,7 @@ def _tail() -> list[Specimen]:
         "means, hinge of a pair": {"aggregate": "mean", "link": "hinge"},
         "means, squares of a pair": {"aggregate": "mean", "link": "squared", "reference": "*fp64"},
     }
-    for gate in tail.GATES[1:]:
+    for gate in tail_terms.GATES[1:]:
         compositions[f"{gate}, means, exp, linear"] = {
             "gate": gate,
             "aggregate": "mean",

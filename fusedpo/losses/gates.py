@@ -5,7 +5,7 @@ its temperature, above 0 except for ``clip_log``. All but ``sigmoid_ratio`` have
 at delta = 0, so that nothing changes while the policy is the one that sampled. Values and gradients
 are finite for every finite delta, and NaN stays NaN.
 
-The kernels of ``fusedpo.kernels.tail`` are held to what is defined here.
+The functions of ``fusedpo.kernels.tail_terms`` are held to what is defined here.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ LINKS: dict[str, Callable[..., Tensor]] = {
 class Tail:
     """How log-probabilities become a loss, in the terms of the algebra.
 
-    The arguments of kernels/tail.py, whose text has the formulas.
+    The arguments of kernels/tail.py; kernels/tail_terms.py has the formulas.
     """
 
     gate: str = "identity"

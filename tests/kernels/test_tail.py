@@ -26,10 +26,11 @@ import triton
 import triton.language as tl
 
 from fusedpo.kernels import tail as module
+from fusedpo.kernels import tail_terms
 from fusedpo.losses import gates, links
 
 AGGREGATES, COMBINES = module.AGGREGATES, module.COMBINES
-GATES, LINKS = module.GATES, module.LINKS
+GATES, LINKS = tail_terms.GATES, tail_terms.LINKS
 
 # small enough that a few dozen tokens cross its edges; what is shipped has a test of its own
 BLOCK = 8
@@ -211,7 +212,7 @@ def problem_of(
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @pytest.mark.parametrize("gate", GATES)
 def test_kernel_equals_definition(gate: str, aggregate: str) -> None:
-    others = itertools.product(module.MAPS, COMBINES, LINKS)
+    others = itertools.product(tail_terms.MAPS, COMBINES, LINKS)
     for seed, (sequence_map, combine, link) in enumerate(others):
         problem = problem_of(
             (9, 17, 3, 12),
@@ -258,7 +259,7 @@ def test_the_hinge_has_no_slope_at_its_corner(x: float, scale: float) -> None:
     others=st.lists(st.sampled_from(EDGES), min_size=3, max_size=3),
     gate=st.sampled_from(GATES),
     aggregate=st.sampled_from(AGGREGATES),
-    sequence_map=st.sampled_from(module.MAPS),
+    sequence_map=st.sampled_from(tail_terms.MAPS),
     combine=st.sampled_from(COMBINES),
     link=st.sampled_from(LINKS),
     dtype=st.sampled_from((torch.float64, torch.float32)),
@@ -334,8 +335,8 @@ def test_no_sequences_and_no_rows() -> None:
 def _probe(delta, tau, phi, slope, GATE: tl.constexpr, COUNT: tl.constexpr):
     at = tl.arange(0, COUNT)
     d, t = tl.load(delta + at), tl.load(tau)
-    tl.store(phi + at, module._gate(d, t, GATE))
-    tl.store(slope + at, module._gate_slope(d, t, GATE))
+    tl.store(phi + at, tail_terms.gate_value(d, t, GATE))
+    tl.store(slope + at, tail_terms.gate_slope(d, t, GATE))
 
 
 def probe(gate: str, delta: Tensor, tau: float) -> tuple[Tensor, Tensor]:
@@ -445,7 +446,7 @@ def test_one_sided_clip_is_the_pessimistic_one() -> None:
 
 @pytest.mark.holds(12)
 def test_nan_reaches_the_loss() -> None:
-    for gate, sequence_map in itertools.product(GATES, module.MAPS):
+    for gate, sequence_map in itertools.product(GATES, tail_terms.MAPS):
         problem = problem_of((9, 4, 5, 6), gate=gate, sequence_map=sequence_map, aggregate="mean")
         problem.logprob[problem.starts[1] + 3] = float("nan")
         loss, score, _ = problem.run()
@@ -458,7 +459,7 @@ def test_extreme_log_ratios(gate: str) -> None:
     extreme = [0.0, 1e-12, -1e-12, 20.0, -20.0, 700.0, -700.0, 1e4, -1e4, 0.5]
     logprob = torch.tensor(extreme + extreme[::-1], dtype=torch.float64)
     rows = torch.tensor([0, 10])
-    for aggregate, sequence_map in itertools.product(AGGREGATES, module.MAPS):
+    for aggregate, sequence_map in itertools.product(AGGREGATES, tail_terms.MAPS):
         options = {"gate": gate, "aggregate": aggregate, "sequence_map": sequence_map}
         options |= {"scale": 1e-3, "weight": torch.tensor([0.25])}
         if gate != "identity":
@@ -471,8 +472,8 @@ def test_extreme_log_ratios(gate: str) -> None:
 
 
 def test_map_is_limited() -> None:
-    assert module._MAP_LIMIT.value == gates.MAP_LIMIT
-    assert module._RATIO_LIMIT.value == gates.RATIO_LIMIT
+    assert tail_terms._MAP_LIMIT.value == gates.MAP_LIMIT
+    assert tail_terms._RATIO_LIMIT.value == gates.RATIO_LIMIT
     logprob = torch.tensor([79.0, 80.0, 81.0, -900.0], dtype=torch.float64)
     rows = torch.arange(4)
     options = {"sequence_map": "exp", "combine": "single", "link": "linear"}

@@ -1515,7 +1515,7 @@ _PROGRAMS = (
         ("key[0] == name and key[1] != part", "key[1] != part", "other buffers are counted"),
     ),
     *_in(
-        "kernels/tail.py",
+        "kernels/tail_terms.py",
         "kernels/test_tail.py",
         (
             "slope = tl.where(x >= 1.0, 0.0, -1.0)",
