@@ -665,8 +665,9 @@ def by_one_kernel(case: Case) -> Result:
 def small_tiles(m: Patch) -> None:
     """Several along each of the three axes, the last of each cut short."""
     import fusedpo.kernels.product_fold as kernels
+    from fusedpo.kernels.product_tile import Tile
 
-    tile = kernels.Tile(16, 16, 16, num_warps=4, num_stages=2, splits=2, group=2)
+    tile = Tile(16, 16, 16, num_warps=4, num_stages=2, splits=2, group=2)
     m.setattr(kernels, "default_tile", lambda *_: tile)
 
 
@@ -682,7 +683,7 @@ def lose_last_step_of_the_width(m: Patch) -> None:
 
 
 def lose_last_tile_of_a_split(m: Patch) -> None:
-    from fusedpo.kernels.product_fold import Tile
+    from fusedpo.kernels.product_tile import Tile
 
     original = Tile.tiles_per_split
     m.setattr(Tile, "tiles_per_split", lambda self, vocab: original(self, vocab) - 1)

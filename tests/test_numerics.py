@@ -53,7 +53,8 @@ if engine.KERNELS:
     import triton
     import triton.language as tl
 
-    from fusedpo.kernels.product_fold import Tile, product_fold
+    from fusedpo.kernels.product_fold import product_fold
+    from fusedpo.kernels.product_tile import Tile
 
     @triton.jit
     def sum_by_atomics(total, values):

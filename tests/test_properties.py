@@ -1626,14 +1626,23 @@ class Launches:
 
 def launch_all(monkeypatch: pytest.MonkeyPatch, n: int, columns: int) -> Launches:
     """Every launch of every kernel module, for n rows; nothing is computed."""
-    from fusedpo.kernels import finish, fold, jacobian, product_fold, settle, tail
+    from fusedpo.kernels import (
+        finish,
+        fold,
+        jacobian,
+        product_fold,
+        product_merge,
+        product_tile,
+        settle,
+        tail,
+    )
 
     launches = Launches([])
     for module in (fold, settle, jacobian, finish, product_fold, tail):
         name = module.__name__.split(".")[-1]
         monkeypatch.setattr(module, "on_device_of", launches.on_device_of)
         monkeypatch.setattr(module, f"{name}_kernel", launches.of(name))
-    monkeypatch.setattr(product_fold, "merge_kernel", launches.of("merge"))
+    monkeypatch.setattr(product_merge, "merge_kernel", launches.of("merge"))
     x, rows = torch.zeros(1, columns).expand(n, -1), torch.zeros(n)
     target = torch.zeros(n, dtype=torch.long)
     stats = RowStats.start(n, rows, entropy=True, squares=True, mean=True)
@@ -1641,7 +1650,7 @@ def launch_all(monkeypatch: pytest.MonkeyPatch, n: int, columns: int) -> Launche
     settle.settle(x, target, rows, torch.zeros(3, n), 32)
     jacobian.jacobian(x, LogitMap(), target, 0, rows, rows, out=x)
     finish.finish(x, rows, x, target, rows, x, None, block=8)
-    tile = product_fold.Tile(16, 16, 16, 4, 2, splits=2)
+    tile = product_tile.Tile(16, 16, 16, 4, 2, splits=2)
     product_fold.product_fold(x, torch.zeros(40, columns), target, tile=tile, entropy=True)
     tail.tail(rows, target, target, combine="single")
     return launches
@@ -1740,12 +1749,12 @@ def test_each_tile_of_a_row_gives_the_same_answer(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_each_tile_of_a_product_gives_the_same_answer(dtype: torch.dtype, backend: str) -> None:
     """All that default_tile can choose, with several splits and with one."""
-    from fusedpo.kernels import product_fold
+    from fusedpo.kernels import product_fold, product_tile
 
     case = plain_case("forward", dtype, 20, 301, 70)
     case.labels = case.labels.clamp(min=0)
     truth = naive(case, torch.float64)
-    table = product_fold._SINGLE if dtype == torch.float32 else product_fold._HALF
+    table = product_tile.SINGLE if dtype == torch.float32 else product_tile.HALF
     tiles = dict.fromkeys(tile for family in table.values() for _, tile in family)
     for tile, splits in itertools.product(tiles, (1, 2)):
         tile = dataclasses.replace(tile, splits=splits)

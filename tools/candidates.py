@@ -207,13 +207,14 @@ def _tail(sizes: Sizes, device: str) -> list[Candidate]:
 
 def _product_fold(sizes: Sizes, device: str) -> list[Candidate]:
     from fusedpo.kernels import product_fold as module
+    from fusedpo.kernels import product_tile
 
     n, v, h = sizes.tokens, sizes.vocab, sizes.hidden
     hidden = torch.randn(n, h, device=device).to(sizes.dtype)
     weight = (torch.randn(v, h, device=device) * h**-0.5).to(sizes.dtype)
     target = _targets(sizes, device, n)
-    arch, sms = module._chip(hidden.device)
-    current = module.default_tile(arch, n, v, h, sizes.dtype, sms)
+    arch, sms = product_tile.chip(hidden.device)
+    current = product_tile.default_tile(arch, n, v, h, sizes.dtype, sms)
     shapes = [
         (128, 256, 64, 8, 3),
         (128, 256, 64, 8, 4),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fusedpo.kernels import product_fold, tail, tail_terms
+from fusedpo.kernels import product_fold, product_merge, product_tile, tail, tail_terms
 from tools.machine_code import Specimen
 
 # a common head: Llama 3's
@@ -28,7 +28,7 @@ def _product_fold(target: str) -> list[Specimen]:
     strides = ("bias_stride", "scale_stride", "target_stride", "positions_stride")
     found = []
     for dtype, rows in product((torch.bfloat16, torch.float32), (16, 64, 8192)):
-        tile = product_fold.default_tile(target, rows, _VOCAB, _HIDDEN, dtype)
+        tile = product_tile.default_tile(target, rows, _VOCAB, _HIDDEN, dtype)
         name = "bf16" if dtype == torch.bfloat16 else "fp32"
         for options in (False, True):
             operands = {"hidden": f"*{name}", "weight": f"*{name}"}
@@ -90,12 +90,12 @@ def _product_fold(target: str) -> list[Specimen]:
 
 
 def _merge() -> list[Specimen]:
-    arguments = product_fold.merge_kernel.arg_names
+    arguments = product_merge.merge_kernel.arg_names
     return [
         Specimen(
             name="merge",
             variant="all statistics",
-            kernel=product_fold.merge_kernel,
+            kernel=product_merge.merge_kernel,
             signature={
                 **dict.fromkeys(arguments, "i32"),
                 "part_ptr": "*fp32",

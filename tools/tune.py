@@ -1,6 +1,6 @@
 """``python -m tools.tune``: what other tiles would cost on this GPU, in a table.
 
-No kernel tunes itself: ``tiles`` and ``product_fold.default_tile`` choose by shape alone, and what
+No kernel tunes itself: ``tiles`` and ``product_tile.default_tile`` choose by shape alone, and what
 they choose is marked here. Whoever wants another choice writes it there, and the tests hold it to
 its machine code.
 """

@@ -16,7 +16,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from fusedpo.kernels import product_fold as module
-from fusedpo.kernels.product_fold import Tile, default_tile, product_fold
+from fusedpo.kernels.product_fold import product_fold
+from fusedpo.kernels.product_tile import Tile, default_tile
 
 DEVICE = os.environ.get("FUSEDPO_TEST_DEVICE", "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -234,13 +235,13 @@ def test_descriptors_and_pointers_agree_bit_for_bit(dtype):
 def described(monkeypatch):
     """The shapes of the matrices that descriptors are made for."""
     shapes = []
-    descriptor = module._descriptor
+    descriptor = module.descriptor
 
     def spy(matrix, rows, columns):
         shapes.append(tuple(matrix.shape))
         return descriptor(matrix, rows, columns)
 
-    monkeypatch.setattr(module, "_descriptor", spy)
+    monkeypatch.setattr(module, "descriptor", spy)
     return shapes
 
 

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from fusedpo.benchmarks.timing import Clock, Deadline
-from fusedpo.kernels import finish, fold, jacobian, product_fold, settle, tail
+from fusedpo.kernels import finish, fold, jacobian, product_tile, settle, tail
 from fusedpo.kernels.tiles import StreamTile, whole_row_tile
 from tools import candidates, tune
 
@@ -61,7 +61,7 @@ def test_a_call_that_raises_leaves_the_choice_as_it_was() -> None:
 
 @pytest.mark.parametrize("vocab", [300, 5000, 128_256])
 def test_no_split_of_a_product_is_empty(vocab: int) -> None:
-    tile = product_fold.default_tile(90, 8192, vocab, 4096, torch.bfloat16)
+    tile = product_tile.default_tile(90, 8192, vocab, 4096, torch.bfloat16)
     for splits in (1, 3, tile.splits, 2 * tile.splits, 1000):
         made = candidates._without_empty_splits(replace(tile, splits=splits), vocab)
         tiles = -(-vocab // made.BLOCK_V)
