@@ -200,13 +200,13 @@ class RowCoefficients:
     """
 
     entry: Tensor
-    factor: Tensor | float | None
+    factor: Tensor | None
     tilt: Tensor | None
     missing: Tensor | None
 
     def of(self, rows: slice) -> RowCoefficients:
-        def some(values: Tensor | float | None) -> Tensor | None:
-            return values[rows] if isinstance(values, Tensor) else None
+        def some(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows]
 
         return RowCoefficients(
             self.entry[rows], some(self.factor), some(self.tilt), some(self.missing)
@@ -235,6 +235,7 @@ def row_coefficients(
         return RowCoefficients(entry * missing, missing, None, None), None
     if not fp16:
         return RowCoefficients(entry, None, None, missing), None
+    assert isinstance(narrow, Tensor), "of fp16 it is"
     gain = unit_gain(largest(missing))
     return RowCoefficients(entry, narrow, None, missing * gain), gain
 

@@ -65,6 +65,7 @@ class FusedForward(ForwardOnly):
     def forward(self, t: Tiles) -> Forward:
         from fusedpo.kernels.product_fold import product_fold
 
+        optional = accumulators(t.call.stats)
         sums = product_fold(
             t.reader.flat,
             t.weight,
@@ -73,7 +74,9 @@ class FusedForward(ForwardOnly):
             bias=t.bias,
             softcap=t.call.softcap,
             scale=t.call.scale,
-            **accumulators(t.call.stats),
+            entropy=optional["entropy"],
+            squares=optional["squares"],
+            mean=optional["mean"],
         )
         target = sums["target"]
         if t.shard is not None:
