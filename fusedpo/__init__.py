@@ -15,8 +15,8 @@ from fusedpo.functional import (
     policy_loss,
     preference_loss,
 )
-from fusedpo.fused_head import add_fused_head, at_head, hidden_and_head, remove_fused_head
 from fusedpo.head import Head
+from fusedpo.model_head import add_fused_head, at_head, hidden_and_head, remove_fused_head
 from fusedpo.objective.reference import Reference
 
 __version__ = "0.1.0"

@@ -22,9 +22,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from fusedpo import policy_loss, preference_loss
-from fusedpo.fused_head import add_fused_head, aligned_labels, at_head
 from fusedpo.head import Head
 from fusedpo.losses import GRPO, SimPO
+from fusedpo.model_head import add_fused_head, aligned_labels, at_head
 
 # how the head is wrapped, and whether it is tied to the embedding
 WRAPPINGS = (

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedpo.fused_head import AfterHead, UnsupportedHead, add_fused_head, fused_forward
+from fusedpo.model_head import AfterHead, UnsupportedHead, add_fused_head, fused_forward
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 

@@ -32,8 +32,8 @@ from fusedpo import (
     preference_loss,
 )
 from fusedpo.engine import compiled, precision
-from fusedpo.fused_head import UnsupportedHead, hidden_and_head
 from fusedpo.kernels.tiles import on_device_of
+from fusedpo.model_head import UnsupportedHead, hidden_and_head
 from fusedpo.objective.device_checks import to_device
 
 V, H, B, T = 40, 8, 4, 7

@@ -26,7 +26,7 @@ from tracking import Allocations
 
 from fusedpo import linear_token_stats
 from fusedpo.engine.stats import STATS
-from fusedpo.fused_head import (
+from fusedpo.model_head import (
     FusedForward,
     UnsupportedHead,
     add_fused_head,
@@ -1577,12 +1577,12 @@ def test_nothing_of_a_head_that_is_gone_is_held_on_to() -> None:
 @pytest.mark.compiled
 def test_the_experiment_runs_once_for_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled with its own code and from without: it is found again in what is known."""
-    from fusedpo import fused_head
+    from fusedpo.model_head import forward
 
     made: list[int] = []
-    experiment = fused_head._after_head
+    experiment = forward._after_head
     note = torch.compiler.disable(lambda *args: made.append(1) or experiment(*args))
-    monkeypatch.setattr(fused_head, "_after_head", note)
+    monkeypatch.setattr(forward, "_after_head", note)
     model = make()
     add_fused_head(model)
     compiled = torch.compile(model, backend="eager")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fusedpo import Head, linear_logprobs
-from fusedpo.fused_head import hidden_and_head
+from fusedpo.model_head import hidden_and_head
 
 transformers = pytest.importorskip("transformers")
 

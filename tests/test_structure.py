@@ -34,7 +34,7 @@ LAYERS = (
     ("losses",),
     ("objective",),
     ("functional",),
-    ("fused_head",),
+    ("model_head",),
     ("fusedpo",),  # the package's face, fusedpo/__init__.py
     ("catalogue", "compare", "doctor", "footprint", "liger", "recipes"),
     ("report",),

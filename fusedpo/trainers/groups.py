@@ -21,9 +21,9 @@ from transformers import TrainingArguments
 
 from fusedpo.checks import bad_type, bad_value, vocabulary
 from fusedpo.functional import LossOutput, policy_loss
-from fusedpo.fused_head import Score, aligned_labels, at_head, evaluating
 from fusedpo.head import Head
 from fusedpo.losses import Loss, PolicyLoss
+from fusedpo.model_head import Score, aligned_labels, at_head, evaluating
 from fusedpo.recipes.groups import sampled_batch
 from fusedpo.recipes.self_augmented import (
     Settings,

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from fusedpo.checks import bad_choice, bad_value, in_range, positive
 from fusedpo.compare import Batch, Comparison, compare, is_comparable
-from fusedpo.fused_head import Score, aligned_labels, at_head, hidden_and_head
 from fusedpo.losses import Loss
+from fusedpo.model_head import Score, aligned_labels, at_head, hidden_and_head
 from fusedpo.recipes import stdlib_pairs
 from fusedpo.report import (
     History,

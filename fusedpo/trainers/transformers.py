@@ -30,7 +30,9 @@ from torch.utils.data import IterableDataset
 from fusedpo.checks import bad_type, bad_value, known_tokens, vocabulary
 from fusedpo.engine.plan import Plan
 from fusedpo.functional import LossOutput, linear_logprobs, preference_loss
-from fusedpo.fused_head import (
+from fusedpo.head import Head
+from fusedpo.losses import Loss, PreferenceLoss
+from fusedpo.model_head import (
     Score,
     add_fused_head,
     aligned_labels,
@@ -43,8 +45,6 @@ from fusedpo.fused_head import (
     remove_fused_head,
     unnoticed,
 )
-from fusedpo.head import Head
-from fusedpo.losses import Loss, PreferenceLoss
 from fusedpo.recipes.short_to_long import IGNORED, ShortToLongCollator, pad_sequences
 from fusedpo.trainers.rows import TokenRow
 

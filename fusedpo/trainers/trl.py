@@ -52,7 +52,10 @@ from torch import Tensor
 from fusedpo import liger
 from fusedpo.engine.plan import Plan
 from fusedpo.functional import linear_token_stats
-from fusedpo.fused_head import (
+from fusedpo.head import Head
+from fusedpo.losses import CPO, PreferenceLoss, SimPO
+from fusedpo.losses.scores import Scores
+from fusedpo.model_head import (
     IGNORED,
     AfterHead,
     FusedForward,
@@ -68,9 +71,6 @@ from fusedpo.fused_head import (
     hidden_and_head,
     install,
 )
-from fusedpo.head import Head
-from fusedpo.losses import CPO, PreferenceLoss, SimPO
-from fusedpo.losses.scores import Scores
 from fusedpo.trainers.trl_losses import (
     Calls,
     FusedDPOConfig,

@@ -27,9 +27,9 @@ from torch import Tensor
 from fusedpo import losses
 from fusedpo.checks import bad_type, bad_value, vocabulary
 from fusedpo.functional import LossOutput, policy_loss, preference_loss
-from fusedpo.fused_head import IGNORED, aligned_labels, at_head, fused_forward, of_tokens
 from fusedpo.head import Head
 from fusedpo.losses import PolicyLoss, PreferenceLoss
+from fusedpo.model_head import IGNORED, aligned_labels, at_head, fused_forward, of_tokens
 from fusedpo.recipes.self_augmented import Settings
 from fusedpo.trainers.transformers import moved, padding_token
 

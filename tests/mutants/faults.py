@@ -1178,7 +1178,7 @@ _CORE = (
         ('checks.positive("logit_scale", self.logit_scale)', "pass", "a scale of 0"),
     ),
     *_in(
-        "fusedpo/fused_head.py",
+        "fusedpo/model_head/experiment.py",
         "test_fused_head.py",
         (
             "            torch.clear_autocast_cache()\n",
@@ -1195,18 +1195,30 @@ _CORE = (
             "with torch.no_grad():",
             "the experiment draws random numbers",
         ),
-        ("or module.merged:", "or False:", "merged adapters count twice"),
         (
             "bound = 8 * max(eps, experiment.eps) + 1e-5",
             "bound = 8 * max(eps, experiment.eps) + 1e-1",
             "another head is taken",
             "test_fused_head.py -k 'almost or longer or long_way or experts'",
         ),
+    ),
+    *_in(
+        "fusedpo/model_head/modules.py",
+        "test_fused_head.py",
+        ("or module.merged:", "or False:", "merged adapters count twice"),
+    ),
+    *_in(
+        "fusedpo/model_head/score.py",
+        "test_fused_head.py",
         (
             "-(logp.exp() * logp.clamp(min=-1e4)).sum(-1)",
             "-(logp.exp() * logp).sum(-1)",
             "NaN for tokens that are ruled out",
         ),
+    ),
+    *_in(
+        "fusedpo/model_head/forward.py",
+        "test_fused_head.py",
         (
             "own.original = types.MethodType(self.original.__func__, copied)",
             "pass",
@@ -1223,6 +1235,10 @@ _CORE = (
             "no auxiliary loss from logits",
             "test_fused_head.py -k 'almost or longer or long_way or experts'",
         ),
+    ),
+    *_in(
+        "fusedpo/model_head/cap_and_scale.py",
+        "test_fused_head.py",
         (
             "weight, bias = weight[: self.vocab], None if bias is None else bias[: self.vocab]",
             "weight = weight[: self.vocab]",

@@ -12,8 +12,8 @@ from oracles import relative
 from transformers import TrainingArguments
 
 from fusedpo import linear_logprobs
-from fusedpo.fused_head import evaluating, hidden_and_head
 from fusedpo.losses import DAPO, DPO, GRPO, SoftSequence
+from fusedpo.model_head import evaluating, hidden_and_head
 from fusedpo.recipes.self_augmented import generate_segments
 from fusedpo.trainers.groups import GroupTrainer
 

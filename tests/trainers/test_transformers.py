@@ -34,8 +34,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from fusedpo.fused_head import causal_model
 from fusedpo.losses import DPO, SimPO
+from fusedpo.model_head import causal_model
 from fusedpo.recipes.short_to_long import ShortToLongCollator
 from fusedpo.trainers.transformers import (
     FusedTrainer,

@@ -38,7 +38,7 @@ from trainers.trl_runs import (
     quiet,
 )
 
-import fusedpo.fused_head
+import fusedpo.model_head.score
 from fusedpo.trainers import trl as ours
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -269,14 +269,14 @@ def test_logits_are_what_would_be_seen(method):
 
 @pytest.mark.parametrize("method", ["dpo", "cpo", "tpo", "sft"])
 def test_a_weaker_gradient_is_noticed(method, monkeypatch):
-    exact = fusedpo.fused_head.linear_token_stats
+    exact = fusedpo.model_head.score.linear_token_stats
 
     def weaker(*args: Any, **kwargs: Any) -> Any:
         found = exact(*args, **kwargs)
         weak = 0.9 * found.logprob + 0.1 * found.logprob.detach()
         return found._replace(logprob=weak)
 
-    monkeypatch.setattr(fusedpo.fused_head, "linear_token_stats", weaker)
+    monkeypatch.setattr(fusedpo.model_head.score, "linear_token_stats", weaker)
     found = fused(method)
     assert differences(plain(method), found)["grad_norm"] > 0.05
     with pytest.raises(AssertionError, match="grad_norm"):

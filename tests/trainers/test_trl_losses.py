@@ -25,7 +25,7 @@ from trainers import trl_runs
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from fusedpo import losses, policy_loss, preference_loss
-from fusedpo.fused_head import aligned_labels, hidden_and_head
+from fusedpo.model_head import aligned_labels, hidden_and_head
 from fusedpo.trainers.trl import (
     FusedDPOConfig,
     FusedDPOTrainer,

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from sharded_runs import PATHS, batch, gap, loss_of
 from torch import Tensor
 
-from fusedpo.fused_head import FusedForward, add_fused_head, causal_model, hidden_and_head
+from fusedpo.model_head import FusedForward, add_fused_head, causal_model, hidden_and_head
 
 UPDATES = 3  # ZeRO-3 learns the order of modules in the second, and may fetch ahead in the third
 RATE = 0.02

@@ -1,0 +1,110 @@
+"""Putting a fused forward in the place of a model's, and taking it away."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from fusedpo.checks import bad_choice, bad_value
+from fusedpo.engine.backend import check_name
+from fusedpo.engine.plan import Plan
+from fusedpo.model_head.forward import FusedForward, _function, fused_forward
+from fusedpo.model_head.modules import causal_model
+from fusedpo.sizes import parse_budget
+
+
+def add_fused_head(
+    model: Any,
+    *,
+    memory_budget: int | float | str | Plan | None = None,
+    backend: str = "auto",
+    unsupported: Literal["raise", "fallback"] = "raise",
+) -> None:
+    """Let ``model(..., labels=labels, fused=True)`` return statistics of the labels, not logits.
+
+    Called that way, the forward takes its usual arguments, wrapped or not, and besides:
+
+        labels: [B, T], unshifted as in Hugging Face, -100 where nothing is scored. Of an
+            encoder-decoder they are aligned with the decoder's positions, as in Hugging Face, and
+            make the decoder's input where that is not given.
+        shift_labels: [B, T] instead, aligned with the hidden states already.
+        stats: names of what is wanted, of ``fusedpo.logprobs.STATS``; the log-probability if not
+            given.
+        temperature: what the logits are divided by.
+
+    and returns a ``TokenStats`` of tensors [B, T - 1] ([B, T] with shift_labels, and of an
+    encoder-decoder), with the ``aux_loss`` of a mixture of experts whose router's logits are asked
+    for. ``fused`` may also be
+    a function of the hidden states [B, T, H] and the ``Head``, which is run in place of the head;
+    the forward then returns {"result": what it returned, "aux_loss": a scalar or None}.
+
+    Without ``fused`` the model is as it was: ``generate``, saving, loading, copying and pickling
+    are unchanged, and the state dict has no new keys. Calling this twice changes the options only.
+
+    Args:
+        model: a causal language model or an encoder-decoder of transformers, or one wrapped by
+            PEFT, DDP or the like.
+        memory_budget, backend: as of ``linear_token_stats``.
+        unsupported: what to do where the head turns out not to be a weight, a bias, a soft cap and
+            a factor: raise, at the first call, or make the model's own logits, with one warning.
+
+    Raises:
+        ValueError, TypeError: if the model has no output embedding, or for an unknown option.
+    """
+    check_options(memory_budget, backend)
+    if unsupported not in ("raise", "fallback"):
+        raise bad_choice("unsupported", unsupported, ("raise", "fallback"))
+    causal = causal_model(model)
+    if not callable(getattr(causal, "get_output_embeddings", None)) or (
+        unsupported == "raise" and causal.get_output_embeddings() is None
+    ):
+        raise bad_value(
+            "model", "a causal language model with an output embedding", type(model).__name__
+        )
+    install(causal, FusedForward, memory_budget, backend, unsupported)
+
+
+def check_options(memory_budget: int | float | str | Plan | None, backend: str) -> None:
+    """Refuse now what the first call would; whether the backend can run is known only there.
+
+    Raises:
+        ValueError, TypeError: for an unknown one.
+    """
+    if not isinstance(memory_budget, Plan):
+        parse_budget(memory_budget)
+    check_name(backend)
+
+
+def install(causal: Any, kind: type[FusedForward], *options: Any) -> None:
+    """Put a forward of this kind in the place of the model's, or of an earlier one."""
+    earlier, before = fused_forward(causal), vars(causal).get("forward")
+    if earlier is None:
+        causal.forward = kind(causal, before, *options)
+    elif _function(before) is earlier:
+        causal.forward = kind(causal, earlier.original, *options)
+    else:  # what wraps it holds on to it
+        earlier.__class__ = kind
+        kind.__init__(earlier, causal, earlier.original, *options)
+
+
+def remove_fused_head(model: Any) -> None:
+    """Undo ``add_fused_head``. Does nothing to a model that has no fused head.
+
+    Raises:
+        ValueError: if the forward was wrapped since (by ``Accelerator.prepare``, say).
+    """
+    causal = causal_model(model)
+    fused = fused_forward(causal)
+    if fused is None:
+        return
+    if _function(vars(causal).get("forward")) is fused:
+        if fused.original is None:
+            del causal.forward
+        else:
+            causal.forward = fused.original
+    else:
+        raise bad_value(
+            "model",
+            "a forward that was not wrapped since",
+            "one wrapped by accelerate",
+            "first call accelerator.unwrap_model(model, keep_fp32_wrapper=False)",
+        )
