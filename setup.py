@@ -51,6 +51,7 @@ setup(
         "fusedpo.engine",
         "fusedpo.engine.routes",
         "fusedpo.losses",
+        "fusedpo.model_head",
         "fusedpo.objective",
         "fusedpo.recipes",
         "fusedpo.trainers",

@@ -28,7 +28,6 @@ LAYERS = (
     ("sizes",),
     ("distributed",),
     ("vocab_shards",),
-    ("scores",),
     ("head",),
     ("engine",),
     ("losses",),

@@ -24,6 +24,8 @@ from fusedpo.losses.preference import MarginLoss as MarginLoss
 from fusedpo.losses.preference import PreferenceLoss as PreferenceLoss
 from fusedpo.losses.preference import ResponseLoss as ResponseLoss
 
+PairLoss = PreferenceLoss  # the name of a former subclass of it without behaviour
+
 if TYPE_CHECKING:  # what the walk below finds, for type checkers: `make losses` writes these lines
     from fusedpo.losses.alphapo import AlphaPO as AlphaPO
     from fusedpo.losses.aot import AOT as AOT
@@ -127,6 +129,7 @@ _OTHERS = (
     "Loss",
     "MarginLoss",
     "Mixture",
+    "PairLoss",
     "PolicyLoss",
     "PreferenceLoss",
     "ResponseLoss",
