@@ -342,7 +342,7 @@ def product_fold(
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        if not one:
-            columns = tile.tiles_per_split(vocab) * tile.BLOCK_V
-            merge(part, target, out, columns, entropy=entropy, squares=squares, mean=mean)
+    if not one:
+        columns = tile.tiles_per_split(vocab) * tile.BLOCK_V
+        merge(part, target, out, columns, entropy=entropy, squares=squares, mean=mean)
     return dict(zip(names, out, strict=True))

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedpo.kernels.product_tile import ceil_div
+from fusedpo.kernels.tiles import on_device_of
 
 _BLOCK = 128
 
@@ -148,20 +149,21 @@ def merge(
         entropy, squares, mean: which slots there are beside peak, total and target.
     """
     n = target.shape[0]
-    merge_kernel[(ceil_div(n, _BLOCK),)](
-        part,
-        target,
-        out,
-        part.stride(0),
-        part.stride(1),
-        out.stride(0),
-        target.stride(0),
-        n,
-        part.shape[1],
-        columns_per_split,
-        WEIGHTED=entropy,
-        SQUARES=squares,
-        PLAIN=mean,
-        BLOCK=_BLOCK,
-        num_warps=4,
-    )
+    with on_device_of(part):
+        merge_kernel[(ceil_div(n, _BLOCK),)](
+            part,
+            target,
+            out,
+            part.stride(0),
+            part.stride(1),
+            out.stride(0),
+            target.stride(0),
+            n,
+            part.shape[1],
+            columns_per_split,
+            WEIGHTED=entropy,
+            SQUARES=squares,
+            PLAIN=mean,
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )

@@ -1642,6 +1642,7 @@ def launch_all(monkeypatch: pytest.MonkeyPatch, n: int, columns: int) -> Launche
         name = module.__name__.split(".")[-1]
         monkeypatch.setattr(module, "on_device_of", launches.on_device_of)
         monkeypatch.setattr(module, f"{name}_kernel", launches.of(name))
+    monkeypatch.setattr(product_merge, "on_device_of", launches.on_device_of)
     monkeypatch.setattr(product_merge, "merge_kernel", launches.of("merge"))
     x, rows = torch.zeros(1, columns).expand(n, -1), torch.zeros(n)
     target = torch.zeros(n, dtype=torch.long)
