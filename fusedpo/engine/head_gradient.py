@@ -11,7 +11,8 @@ from torch import Tensor
 from fusedpo.engine.precision import divide_, largest, multiply, unit_gain
 from fusedpo.engine.rows import blocks
 from fusedpo.engine.tiles import Range, Tiles
-from fusedpo.kernels.row_stats import LOWEST, below_logsumexp
+from fusedpo.kernels import row_stats
+from fusedpo.kernels.row_stats import LOWEST
 
 
 @dataclass
@@ -248,7 +249,7 @@ def entropy_coefficients(
     g (P - onehot) + e P (log P + entropy), P being exp(z - shift) exp(shift - logsumexp).
     """
     logprob, entropy = stats["logprob"], stats["entropy"]
-    below = below_logsumexp(logprob, stats["total"])
+    below = row_stats.below_logsumexp(logprob, stats["total"])
     weight, below = below.exp(), below.clamp(min=LOWEST)
     finite = logprob.clamp(min=LOWEST)
     entry = g * torch.expm1(logprob) + e * finite.exp() * (finite + entropy)
