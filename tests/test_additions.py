@@ -1,0 +1,64 @@
+"""What an addition to the engine takes, shown by small diffs on a copy of the tree."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from repository import ROOT, added, copy_with
+
+ROUTE = """
+import torch
+from fusedpo import linear_logprobs, plan
+
+torch.manual_seed(0)
+hidden = torch.randn(30, 8, requires_grad=True)
+weight = torch.randn(50, 8, requires_grad=True)
+labels = torch.randint(50, (30,))
+found = {}
+for route in ("recompute", "late"):
+    chosen = plan(30, 50, 8, gathered=False, budget=8_000, route=route)
+    assert chosen.route == route and chosen.rows < 30
+    logprob = linear_logprobs(hidden, weight, labels, memory_budget=chosen)
+    found[route] = [logprob, *torch.autograd.grad(logprob.square().sum(), (hidden, weight))]
+for one, other in zip(*found.values()):
+    torch.testing.assert_close(one, other)
+assert plan(30, 50, 8, gathered=False, route="late").products == 4
+"""
+
+STATISTIC = """
+import torch
+from fusedpo import linear_token_stats
+
+torch.manual_seed(0)
+hidden, weight, labels = torch.randn(6, 8), torch.randn(50, 8), torch.randint(50, (6,))
+labels[2] = -100
+logits = hidden @ weight.T
+own = logits.gather(1, labels.clamp(min=0)[:, None])
+others = logits.scatter(1, labels.clamp(min=0)[:, None], -torch.inf).amax(1)
+expected = torch.where(labels < 0, 0, own[:, 0] - others)
+for grad in (False, True):
+    weight.requires_grad_(grad)
+    stats = linear_token_stats(hidden, weight, labels, stats=("margin", "logprob"))
+    torch.testing.assert_close(stats.margin, expected)
+    assert not stats.margin.requires_grad and stats.logprob.requires_grad == grad
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "program"),
+    [("route", 3, ROUTE), ("statistic", 4, STATISTIC)],
+    ids=["route", "statistic"],
+)
+def test_an_addition_is_a_few_files(name: str, most: int, program: str, tmp_path: Path) -> None:
+    diff = ROOT / "tests" / "additions" / f"{name}.diff"
+    assert len(added(diff)) <= most
+    tree = copy_with(diff, tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tree, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
