@@ -96,7 +96,9 @@ class Mixture(PreferenceLoss):
         scopes = {loss.formula_structure.scope for loss in self.losses}
         if scopes == {"sequence"}:
             return GradientStructure("sequence")
-        return GradientStructure("batch") if "batch" in scopes else super().formula_structure
+        if "batch" in scopes:
+            return GradientStructure("batch")
+        return GradientStructure("pair", len(self.roles))
 
     @property
     def is_square(self) -> bool:
