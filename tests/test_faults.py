@@ -447,7 +447,7 @@ def by_weight() -> nn.Linear:
     ("head", "got"),
     [
         (lambda: Linear8bit(H, V), r"a torch\.nn\.Linear, got Linear8bit; merge .*quantisation"),
-        (by_weight, r"plain numbers, got a weight of type Int8Tensor; leave the head out of quan"),
+        (by_weight, r"a dense weight, got a weight of type Int8Tensor; exclude the head from quan"),
     ],
     ids=["by a layer", "by a weight"],
 )
@@ -462,7 +462,7 @@ def test_a_quantised_head_is_refused(head: Callable[[], nn.Module], got: str) ->
 HOOKS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "of the output": (
         lambda head: head.register_forward_hook(lambda module, given, out: 2 * out),
-        "a head whose hooks leave its output as it is, got one that a hook changes",
+        "a head whose forward hooks leave its output unchanged, got a changed one",
     ),
     "of gradients": (
         lambda head: head.register_full_backward_hook(lambda module, inner, outer: None),

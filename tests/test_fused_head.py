@@ -214,7 +214,7 @@ def test_labels_that_are_aligned_already() -> None:
 def test_labels_once(given: dict[str, Tensor]) -> None:
     model = make()
     add_fused_head(model)
-    with pytest.raises(ValueError, match="labels: expected labels or shift_labels with fused=True"):
+    with pytest.raises(ValueError, match="labels: expected either labels or shift_labels with"):
         model(input_ids=tokens(), fused=True, **given)
 
 
@@ -709,7 +709,7 @@ class Louder(nn.Linear):
 
 
 UNFIT: dict[str, tuple[Callable[[], Toy], str]] = {
-    "called twice": (Twice, "called once"),
+    "called twice": (Twice, "calls its head once, got a second call"),
     "never called": (Never, "calls its output embedding"),
     "masked": (Masked, "differ from that by up to inf"),
     "masked in place": (MaskedInPlace, "writes into it"),
@@ -719,14 +719,14 @@ UNFIT: dict[str, tuple[Callable[[], Toy], str]] = {
     "a constant added to one, rounded": (AddedInHalf, "differ from that"),
     "a layer with another forward": (Patched, "differ from that"),
     "a layer with almost its own forward": (PatchedALittle, "differ from that"),
-    "normalised": (Normalised, "scaled and capped"),
+    "normalised": (Normalised, "a positive scale and a soft cap"),
     "clamped": (Clamped, "differ from that"),
-    "negated": (Negated, "scaled and capped"),
+    "negated": (Negated, "a positive scale and a soft cap"),
     "permuted": (Permuted, "differ from that"),
     "widened": (Widened, "that its head made"),
     "by position": (ByPosition, "does nothing to its logits"),
     "without positions": (Flat, r"with states \[B, T, H\]"),
-    "scaled by what is learned": (Learned, "depend on a parameter"),
+    "scaled by what is learned": (Learned, "after the LM head, got a trainable parameter there"),
     "the last only": (Last, "that its head made"),
     "a head of its own": (lambda: Toy(head=Deeper()), "is a torch.nn.Linear, got Deeper"),
     "a linear head that does more": (lambda: Toy(head=Louder(H, V)), "got Louder"),
@@ -771,7 +771,7 @@ class Changing(Toy):
     ("calls", "message"),
     [
         (0, "model: expected a forward that calls its output embedding, got one that does not"),
-        (2, "model: expected a head that is called once in a forward"),
+        (2, "model: expected a forward that calls its head once, got a second call"),
     ],
 )
 def test_a_head_that_is_called_otherwise_later_on_is_refused_then(
@@ -1061,7 +1061,9 @@ def test_an_adapter_for_each_row(used: bool) -> None:
         check(model)
     each = {"input_ids": tokens(), "adapter_names": ["default", "other"]}
     own = naive(model(**each).logits[:, :-1], tokens()[:, 1:])["logprob"]
-    with pytest.raises(UnsupportedHead, match="is called with hidden states alone"):
+    with pytest.raises(
+        UnsupportedHead, match="called with the hidden states alone, got further arguments: adapter"
+    ):
         copy.deepcopy(model)(**each, labels=tokens(), fused=True)
     add_fused_head(model, unsupported="fallback")
     with pytest.warns(UserWarning, match="its own logits are made instead"):
@@ -1232,7 +1234,9 @@ def test_a_model_that_accelerate_prepared(accelerated: Any, first: str) -> None:
         got = model(input_ids=ids, labels=ids, fused=True).logprob
     assert torch.equal(model(input_ids=ids, labels=ids, fused=True).logprob, got)
     if first == "added":
-        with pytest.raises(ValueError, match="model: expected a forward that was not wrapped"):
+        with pytest.raises(
+            ValueError, match="model: expected a forward that was not wrapped since add_fused_head"
+        ):
             remove_fused_head(model)
         model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         check(model)
@@ -1550,7 +1554,9 @@ def test_a_hook_that_learns_a_factor_of_one_is_refused() -> None:
     check(model)
     factor = nn.Parameter(torch.ones(()))
     model.lm_head.register_forward_hook(lambda module, args, output: factor * output)
-    with pytest.raises(UnsupportedHead, match="nothing is learned of behind their head"):
+    with pytest.raises(
+        UnsupportedHead, match="only a soft cap and a constant scale after the LM head"
+    ):
         model(input_ids=tokens(), labels=tokens(), fused=True)
 
 
@@ -1580,9 +1586,9 @@ def test_the_experiment_runs_once_for_a_compiled_model(monkeypatch: pytest.Monke
     from fusedpo.model_head import forward
 
     made: list[int] = []
-    experiment = forward._after_head
+    experiment = forward.find_after_head
     note = torch.compiler.disable(lambda *args: made.append(1) or experiment(*args))
-    monkeypatch.setattr(forward, "_after_head", note)
+    monkeypatch.setattr(forward, "find_after_head", note)
     model = make()
     add_fused_head(model)
     compiled = torch.compile(model, backend="eager")
@@ -1610,7 +1616,9 @@ def test_a_hook_exchanged_for_another() -> None:
     gc.collect()
     handle = model.lm_head.register_forward_hook(lambda *args: double(*args))
     for _ in range(2):
-        with pytest.raises(UnsupportedHead, match="expected a head whose hooks leave its output"):
+        with pytest.raises(
+            UnsupportedHead, match="expected a head whose forward hooks leave its output"
+        ):
             model(input_ids=tokens(), labels=tokens(), fused=True)
     handle.remove()
     model.lm_head.register_forward_hook(lambda *args: leave(*args))
@@ -1653,12 +1661,12 @@ def test_a_change_that_nothing_tells_of_is_found_in_what_becomes_of_made_up_logi
         with pytest.raises(UnsupportedHead) as error:
             model(input_ids=tokens(), labels=tokens(), fused=True)
     assert str(error.value) == (
-        "model: expected logits that are capped and scaled as at an earlier call, got some that "
-        "are not; call it again, and it is looked at anew"
+        "model: expected logits that are capped and scaled as at an earlier call, got another "
+        "soft cap or scale; call it again, and they are found anew"
     )
     check(model)
     model.elsewhere["factor"] = 0.7
-    with pytest.raises(UnsupportedHead, match="looked at anew"):
+    with pytest.raises(UnsupportedHead, match="they are found anew"):
         hidden_and_head(model, input_ids=tokens())
     hidden, head = hidden_and_head(model, input_ids=tokens())
     assert relative(head.logits(hidden), model(input_ids=tokens()).logits) < 1e-6
@@ -1671,7 +1679,7 @@ def test_a_hook_that_changes_its_mind() -> None:
     model.lm_head.register_forward_hook(lambda module, args, output: factor[0] * output)
     check(model)
     factor[0] = 1.25
-    for message in ("as at an earlier call", "a head whose hooks leave its output"):
+    for message in ("as at an earlier call", "a head whose forward hooks leave its output"):
         with pytest.raises(UnsupportedHead, match=message):
             model(input_ids=tokens(), labels=tokens(), fused=True)
 
@@ -1899,7 +1907,9 @@ def test_an_encoder_decoder_whose_head_does_more_makes_its_own_logits() -> None:
     model.final_logits_bias.normal_()
     add_fused_head(model)
     source, labels = tokens(11, seed=2), labels_of(tokens())
-    with pytest.raises(UnsupportedHead, match="expected logits that are scaled and capped"):
+    with pytest.raises(
+        UnsupportedHead, match="expected logits that are a positive scale and a soft cap"
+    ):
         model(input_ids=source, labels=labels, fused=True)
     add_fused_head(model, unsupported="fallback")
     with pytest.warns(UserWarning, match="its own logits"):
@@ -1915,8 +1925,8 @@ def test_an_encoder_decoder_that_makes_no_input_of_labels(monkeypatch: pytest.Mo
     with pytest.raises(ValueError) as error:
         model(input_ids=tokens(), labels=tokens(), fused=True)
     assert str(error.value) == (
-        "decoder_input_ids: expected some, as BartForConditionalGeneration makes none of labels, "
-        "got none"
+        "decoder_input_ids: expected token ids, as BartForConditionalGeneration does not make them "
+        "of labels, got none"
     )
 
 
@@ -1939,8 +1949,8 @@ def test_labels_beside_a_task_are_refused_before_anything_runs(name: str, way: s
     with pytest.raises(ValueError) as error:
         ways[way]()
     assert str(error.value) == (
-        f"{name}: expected none among the inputs of the model, as nothing is scored there but what "
-        "the task scores, got some; leave them out, and score them in the task"
+        f"{name}: expected none among the model's inputs, as the task alone scores labels, got "
+        "some; leave them out, and score them in the task"
     )
 
 
@@ -1951,7 +1961,7 @@ def test_labels_by_position_beside_a_task_are_refused() -> None:
     names = [*inspect.signature(type(model).forward).parameters][1:]
     args = [None] * names.index("labels")
     args[0] = tokens()
-    with pytest.raises(ValueError, match=r"^labels: expected none among the inputs"):
+    with pytest.raises(ValueError, match=r"^labels: expected none among the model's inputs"):
         model(*args, tokens(), fused=lambda hidden, head: hidden)
 
 

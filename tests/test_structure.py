@@ -24,7 +24,7 @@ from fusedpo import losses
 # lowest first; a module imports from the lines above its own, and from its own package
 LAYERS = (
     ("kernels",),
-    ("checks", "tables"),
+    ("checks", "labels", "tables"),
     ("sizes",),
     ("distributed",),
     ("vocab_shards",),

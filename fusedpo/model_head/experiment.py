@@ -1,156 +1,164 @@
-"""Finding out what a model does with the output of its head: one forward on made-up logits."""
+"""The experiment that finds what a model does with the output of its head.
+
+The model's forward is run once, without gradients. In place of the head's output it meets probes,
+made-up logits of a great range, and the head's own logits at a few positions. The forward's logits
+for the probes have to be a soft cap and a scale of them, in every column; those for the head's own,
+what ``Head`` makes of the hidden states.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedpo.model_head.cap_and_scale import (
-    _HUGE,
-    _TINY,
+    HUGE,
+    TINY,
     AfterHead,
-    _fit,
-    _gap,
-    _numbers,
-    _spread,
+    configured_constants,
+    fit,
+    probe_logits,
+    worst_gap,
 )
-from fusedpo.model_head.errors import UnsupportedHead
-from fusedpo.model_head.modules import _Scorer
+from fusedpo.model_head.carry import never_called, refuse_further_arguments
+from fusedpo.model_head.contexts import evaluating, no_side_effects
+from fusedpo.model_head.errors import UnsupportedHead, unsupported
+from fusedpo.model_head.modules import HeadModule
 
-_COMPARED = 16  # positions that are compared with the model's own logits
+_POSITIONS = 16  # at which the head's own logits are compared
 
 
-class _Experiment:
-    """Stands in for the head in one forward, and makes up what comes out of it."""
+class _Probe:
+    """Runs in place of the head's forward, and returns probes and the head's own logits.
 
-    def __init__(self, scorer: _Scorer) -> None:
-        self.scorer = scorer
-        self.product: Tensor | None = None  # [positions, V], what we take for the head's logits
-        self.met: Tensor | None = None  # [rows, V], what the rest of the forward was given
-        self.given: Tensor | None = None  # the copy of it that was given
-        self.hooked = False  # whether they made another of it
-        self.eps = 0.0  # of the head's own logits
+    Attributes:
+        output: [rows, V], what it returned: probes, then the head's logits at a few positions.
+        returned: the tensor that was returned: a copy of that, which the forward may write into.
+        product: [positions, V], what the operands of the head say that its logits are.
+        eps: the precision of the head's own logits.
+        hooked: whether hooks returned another output.
+    """
+
+    def __init__(self, head: HeadModule) -> None:
+        self.head = head
+        self.output: Tensor | None = None
+        self.returned: Tensor | None = None
+        self.product: Tensor | None = None
+        self.eps = 0.0
+        self.hooked = False
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs:
-            raise UnsupportedHead(
-                "model: expected a head that is called with hidden states alone, got "
-                f"{[*kwargs] or len(args)} besides"
-            )
-        if self.met is not None or hidden.dim() != 3:
-            raise UnsupportedHead(
-                "model: expected a head that is called once in a forward, with states [B, T, H], "
-                f"got {list(hidden.shape)}, call {1 if self.met is None else 2}"
-            )
-        few = hidden[:1, :_COMPARED]
-        own = self.scorer.logits(few)
-        # now, as a sharded weight is whole only within the head's call
-        states, weight, bias = self.scorer.inputs(few)
-        self.product = torch.nn.functional.linear(states, weight, bias)[0]
-        self.eps = torch.finfo(own.dtype).eps
-        own = own if own.dtype == torch.float64 else own.float()
-        spread = _spread(own.shape[-1], own)
-        constant = (torch.full_like(spread, value) for value in (_TINY, _HUGE, 0.0))
-        made = torch.stack([*constant, spread, spread.flip(0), spread / 16])
-        self.met = torch.cat([made, own[0]])
-        self.given = self.met.clone()
-        # from here on, so that logits that something learned took part in can be told
+        refuse_further_arguments(args, kwargs)
+        if self.output is not None:
+            raise unsupported("a forward that calls its head once", "a second call")
+        if hidden.dim() != 3:
+            raise unsupported("a head that is called with states [B, T, H]", f"{[*hidden.shape]}")
+        states = hidden[:1, :_POSITIONS]
+        logits = self.head.logits(states)
+        # here, as a sharded weight is whole only within the head's call
+        self.product = torch.nn.functional.linear(*self.head.operands(states))[0]
+        self.eps = torch.finfo(logits.dtype).eps
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        spread = probe_logits(logits.shape[-1], logits)
+        constant = (torch.full_like(spread, value) for value in (TINY, HUGE, 0.0))
+        probes = torch.stack([*constant, spread, spread.flip(0), spread / 16])
+        self.output = torch.cat([probes, logits[0]])
+        self.returned = self.output.clone()
+        # from here on, so that logits that depend on a parameter behind the head require a gradient
         torch.set_grad_enabled(True)
-        return self.given[None]
+        return self.returned[None]
 
     def hook(self, output: Any) -> None:
-        """What comes out of the head's call, after the hooks of others."""
-        assert self.given is not None, "the head was called"
+        """Compare the output of the module's call after its hooks."""
+        assert self.returned is not None, "the head was called"
         # a wrapper with mixed precision casts it
-        same = isinstance(output, Tensor) and torch.equal(output, self.given[None].to(output))
+        same = isinstance(output, Tensor) and torch.equal(output, self.returned[None].to(output))
         self.hooked = not same
 
 
-def _after_head(
+def find_after_head(
     model: Any, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> AfterHead:
-    """Find out what a model does with the output of its head, and verify all of it.
+    """The function of its head's output that a model's logits are, found and verified.
 
-    The forward is run once, without gradients. In place of the head's output it meets made-up
-    logits of great range, and the head's own at a few positions. What becomes of the first has to
-    be a soft cap and a factor, in every column; what becomes of the second, the logits that
-    ``Head`` makes of the hidden states.
+    Args:
+        model: the causal language model.
+        forward: its forward.
+        args, kwargs: what the forward is called with; caches among them are copied.
+
+    Raises:
+        UnsupportedHead: if the logits are not a soft cap and a scale of a linear head's.
     """
-    scorer = _Scorer.of(model)
-    experiment = _Experiment(scorer)
-    with unnoticed(model), evaluating(scorer.module):
-        # a cache grows in a forward
-        args = [_own(value) for value in args]
-        kwargs = {name: _own(value) for name, value in kwargs.items()}
+    head = HeadModule.of(model)
+    probe = _Probe(head)
+    with no_side_effects(model), evaluating(head.module):
+        args = [_detached_copy(value) for value in args]
+        kwargs = {name: _detached_copy(value) for name, value in kwargs.items()}
         try:
-            with scorer.replaced(experiment, experiment.hook):
+            with head.override(probe, probe.hook):
                 output = forward(*args, **kwargs)
         except Exception as error:
-            if experiment.met is None or isinstance(error, UnsupportedHead):
+            if probe.output is None or isinstance(error, UnsupportedHead):
                 raise
-            raise UnsupportedHead(
-                "model: expected one that does nothing to its logits but scale and cap them, "
-                f"got {type(error).__name__}: {error}"
+            raise unsupported(
+                "a forward that does nothing to its logits but scale and soft-cap them",
+                f"{type(error).__name__}: {error}",
             ) from error
         finally:
             torch.set_grad_enabled(False)
-        met, product = experiment.met, experiment.product
-        if met is None or product is None or experiment.given is None:
-            raise UnsupportedHead(
-                "model: expected a forward that calls its output embedding, got one that does not"
-            )
-        if experiment.hooked:
-            raise UnsupportedHead(
-                "model: expected a head whose hooks leave its output as it is, got one that a hook "
-                "changes"
-            )
-        if not torch.equal(met, experiment.given):
-            raise UnsupportedHead(
-                "model: expected one that leaves its head's output as it is, got one that writes "
-                "into it"
-            )
-        logits = getattr(output, "logits", None)
-        rows, vocab = met.shape
-        if logits is None or logits.shape[:-1] != (1, rows) or logits.shape[-1] > vocab:
-            got = "none" if logits is None else list(logits.shape)
-            raise UnsupportedHead(
-                f"model: expected logits {[1, rows, vocab]} that its head made, got {got}"
-            )
-        if logits.requires_grad:
-            raise UnsupportedHead(
-                "model: expected logits that nothing is learned of behind their head, got some "
-                "that depend on a parameter"
-            )
-        eps = max(torch.finfo(logits.dtype).eps, torch.finfo(met.dtype).eps)
-        after = _fit(logits[0], eps, _numbers(model.config))
-        made = rows - product.shape[0]
-        theirs = logits[0, made:].to(met.dtype)
-        ours = after.apply(product[:, : after.vocab].to(met.dtype))
-        bound = 8 * max(eps, experiment.eps) + 1e-5
-        gap = after.gap(met[:made], logits[0, :made])
-        if gap := gap or _gap(theirs, ours, bound * theirs.abs().amax()):
-            raise UnsupportedHead(
-                "model: expected logits that are a weight, a bias, a soft cap and a factor of its "
-                f"hidden states, got some that differ from that by up to {gap:.3g}"
-            )
+        return _explain(probe, getattr(output, "logits", None), configured_constants(model.config))
+
+
+def _explain(probe: _Probe, logits: Tensor | None, constants: Sequence[float]) -> AfterHead:
+    """The function that makes the model's logits of the probe's output, verified."""
+    met, product = probe.output, probe.product
+    if met is None or product is None or probe.returned is None:
+        raise never_called()
+    if probe.hooked:
+        raise unsupported("a head whose forward hooks leave its output unchanged", "a changed one")
+    if not torch.equal(met, probe.returned):
+        raise unsupported(
+            "a forward that does not write into its head's output", "one that writes into it"
+        )
+    rows, vocab = met.shape
+    if logits is None or logits.shape[:-1] != (1, rows) or logits.shape[-1] > vocab:
+        raise unsupported(
+            f"logits {[1, rows, vocab]} that its head made",
+            "none" if logits is None else str([*logits.shape]),
+        )
+    if logits.requires_grad:
+        raise unsupported(
+            "only a soft cap and a constant scale after the LM head", "a trainable parameter there"
+        )
+    eps = max(torch.finfo(logits.dtype).eps, torch.finfo(met.dtype).eps)
+    after = fit(logits[0], eps, constants)
+    probes = rows - product.shape[0]
+    actual = logits[0, probes:].to(met.dtype)
+    expected = after.apply(product[:, : after.vocab].to(met.dtype))
+    bound = 8 * max(eps, probe.eps) + 1e-5
+    gap = after.gap(met[:probes], logits[0, :probes])
+    if gap := gap or worst_gap(actual, expected, bound * actual.abs().amax()):
+        raise unsupported(
+            "logits that are a weight, a bias, a soft cap and a scale of its hidden states",
+            f"some that differ from that by up to {gap:.3g}",
+        )
     return after
 
 
-def _is_changeable(value: Any) -> bool:
+def is_mutable(value: Any) -> bool:
     """Whether an argument is an object that a forward may change, as it does a cache."""
     return hasattr(value, "__dict__") and not isinstance(value, Tensor) and not callable(value)
 
 
-def _own(value: Any) -> Any:
-    """A copy of an argument that a forward may change, without gradients; others as they are."""
-    if not _is_changeable(value):
+def _detached_copy(value: Any) -> Any:
+    """A copy without gradients of an argument that a forward may change; others as they are."""
+    if not is_mutable(value):
         return value
-    # those of a prefix that is learned are results, which deepcopy does not copy
+    # copied here: a learned prefix is the result of operations, which deepcopy refuses
     tensors = {id(tensor): tensor.detach().clone() for tensor in _tensors(value, set())}
     return copy.deepcopy(value, tensors)
 
@@ -170,36 +178,3 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
         parts += value
     for part in parts:
         yield from _tensors(part, seen)
-
-
-@contextmanager
-def unnoticed(model: Any) -> Iterator[None]:
-    """Without gradients, for forwards after which nothing is to be other than without them."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    buffers = [(b, b.clone()) for b in model.buffers() if b.device.type != "meta"]
-    with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
-        try:
-            yield
-        finally:
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
-            # autocast may keep weights that were cast without gradients
-            torch.clear_autocast_cache()
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[Any]:
-    """Without dropout; each module has its mode back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    if not any(training for _, training in modes):
-        yield model
-        return
-    model.eval()
-    try:
-        yield model
-    finally:
-        # a wrapper may do more than to set the mode
-        model.train(modes[0][1])
-        for module, training in modes:
-            module.training = training

@@ -1,4 +1,4 @@
-"""The forward that stands in for a model's."""
+"""The forward that replaces a model's: with ``fused`` it runs a task in place of the head."""
 
 from __future__ import annotations
 
@@ -17,23 +17,36 @@ from fusedpo.checks import bad_value
 from fusedpo.engine.plan import Plan
 from fusedpo.engine.stats import TokenStats
 from fusedpo.head import Head
+from fusedpo.labels import aligned_labels
 from fusedpo.model_head.cap_and_scale import AfterHead
-from fusedpo.model_head.carry import _Call
-from fusedpo.model_head.errors import UnsupportedHead
-from fusedpo.model_head.experiment import _after_head, _is_changeable
-from fusedpo.model_head.modules import _Scorer, causal_model
-from fusedpo.model_head.score import Score, aligned_labels, on_stats
+from fusedpo.model_head.carry import HeadCall
+from fusedpo.model_head.decoder import decoder_input
+from fusedpo.model_head.errors import UnsupportedHead, unsupported
+from fusedpo.model_head.experiment import find_after_head, is_mutable
+from fusedpo.model_head.modules import HeadModule, causal_model
+from fusedpo.model_head.score import Score, map_stats
 
 AtHead = Callable[[Tensor, Head], Any]
-"""What is done with the hidden states [B, T, H] that feed a head, and the head."""
+"""A task at the head: a function of the hidden states [B, T, H] that feed it, and of the head;
+returns a tree of tensors."""
 
-_STATES = 8  # of a head that are kept, each with the hooks and the functions it had
+_STATES = 8  # states of a head whose AfterHead is kept
 
 
 class FusedForward:
-    """Stands in for a model's forward.
+    """Replaces a model's forward, and runs it.
 
     An object of a class, where a closure would do, so that models are pickled and copied with it.
+    A subclass may change what a call returns; see ``install_forward``.
+
+    Args:
+        model: the causal language model (see ``causal_model``).
+        original: the ``forward`` in the model's ``__dict__``; None for its class's forward.
+        memory_budget, backend, unsupported: as of ``add_fused_head``.
+
+    Attributes:
+        known: ``AfterHead`` by the state of the head, for at most eight states.
+        reason: why the head is not supported; "" if it is, as far as is known.
     """
 
     def __init__(
@@ -46,36 +59,36 @@ class FusedForward:
     ) -> None:
         _keep_compiler_out()
         self.model = model
-        self.original = original  # what was in the model's dict; None: its class's forward
+        self.original = original
         self.memory_budget = memory_budget
         self.backend = backend
         self.unsupported = unsupported
         self.known: dict[Any, AfterHead] = {}
-        self.reason = ""  # why the head is not supported, if it is not
+        self.reason = ""
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy has modules of its own; and hooks that are gone need not be copied, nor pickled
+        # a copy has other modules, and hooks that are gone need not be copied or pickled
         return {**vars(self), "known": {}}
 
-    def of(self, copied: Any) -> FusedForward:
-        """The same for a copy of the model, which runs its own weights."""
-        own = copy.copy(self)
-        own.model = copied
+    def of(self, model: Any) -> FusedForward:
+        """The same for a copy of the model, which runs the copy's weights."""
+        clone = copy.copy(self)
+        clone.model = model
         if getattr(self.original, "__self__", None) is self.model:
-            own.original = types.MethodType(self.original.__func__, copied)
-        return own
+            clone.original = types.MethodType(self.original.__func__, model)
+        return clone
 
     @property
     def forward(self) -> Callable[..., Any]:
-        """The forward that this one stands in for."""
+        """The forward that this one replaces."""
         if self.original is not None:
             return self.original
         return type(self.model).forward.__get__(self.model)
 
     @property
-    def __func__(self) -> _OfModel:
+    def __func__(self) -> _UnboundForward:
         # accelerate wraps the functions of methods, and closures over anything else
-        return _OfModel(self)
+        return _UnboundForward(self)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -94,51 +107,42 @@ class FusedForward:
         return self.token_stats(args, kwargs)
 
     def token_stats(self, args: Sequence[Any], kwargs: dict[str, Any]) -> TokenStats:
-        """What ``model(..., fused=True)`` returns."""
-        labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+        """Statistics of labels, as ``add_fused_head`` says of ``model(..., fused=True)``.
+
+        Args:
+            args: of the model's forward.
+            kwargs: the same, and labels or shift_labels, stats and temperature, which are removed.
+
+        Raises:
+            ValueError: unless there is exactly one of labels and shift_labels.
+            UnsupportedHead: if the head is not supported, without ``unsupported="fallback"``.
+        """
+        labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
         stats = kwargs.pop("stats", ("logprob",))
         temperature = kwargs.pop("temperature", 1.0)
-        if (labels is None) == (shifted is None):
+        if (labels is None) == (shift_labels is None):
             got = "neither" if labels is None else "both"
-            raise bad_value("labels", "labels or shift_labels with fused=True", got)
+            raise bad_value("labels", "either labels or shift_labels with fused=True", got)
         if getattr(self.model.config, "is_encoder_decoder", False):
-            shifted, labels = labels if shifted is None else shifted, None
-            kwargs = {**kwargs, **self._decoder_input(shifted, args, kwargs)}
-        aligned = shifted if labels is None else aligned_labels(labels)
+            shift_labels, labels = labels if shift_labels is None else shift_labels, None
+            decoder = decoder_input(self.model, shift_labels, self._by_name(args, kwargs))
+            kwargs = {**kwargs, **decoder}
+        aligned = shift_labels if labels is None else aligned_labels(labels)
         task = Score(aligned, tuple(stats), temperature, self.memory_budget, self.backend)
         if self.reason:
-            found, aux_loss = self._by_logits(task, args, kwargs)
+            scores, aux_loss = self._by_logits(task, args, kwargs)
         else:
             try:
-                found, aux_loss = self.run(task, args, kwargs)
+                scores, aux_loss = self.run(task, args, kwargs)
             except UnsupportedHead as error:
                 if self.unsupported == "raise":
                     raise
                 warnings.warn(f"{error}; its own logits are made instead", stacklevel=3)
                 self.reason = str(error)
-                found, aux_loss = self._by_logits(task, args, kwargs)
+                scores, aux_loss = self._by_logits(task, args, kwargs)
         if labels is not None:
-            found = on_stats(found, lambda t: t[:, :-1])
-        return found._replace(aux_loss=aux_loss)
-
-    def _decoder_input(
-        self, labels: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
-        """What an encoder-decoder makes of labels [B, T] where the decoder is fed nothing else."""
-        fed = self._by_name(args, kwargs)
-        if any(fed.get(f"decoder_{name}") is not None for name in ("input_ids", "inputs_embeds")):
-            return {}
-        make = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
-        if make is None:
-            expected = f"some, as {type(self.model).__name__} makes none of labels"
-            raise bad_value("decoder_input_ids", expected, "none")
-        made = {"decoder_input_ids": make(labels)}
-        if getattr(self.model.config, "model_type", "") == "encoder-decoder" and (
-            fed.get("decoder_attention_mask") is None
-        ):  # which masks all that looks like padding, in what it makes
-            ids = made["decoder_input_ids"]
-            made["decoder_attention_mask"] = (ids != self.model.config.pad_token_id).to(ids)
-        return made
+            scores = map_stats(scores, lambda t: t[:, :-1])
+        return scores._replace(aux_loss=aux_loss)
 
     def _by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         names = [*inspect.signature(self.forward).parameters] if args else []
@@ -148,7 +152,7 @@ class FusedForward:
         self, task: Score, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[TokenStats, Tensor | None]:
         output = self.forward(*args, **{**kwargs, **self.settings()})
-        return task.by_logits(output.logits), getattr(output, "aux_loss", None)
+        return task.from_logits(output.logits), getattr(output, "aux_loss", None)
 
     def run(
         self, task: AtHead, args: Sequence[Any], kwargs: Mapping[str, Any], *, carry: bool = True
@@ -156,42 +160,49 @@ class FusedForward:
         """Run the model's forward with the task in place of the head.
 
         Args:
+            task: see ``AtHead``.
+            args, kwargs: of the model's forward, without labels.
             carry: whether gradients pass through the output of the head's own call, on which
                 wrappers of the head hang their hooks. Without, nothing is copied.
 
         Returns:
-            What the task returned, and the output's aux_loss.
+            The task's result, and the output's aux_loss.
+
+        Raises:
+            ValueError: for labels among the arguments.
+            UnsupportedHead: if the head is more than a weight, a bias, a soft cap and a scale.
         """
-        _refuse_labels(self._by_name(args, kwargs))
+        refuse_labels(self._by_name(args, kwargs))
         kwargs = {**kwargs, **self.settings()}
-        scorer = _Scorer.of(self.model)
-        state, after, sure = self._recall(scorer)
-        if after is not None and not sure:
-            if (done := self._attempt(scorer, after, task, args, kwargs, carry)) is not None:
+        head = HeadModule.of(self.model)
+        state, after, certain = self._recall(head)
+        if after is not None and not certain:
+            if (outcome := self._attempt(head, after, task, args, kwargs, carry)) is not None:
                 self._keep(state, after)
-                return done
+                return outcome
             after = None
         if after is None:
             after = self.after_head(args, kwargs)
             self._keep(state, after)
-        call, output = self._call(scorer, after, task, args, kwargs, carry)
+        call, output = self._call(head, after, task, args, kwargs, carry)
         result = call.result()
-        if not call.holds(after, output):
+        if not call.matches(after, output):
             self.known.pop(state, None)
-            raise UnsupportedHead(
-                "model: expected logits that are capped and scaled as at an earlier call, got some "
-                "that are not; call it again, and it is looked at anew"
+            raise unsupported(
+                "logits that are capped and scaled as at an earlier call",
+                "another soft cap or scale",
+                "call it again, and they are found anew",
             )
         return result, getattr(output, "aux_loss", None)
 
     def after_head(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> AfterHead:
-        """What the model does with the output of its head, found anew and verified."""
-        return _after_head(self.model, self.forward, args, kwargs)
+        """The function of its head's output that the model's logits are, found anew."""
+        return find_after_head(self.model, self.forward, args, kwargs)
 
-    def _recall(self, scorer: _Scorer) -> tuple[Any, AfterHead | None, bool]:
-        """The head's state; what is known of it, or else of the last whose functions were the same;
-        and whether it is this state's."""
-        state = scorer.state(self.model, self.forward)
+    def _recall(self, head: HeadModule) -> tuple[Any, AfterHead | None, bool]:
+        """The head's state; its ``AfterHead``, or else that of the last state with the same
+        functions, or None; and whether it is this state's."""
+        state = head.state(self.model, self.forward)
         if (after := self.known.get(state)) is not None:
             return state, after, True
         alike = [after for other, after in [*self.known.items()] if other[0] == state[0]]
@@ -204,52 +215,53 @@ class FusedForward:
 
     def _call(
         self,
-        scorer: _Scorer,
+        head: HeadModule,
         after: AfterHead,
         task: AtHead,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         carry: bool,
-    ) -> tuple[_Call, Any]:
+    ) -> tuple[HeadCall, Any]:
         """The head's call in one forward of the model, and the forward's output."""
 
         def at_head(hidden: Tensor) -> Any:
-            states, weight, bias = scorer.inputs(hidden)
-            call.width = weight.shape[0]
+            states, weight, bias = head.operands(hidden)
+            call.vocab = weight.shape[0]
             return task(states, after.head(weight, bias))
 
-        call = _Call(at_head, carry)
-        with scorer.replaced(call, call.hook):
+        call = HeadCall(at_head, carry)
+        with head.override(call, call.hook):
             output = self.forward(*args, **kwargs)
         return call, output
 
     def _attempt(
-        self, scorer: _Scorer, after: AfterHead, *of_call: Any
+        self, head: HeadModule, after: AfterHead, *call_arguments: Any
     ) -> tuple[Any, Tensor | None] | None:
-        """What a run with what was known last comes to, as numbers and hooks that have no part in
-        the logits may change at every step; None where it does not hold."""
-        _, args, kwargs, _ = of_call
-        if any(map(_is_changeable, [*args, *kwargs.values()])):  # it would be once more
+        """The outcome of ``run`` with the ``AfterHead`` of a state with other numbers and hooks,
+        which may change at every step without a part in the logits; None if it does not hold."""
+        _, args, kwargs, _ = call_arguments
+        if any(map(is_mutable, [*args, *kwargs.values()])):  # it would be changed twice
             return None
         try:
-            call, output = self._call(scorer, after, *of_call)
+            call, output = self._call(head, after, *call_arguments)
             result = call.result()
         except Exception:  # which the experiment, or the run after it, meets again and explains
             return None
-        # a hook that makes another output may learn something
-        if call.returned is not call.sent or not call.holds(after, output):
+        # a hook that returns another tensor may depend on a parameter
+        if call.hooked_output is not call.output or not call.matches(after, output):
             return None
         return result, getattr(output, "aux_loss", None)
 
     def settings(self) -> dict[str, Any]:
-        given = {"use_cache": False, "return_dict": True}
+        """Arguments of the model's forward: no cache, and an output with named fields."""
+        settings = {"use_cache": False, "return_dict": True}
         parameters = inspect.signature(type(self.model).forward).parameters
-        return {name: value for name, value in given.items() if name in parameters}
+        return {name: value for name, value in settings.items() if name in parameters}
 
 
-class _OfModel:
-    """What accelerate makes methods of: the fused forward of the model that it is called with, so
-    that a copy of a model that was prepared runs its own weights."""
+class _UnboundForward:
+    """A function of the model, for accelerate to make methods of: runs the fused forward of the
+    model it is called with, so that a copy of a prepared model runs its own weights."""
 
     def __init__(self, forward: FusedForward) -> None:
         self.forward = forward
@@ -258,36 +270,43 @@ class _OfModel:
         return (fused_forward(model) or self.forward)(*args, **kwargs)
 
 
-def _function(forward: Any) -> Any:
-    """What a method was made of, as accelerate does when it unwraps a model; or what it is."""
+def forward_function(forward: Any) -> Any:
+    """The function below a bound method, or the fused forward that accelerate made it of."""
     if isinstance(forward, FusedForward):
         return forward
     function = getattr(forward, "__func__", forward)
-    return function.forward if isinstance(function, _OfModel) else function
+    return function.forward if isinstance(function, _UnboundForward) else function
 
 
 def fused_forward(model: Any) -> FusedForward | None:
-    """What ``add_fused_head`` put in the place of the model's forward, if it did."""
+    """The forward that ``add_fused_head`` or ``install_forward`` gave a model, or None.
+
+    Args:
+        model: wrapped or not; may be a copy of a model with a fused head.
+    """
     causal = causal_model(model)
     for name in ("forward", "_original_forward"):  # accelerate wraps the one and keeps the other
-        found = _function(vars(causal).get(name))
-        if isinstance(found, FusedForward):
-            if found.model is not causal:
-                # a method is copied with its model, but not what the method was made of
-                found = found.of(causal)
-                setattr(causal, name, found)
-            return found
+        forward = forward_function(vars(causal).get(name))
+        if isinstance(forward, FusedForward):
+            if forward.model is not causal:
+                # a method is copied with its model, but not the function it was made of
+                forward = forward.of(causal)
+                setattr(causal, name, forward)
+            return forward
     return None
 
 
-def _refuse_labels(inputs: Mapping[str, Any]) -> None:
-    """A model that gets labels makes a loss of the logits that it takes what is carried for."""
+def refuse_labels(inputs: Mapping[str, Any]) -> None:
+    """Refuse labels beside a task: the model would make a loss of what stands in for its logits.
+
+    Raises:
+        ValueError: for labels or shift_labels that are not None.
+    """
     for name in ("labels", "shift_labels"):
         if inputs.get(name) is not None:
             raise bad_value(
                 name,
-                "none among the inputs of the model, as nothing is scored there but what the task "
-                "scores",
+                "none among the model's inputs, as the task alone scores labels",
                 "some",
                 "leave them out, and score them in the task",
             )
@@ -295,14 +314,9 @@ def _refuse_labels(inputs: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _keep_compiler_out() -> None:
-    """Have torch.compile leave alone what is known of heads: compiled code would compare other
+    """Exclude the experiment and its results from torch.compile: compiled code would compare other
     objects at every call, and run the experiment anew. Not by decorators, which import the compiler
     with the package."""
-    owners: tuple[tuple[Any, str], ...] = (
-        (FusedForward, "_recall"),
-        (FusedForward, "_keep"),
-        (FusedForward, "after_head"),
-    )
-    for owner, name in owners:
-        function = torch.compiler.disable(getattr(owner, name))  # type: ignore[no-untyped-call]
-        setattr(owner, name, function)
+    for name in ("_recall", "_keep", "after_head"):
+        function = torch.compiler.disable(getattr(FusedForward, name))  # type: ignore[no-untyped-call]
+        setattr(FusedForward, name, function)

@@ -1,4 +1,4 @@
-"""Putting a fused forward in the place of a model's, and taking it away."""
+"""Installing a fused forward in a model, and removing it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal
 from fusedpo.checks import bad_choice, bad_value
 from fusedpo.engine.backend import check_name
 from fusedpo.engine.plan import Plan
-from fusedpo.model_head.forward import FusedForward, _function, fused_forward
+from fusedpo.model_head.forward import FusedForward, forward_function, fused_forward
 from fusedpo.model_head.modules import causal_model
 from fusedpo.sizes import parse_budget
 
@@ -23,19 +23,18 @@ def add_fused_head(
 
     Called that way, the forward takes its usual arguments, wrapped or not, and besides:
 
-        labels: [B, T], unshifted as in Hugging Face, -100 where nothing is scored. Of an
+        labels: [B, T], integers, unshifted as in Hugging Face, -100 where nothing is scored. Of an
             encoder-decoder they are aligned with the decoder's positions, as in Hugging Face, and
-            make the decoder's input where that is not given.
+            make the decoder's input if the call has none.
         shift_labels: [B, T] instead, aligned with the hidden states already.
-        stats: names of what is wanted, of ``fusedpo.logprobs.STATS``; the log-probability if not
-            given.
-        temperature: what the logits are divided by.
+        stats: names of the statistics, of ``fusedpo.logprobs.STATS``; default ("logprob",).
+        temperature: divides the logits; default 1.
 
     and returns a ``TokenStats`` of tensors [B, T - 1] ([B, T] with shift_labels, and of an
     encoder-decoder), with the ``aux_loss`` of a mixture of experts whose router's logits are asked
-    for. ``fused`` may also be
-    a function of the hidden states [B, T, H] and the ``Head``, which is run in place of the head;
-    the forward then returns {"result": what it returned, "aux_loss": a scalar or None}.
+    for. ``fused`` may also be a function of the hidden states [B, T, H] and the ``Head``, which is
+    run in place of the head; the forward then returns {"result": its result, "aux_loss": a scalar
+    or None}.
 
     Without ``fused`` the model is as it was: ``generate``, saving, loading, copying and pickling
     are unchanged, and the state dict has no new keys. Calling this twice changes the options only.
@@ -44,8 +43,9 @@ def add_fused_head(
         model: a causal language model or an encoder-decoder of transformers, or one wrapped by
             PEFT, DDP or the like.
         memory_budget, backend: as of ``linear_token_stats``.
-        unsupported: what to do where the head turns out not to be a weight, a bias, a soft cap and
-            a factor: raise, at the first call, or make the model's own logits, with one warning.
+        unsupported: if the head turns out not to be a weight, a bias, a soft cap and a scale:
+            "raise" an ``UnsupportedHead`` at the first call, or "fallback": make the model's own
+            logits, with one warning.
 
     Raises:
         ValueError, TypeError: if the model has no output embedding, or for an unknown option.
@@ -60,11 +60,11 @@ def add_fused_head(
         raise bad_value(
             "model", "a causal language model with an output embedding", type(model).__name__
         )
-    install(causal, FusedForward, memory_budget, backend, unsupported)
+    install_forward(causal, FusedForward, memory_budget, backend, unsupported)
 
 
 def check_options(memory_budget: int | float | str | Plan | None, backend: str) -> None:
-    """Refuse now what the first call would; whether the backend can run is known only there.
+    """Refuse options before the first call; whether the backend can run is known only there.
 
     Raises:
         ValueError, TypeError: for an unknown one.
@@ -74,14 +74,20 @@ def check_options(memory_budget: int | float | str | Plan | None, backend: str) 
     check_name(backend)
 
 
-def install(causal: Any, kind: type[FusedForward], *options: Any) -> None:
-    """Put a forward of this kind in the place of the model's, or of an earlier one."""
-    earlier, before = fused_forward(causal), vars(causal).get("forward")
+def install_forward(causal: Any, kind: type[FusedForward], *options: Any) -> None:
+    """Install a fused forward in a model, or exchange the one it has.
+
+    Args:
+        causal: the causal language model itself (see ``causal_model``).
+        kind: ``FusedForward`` or a subclass.
+        options: of its constructor, after the model and the original forward.
+    """
+    earlier, current = fused_forward(causal), vars(causal).get("forward")
     if earlier is None:
-        causal.forward = kind(causal, before, *options)
-    elif _function(before) is earlier:
+        causal.forward = kind(causal, current, *options)
+    elif forward_function(current) is earlier:
         causal.forward = kind(causal, earlier.original, *options)
-    else:  # what wraps it holds on to it
+    else:  # a wrapper of the forward holds on to it: it becomes the other
         earlier.__class__ = kind
         kind.__init__(earlier, causal, earlier.original, *options)
 
@@ -89,22 +95,24 @@ def install(causal: Any, kind: type[FusedForward], *options: Any) -> None:
 def remove_fused_head(model: Any) -> None:
     """Undo ``add_fused_head``. Does nothing to a model that has no fused head.
 
+    Args:
+        model: wrapped or not.
+
     Raises:
         ValueError: if the forward was wrapped since (by ``Accelerator.prepare``, say).
     """
     causal = causal_model(model)
-    fused = fused_forward(causal)
-    if fused is None:
+    forward = fused_forward(causal)
+    if forward is None:
         return
-    if _function(vars(causal).get("forward")) is fused:
-        if fused.original is None:
-            del causal.forward
-        else:
-            causal.forward = fused.original
-    else:
+    if forward_function(vars(causal).get("forward")) is not forward:
         raise bad_value(
             "model",
-            "a forward that was not wrapped since",
+            "a forward that was not wrapped since add_fused_head",
             "one wrapped by accelerate",
             "first call accelerator.unwrap_model(model, keep_fp32_wrapper=False)",
         )
+    if forward.original is None:
+        del causal.forward
+    else:
+        causal.forward = forward.original

@@ -1,149 +1,122 @@
-"""The module whose call makes the logits: below its wrappers, linear or with LoRA."""
+"""The module whose call makes the logits, below wrappers and adapters; linear, or with LoRA."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fusedpo.model_head.errors import UnsupportedHead
-from fusedpo.model_head.stand_in import _StandIn
-from fusedpo.model_head.state import _forwards, _frozen, _hooks, _plain_numbers, _Same, _same
+from fusedpo.model_head.errors import unsupported
+from fusedpo.model_head.override import original_forward, override_forward
+from fusedpo.model_head.state import head_state
 
-# under which wrappers keep what they wrap: torch.compile, FSDP, DDP and DeepSpeed, checkpointing
+# names under which wrappers keep a module: torch.compile, FSDP, DDP and DeepSpeed, checkpointing
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "module", "_checkpoint_wrapped_module")
 
 
 def causal_model(model: Any) -> Any:
-    """The causal language model below wrappers and adapters."""
-    # a wrapper that passes attributes on has no such method of its own
+    """The model with the language-modelling head, below wrappers and PEFT's adapters.
+
+    Args:
+        model: a model of transformers, wrapped by PEFT, DDP, FSDP, DeepSpeed, torch.compile or not.
+
+    Returns:
+        The first module from the outside whose class has ``get_output_embeddings``; the innermost
+        if none has.
+    """
+    # asked of the class, as wrappers pass attribute lookups on to what they wrap
     while not hasattr(type(model), "get_output_embeddings"):
         if hasattr(model, "get_base_model"):  # PEFT
             model = model.get_base_model()
             continue
-        children = getattr(model, "_modules", {})
-        names = [name for name in _WRAPPED if name in children]
-        if not names:
+        wrapped = _wrapped(getattr(model, "_modules", {}))
+        if wrapped is None:
             return model
-        model = children[names[0]]
+        model = wrapped
     return model
 
 
+def _wrapped(children: dict[str, Any]) -> Any:
+    """The module that a wrapper with these children wraps, or None if it is no wrapper."""
+    return next((children[name] for name in _WRAPPED if name in children), None)
+
+
 @dataclass(frozen=True)
-class _Scorer:
-    """The module whose call makes logits, and what its weight is.
+class HeadModule:
+    """The module whose call makes the logits.
 
     Attributes:
         module: takes hidden states [B, T, H] and returns [B, T, V].
-        kind: "linear", or "lora": a linear layer and low-rank adapters.
+        kind: "linear", or "lora": a linear layer with low-rank adapters.
+        embedding: the model's output embedding: the module, or what wraps it.
     """
 
     module: Any
-    kind: str
-
-    def state(self, model: Any, forward: Callable[..., Any]) -> Any:
-        """What tells apart the states in which a model may do other things to its logits: modules
-        and functions; and hooks and numbers, most of which have no part in them.
-
-        Not all that there may be: a number may stand anywhere. What is missing here is found in
-        what becomes of made-up logits, after the call.
-        """
-        base = getattr(self.module, "base_layer", self.module)
-        # not of the weight, which may be sharded
-        weight = base._parameters.get("weight")
-        parts = [*model.get_output_embeddings().modules()]
-        functions = (
-            self.kind,
-            _Same(self.module),
-            base.out_features,
-            None if weight is None else weight.dtype,
-            *(same for part in parts for same in _forwards(part)),
-            _same(type(model).forward),
-            _same(forward),
-        )
-        hooks = tuple(same for part in parts for same in _hooks(part))
-        return functions, (hooks, _plain_numbers(model), _frozen(vars(model.config)))
+    kind: Literal["linear", "lora"]
+    embedding: Any
 
     @classmethod
-    def of(cls, model: Any) -> _Scorer:
-        """Look it up: adapters and wrappers come and go.
+    def of(cls, model: Any) -> HeadModule:
+        """Look it up. Not to be kept between calls: adapters and wrappers come and go.
 
         Raises:
-            UnsupportedHead: if the output embedding is none, or of an unknown kind.
+            UnsupportedHead: if the model has no output embedding, or one of an unknown kind.
         """
-        module = model.get_output_embeddings()
+        embedding = module = model.get_output_embeddings()
         while module is not None:
-            inner = vars(module).get("_modules", {})
-            if "modules_to_save" in inner and "original_module" in inner:  # PEFT trains a copy
-                copies, active = inner["modules_to_save"], module.active_adapters
+            children = vars(module).get("_modules", {})
+            if "modules_to_save" in children and "original_module" in children:  # PEFT's copies
+                copies, active = children["modules_to_save"], module.active_adapters
                 in_use = not module.disable_adapters and active and active[0] in copies
-                module = copies[active[0]] if in_use else inner["original_module"]
-            elif "lora_A" in inner and "base_layer" in inner:
-                if module.disable_adapters or not _active(module) or module.merged:
-                    module = inner["base_layer"]
+                module = copies[active[0]] if in_use else children["original_module"]
+            elif "lora_A" in children and "base_layer" in children:
+                if module.disable_adapters or not _active_adapters(module) or module.merged:
+                    module = children["base_layer"]
                 else:
-                    _check_adapters(module)
-                    return cls(module, "lora")
+                    _check_lora(module)
+                    return cls(module, "lora", embedding)
+            elif (wrapped := _wrapped(children)) is not None:
+                module = wrapped
             else:
-                names = [name for name in _WRAPPED if name in inner]
-                if not names:
-                    break
-                module = inner[names[0]]
-        if module is None:
-            raise UnsupportedHead("model: expected one with an output embedding, got none")
-        _check_linear(module)
-        return cls(module, "linear")
+                _check_linear(module)
+                return cls(module, "linear", embedding)
+        raise unsupported("one with an output embedding", "none")
 
     @property
     def _attribute(self) -> str:
         # accelerate's hooks keep the forward that theirs calls
         return "_old_forward" if "_hf_hook" in vars(self.module) else "forward"
 
+    def state(self, model: Any, forward: Callable[..., Any]) -> tuple[Any, Any]:
+        """The key of ``head_state`` for this head in a model with this forward."""
+        return head_state(self.module, self.kind, self.embedding, model, forward)
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """What the head makes of hidden states, whatever stands in for it."""
-        forward = getattr(self.module, self._attribute)
-        forward = forward.forward if isinstance(forward, _StandIn) else forward
-        return forward(hidden)
+        """The output [B, T, V] of the module's original forward, overridden or not."""
+        return original_forward(getattr(self.module, self._attribute))(hidden)
 
-    @contextmanager
-    def replaced(self, forward: Any, hook: Any) -> Iterator[None]:
-        """For a while, have the module do something else in this thread, and a hook behind all
-        others."""
-        name = self._attribute
-        with _StandIn.lock:
-            stand_in = vars(self.module).get(name)
-            if not isinstance(stand_in, _StandIn):
-                stand_in = _StandIn(self.module, name)
-            stand_in.calls += 1
-        # one that is under way in this thread is gone on with afterwards
-        before = getattr(stand_in.own_call, "last", None)
-        stand_in.own_call.last = (forward, hook)
-        try:
-            yield
-        finally:
-            if before is None:
-                del stand_in.own_call.last
-            else:
-                stand_in.own_call.last = before
-            with _StandIn.lock:
-                stand_in.calls -= 1
-                if not stand_in.calls:
-                    stand_in.remove()
+    def override(
+        self, forward: Callable[..., Any], hook: Callable[[Any], None]
+    ) -> AbstractContextManager[None]:
+        """Run another forward in the module's place; see ``override_forward``."""
+        return override_forward(self.module, self._attribute, forward, hook)
 
-    def inputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """States, weight and bias of the product that makes the logits. To be asked for within the
-        module's call, as a sharded weight is whole only there."""
+    def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """States, weight and bias of the one product that makes the logits.
+
+        To be called within the module's call: a sharded weight is whole only there.
+        """
         if self.kind == "linear":
             return hidden, self.module.weight, self.module.bias
-        # W h + s B A h is one product, of [h, s A h] and [W, B]: a copy of the weight, as many
-        # columns wider as the rank is high, is what an adapted head costs
+        # W h + s B A h is one product, of [W, B] and [h, s A h]. It costs a copy of the weight, as
+        # many columns wider as the ranks add up to.
         base = self.module.base_layer
         weights, states = [base.weight], [hidden]
-        for name in _active(self.module):
+        for name in _active_adapters(self.module):
             low, high = self.module.lora_A[name], self.module.lora_B[name]
             dropped = self.module.lora_dropout[name](hidden.to(low.weight.dtype))
             states.append((low(dropped) * self.module.scaling[name]).to(hidden.dtype))
@@ -151,33 +124,39 @@ class _Scorer:
         return torch.cat(states, -1), torch.cat(weights, 1), base.bias
 
 
-def _active(module: Any) -> list[str]:
+def _active_adapters(module: Any) -> list[str]:
     return [name for name in module.active_adapters if name in module.lora_A]
 
 
-def _check_adapters(module: Any) -> None:
+def _check_lora(module: Any) -> None:
+    """Refuse adapters whose product is not that of ``HeadModule.operands``."""
     _check_linear(module.base_layer)
     variants = getattr(module, "lora_variant", {})
-    for name in _active(module):
+    for name in _active_adapters(module):
         if not isinstance(module.lora_A[name], torch.nn.Linear):
-            raise UnsupportedHead(f"model: expected LoRA on the head, got {type(module).__name__}")
+            raise unsupported("LoRA on the head", type(module).__name__)
         if name in variants or getattr(module, "use_dora", {}).get(name):
-            raise UnsupportedHead(f"model: expected plain LoRA on the head, got {variants or name}")
+            raise unsupported("plain LoRA on the head", f"a variant of it in the adapter {name!r}")
         if module.lora_B[name].bias is not None or getattr(module, "fan_in_fan_out", False):
-            raise UnsupportedHead("model: expected LoRA without bias on the head, got one with it")
+            raise unsupported(
+                "LoRA without bias and without fan_in_fan_out on the head",
+                f"one of them in the adapter {name!r}",
+            )
 
 
 def _check_linear(module: Any) -> None:
+    """Refuse a module that is not a linear layer with a dense weight and without backward hooks."""
     if module._backward_hooks or module._backward_pre_hooks:
-        raise UnsupportedHead(
-            "model: expected a head without backward hooks, which are of the gradient of logits, "
-            f"got {type(module).__name__} with some; hook the layer before it"
+        raise unsupported(
+            "a head without backward hooks, which need the gradient of logits that are not made",
+            f"{type(module).__name__} with some",
+            "hook the layer before it",
         )
     if getattr(type(module), "forward", None) is not torch.nn.Linear.forward:
-        raise UnsupportedHead(
-            f"model: expected an output embedding that is a torch.nn.Linear, got "
-            f"{type(module).__name__}; merge adapters into the head, or leave it out of adaptation "
-            "and quantisation"
+        raise unsupported(
+            "an output embedding that is a torch.nn.Linear",
+            type(module).__name__,
+            "merge adapters into the head, or exclude it from adaptation and quantisation",
         )
     from torch.distributed.tensor import DTensor
 
@@ -188,7 +167,8 @@ def _check_linear(module: Any) -> None:
     if type(weight) not in (Tensor, torch.nn.Parameter, DTensor) and not isinstance(
         getattr(weight, "data", None), DTensor
     ):
-        raise UnsupportedHead(
-            f"model: expected an output embedding of plain numbers, got a weight of type "
-            f"{type(weight).__name__}; leave the head out of quantisation"
+        raise unsupported(
+            "an output embedding with a dense weight",
+            f"a weight of type {type(weight).__name__}",
+            "exclude the head from quantisation",
         )

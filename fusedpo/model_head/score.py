@@ -1,4 +1,4 @@
-"""Statistics of labels at the head, and of labels where logits were made after all."""
+"""Tasks at the head: statistics of labels, and mean logits."""
 
 from __future__ import annotations
 
@@ -13,29 +13,20 @@ from fusedpo.engine.plan import Plan
 from fusedpo.engine.stats import STATS, TokenStats
 from fusedpo.functional import linear_token_stats
 from fusedpo.head import Head
-
-IGNORED = -100
-
-
-def aligned_labels(labels: Tensor) -> Tensor:
-    """[B, T] with labels[t] what the states at t predict, from labels as Hugging Face gives them;
-    nothing is predicted at the last position."""
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-
-
-def of_tokens(values: Tensor, labels: Tensor) -> Tensor:
-    """[B, T, ...] like labels, from what may have the virtual tokens of prompt tuning in front."""
-    return values[:, -labels.shape[1] :]
-
-
-def on_stats(stats: TokenStats, function: Callable[[Tensor], Tensor]) -> TokenStats:
-    """The statistics with a function applied to each that there is."""
-    return pytree.tree_map(lambda v: None if v is None else function(v), stats)
+from fusedpo.labels import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
 class Score:
-    """At the head: statistics of labels [B, T] that are aligned with the hidden states."""
+    """A task for ``at_head``: token statistics of labels. Returns a ``TokenStats`` of [B, T].
+
+    Attributes:
+        labels: [B, T], integers aligned with the hidden states (see ``aligned_labels``); -100 where
+            nothing is scored.
+        stats: names of ``fusedpo.logprobs.STATS``.
+        temperature: divides the logits; above 0, a number or [B, T].
+        memory_budget, backend: as of ``linear_token_stats``.
+    """
 
     labels: Tensor
     stats: tuple[str, ...] = ("logprob",)
@@ -55,18 +46,17 @@ class Score:
             **head.options(),
         )
 
-    def by_logits(self, logits: Tensor) -> TokenStats:
-        """The same from logits [B, T, V]."""
+    def from_logits(self, logits: Tensor) -> TokenStats:
+        """The same statistics, from logits [B, T, V] of any floating-point dtype."""
         z = logits if logits.dtype == torch.float64 else logits.float()
         temperature = self.temperature
         z = z / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
         logp = z.log_softmax(-1)
         labels = self.labels.to(z.device)
-        scored = labels != IGNORED
+        scored = labels != IGNORE_INDEX
         target = labels.clamp(min=0)[..., None]
-        own = logp.gather(-1, target)[..., 0]
-        makers: dict[str, Callable[[], Tensor]] = {
-            "logprob": lambda: own,
+        formulas: dict[str, Callable[[], Tensor]] = {
+            "logprob": lambda: logp.gather(-1, target)[..., 0],
             # 0 log 0 = 0, also of tokens that are ruled out
             "entropy": lambda: -(logp.exp() * logp.clamp(min=-1e4)).sum(-1),
             "logsumexp": lambda: z.detach().logsumexp(-1),
@@ -74,5 +64,48 @@ class Score:
             "log_sum_sq_probs": lambda: (2 * logp.detach()).logsumexp(-1),
             "top1": lambda: z.gather(-1, target)[..., 0] >= z.amax(-1),
         }
-        values = {name: makers[name]().masked_fill(~scored, 0) for name in self.stats}
+        values = {name: formulas[name]().masked_fill(~scored, 0) for name in self.stats}
         return TokenStats(**{name: values.get(name) for name in STATS})
+
+
+@torch.no_grad()
+def mean_logits(
+    hidden: Tensor,
+    head: Head,
+    *,
+    memory_budget: int | float | str | Plan | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The mean over the vocabulary of the logits at every position, without gradients.
+
+    Without a soft cap it is linear, one product with the mean row of the weight; with one it costs
+    what the log-probabilities of all positions do.
+
+    Args:
+        hidden: [..., H].
+        head: weight [V, H], bias [V] or None, soft cap and scale.
+        memory_budget, backend: as of ``linear_token_stats``; without a soft cap not used.
+
+    Returns:
+        [...], fp32, or fp64 for double states.
+    """
+    if head.softcap is None:
+        full = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        mean = hidden.to(full) @ head.weight.mean(0, dtype=full)
+        return (mean if head.bias is None else mean + head.bias.mean(dtype=full)) * head.logit_scale
+    labels = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
+    score = Score(labels, ("mean_logit",), memory_budget=memory_budget, backend=backend)
+    mean_logit = score(hidden, head).mean_logit
+    assert mean_logit is not None, "it was asked for"
+    return mean_logit
+
+
+def strip_virtual_tokens(values: Tensor, labels: Tensor) -> Tensor:
+    """The last T positions [B, T, ...] of values, for labels [B, T]: prompt tuning puts virtual
+    tokens in front of a batch."""
+    return values[:, -labels.shape[1] :]
+
+
+def map_stats(stats: TokenStats, function: Callable[[Tensor], Tensor]) -> TokenStats:
+    """The statistics with a function applied to each that is not None."""
+    return pytree.tree_map(lambda v: None if v is None else function(v), stats)

@@ -31,6 +31,7 @@ from fusedpo.checks import bad_type, bad_value, known_tokens, vocabulary
 from fusedpo.engine.plan import Plan
 from fusedpo.functional import LossOutput, linear_logprobs, preference_loss
 from fusedpo.head import Head
+from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import Loss, PreferenceLoss
 from fusedpo.model_head import (
     Score,
@@ -41,11 +42,11 @@ from fusedpo.model_head import (
     evaluating,
     fused_forward,
     hidden_and_head,
-    of_tokens,
+    no_side_effects,
     remove_fused_head,
-    unnoticed,
+    strip_virtual_tokens,
 )
-from fusedpo.recipes.short_to_long import IGNORED, ShortToLongCollator, pad_sequences
+from fusedpo.recipes.short_to_long import ShortToLongCollator, pad_sequences
 from fusedpo.trainers.rows import TokenRow
 
 try:
@@ -149,12 +150,12 @@ def _pack(
     labels = [
         part
         for prompt, response in pairs
-        for part in (torch.full((len(prompt),), IGNORED), torch.as_tensor(response))
+        for part in (torch.full((len(prompt),), IGNORE_INDEX), torch.as_tensor(response))
     ]
     positions = [torch.arange(int(n)) for n in lengths]
     if pad_to_multiple_of and (more := -int(lengths.sum()) % pad_to_multiple_of):
         ids.append(torch.full((more,), pad_token_id))
-        labels.append(torch.full((more,), IGNORED))
+        labels.append(torch.full((more,), IGNORE_INDEX))
         # from 0 again, as the last row may be as long as the model's positions reach
         positions.append(torch.arange(more))
         lengths[-1] += more
@@ -214,7 +215,7 @@ def packing_gap(
         return hidden
 
     batches = (packed, alone, {**packed, "input_ids": other})
-    with unnoticed(causal), evaluating(model):
+    with no_side_effects(causal), evaluating(model):
         runs = [at_head(model, states, **each)[0] for each in batches]
     if runs[0].shape[1] != ids.shape[1]:
         raise bad_value(
@@ -322,14 +323,6 @@ def _reference_arguments(reference: _Reference, head: Head, labels: Tensor) -> d
 def moved(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The same, with its tensors on the device."""
     return {n: v.to(device) if isinstance(v, Tensor) else v for n, v in values.items()}
-
-
-def _aligned(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Labels of what the states at each position predict, [B, T] or packed [1, N]."""
-    aligned = aligned_labels(labels)
-    if cu_seqlens is not None:  # the last token of a sequence predicts nothing
-        aligned[0, cu_seqlens[1:] - 1] = IGNORED
-    return aligned
 
 
 class FusedTrainerMixin(_Base):
@@ -489,7 +482,7 @@ class FusedTrainerMixin(_Base):
         of_model = {name: value for name, value in inputs.items() if name not in of_loss}
         if (borders := rest.get("cu_seqlens")) is not None:
             self._refuse_mixing(model, of_model, borders)
-        labels = _aligned(rest.pop("labels"), borders)
+        labels = aligned_labels(rest.pop("labels"), borders)
         reference = self._reference(model, of_model, labels)
         metrics: dict[str, Tensor] = {}
 
@@ -498,7 +491,7 @@ class FusedTrainerMixin(_Base):
             given = {**rest, "labels": labels, "step_counts": num_items_in_batch}
             given |= _reference_arguments(reference, head, labels)
             if "cu_seqlens" not in rest:
-                hidden = of_tokens(hidden, labels)
+                hidden = strip_virtual_tokens(hidden, labels)
             output = self._fused_loss(
                 hidden,
                 head,
@@ -575,7 +568,7 @@ class FusedTrainerMixin(_Base):
                 return at_head(subject, score, **of_model)[0].logprob
             # entered from outside, where virtual tokens are put in front
             (hidden, head), _ = at_head(subject, lambda *states: states, **of_model)
-        return of_tokens(hidden, labels), head
+        return strip_virtual_tokens(hidden, labels), head
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the training batches since the last time."""
@@ -659,12 +652,12 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
 
     def _chosen_tokens(self, batch: Mapping[str, Tensor]) -> int:
         labels, borders = (
-            _aligned(batch["labels"], batch.get("cu_seqlens")),
+            aligned_labels(batch["labels"], batch.get("cu_seqlens")),
             batch.get("cu_seqlens"),
         )
         examples = self._examples(batch)
         chosen = labels[:examples] if borders is None else labels[0, : int(borders[examples])]
-        return int((chosen != IGNORED).sum())
+        return int((chosen != IGNORE_INDEX).sum())
 
     def _fused_loss(
         self,

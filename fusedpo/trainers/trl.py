@@ -53,10 +53,10 @@ from fusedpo import liger
 from fusedpo.engine.plan import Plan
 from fusedpo.functional import linear_token_stats
 from fusedpo.head import Head
+from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import CPO, PreferenceLoss, SimPO
 from fusedpo.losses.scores import Scores
 from fusedpo.model_head import (
-    IGNORED,
     AfterHead,
     FusedForward,
     Score,
@@ -69,7 +69,8 @@ from fusedpo.model_head import (
     evaluating,
     fused_forward,
     hidden_and_head,
-    install,
+    install_forward,
+    mean_logits,
 )
 from fusedpo.trainers.trl_losses import (
     Calls,
@@ -480,7 +481,7 @@ class _TRLForward(FusedForward):
         values = {name: getattr(found, _STATS[name]) for name in self.outputs}
         # without the first label where they were shifted
         scored = values["log_probs"]
-        mask = labels[:, labels.shape[1] - scored.shape[1] :].to(scored.device) != IGNORED
+        mask = labels[:, labels.shape[1] - scored.shape[1] :].to(scored.device) != IGNORE_INDEX
         loss = -scored.sum() / (mask.sum().clamp(min=1) if items is None else items)
         if found.aux_loss is not None:
             config = self.model.config.get_text_config()
@@ -512,7 +513,7 @@ def _fused_lm_heads(options: _Options) -> dict[str, str]:
         cast_lm_head_to_fp32: bool = False,
         outputs: tuple[str, ...] = ("log_probs",),
     ) -> None:
-        install(model, _TRLForward, options, temperature, cast_lm_head_to_fp32, outputs)
+        install_forward(model, _TRLForward, options, temperature, cast_lm_head_to_fp32, outputs)
 
     reached = {}
     for method in ("dpo", "kto", "grpo", "rloo", "sft"):
@@ -550,29 +551,16 @@ class _WithMeanLogits:
     def __call__(self, hidden: Tensor, head: Head) -> dict[str, Tensor]:
         found = self.score(hidden, head).logprob
         assert found is not None, "it was asked for"
-        return {"logprob": found, "mean_logit": _mean_logits(hidden, head, self.score)}
-
-
-@torch.no_grad()
-def _mean_logits(hidden: Tensor, head: Head, score: Score) -> Tensor:
-    """[B, T], the mean over the vocabulary of the logits at every position, for the metrics.
-
-    Without a soft cap it is linear, one product with the mean row of the weight; with one it costs
-    what the log-probabilities of all positions do.
-    """
-    if head.softcap is None:
-        full = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        mean = hidden.to(full) @ head.weight.mean(0, dtype=full)
-        return (mean if head.bias is None else mean + head.bias.mean(dtype=full)) * head.logit_scale
-    labels = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
-    found = replace(score, labels=labels, stats=("mean_logit",))(hidden, head).mean_logit
-    assert found is not None, "it was asked for"
-    return found
+        budget, backend = self.score.memory_budget, self.score.backend
+        means = mean_logits(hidden, head, memory_budget=budget, backend=backend)
+        return {"logprob": found, "mean_logit": means}
 
 
 def _give_fused_head(model: Any, options: _Options) -> None:
     if fused_forward(model) is None:
-        install(causal_model(model), FusedForward, options.memory_budget, options.backend, "raise")
+        install_forward(
+            causal_model(model), FusedForward, options.memory_budget, options.backend, "raise"
+        )
 
 
 def _scored(
@@ -618,19 +606,19 @@ def _concatenated_forward(original: Callable[..., Any], options: _Options) -> Ca
         wanted = labels
         if orpo:  # the cross-entropy counts the prompt too
             wanted = labels.clone()
-            wanted[:pairs] = torch.where(attended[:pairs] == 1, ids[:pairs], IGNORED)
+            wanted[:pairs] = torch.where(attended[:pairs] == 1, ids[:pairs], IGNORE_INDEX)
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": attended, "use_cache": False}
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         wanted, labels = aligned_labels(wanted), aligned_labels(labels)
         logprob, mean_logit, aux_loss = _scored(model, options, wanted, inputs)
 
-        scored = labels != IGNORED
+        scored = labels != IGNORE_INDEX
         sums = logprob.masked_fill(~scored, 0).sum(1)
         averaged = orpo or self.loss_type in ("ipo", "simpo")
         logps = sums / scored.sum(1) if averaged else sums
         if orpo or self.cpo_alpha != 0:
-            counted = wanted[:pairs] != IGNORED
+            counted = wanted[:pairs] != IGNORE_INDEX
             nll = -logprob[:pairs].sum() / counted.sum()
         else:
             nll = logprob.new_zeros(())
@@ -673,7 +661,7 @@ def _of_whole_pairs(original: Callable[..., Any]) -> Callable[..., Any]:
         names = ("chosen_labels", "rejected_labels")
         if self.is_encoder_decoder or any(name not in batch for name in names):
             return original(self, model, batch, train_eval)
-        each = [(batch[name][:, 1:] != IGNORED).any(1) for name in names]
+        each = [(batch[name][:, 1:] != IGNORE_INDEX).any(1) for name in names]
         whole = (each[0] & each[1]).to(self.accelerator.device)
         counts = torch.stack([(~whole).sum(), whole.sum()])[None]
         missing, others = self.accelerator.gather(counts).sum(0).tolist()
@@ -772,7 +760,7 @@ def _tpo_compute_loss(original: Callable[..., Any], options: _Options) -> Callab
     def fused(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         Calls.count += 1
         mask = inputs["completion_mask"].bool()
-        labels = aligned_labels(inputs["input_ids"].masked_fill(~mask, IGNORED))
+        labels = aligned_labels(inputs["input_ids"].masked_fill(~mask, IGNORE_INDEX))
         rest = {name: value for name, value in inputs.items() if name != "completion_mask"}
         _give_fused_head(model, options)
         names = ("logprob", "entropy", "mean_logit", "top1")
@@ -780,7 +768,7 @@ def _tpo_compute_loss(original: Callable[..., Any], options: _Options) -> Callab
         stats, _ = at_head(model, _Looked(score), **rest, use_cache=False)
 
         branches = 3 if self.tpo_alpha != 0.0 else 2
-        scored = labels != IGNORED
+        scored = labels != IGNORE_INDEX
         chosen_has, rejected_has, *_ = scored.any(1).chunk(branches)
         whole = chosen_has & rejected_has
         scored = scored & whole.repeat(branches)[:, None]
@@ -1128,7 +1116,7 @@ def _compute_kl_logps(original: Callable[..., Any], options: _Options) -> Callab
                 for name, value in batch.items()
                 if name.startswith("KL_") and name != "KL_completion_mask"
             }
-            labels = inputs["input_ids"].masked_fill(batch["KL_completion_mask"] == 0, IGNORED)
+            labels = inputs["input_ids"].masked_fill(batch["KL_completion_mask"] == 0, IGNORE_INDEX)
         Calls.count += 1
         _give_fused_head(model, options)
         score = Score(

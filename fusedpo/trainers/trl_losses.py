@@ -28,8 +28,9 @@ from fusedpo import losses
 from fusedpo.checks import bad_type, bad_value, vocabulary
 from fusedpo.functional import LossOutput, policy_loss, preference_loss
 from fusedpo.head import Head
+from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import PolicyLoss, PreferenceLoss
-from fusedpo.model_head import IGNORED, aligned_labels, at_head, fused_forward, of_tokens
+from fusedpo.model_head import aligned_labels, at_head, fused_forward, strip_virtual_tokens
 from fusedpo.recipes.self_augmented import Settings
 from fusedpo.trainers.transformers import moved, padding_token
 
@@ -353,7 +354,7 @@ class LossOfPairs(_Base):  # type: ignore[misc]
         apart = (*_NOT_OF_MODEL, *extra)
         of_model = {name: value for name, value in inputs.items() if name not in apart}
         of_model["use_cache"] = False
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
         reference = self._reference_of(model, inputs, of_model, labels)
         if self.aux_loss_enabled:
             of_model["output_router_logits"] = True
@@ -363,7 +364,7 @@ class LossOfPairs(_Base):  # type: ignore[misc]
             given = {"labels": aligned_labels(labels), "ref_logprobs": reference, **extra}
             output = preference_loss(
                 loss,
-                of_tokens(hidden, labels),
+                strip_virtual_tokens(hidden, labels),
                 head.weight,
                 **_options(self),
                 **head.options(),
@@ -405,7 +406,7 @@ class LossOfPairs(_Base):  # type: ignore[misc]
             else:
                 found = self.ref_model(**of_model, labels=labels, fused_lm_head=True)
         # nothing is predicted at the last position
-        return of_tokens(torch.nn.functional.pad(found.log_probs, (0, 1)), labels)
+        return strip_virtual_tokens(torch.nn.functional.pad(found.log_probs, (0, 1)), labels)
 
 
 class LossOfGroups(_Base):  # type: ignore[misc]
@@ -421,8 +422,8 @@ class LossOfGroups(_Base):  # type: ignore[misc]
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         before = inputs["prompt_ids"].shape[1]
         labels = ids.clone()
-        labels[:, :before] = IGNORED
-        labels[:, before:] = labels[:, before:].masked_fill(scored == 0, IGNORED)
+        labels[:, :before] = IGNORE_INDEX
+        labels[:, before:] = labels[:, before:].masked_fill(scored == 0, IGNORE_INDEX)
         of_model = {
             "input_ids": ids,
             "attention_mask": torch.cat([inputs["prompt_mask"], mask], 1),
@@ -472,7 +473,7 @@ class LossOfGroups(_Base):  # type: ignore[misc]
                 given["importance_weights"] = placed(ratio, whole=True)
             output = policy_loss(
                 loss,
-                of_tokens(hidden, labels),
+                strip_virtual_tokens(hidden, labels),
                 head.weight,
                 log_entropy=True,
                 temperature=self.temperature,

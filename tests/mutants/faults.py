@@ -129,12 +129,6 @@ _TRAINERS = (
             "pairs counted since the start",
             "trainers/test_transformers.py -k 'since_the_last or next_rows or no_part'",
         ),
-        (
-            "aligned[0, cu_seqlens[1:] - 1]",
-            "aligned[0, cu_seqlens[:-1]]",
-            "labels cross borders",
-            "trainers/test_transformers.py -k 'since_the_last or next_rows or no_part'",
-        ),
         ("reference = _frozen_copy(model)", "reference = model", "the reference is trained too"),
         ("with with_it, evaluating(subject), self", "with with_it, self", "reference with dropout"),
         (
@@ -1178,7 +1172,12 @@ _CORE = (
         ('checks.positive("logit_scale", self.logit_scale)', "pass", "a scale of 0"),
     ),
     *_in(
-        "fusedpo/model_head/experiment.py",
+        "fusedpo/labels.py",
+        "trainers/test_transformers.py -k 'since_the_last or next_rows or no_part'",
+        ("(cu_seqlens[1:] - 1)", "cu_seqlens[:-1]", "labels cross borders"),
+    ),
+    *_in(
+        "fusedpo/model_head/contexts.py",
         "test_fused_head.py",
         (
             "            torch.clear_autocast_cache()\n",
@@ -1195,9 +1194,13 @@ _CORE = (
             "with torch.no_grad():",
             "the experiment draws random numbers",
         ),
+    ),
+    *_in(
+        "fusedpo/model_head/experiment.py",
+        "test_fused_head.py",
         (
-            "bound = 8 * max(eps, experiment.eps) + 1e-5",
-            "bound = 8 * max(eps, experiment.eps) + 1e-1",
+            "bound = 8 * max(eps, probe.eps) + 1e-5",
+            "bound = 8 * max(eps, probe.eps) + 1e-1",
             "another head is taken",
             "test_fused_head.py -k 'almost or longer or long_way or experts'",
         ),
@@ -1220,13 +1223,13 @@ _CORE = (
         "fusedpo/model_head/forward.py",
         "test_fused_head.py",
         (
-            "own.original = types.MethodType(self.original.__func__, copied)",
+            "clone.original = types.MethodType(self.original.__func__, model)",
             "pass",
             "a copy runs the other's forward",
         ),
         (
-            "own.model = copied",
-            "own.model = self.model",
+            "clone.model = model",
+            "clone.model = self.model",
             "a copy runs the other's weights",
         ),
         (

@@ -35,14 +35,13 @@ from transformers import (
 )
 
 from fusedpo.losses import DPO, SimPO
-from fusedpo.model_head import causal_model
+from fusedpo.model_head import aligned_labels, causal_model
 from fusedpo.recipes.short_to_long import ShortToLongCollator
 from fusedpo.trainers.transformers import (
     FusedTrainer,
     PreferenceCollator,
     PreferenceTrainer,
     PreferenceTrainerMixin,
-    _aligned,
     _check_new_adapters,
     add_fused_head,
     packing_gap,
@@ -950,7 +949,7 @@ def test_no_label_of_a_packed_row_is_the_next_rows_first_token():
     batch = PreferenceCollator(0, packed=True)(rows)
     # as if the second row had no prompt
     batch["labels"][0, 3] = 5
-    found = _aligned(batch["labels"], batch["cu_seqlens"])
+    found = aligned_labels(batch["labels"], batch["cu_seqlens"])
     assert found.tolist() == [[6, 7, -100, 8, -100]]
 
 
