@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedpo.benchmarks.formulas import FORMULAS, Tokens
-from fusedpo.benchmarks.shapes import IGNORE_INDEX, TINY, Case, Inputs, make_inputs
+from fusedpo.benchmarks.shapes import TINY, Case, Inputs, make_inputs
 from fusedpo.benchmarks.worker import told
+from fusedpo.labels import IGNORE_INDEX
 
 Logprobs = Callable[[Case, Tensor, Tensor, Tensor], Tensor]
 """``logprobs(case, hidden [B, T, H], weight, labels [B, T]) -> [B, T]``; what it gives for ignored

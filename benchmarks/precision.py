@@ -23,7 +23,8 @@ from torch import Tensor
 from fusedpo.benchmarks import measure, sweep
 from fusedpo.benchmarks.formulas import FORMULAS, TITLES, WITH_REFERENCE, Tokens
 from fusedpo.benchmarks.peers import OURS, PEERS, Logprobs, Unsupported, full_logits
-from fusedpo.benchmarks.shapes import IGNORE_INDEX, MIB, Case, Inputs, Shape, head_of
+from fusedpo.benchmarks.shapes import MIB, Case, Inputs, Shape, head_of
+from fusedpo.labels import IGNORE_INDEX
 from fusedpo.sizes import format_bytes
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fusedpo.footprint import HEADS
+from fusedpo.labels import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 MIB = 2**20
 
 Reference = Literal["none", "same call", "precomputed"]

@@ -38,8 +38,9 @@ from torch import Tensor
 from fusedpo.benchmarks import measure, plots, sweep
 from fusedpo.benchmarks.formulas import TITLES
 from fusedpo.benchmarks.peers import BASELINE, OURS, PEERS
-from fusedpo.benchmarks.shapes import IGNORE_INDEX, MIB, Shape
+from fusedpo.benchmarks.shapes import MIB, Shape
 from fusedpo.benchmarks.worker import OutOfMemory, in_fresh_process, memory_errors, told
+from fusedpo.labels import IGNORE_INDEX
 from fusedpo.sizes import format_bytes, parse_budget
 
 TITLE = __doc__.splitlines()[0]

@@ -29,10 +29,9 @@ from fusedpo.checks import bad_type
 from fusedpo.engine.planner import plan
 from fusedpo.functional import preference_loss
 from fusedpo.head import Head
+from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses.base import Loss, PreferenceLoss
 from fusedpo.losses.scores import Scores
-
-IGNORED = -100
 
 # glibc otherwise keeps large blocks that were freed, and the peak counts what nobody holds
 _RETURN_FREED_MEMORY = {
@@ -65,7 +64,7 @@ class Batch:
     @property
     def scored(self) -> int:
         """Tokens that enter the loss."""
-        return int((self.labels[:, 1:] != IGNORED).sum())
+        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def full_logits(batch: Batch, *, scored_only: bool = False) -> Tensor:
         scored_only: drop prompt and padding before the head, rather than mask them afterwards.
     """
     targets = batch.labels[:, 1:]
-    mask = targets != IGNORED
+    mask = targets != IGNORE_INDEX
     hidden = batch.hidden[:, :-1]
     if scored_only:
         logprobs = batch.head.logits(hidden[mask]).log_softmax(-1)

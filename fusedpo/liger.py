@@ -38,6 +38,7 @@ from fusedpo import checks, losses
 from fusedpo.engine.plan import Plan
 from fusedpo.functional import linear_logprobs, linear_token_stats, policy_loss, preference_loss
 from fusedpo.head import Head
+from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import Input, PolicyLoss, PreferenceLoss
 from fusedpo.losses.base import GradientStructure, flag, hyperparameter
 from fusedpo.losses.links import Tail
@@ -55,8 +56,6 @@ __all__ = [
     "LigerFusedLinearORPOLoss",
     "LigerFusedLinearSimPOLoss",
 ]
-
-IGNORED = -100
 
 Budget = int | float | str | None
 
@@ -929,7 +928,7 @@ class _Sampled:
             return next((found[name] for name in names if name in found), logprob.new_zeros(()))
 
     def _labels(self, scored: Tensor) -> Tensor:
-        return self.labels.masked_fill(~scored, IGNORED)
+        return self.labels.masked_fill(~scored, IGNORE_INDEX)
 
     def _logprobs(self, scored: Tensor) -> tuple[Tensor, Tensor | None]:
         """[B, T] of the policy, and of the reference."""

@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import bad_choice, bad_type, bad_value, known_tokens, positive, written
+from fusedpo.labels import IGNORE_INDEX
 from fusedpo.recipes.stdlib_pairs import Passage
 
 Ids: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int32]]"
 
-IGNORED = -100
 SEPARATOR = "\n\n"
 
 # distractors in a row that may turn out too long for the room that is left: the contexts end close
@@ -552,7 +552,7 @@ def pad_sequences(
     batch = {
         "input_ids": torch.full(shape, pad_token_id),
         "attention_mask": torch.zeros(shape, dtype=torch.int64),
-        "labels": torch.full(shape, IGNORED),
+        "labels": torch.full(shape, IGNORE_INDEX),
     }
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         start, end = len(prompt), len(prompt) + len(response)
@@ -577,7 +577,7 @@ def check_aligned(labels: Tensor, *, both: bool = False) -> None:
     if labels.dim() != 2 or labels.shape[0] % groups:
         raise bad_value("labels", f"[{groups} P, T]", str(list(labels.shape)))
     pairs = labels.shape[0] // groups
-    scored = [[x for x in row if x != IGNORED] for row in labels[:, 1:].tolist()]
+    scored = [[x for x in row if x != IGNORE_INDEX] for row in labels[:, 1:].tolist()]
     for response, short, long in (("chosen", 0, 2), ("rejected", 1, 3)):
         for i in range(pairs):
             tokens = scored[short * pairs + i]

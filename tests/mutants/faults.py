@@ -1346,8 +1346,8 @@ _PROGRAMS = (
         "fusedpo/compare.py",
         "test_compare.py -k 'not memory and not fails'",
         (
-            "(self.labels[:, 1:] != IGNORED).sum()",
-            "(self.labels != IGNORED).sum()",
+            "(self.labels[:, 1:] != IGNORE_INDEX).sum()",
+            "(self.labels != IGNORE_INDEX).sum()",
             "a first token counts as scored",
         ),
         (
