@@ -387,14 +387,18 @@ MUTANTS = {
     "labels shifted across the border of a packed sequence": of_pairs(
         wrapped(
             fusedpo.objective.layout,
-            "_shifted",
-            lambda original, labels, borders, ignored: original(labels, borders[[0, -1]], ignored),
+            "aligned_labels",
+            lambda original, labels, borders, **ignored: original(
+                labels, borders[[0, -1]], **ignored
+            ),
         ),
         early=(False,),
         way=packed,
     ),
     "labels not shifted": of_pairs(
-        wrapped(fusedpo.objective.layout, "_shifted", lambda original, labels, *_: labels),
+        wrapped(
+            fusedpo.objective.layout, "aligned_labels", lambda original, labels, *_, **__: labels
+        ),
         early=(False,),
         way=packed,
     ),

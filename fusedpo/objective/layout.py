@@ -19,6 +19,7 @@ from fusedpo.distributed import SequenceParts, checked_group
 from fusedpo.engine.backend import resolve
 from fusedpo.engine.rows import Rows
 from fusedpo.head import Head
+from fusedpo.labels import aligned_labels
 from fusedpo.objective.device_checks import (
     DeferredCheck,
     assert_on_device,
@@ -133,7 +134,7 @@ def lay_out(
     borders, deferred = _borders(labels, cu_seqlens, empty=group is not None)
     deferred.append(label_check(labels, head.vocab, ignore_index))
     if shift:
-        labels = _shifted(labels, borders, ignore_index)
+        labels = aligned_labels(labels, borders, ignore_index=ignore_index)
     deferred += temperature_checks(temperature, labels, ignore_index)
     counts: list[int] | None = None
     if tracing():
@@ -242,17 +243,6 @@ def _borders(
         raise checks.bad_value("labels", "[N] or [1, N] with cu_seqlens", str(list(labels.shape)))
     borders = to_device(cu_seqlens.long(), labels.device)
     return borders, [border_check(borders, labels.numel(), empty=empty)]
-
-
-def _shifted(labels: Tensor, borders: Tensor, ignore_index: int) -> Tensor:
-    """labels[t] <- labels[t + 1] within each sequence; nothing follows its last token."""
-    flat = labels.reshape(-1)
-    shifted = torch.full_like(flat, ignore_index)
-    shifted[:-1] = flat[1:]
-    if flat.numel():
-        # borders that do not rise are an error later
-        shifted[(borders[1:] - 1).clamp(0, flat.shape[0] - 1)] = ignore_index
-    return shifted.view(labels.shape)
 
 
 def _sequences(rows: Rows, borders: Tensor, counts: list[int]) -> Sequences:
