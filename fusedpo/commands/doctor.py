@@ -37,6 +37,7 @@ from fusedpo import (
 )
 from fusedpo.engine.backend import resolve
 from fusedpo.engine.matmul_settings import full_precision
+from fusedpo.labels import IGNORE_INDEX
 from fusedpo.sizes import format_bytes
 
 SUMMARY = "say what is installed, what will be used, and whether it computes the right thing"
@@ -329,7 +330,7 @@ class Problem:
         self.weight = (0.3 * torch.randn(_VOCAB, _HIDDEN, generator=g)).to(device, dtype)
         labels = torch.randint(_VOCAB, _SHAPE, generator=g)
         for row, prompt in enumerate((2, 5, 0, 3)):
-            labels[row, :prompt] = -100
+            labels[row, :prompt] = IGNORE_INDEX
         self.labels = labels.to(device)
         upstream, noise = torch.randn(2, *_SHAPE, generator=g)
         self.upstream = upstream.to(device)

@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 from fusedpo.checks import bad_type, bad_value, vocabulary
 from fusedpo.functional import LossOutput, policy_loss
 from fusedpo.head import Head
+from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import Loss, PolicyLoss
 from fusedpo.model_head import Score, aligned_labels, at_head, evaluating
 from fusedpo.recipes.groups import sampled_batch
@@ -162,17 +163,18 @@ class GroupTrainer(FusedTrainer):
         """Responses and their tokens, [2], averaged over the processes as gradients are."""
         if self.args.world_size == 1:
             return None
-        tokens = (aligned_labels(batch["labels"]) != -100).sum()
+        tokens = (aligned_labels(batch["labels"]) != IGNORE_INDEX).sum()
         own = torch.stack([torch.full_like(tokens, self._examples(batch)), tokens])
         counts: Tensor = self.accelerator.reduce(own.double(), "mean")
         return counts
 
     def _further_metrics(self) -> dict[str, Tensor]:
         rewards = self._sampled["rewards"].view(-1, self.group_size)
+        lengths = (self._sampled["labels"] != IGNORE_INDEX).sum(1)
         return {
             "reward": rewards.mean(),
             "reward_std": rewards.std(1).mean(),
-            "completions/mean_length": (self._sampled["labels"] != -100).sum(1).double().mean(),
+            "completions/mean_length": lengths.double().mean(),
         }
 
     def _fused_loss(
