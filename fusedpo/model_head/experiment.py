@@ -36,24 +36,24 @@ class _Probe:
     """Runs in place of the head's forward, and returns probes and the head's own logits.
 
     Attributes:
-        output: [rows, V], what it returned: probes, then the head's logits at a few positions.
-        returned: the tensor that was returned: a copy of that, which the forward may write into.
-        product: [positions, V], what the operands of the head say that its logits are.
+        rows: [rows, V], probes, then the head's own logits at a few positions.
+        shared: the copy of them that the forward gets, and may write into.
+        product: [positions, V], the product of the head's operands at those positions.
         eps: the precision of the head's own logits.
         hooked: whether hooks returned another output.
     """
 
     def __init__(self, head: HeadModule) -> None:
         self.head = head
-        self.output: Tensor | None = None
-        self.returned: Tensor | None = None
+        self.rows: Tensor | None = None
+        self.shared: Tensor | None = None
         self.product: Tensor | None = None
         self.eps = 0.0
         self.hooked = False
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         refuse_further_arguments(args, kwargs)
-        if self.output is not None:
+        if self.rows is not None:
             raise unsupported("a forward that calls its head once", "a second call")
         if hidden.dim() != 3:
             raise unsupported("a head that is called with states [B, T, H]", f"{[*hidden.shape]}")
@@ -66,17 +66,17 @@ class _Probe:
         spread = probe_logits(logits.shape[-1], logits)
         constant = (torch.full_like(spread, value) for value in (TINY, HUGE, 0.0))
         probes = torch.stack([*constant, spread, spread.flip(0), spread / 16])
-        self.output = torch.cat([probes, logits[0]])
-        self.returned = self.output.clone()
+        self.rows = torch.cat([probes, logits[0]])
+        self.shared = self.rows.clone()
         # from here on, so that logits that depend on a parameter behind the head require a gradient
         torch.set_grad_enabled(True)
-        return self.returned[None]
+        return self.shared[None]
 
     def hook(self, output: Any) -> None:
         """Compare the output of the module's call after its hooks."""
-        assert self.returned is not None, "the head was called"
+        assert self.shared is not None, "the head was called"
         # a wrapper with mixed precision casts it
-        same = isinstance(output, Tensor) and torch.equal(output, self.returned[None].to(output))
+        same = isinstance(output, Tensor) and torch.equal(output, self.shared[None].to(output))
         self.hooked = not same
 
 
@@ -102,7 +102,7 @@ def find_after_head(
             with head.override(probe, probe.hook):
                 output = forward(*args, **kwargs)
         except Exception as error:
-            if probe.output is None or isinstance(error, UnsupportedHead):
+            if probe.rows is None or isinstance(error, UnsupportedHead):
                 raise
             raise unsupported(
                 "a forward that does nothing to its logits but scale and soft-cap them",
@@ -115,16 +115,16 @@ def find_after_head(
 
 def _explain(probe: _Probe, logits: Tensor | None, constants: Sequence[float]) -> AfterHead:
     """The function that makes the model's logits of the probe's output, verified."""
-    met, product = probe.output, probe.product
-    if met is None or product is None or probe.returned is None:
+    inputs, product = probe.rows, probe.product
+    if inputs is None or product is None or probe.shared is None:
         raise never_called()
     if probe.hooked:
         raise unsupported("a head whose forward hooks leave its output unchanged", "a changed one")
-    if not torch.equal(met, probe.returned):
+    if not torch.equal(inputs, probe.shared):
         raise unsupported(
             "a forward that does not write into its head's output", "one that writes into it"
         )
-    rows, vocab = met.shape
+    rows, vocab = inputs.shape
     if logits is None or logits.shape[:-1] != (1, rows) or logits.shape[-1] > vocab:
         raise unsupported(
             f"logits {[1, rows, vocab]} that its head made",
@@ -134,13 +134,13 @@ def _explain(probe: _Probe, logits: Tensor | None, constants: Sequence[float]) -
         raise unsupported(
             "only a soft cap and a constant scale after the LM head", "a trainable parameter there"
         )
-    eps = max(torch.finfo(logits.dtype).eps, torch.finfo(met.dtype).eps)
+    eps = max(torch.finfo(logits.dtype).eps, torch.finfo(inputs.dtype).eps)
     after = fit(logits[0], eps, constants)
     probes = rows - product.shape[0]
-    actual = logits[0, probes:].to(met.dtype)
-    expected = after.apply(product[:, : after.vocab].to(met.dtype))
+    actual = logits[0, probes:].to(inputs.dtype)
+    expected = after.apply(product[:, : after.vocab].to(inputs.dtype))
     bound = 8 * max(eps, probe.eps) + 1e-5
-    gap = after.gap(met[:probes], logits[0, :probes])
+    gap = after.gap(inputs[:probes], logits[0, :probes])
     if gap := gap or worst_gap(actual, expected, bound * actual.abs().amax()):
         raise unsupported(
             "logits that are a weight, a bias, a soft cap and a scale of its hidden states",

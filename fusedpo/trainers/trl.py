@@ -20,7 +20,7 @@ come from, in the version of TRL that is installed:
   metrics there, as TRL does with that flag. What TRL leaves out there is not: soft caps and factors
   of the head, KTO's class weights and, under adapters, its reference.
 
-A model whose head is not a weight, a bias, a soft cap and a factor makes its own logits, with one
+A model whose head is not a weight, a bias, a soft cap and a scale makes its own logits, with one
 warning; so does, up to 1.13, an option that TRL would ignore with the flag, and a trainer whose own
 code keeps the model's forward from running.
 
