@@ -27,7 +27,7 @@ def add_fused_head(
             encoder-decoder they are aligned with the decoder's positions, as in Hugging Face, and
             make the decoder's input if the call has none.
         shift_labels: [B, T] instead, aligned with the hidden states already.
-        stats: names of the statistics, of ``fusedpo.logprobs.STATS``; default ("logprob",).
+        stats: names of the statistics, of ``fusedpo.engine.stats.STATS``; default ("logprob",).
         temperature: divides the logits; default 1.
 
     and returns a ``TokenStats`` of tensors [B, T - 1] ([B, T] with shift_labels, and of an

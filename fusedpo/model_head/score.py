@@ -23,7 +23,7 @@ class Score:
     Attributes:
         labels: [B, T], integers aligned with the hidden states (see ``aligned_labels``); -100 where
             nothing is scored.
-        stats: names of ``fusedpo.logprobs.STATS``.
+        stats: names of ``fusedpo.engine.stats.STATS``.
         temperature: divides the logits; above 0, a number or [B, T].
         memory_budget, backend: as of ``linear_token_stats``.
     """
