@@ -96,14 +96,10 @@ def linear_logprobs(
         TypeError, ValueError: for a wrong argument, before any work, naming it.
     """
     head = Head.of(weight, bias, softcap, logit_scale, vocab_group).local(labels=labels)
-    rows, backend = lay_out_tokens(
-        hidden, head, labels, temperature, ignore_index, backend, num_scored
-    )
-    values = score_tokens(
-        hidden, head, rows, memory_budget, temperature=temperature, backend=backend
-    )
+    batch = lay_out_tokens(hidden, head, labels, temperature, ignore_index, backend, num_scored)
+    values = score_tokens(batch, memory_budget)
     assert values.logprob is not None, "it is the statistic that was asked for"
-    return rows.scatter(values.logprob)
+    return batch.rows.scatter(values.logprob)
 
 
 def linear_token_stats(
@@ -141,14 +137,10 @@ def linear_token_stats(
     """
     names = check_stats(stats)
     head = Head.of(weight, bias, softcap, logit_scale, vocab_group).local(labels=labels)
-    rows, backend = lay_out_tokens(
-        hidden, head, labels, temperature, ignore_index, backend, num_scored
-    )
-    values = score_tokens(
-        hidden, head, rows, memory_budget, stats=names, temperature=temperature, backend=backend
-    )
+    batch = lay_out_tokens(hidden, head, labels, temperature, ignore_index, backend, num_scored)
+    values = score_tokens(batch, memory_budget, stats=names)
     by_name = {name: getattr(values, name) for name in names}
-    return TokenStats(**{name: rows.scatter(value) for name, value in by_name.items()})
+    return TokenStats(**{name: batch.rows.scatter(value) for name, value in by_name.items()})
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import fusedpo.engine.problem
 import fusedpo.engine.score
 from fusedpo import linear_token_stats, plan
 from fusedpo.engine.backend import _LEAST_TRITON, _triton_version
+from fusedpo.engine.batch import Batch
 from fusedpo.engine.plan import Plan
 from fusedpo.engine.rows import Rows
 from fusedpo.engine.score import plan_for, score
@@ -110,13 +111,14 @@ def scored(
         of_loss = {"scope": "pair", "groups": [b - a for a, b in itertools.pairwise(groups.starts)]}
     backend = backend or BACKEND
     stats = options.get("stats", ("logprob",))
-    planned = plan_for(hidden, head, rows, memory_budget, stats=stats, backend=backend, **of_loss)
-    return score(hidden, head, rows, planned, groups=groups, backend=backend, **options)[0]
+    batch = Batch(hidden, head, rows, options.pop("temperature", 1.0), backend)
+    planned = plan_for(batch, memory_budget, stats=stats, **of_loss)
+    return score(batch, planned, groups=groups, **options)[0]
 
 
 def as_on_a_gpu(m: Any) -> None:
     """Products take half-precision operands, and plans count with them, as nowhere on a CPU."""
-    m.setattr(fusedpo.engine.score, "operand_dtype", lambda hidden: hidden.dtype)
+    m.setattr(fusedpo.engine.batch, "operand_dtype", lambda dtype, device: dtype)
     m.setattr(fusedpo.engine.problem, "_is_cpu", lambda device: False)
 
 

@@ -272,7 +272,7 @@ def test_a_call_plans_each_scored_head_once(form: str, monkeypatch: pytest.Monke
         (objective.run, "plan_for"),
         (objective.scoring, "plan_for"),
         (objective.layout, "resolve"),
-        (objective.reference, "resolve"),
+        (fusedpo.engine.batch, "resolve"),
     ):
         monkeypatch.setattr(module, name, count(name, getattr(module, name)))
     t = tensors()

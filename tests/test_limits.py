@@ -86,6 +86,7 @@ ENGINE = (
     ("problem", "backend"),
     ("planner",),
     ("autograd", "compiled"),
+    ("batch",),
     ("score",),
 )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 
 import engine
 import pytest
@@ -528,16 +527,15 @@ def test_half_precision_operands_of_a_device_that_accumulates_in_fp32(
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_operands_of_a_gpu_are_those_of_its_autocast(dtype: torch.dtype, low: torch.dtype) -> None:
     """But for float64; on the CPU they are as wide as what is accumulated."""
-    there = types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     before = torch.get_autocast_dtype("cuda")
-    assert operand_dtype(there) == dtype
+    assert operand_dtype(dtype, "cuda") == dtype
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", low)
     try:
-        assert operand_dtype(there) == (dtype if dtype == torch.float64 else low)
+        assert operand_dtype(dtype, "cuda") == (dtype if dtype == torch.float64 else low)
         with torch.autocast("cpu", dtype=low):
-            assert operand_dtype(torch.ones(1, dtype=dtype)) == wide
+            assert operand_dtype(dtype, "cpu") == wide
     finally:
         torch.set_autocast_enabled("cuda", False)
         torch.set_autocast_dtype("cuda", before)

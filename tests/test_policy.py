@@ -536,7 +536,7 @@ def test_equal_policies_are_cut_alike(
 
     def noted(score: Callable[..., Any]) -> Callable[..., Any]:
         def scored(*args: Any, **options: Any) -> Any:
-            tiles.append((args[3].rows, args[3].cols))
+            tiles.append((args[1].rows, args[1].cols))
             return score(*args, **options)
 
         return scored

@@ -150,7 +150,7 @@ class Problem:
         rows = running + 2 * min(n, FINISHED_ROWS)
         return {"row products": rows * self.hidden * self.acc}
 
-    def waiting(self) -> Buffers:
+    def held_gradient(self) -> Buffers:
         """The hidden gradient that waits for the backward in full precision; in fp32 and fp64 it is
         the output itself."""
         if "hidden" in self.needs and self.hidden_size < self.acc and self.wide:
@@ -165,7 +165,7 @@ class Problem:
         Args:
             waits: whether a gradient may be waiting.
         """
-        held = bool(self.waiting()) and waits
+        held = bool(self.held_gradient()) and waits
         if self.shards == 1 or "hidden" not in self.needs or held or self.is_whole_output:
             return {}
         return {"partial hidden gradient": self.tokens * self.hidden * self.acc}

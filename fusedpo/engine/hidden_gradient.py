@@ -95,17 +95,17 @@ def add_slices(t: Tiles, partial: Tensor | None, output: Tensor | None) -> None:
 
 def forward_pass(t: Tiles, unscaled: Tensor | None) -> dict[str, Tensor]:
     """Statistics of all rows; dlogp/dhidden into ``unscaled``, if that is given."""
-    everything = t.start_stats()
+    all_stats = t.start_stats()
     buffer, narrow = t.tile(), None if unscaled is None else t.narrow_tile()
     # rows that have to wait for the statistics of the whole vocabulary
-    waiting = new_partial(t, unscaled)
+    partial = new_partial(t, unscaled)
     for r in t.row_blocks():
         hidden, n = t.hidden_rows(*r), r[1] - r[0]
-        stats = everything.of(slice(*r))
+        stats = all_stats.of(slice(*r))
         # sum over non-target entries of exp(z - shift) slope W, relative to the shift so far
         products = None
-        if waiting is not None:
-            products = waiting[slice(*r)].zero_()
+        if partial is not None:
+            products = partial[slice(*r)].zero_()
         elif unscaled is not None:
             products = t.take("row products", n, t.width).zero_()
         for c in t.col_blocks():
@@ -114,15 +114,15 @@ def forward_pass(t: Tiles, unscaled: Tensor | None) -> dict[str, Tensor]:
             if unscaled is not None:
                 e = x if narrow is None else narrow[:n, : c[1] - c[0]]
             t.fold(x, hidden, r, c, stats, exponentials=e, products=products)
-        if unscaled is not None and products is not None and waiting is None:
+        if unscaled is not None and products is not None and partial is None:
             _finish(t, unscaled, products, stats, r)
-    rescale = t.merge(everything)
-    if waiting is not None and rescale is not None:
+    rescale = t.merge(all_stats)
+    if partial is not None and rescale is not None:
         for r in t.row_blocks():
-            of_slice = everything.of(slice(*r))
-            _finish_partial(t, waiting[slice(*r)], of_slice, r, rescale[slice(*r)])
-        add_slices(t, waiting, unscaled)
-    return t.finish_stats(everything)
+            of_slice = all_stats.of(slice(*r))
+            _finish_partial(t, partial[slice(*r)], of_slice, r, rescale[slice(*r)])
+        add_slices(t, partial, unscaled)
+    return t.finish_stats(all_stats)
 
 
 def _finish(t: Tiles, unscaled: Tensor, products: Tensor, stats: RowStats, r: Range) -> None:

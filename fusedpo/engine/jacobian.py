@@ -27,25 +27,25 @@ def rows_of_jacobian(
     out: Tensor,
     b: Range,
     hidden_rows: Callable[[int, int], Tensor],
-    everything: RowStats,
+    all_stats: RowStats,
 ) -> Tensor | float:
-    """Write J of rows b, over a residual, into out; their merged statistics into everything.
+    """Write J of rows b, over a residual, into out; their merged statistics into all_stats.
 
     Returns:
         The residual, 1 or [n] in [1, 2).
     """
     tile = None if t.operand == t.acc else t.tile()
     # of a row block that is rescaled at once, or of all rows, which wait for the other slices
-    waiting = None if t.shard is None else _new_steps(t, b[1] - b[0])
+    all_steps = None if t.shard is None else _new_steps(t, b[1] - b[0])
     for r in t.row_blocks(*b):
-        within, stats = slice(r[0] - b[0], r[1] - b[0]), everything.of(slice(*r))
-        steps = _new_steps(t, r[1] - r[0]) if waiting is None else waiting[:, within]
+        within, stats = slice(r[0] - b[0], r[1] - b[0]), all_stats.of(slice(*r))
+        steps = _new_steps(t, r[1] - r[0]) if all_steps is None else all_steps[:, within]
         _exponentials(t, out[within], tile, hidden_rows(*r), r, stats, steps)
-        if waiting is None:
+        if all_steps is None:
             _settle(t, out[within], r, stats.target, stats.total, steps, stats.steps)
-    stats = everything.of(slice(*b))
+    stats = all_stats.of(slice(*b))
     residual, last = _residual(t, stats, t.merge(stats))
-    if waiting is not None:
+    if all_steps is not None:
         total = stats.total / residual
         for r in t.row_blocks(*b):
             within = slice(r[0] - b[0], r[1] - b[0])
@@ -55,7 +55,7 @@ def rows_of_jacobian(
                 r,
                 stats.target[within],
                 total[within],
-                waiting[:, within],
+                all_steps[:, within],
                 last[within],
             )
     return residual

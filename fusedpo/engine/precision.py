@@ -23,19 +23,18 @@ def accumulated_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def operand_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of the products' operands.
+def operand_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """The dtype of the products' operands, for hidden states of a dtype on a type of device.
 
     On the CPU a half-precision product would round its result to half precision, so tiles of the
     operands are widened first; elsewhere the product accumulates and returns fp32 from
     half-precision operands.
     """
-    device = hidden.device.type
     if device == "cpu":
-        return accumulated_dtype(hidden.dtype)
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return accumulated_dtype(dtype)
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
         return torch.get_autocast_dtype(device)
-    return hidden.dtype
+    return dtype
 
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:

@@ -23,36 +23,20 @@ from torch import Tensor
 
 from fusedpo import checks
 from fusedpo.engine.autograd import Engine
+from fusedpo.engine.batch import Batch
 from fusedpo.engine.compiled import token_stats
-from fusedpo.engine.cost import Backend, Needs
+from fusedpo.engine.cost import Backend
 from fusedpo.engine.plan import Plan
 from fusedpo.engine.planner import plan, recounted, replan
-from fusedpo.engine.precision import accumulated_dtype, operand_dtype
 from fusedpo.engine.problem import Options
-from fusedpo.engine.rows import Rows, gathers
 from fusedpo.engine.stats import DIFFERENTIABLE, TokenStats
 from fusedpo.engine.structure import Groups, Scope
 from fusedpo.engine.tiles import Call
-from fusedpo.head import Head
 from fusedpo.sizes import parse_budget
 
 
-def needs_of(hidden: Tensor, head: Head) -> list[Needs]:
-    """Which gradients a call has to deliver."""
-    if not torch.is_grad_enabled():
-        return []
-    tensors: dict[Needs, Tensor | None] = {
-        "hidden": hidden,
-        "weight": head.weight,
-        "bias": head.bias,
-    }
-    return [name for name, t in tensors.items() if t is not None and t.requires_grad]
-
-
 def plan_for(
-    hidden: Tensor,
-    head: Head,
-    rows: Rows,
+    batch: Batch,
     memory_budget: int | float | str | Plan | None,
     *,
     stats: Sequence[str] = ("logprob",),
@@ -60,14 +44,13 @@ def plan_for(
     scope: Scope | None = None,
     groups: int | Sequence[int] = 1,
     factors: int = 1,
-    backend: str = "torch",
     reordered: bool = False,
     like: Plan | None = None,
 ) -> Plan:
     """The plan of a call: the user's own, if one was given and is for this problem.
 
     Args:
-        stats, differentiable, backend: as score() takes them.
+        stats, differentiable: as score() takes them.
         scope, groups, factors, reordered: as plan() takes them.
         like: of a policy, whose tiles a reference's ``forward`` takes where the sizes are the same
             and its budget allows: equal models then agree to the last bit.
@@ -76,32 +59,22 @@ def plan_for(
         BudgetTooSmall: if no route fits the budget.
         ValueError: for a Plan of another problem, or of one that holds less.
     """
-    sizes = rows.count, head.widest, head.weight.shape[1]
     options: Options = {
-        "dtype": hidden.dtype,
-        "weight_dtype": head.weight.dtype,
-        "operand_dtype": operand_dtype(hidden),
-        "needs": needs_of(hidden, head),
+        **batch.options(),
         "scope": scope,
         "groups": groups,
         "factors": factors,
         "entropy": "entropy" in stats and "entropy" in differentiable,
         "entropy_value": "entropy" in stats,
-        "softcap": head.softcap is not None,
-        "gathered": gathers(hidden, rows),
         "reordered": reordered,
-        "device": hidden.device,
-        "backend": cast(Backend, backend),
-        "shards": 1 if head.shard is None else len(head.shard.sizes),
     }
-    # a kernel reads rows without gaps between their numbers
-    fused = None if hidden.stride(-1) == head.weight.stride(-1) == 1 else False
+    sizes, fused = batch.sizes, None if batch.fusable else False
     if isinstance(memory_budget, Plan):
         return _checked(memory_budget, sizes, options, fused)
     if (
         like is not None
         and (fused is None or not like.fused)
-        and _problem_of(like) == (*sizes, hidden.dtype, options["shards"])
+        and _problem_of(like) == (*sizes, options["dtype"], options["shards"])
     ):
         tiled = replan(like, "forward", *sizes, **options)
         if tiled is not None and tiled.bytes <= like.budget:
@@ -163,15 +136,11 @@ def _remedy(sizes: tuple[int, int, int], options: Options) -> str:
 
 
 def score(
-    hidden: Tensor,
-    head: Head,
-    rows: Rows,
+    batch: Batch,
     planned: Plan,
     *,
     stats: Sequence[str] = ("logprob",),
     differentiable: Sequence[str] = DIFFERENTIABLE,
-    temperature: float | Tensor = 1.0,
-    backend: str = "torch",
     groups: Groups | None = None,
     states: Tensor | None = None,
 ) -> tuple[TokenStats, Tensor | None]:
@@ -183,8 +152,6 @@ def score(
         differentiable: which of logprob and entropy pass a gradient on. An entropy that is only
             looked at is nearly free; one with a gradient takes the route ``recompute`` and a
             product or two more.
-        temperature: a number, or shaped like the labels.
-        backend: as resolved.
         groups: for the route ``one_pass``, the loss's gradient as far as it is known early.
         states: [K] which of the rows. Their gradient is added to that of the log-probabilities in
             place.
@@ -192,41 +159,32 @@ def score(
     Returns:
         The statistics, [N] each, and the states [K, H] in full precision, or None.
     """
-    if isinstance(temperature, Tensor):
-        scale: float | Tensor = head.logit_scale / rows.gather(temperature).to(
-            accumulated_dtype(hidden.dtype)
-        )
-    else:
-        scale = head.logit_scale / temperature
+    head = batch.head
     call = Call(
-        rows=rows,
+        rows=batch.rows,
         softcap=head.softcap,
-        scale=scale,
+        scale=batch.scale,
         plan=planned,
-        needs=frozenset(needs_of(hidden, head)),
+        needs=frozenset(batch.needs),
         stats=tuple(stats),
         differentiable=tuple(differentiable),
         groups=groups,
         states=states,
-        operand=operand_dtype(hidden),
-        backend=cast(Backend, backend),
+        operand=batch.operand,
+        backend=cast(Backend, batch.backend),
         shard=head.shard,
     )
-    values = Engine.apply(hidden, head.weight, head.bias, call)  # type: ignore[no-untyped-call]
+    values = Engine.apply(batch.hidden, head.weight, head.bias, call)  # type: ignore[no-untyped-call]
     by_name = dict(zip(stats, values, strict=False))
     return TokenStats(**by_name), None if states is None else values[-1]
 
 
 def score_in_graph(
-    hidden: Tensor,
-    head: Head,
-    rows: Rows,
+    batch: Batch,
     memory_budget: int | float | str | Plan | None,
     *,
     stats: Sequence[str] = ("logprob",),
     differentiable: Sequence[str] = DIFFERENTIABLE,
-    temperature: float | Tensor = 1.0,
-    backend: str = "auto",
     states: Tensor | None = None,
 ) -> tuple[TokenStats, Tensor | None]:
     """score() while a graph is traced: one operator in the forward, and one in the backward.
@@ -238,11 +196,12 @@ def score_in_graph(
     """
     if isinstance(memory_budget, Plan):
         raise checks.bad_type("memory_budget", "a number or a text inside torch.compile", "a Plan")
+    hidden, head, rows, temperature = batch.hidden, batch.head, batch.rows, batch.temperature
     assert rows.scored is not None, "a traced call has every position for a row"
     row_scale, scale = None, 1.0
     if isinstance(temperature, Tensor):
         safe = temperature.reshape(-1).masked_fill(~rows.scored, 1.0)
-        row_scale = head.logit_scale / safe.to(accumulated_dtype(hidden.dtype))
+        row_scale = head.logit_scale / safe.to(batch.accumulated)
     else:
         scale = head.logit_scale / temperature
     values = token_stats(
@@ -255,9 +214,9 @@ def score_in_graph(
         scale,
         head.softcap,
         parse_budget(memory_budget),
-        backend,
-        operand_dtype(hidden),
-        ",".join(needs_of(hidden, head)),
+        batch.backend,
+        batch.operand,
+        ",".join(batch.needs),
         ",".join(stats),
     )
     result = TokenStats(**dict(zip(stats, values[: len(stats)], strict=True)))
@@ -265,5 +224,4 @@ def score_in_graph(
         result = result._replace(entropy=result.entropy.detach())
     if states is None:
         return result, None
-    of_states = hidden.reshape(-1, hidden.shape[-1])[states]
-    return result, of_states.to(accumulated_dtype(hidden.dtype))
+    return result, hidden.reshape(-1, hidden.shape[-1])[states].to(batch.accumulated)

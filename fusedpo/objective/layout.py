@@ -17,6 +17,7 @@ from fusedpo import checks
 from fusedpo.checks import tracing
 from fusedpo.distributed import SequenceParts, checked_group
 from fusedpo.engine.backend import resolve
+from fusedpo.engine.batch import Batch
 from fusedpo.engine.rows import Rows
 from fusedpo.head import Head
 from fusedpo.labels import aligned_labels
@@ -38,33 +39,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """The batch of a call: the inputs of the head, the scored tokens, and their sequences.
+    """The batch of a call with its labels and sequences.
 
     Attributes:
-        hidden: [..., H].
-        head: of plain tensors.
+        batch: the rows in the order in which they are scored.
         labels: [...], aligned with hidden.
-        temperature: a number, or [...].
-        rows: the scored tokens; in a graph that is traced, every position.
         sequences: of the rows.
         counts: scored tokens of each sequence, here or elsewhere, or None in a graph, where
             numbers are not known.
-        backend: the one that is used; in a graph, the argument.
     """
 
-    hidden: Tensor
-    head: Head
+    batch: Batch
     labels: Tensor
-    temperature: float | Tensor
-    rows: Rows
     sequences: Sequences
     counts: list[int] | None
-    backend: str
+
+    @property
+    def rows(self) -> Rows:
+        """The scored tokens; in a graph that is traced, every position."""
+        return self.batch.rows
 
     @property
     def device(self) -> torch.device:
         """The device of hidden, where all tensors are."""
-        return self.hidden.device
+        return self.labels.device
 
     @property
     def last_rows(self) -> Tensor:
@@ -100,7 +98,7 @@ class Layout:
         places = [e + r * examples for e in range(examples) for r in range(roles)]
         return replace(
             self,
-            rows=self.rows.reorder(order),
+            batch=replace(self.batch, rows=self.rows.reorder(order)),
             sequences=_sequences_in(places, index[order], self.counts, self.sequences.lengths),
         )
 
@@ -160,7 +158,7 @@ def lay_out(
                 lengths=to_device(counts, labels.device),
                 parts=SequenceParts.of(group, every, labels.device),
             )
-    return Layout(hidden, head, labels, temperature, rows, sequences, counts, backend)
+    return Layout(Batch(hidden, head, rows, temperature, backend), labels, sequences, counts)
 
 
 def lay_out_tokens(
@@ -171,8 +169,8 @@ def lay_out_tokens(
     ignore_index: int,
     backend: str,
     num_scored: int | None,
-) -> tuple[Rows, str]:
-    """The scored tokens of a call without sequences, and its backend; all is checked here."""
+) -> Batch:
+    """The batch of a call without sequences; all of it is checked here."""
     head.check(hidden)
     labels = checks.label_tensor(labels, hidden, ignore_index)
     deferred = [
@@ -181,10 +179,12 @@ def lay_out_tokens(
     ]
     if tracing():
         assert_on_device(deferred)
-        return Rows.all_of(labels, ignore_index), backend
-    backend = resolve(backend, hidden, head.weight, head.bias)
-    (count,) = count_scored(labels, ignore_index, deferred, num_scored=num_scored)
-    return Rows.of(labels, ignore_index, count), backend
+        rows = Rows.all_of(labels, ignore_index)
+    else:
+        backend = resolve(backend, hidden, head.weight, head.bias)
+        (count,) = count_scored(labels, ignore_index, deferred, num_scored=num_scored)
+        rows = Rows.of(labels, ignore_index, count)
+    return Batch(hidden, head, rows, temperature, backend)
 
 
 def _sequence_group(group: ProcessGroup | None, head: Head, shift: bool) -> ProcessGroup | None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fusedpo import checks
-from fusedpo.engine.backend import resolve
 from fusedpo.engine.plan import Plan
 from fusedpo.head import Head
 from fusedpo.losses import Loss, PreferenceLoss
@@ -113,7 +112,7 @@ def _of_loose_arguments(
     head = None
     if arguments.ref_weight is not None:
         head = replace(
-            layout.head, weight=arguments.ref_weight, bias=arguments.ref_bias, shard=None
+            layout.batch.head, weight=arguments.ref_weight, bias=arguments.ref_bias, shard=None
         )
     return _states("ref_", hidden, head, layout)
 
@@ -164,7 +163,7 @@ def _states(prefix: str, hidden: Tensor, head: Head | None, layout: Layout) -> R
         prefix: of the arguments' names.
     """
     if head is None:
-        policy = layout.head
+        policy = layout.batch.head
         bias = None if policy.bias is None else policy.bias.detach()
         head = replace(policy, weight=policy.weight.detach(), bias=bias)
     else:
@@ -178,10 +177,10 @@ def _states(prefix: str, hidden: Tensor, head: Head | None, layout: Layout) -> R
     expected = "the shape of hidden without its last axis"
     checks.shaped(f"{prefix}hidden", hidden[..., 0], shape, expected)
     checks.same_device(hidden=layout.device, **{f"{prefix}hidden": hidden})
-    if head.vocab < layout.head.vocab:
+    if head.vocab < layout.batch.head.vocab:
         raise checks.bad_value(
             f"{prefix}weight",
-            f"a vocabulary of at least {layout.head.vocab}, the policy's",
+            f"a vocabulary of at least {layout.batch.head.vocab}, the policy's",
             str(head.vocab),
         )
     return Reference(hidden=hidden.detach(), head=head)
@@ -204,20 +203,11 @@ def token_logprobs(
         return layout.rows.gather(reference.logprobs.double())
     if reference.hidden is None or reference.head is None:
         return None
-    hidden, head, backend = reference.hidden, reference.head, layout.backend
+    if policy_plan is not None:
+        memory_budget = policy_plan.budget
     with torch.no_grad():
-        if policy_plan is not None:
-            memory_budget = policy_plan.budget
-            backend = resolve(backend, hidden, head.weight, head.bias)
-        return score_tokens(
-            hidden,
-            head,
-            layout.rows,
-            memory_budget,
-            temperature=layout.temperature,
-            backend=backend,
-            like=policy_plan,
-        ).logprob
+        batch = layout.batch.under(reference.hidden, reference.head)
+        return score_tokens(batch, memory_budget, like=policy_plan).logprob
 
 
 def sequence_logprobs(

@@ -70,21 +70,17 @@ def prepare(
     options = plan_options(loss, sequences.count, counts, split=split, log_entropy=log_entropy)
     plan: Plan | None = None
     if counts is not None:
-        plan = plan_for(
-            layout.hidden,
-            layout.head,
-            layout.rows,
-            memory_budget,
-            backend=layout.backend,
-            **options,
-        )
+        plan = plan_for(layout.batch, memory_budget, **options)
         reordered = plan.route == "one_pass" and options["reordered"]
         if isinstance(loss, PreferenceLoss) and reordered:
             # an example's rows side by side, so that its gradient is known as early as can be
             layout = layout.by_example(len(loss.roles))
     # a graph that is traced has the formula itself, for the compiler to fuse
     by_kernel = (
-        layout.backend == "triton" and counts is not None and loss.tail is not None and not split
+        layout.batch.backend == "triton"
+        and counts is not None
+        and loss.tail is not None
+        and not split
     )
     uses_states = isinstance(loss, PreferenceLoss) and loss.uses_states
     return Run(
@@ -119,30 +115,21 @@ def finish(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
     """The loss, that of each example, metrics, and log-probabilities shaped like the labels."""
     layout = run.layout
-    hidden, head, rows = layout.hidden, layout.head, layout.rows
     if run.plan is None or layout.counts is None:
         scores, states = score_in_graph(
-            hidden,
-            head,
-            rows,
+            layout.batch,
             run.memory_budget,
             stats=run.stats,
             differentiable=run.differentiable,
-            temperature=layout.temperature,
-            backend=layout.backend,
             states=run.state_rows,
         )
     else:
         one_pass = run.plan.route == "one_pass"
         scores, states = score(
-            hidden,
-            head,
-            rows,
+            layout.batch,
             run.plan,
             stats=run.stats,
             differentiable=run.differentiable,
-            temperature=layout.temperature,
-            backend=layout.backend,
             groups=groups_of(problem, layout.counts) if one_pass else None,
             states=run.state_rows,
         )
@@ -151,4 +138,4 @@ def finish(
     if states is not None and parts is not None:
         states = parts.of_last(states)
     total, per_example, metrics = problem.output(stats, states)
-    return total, per_example, metrics, rows.scatter(stats["logprob"].detach())
+    return total, per_example, metrics, layout.rows.scatter(stats["logprob"].detach())

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from fusedpo import checks
+from fusedpo.engine.batch import Batch
 from fusedpo.engine.plan import Plan
-from fusedpo.engine.rows import Rows
 from fusedpo.engine.score import plan_for, score, score_in_graph
 from fusedpo.engine.stats import STATS, TokenStats
-from fusedpo.head import Head
 
 
 def check_stats(stats: str | Sequence[str]) -> tuple[str, ...]:
@@ -27,31 +24,17 @@ def check_stats(stats: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def score_tokens(
-    hidden: Tensor,
-    head: Head,
-    rows: Rows,
+    batch: Batch,
     memory_budget: int | float | str | Plan | None,
     *,
     stats: tuple[str, ...] = ("logprob",),
-    temperature: float | Tensor,
-    backend: str,
     like: Plan | None = None,
 ) -> TokenStats:
     """Statistics [N] of the rows, planned and scored.
 
     Args:
-        backend: the one that is used; in a graph that is traced, the argument.
         like: a policy's plan, whose tiles are taken where the sizes are the same.
     """
-    if rows.scored is not None:
-        return score_in_graph(
-            hidden,
-            head,
-            rows,
-            memory_budget,
-            stats=stats,
-            temperature=temperature,
-            backend=backend,
-        )[0]
-    plan = plan_for(hidden, head, rows, memory_budget, stats=stats, backend=backend, like=like)
-    return score(hidden, head, rows, plan, stats=stats, temperature=temperature, backend=backend)[0]
+    if batch.rows.scored is not None:
+        return score_in_graph(batch, memory_budget, stats=stats)[0]
+    return score(batch, plan_for(batch, memory_budget, stats=stats, like=like), stats=stats)[0]

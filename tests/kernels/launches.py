@@ -102,7 +102,7 @@ def main() -> None:
     compile_only()
     # neither a GPU nor the interpreter: say that there is one, and take products as it would
     fusedpo.engine.backend._obstacle = lambda *tensors: None
-    fusedpo.engine.score.operand_dtype = lambda hidden: hidden.dtype
+    fusedpo.engine.batch.operand_dtype = lambda dtype, device: dtype
     fusedpo.engine.problem._is_cpu = lambda device: False
     torch.set_num_threads(1)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):

@@ -1096,8 +1096,8 @@ _CORE = (
         "fusedpo/objective/reference.py",
         "test_objective.py -k 'reference and not fused_loss and not naive_program'",
         (
-            "if head.vocab < layout.head.vocab:",
-            "if head.vocab != layout.head.vocab:",
+            "if head.vocab < layout.batch.head.vocab:",
+            "if head.vocab != layout.batch.head.vocab:",
             "a larger vocabulary is refused",
         ),
         (
@@ -1106,7 +1106,7 @@ _CORE = (
             "the reference without the bias",
         ),
         {
-            "old": "like=policy_plan,",
+            "old": ", like=policy_plan",
             "new": "",
             "breaks": "policy and reference are planned apart",
             "tests": "test_policy.py -k equal_policies",

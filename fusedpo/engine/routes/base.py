@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fusedpo.engine import hidden_gradient
 from fusedpo.engine.cost import Cost, Problem
 from fusedpo.engine.head_gradient import HeadGradient
 from fusedpo.engine.plan import RouteName
@@ -65,6 +66,22 @@ class Backward:
             return self.held.pop(name)
         value = self.held[name]
         return value.clone() if copy else value
+
+
+def forward_to_scale(t: Tiles) -> Forward:
+    """The forward that leaves dlogp/dhidden for the backward to scale, if it is wanted."""
+    if "hidden" not in t.call.needs:
+        return Forward(hidden_gradient.forward_pass(t, None))
+    unscaled = hidden_gradient.new_unscaled(t)
+    return Forward(hidden_gradient.forward_pass(t, unscaled), held={"dlogp_dhidden": unscaled})
+
+
+def scaled_hidden(t: Tiles, b: Backward) -> Tensor | None:
+    """The hidden gradient [P, H], from what the forward left; None if it is not wanted."""
+    if "hidden" not in t.call.needs:
+        return None
+    unscaled = b.take("dlogp_dhidden", copy=hidden_gradient.waits_in_output(t))
+    return hidden_gradient.scale(t, unscaled, b.g)
 
 
 class Route(Protocol):

@@ -16,7 +16,7 @@ from fusedpo.engine import hidden_gradient
 from fusedpo.engine.cost import Cost, Problem
 from fusedpo.engine.head_gradient import HeadGradient
 from fusedpo.engine.plan import RouteName
-from fusedpo.engine.routes.base import Backward, Forward
+from fusedpo.engine.routes.base import Backward, Forward, forward_to_scale, scaled_hidden
 from fusedpo.engine.stats import accumulators
 from fusedpo.engine.tiles import Tiles
 from fusedpo.kernels.row_stats import RowStats
@@ -110,13 +110,11 @@ class Frozen:
 
     def cost(self, p: Problem, n: int, v: int) -> Cost:
         tile = p.tile(n, v, gradient=True)
-        buffers = {**tile, **p.running_product(n), **p.waiting(), **p.partial()}
+        buffers = {**tile, **p.running_product(n), **p.held_gradient(), **p.partial()}
         return Cost(2, buffers, buffers)
 
     def forward(self, t: Tiles) -> Forward:
-        unscaled = hidden_gradient.new_unscaled(t)
-        return Forward(hidden_gradient.forward_pass(t, unscaled), held={"dlogp_dhidden": unscaled})
+        return forward_to_scale(t)
 
     def backward(self, t: Tiles, b: Backward) -> tuple[Tensor | None, HeadGradient]:
-        unscaled = b.take("dlogp_dhidden", copy=hidden_gradient.waits_in_output(t))
-        return hidden_gradient.scale(t, unscaled, b.g), HeadGradient(None, None)
+        return scaled_hidden(t, b), HeadGradient(None, None)

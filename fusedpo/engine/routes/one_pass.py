@@ -19,7 +19,7 @@ from fusedpo.engine import hidden_gradient, jacobian
 from fusedpo.engine.cost import Cost, Problem, padded
 from fusedpo.engine.head_gradient import HeadGradient, accumulate, scaled_output
 from fusedpo.engine.plan import RouteName
-from fusedpo.engine.routes.base import Backward, Forward
+from fusedpo.engine.routes.base import Backward, Forward, scaled_hidden
 from fusedpo.engine.rows import blocks
 from fusedpo.engine.structure import Groups
 from fusedpo.engine.tiles import Range, Tiles
@@ -46,20 +46,20 @@ class OnePass:
 
     def cost(self, p: Problem, n: int, v: int) -> Cost:
         slab, structure = max(n, p.slab), p.structure
-        waiting = 0
+        partials = 0
         if structure is not None and structure.scope != "token":
             # a group that goes on in the next slab waits in them; a single one waits in the output
-            waiting = structure.factors - (p.groups == 1)
+            partials = structure.factors - (p.groups == 1)
         if p.borders is not None and p.borders.issuperset(range(slab, p.tokens, slab)):
-            waiting = 0
-        accumulators = int(p.weight_size < p.acc) + waiting
+            partials = 0
+        accumulators = int(p.weight_size < p.acc) + partials
         buffers = {
             **p.tile(n, v, gradient=True, full_rows=True),
             **p.weight_slice(slab, v, absorbed=False),
             "row block": slab * padded(p.vocab) * p.operand,
             "row products": n * p.hidden * (2 * p.acc) if "hidden" in p.needs else 0,
             "weight gradient accumulators": accumulators * p.vocab * p.hidden * p.acc,
-            **p.waiting(),
+            **p.held_gradient(),
             **p.partial(),
             **p.steps(slab, v),
         }
@@ -83,17 +83,13 @@ class OnePass:
         held: dict[str, Any] = {"head": head}
         if unscaled is not None:
             held["dlogp_dhidden"] = unscaled
-        return Forward(stats, saved=(one_pass.assumed,), held=held)
+        return Forward(stats, saved=(one_pass.early_gradient,), held=held)
 
     def backward(self, t: Tiles, b: Backward) -> tuple[Tensor | None, HeadGradient]:
-        (assumed,), weight = b.saved, b.held["head"].weight
+        (early_gradient,), weight = b.saved, b.held["head"].weight
         in_place = weight is None or t.weight.dtype == t.acc
-        head = scaled_output(t, b.take("head", copy=in_place), ratio(b.g, assumed))
-        hidden = None
-        if "hidden" in t.call.needs:
-            unscaled = b.take("dlogp_dhidden", copy=hidden_gradient.waits_in_output(t))
-            hidden = hidden_gradient.scale(t, unscaled, b.g)
-        return hidden, head
+        head = scaled_output(t, b.take("head", copy=in_place), ratio(b.g, early_gradient))
+        return scaled_hidden(t, b), head
 
 
 class _Pass:
@@ -103,19 +99,19 @@ class _Pass:
     be known when its last row has been scored.
 
     Attributes:
-        assumed: [N], the gradient by the log-probabilities that the head's was formed with.
+        early_gradient: [N], the gradient by the log-probabilities that the head's was formed with.
     """
 
     def __init__(
         self, t: Tiles, head: HeadGradient, unscaled: Tensor | None, groups: Groups
     ) -> None:
         self.t, self.head, self.unscaled, self.groups = t, head, unscaled, groups
-        self.everything = t.start_stats()
-        self.assumed = t.vector(t.count).zero_()
+        self.all_stats = t.start_stats()
+        self.early_gradient = t.vector(t.count).zero_()
         self.partial = hidden_gradient.new_partial(t, unscaled)
         # accumulators of runs that wait for the rest of their group, and those that are free: with
         # a single group the output itself
-        self.waiting: list[tuple[slice, HeadGradient]] = []
+        self.pending: list[tuple[slice, HeadGradient]] = []
         self.spare = [head] if len(groups.starts) == 2 else []
         self.accumulators = 0
 
@@ -126,8 +122,8 @@ class _Pass:
         for b in blocks(0, t.count, slab):
             rows, hidden = memory[: b[1] - b[0]], t.hidden_rows(*b)
             read = _part_of(hidden, b[0])
-            residual = jacobian.rows_of_jacobian(t, rows, b, read, self.everything)
-            stats = self.everything.of(slice(*b))
+            residual = jacobian.rows_of_jacobian(t, rows, b, read, self.all_stats)
+            stats = self.all_stats.of(slice(*b))
             factor = t.row_factor(stats.logprob, stats.total / residual)
             if self.unscaled is not None:
                 self._hidden(self.unscaled, rows, factor, b)
@@ -140,7 +136,7 @@ class _Pass:
                     self._wait((start, stop), *piece)
         self.head.fill_empty()
         hidden_gradient.add_slices(t, self.partial, self.unscaled)
-        return t.finish_stats(self.everything)
+        return t.finish_stats(self.all_stats)
 
     def _hidden(self, unscaled: Tensor, rows: Tensor, factor: Tensor, b: Range) -> None:
         """Write dlogp/dhidden of a slab."""
@@ -163,10 +159,10 @@ class _Pass:
             coefficient = -t.scaled(units * factor[within], *run)
             begin = runs[bisect_right(runs, run[0]) - 1]
             if begin < run[0]:  # its first part waits already
-                _, partial = self.waiting.pop()
+                _, partial = self.pending.pop()
             else:
                 partial = self.spare.pop() if self.spare else self._new_partial()
-            self.waiting.append((slice(begin, run[1]), partial))
+            self.pending.append((slice(begin, run[1]), partial))
             accumulate(t, partial, rows[within], hidden[within], coefficient)
 
     def _complete(
@@ -180,9 +176,9 @@ class _Pass:
     ) -> None:
         """Add the gradient of groups first .. last, of which these are the last rows."""
         t, whole = self.t, slice(self.groups.starts[first], piece[1])
-        g = self.groups.gradient(first, last, t.finish_stats(self.everything.of(whole)))
-        self.assumed[whole] = g
-        for run, partial in self.waiting:
+        g = self.groups.gradient(first, last, t.finish_stats(self.all_stats.of(whole)))
+        self.early_gradient[whole] = g
+        for run, partial in self.pending:
             slope = ratio(g[run.start - whole.start : run.stop - whole.start], self._units(run))
             if partial is self.head:  # the first of them, and alone so far
                 self.head.scale(slope)
@@ -190,8 +186,8 @@ class _Pass:
                 self.head.add(partial, slope)
                 partial.empty = True
                 self.spare.append(partial)
-        self.waiting.clear()
-        coefficient = -t.scaled(self.assumed[slice(*piece)] * factor, *piece)
+        self.pending.clear()
+        coefficient = -t.scaled(self.early_gradient[slice(*piece)] * factor, *piece)
         accumulate(t, self.head, rows, hidden, coefficient)
 
     def _new_partial(self) -> HeadGradient:
@@ -205,7 +201,7 @@ class _Pass:
 
     def _units(self, rows: slice) -> Tensor:
         """[n], the gradient of these rows up to one factor per run."""
-        stats = self.t.finish_stats(self.everything.of(rows))
+        stats = self.t.finish_stats(self.all_stats.of(rows))
         return self.groups.units(rows.start, rows.stop, stats).to(self.t.acc)
 
 

@@ -24,7 +24,14 @@ from fusedpo.engine.head_gradient import (
 )
 from fusedpo.engine.plan import RouteName
 from fusedpo.engine.precision import divide_, multiply
-from fusedpo.engine.routes.base import Backward, Forward, graph_is_kept, tall_shapes
+from fusedpo.engine.routes.base import (
+    Backward,
+    Forward,
+    forward_to_scale,
+    graph_is_kept,
+    scaled_hidden,
+    tall_shapes,
+)
 from fusedpo.engine.rows import blocks
 from fusedpo.engine.tiles import Range, Tiles
 
@@ -50,7 +57,7 @@ class Recompute:
         back = p.back or (n, v)
         head = bool(p.needs & {"weight", "bias"})
         products = 1 + head + ("hidden" in p.needs) + ("weight" in p.needs)
-        forward = {**p.tile(n, v, gradient=True), **p.waiting(), **p.partial()}
+        forward = {**p.tile(n, v, gradient=True), **p.held_gradient(), **p.partial()}
         if "hidden" in p.needs:
             forward |= p.running_product(n)
         backward = p.tile(*back, gradient=True)
@@ -63,14 +70,11 @@ class Recompute:
                 whole = 0 if p.is_whole_output else p.tokens
                 rows = n if (self.split or not head) and p.shards == 1 else whole
                 backward["hidden gradient"] = rows * p.hidden * p.acc
-            backward |= p.waiting()
+            backward |= p.held_gradient()
         return Cost(products + self.split, forward, backward)
 
     def forward(self, t: Tiles) -> Forward:
-        if "hidden" not in t.call.needs:
-            return Forward(hidden_gradient.forward_pass(t, None))
-        unscaled = hidden_gradient.new_unscaled(t)
-        return Forward(hidden_gradient.forward_pass(t, unscaled), held={"dlogp_dhidden": unscaled})
+        return forward_to_scale(t)
 
     def backward(self, t: Tiles, b: Backward) -> tuple[Tensor | None, HeadGradient]:
         needs = t.call.needs
@@ -79,11 +83,7 @@ class Recompute:
                 b.held.clear()  # of no use to a gradient through the entropy
             head = new_output(t, weight="weight" in needs, bias="bias" in needs)
             return both_gradients(t, b, head, "hidden" in needs), head
-        hidden = None
-        if "hidden" in needs:
-            unscaled = b.take("dlogp_dhidden", copy=hidden_gradient.waits_in_output(t))
-            hidden = hidden_gradient.scale(t, unscaled, b.g)
-            del unscaled  # before the head's gradient takes its memory
+        hidden = scaled_hidden(t, b)
         head = new_output(t, weight="weight" in needs, bias="bias" in needs)
         if head.wanted:
             backward_pass(t, b, head)

@@ -55,12 +55,12 @@ class Retain:
     def forward(self, t: Tiles) -> Forward:
         """Of a slice of a vocabulary, the shift and the total are those of its J."""
         rows = jacobian.new_rows(t, "retained jacobian", t.count)
-        everything = t.start_stats()
-        residual = jacobian.rows_of_jacobian(t, rows, (0, t.count), t.hidden_rows, everything)
-        stats = t.finish_stats(everything)
+        all_stats = t.start_stats()
+        residual = jacobian.rows_of_jacobian(t, rows, (0, t.count), t.hidden_rows, all_stats)
+        stats = t.finish_stats(all_stats)
         if isinstance(residual, Tensor):
-            stats["shift"] = everything.shift + residual.log()
-            stats["total"] = everything.total / residual
+            stats["shift"] = all_stats.shift + residual.log()
+            stats["total"] = all_stats.total / residual
         return Forward(stats, saved=(rows,))
 
     def backward(self, t: Tiles, b: Backward) -> tuple[Tensor | None, HeadGradient]:
