@@ -50,6 +50,7 @@ setup(
         "fusedpo.commands",
         "fusedpo.engine",
         "fusedpo.engine.routes",
+        "fusedpo.lazy",
         "fusedpo.losses",
         "fusedpo.model_head",
         "fusedpo.objective",

@@ -16,6 +16,7 @@ from fusedpo.functional import (
     preference_loss,
 )
 from fusedpo.head import Head
+from fusedpo.lazy import lazy_logits
 from fusedpo.model_head import add_fused_head, at_head, hidden_and_head, remove_fused_head
 from fusedpo.objective.reference import Reference
 
@@ -32,6 +33,7 @@ __all__ = [
     "at_head",
     "distributed",
     "hidden_and_head",
+    "lazy_logits",
     "linear_logprobs",
     "linear_token_stats",
     "losses",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusedpo import checks
 from fusedpo.engine.plan import Plan
-from fusedpo.engine.stats import TokenStats
+from fusedpo.engine.stats import DIFFERENTIABLE, TokenStats
 from fusedpo.head import Head
 from fusedpo.losses import Loss, PolicyLoss, PreferenceLoss
 from fusedpo.objective.arguments import PolicyArguments, PreferenceArguments
@@ -108,6 +108,7 @@ def linear_token_stats(
     labels: Tensor,
     *,
     stats: Sequence[str] = ("logprob", "entropy"),
+    differentiable: Sequence[str] = ("logprob", "entropy"),
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -123,10 +124,12 @@ def linear_token_stats(
     Args:
         stats: which, of ``"logprob"``, ``"entropy"`` (both differentiable), ``"logsumexp"``,
             ``"mean_logit"``, ``"log_sum_sq_probs"`` and ``"top1"``. Beside a trained head the
-            log-probability takes 3 or 4 products. With ``"entropy"`` it takes 4, as ``recompute``
-            is then the only route; a backward through the entropy takes 5, or 6 where the hidden
-            gradient does not fit in full precision. Beside a frozen head it is 2 without and 4 with
-            a backward through the entropy. Under ``torch.no_grad`` it is 1.
+            log-probability takes 3 or 4 products. With a differentiable ``"entropy"`` it takes 4,
+            as ``recompute`` is then the only route; a backward through the entropy takes 5, or 6
+            where the hidden gradient does not fit in full precision. Beside a frozen head it is 2
+            without and 4 with a backward through the entropy. Under ``torch.no_grad`` it is 1.
+        differentiable: which of log-probability and entropy pass a gradient on. An entropy that is
+            only logged, ``differentiable=("logprob",)``, costs no product.
         hidden, weight, labels, ...: as in linear_logprobs.
 
     Returns:
@@ -136,9 +139,10 @@ def linear_token_stats(
         TypeError, ValueError: for a wrong argument, before any work, naming it.
     """
     names = check_stats(stats)
+    with_gradient = check_stats(differentiable, "differentiable", DIFFERENTIABLE)
     head = Head.of(weight, bias, softcap, logit_scale, vocab_group).local(labels=labels)
     batch = lay_out_tokens(hidden, head, labels, temperature, ignore_index, backend, num_scored)
-    values = score_tokens(batch, memory_budget, stats=names)
+    values = score_tokens(batch, memory_budget, stats=names, differentiable=with_gradient)
     by_name = {name: getattr(values, name) for name in names}
     return TokenStats(**{name: batch.rows.scatter(value) for name, value in by_name.items()})
 

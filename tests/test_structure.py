@@ -34,6 +34,7 @@ LAYERS = (
     ("objective",),
     ("functional",),
     ("model_head",),
+    ("lazy",),
     ("fusedpo",),  # the package's face, fusedpo/__init__.py
     ("catalogue", "compare", "doctor", "footprint", "liger", "recipes"),
     ("report",),

@@ -66,8 +66,20 @@ class HeadModule:
         Raises:
             UnsupportedHead: if the model has no output embedding, or one of an unknown kind.
         """
-        embedding = module = model.get_output_embeddings()
-        while module is not None:
+        embedding = model.get_output_embeddings()
+        if embedding is None:
+            raise unsupported("one with an output embedding", "none")
+        return cls.of_module(embedding)
+
+    @classmethod
+    def of_module(cls, embedding: Any) -> HeadModule:
+        """The module that an output embedding calls in the end.
+
+        Raises:
+            UnsupportedHead: for one of an unknown kind.
+        """
+        module = embedding
+        while True:
             children = vars(module).get("_modules", {})
             if "modules_to_save" in children and "original_module" in children:  # PEFT's copies
                 copies, active = children["modules_to_save"], module.active_adapters
@@ -84,10 +96,10 @@ class HeadModule:
             else:
                 _check_linear(module)
                 return cls(module, "linear", embedding)
-        raise unsupported("one with an output embedding", "none")
 
     @property
-    def _attribute(self) -> str:
+    def attribute(self) -> str:
+        """The name under which the module's call finds its forward."""
         # accelerate's hooks keep the forward that theirs calls
         return "_old_forward" if "_hf_hook" in vars(self.module) else "forward"
 
@@ -97,13 +109,13 @@ class HeadModule:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output [B, T, V] of the module's original forward, overridden or not."""
-        return original_forward(getattr(self.module, self._attribute))(hidden)
+        return original_forward(getattr(self.module, self.attribute))(hidden)
 
     def override(
         self, forward: Callable[..., Any], hook: Callable[[Any], None]
     ) -> AbstractContextManager[None]:
         """Run another forward in the module's place; see ``override_forward``."""
-        return override_forward(self.module, self._attribute, forward, hook)
+        return override_forward(self.module, self.attribute, forward, hook)
 
     def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """States, weight and bias of the one product that makes the logits.

@@ -8,19 +8,21 @@ from fusedpo import checks
 from fusedpo.engine.batch import Batch
 from fusedpo.engine.plan import Plan
 from fusedpo.engine.score import plan_for, score, score_in_graph
-from fusedpo.engine.stats import STATS, TokenStats
+from fusedpo.engine.stats import DIFFERENTIABLE, STATS, TokenStats
 
 
-def check_stats(stats: str | Sequence[str]) -> tuple[str, ...]:
-    """The names of the statistics, in the order of ``STATS``."""
+def check_stats(
+    stats: str | Sequence[str], argument: str = "stats", choices: Sequence[str] = STATS
+) -> tuple[str, ...]:
+    """The names of the statistics, in the order of the choices."""
     if isinstance(stats, str):
         stats = (stats,)
     if not isinstance(stats, Sequence):
-        raise checks.bad_type("stats", "a sequence of names", type(stats).__name__)
+        raise checks.bad_type(argument, "a sequence of names", type(stats).__name__)
     for name in stats:
-        if name not in STATS:
-            raise checks.bad_choice("stats", name, STATS)
-    return tuple(name for name in STATS if name in stats)
+        if name not in choices:
+            raise checks.bad_choice(argument, name, choices)
+    return tuple(name for name in choices if name in stats)
 
 
 def score_tokens(
@@ -28,13 +30,16 @@ def score_tokens(
     memory_budget: int | float | str | Plan | None,
     *,
     stats: tuple[str, ...] = ("logprob",),
+    differentiable: tuple[str, ...] = DIFFERENTIABLE,
     like: Plan | None = None,
 ) -> TokenStats:
     """Statistics [N] of the rows, planned and scored.
 
     Args:
+        differentiable: which of logprob and entropy pass a gradient on.
         like: a policy's plan, whose tiles are taken where the sizes are the same.
     """
     if batch.rows.scored is not None:
-        return score_in_graph(batch, memory_budget, stats=stats)[0]
-    return score(batch, plan_for(batch, memory_budget, stats=stats, like=like), stats=stats)[0]
+        return score_in_graph(batch, memory_budget, stats=stats, differentiable=differentiable)[0]
+    plan = plan_for(batch, memory_budget, stats=stats, differentiable=differentiable, like=like)
+    return score(batch, plan, stats=stats, differentiable=differentiable)[0]

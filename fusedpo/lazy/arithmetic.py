@@ -1,0 +1,329 @@
+"""Casts and operations number by number, alone or with numbers and tensors of rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedpo.lazy import expressions
+from fusedpo.lazy.expressions import NO_LABEL, Expression, RowValues
+from fusedpo.lazy.masks import kept
+from fusedpo.lazy.registry import derived, handles, in_order
+from fusedpo.lazy.statistics import combination
+from fusedpo.lazy.tensor import LazyTensor
+
+# one tensor
+
+
+@handles("nan_to_num")
+def _finite(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
+    # finite logits are what they were; of others no loss would be finite
+    if not isinstance(lazy, LazyTensor) or not lazy.recipe.wide or kwargs.get("out") is not None:
+        return NotImplemented
+    return derived(lazy, axis=lazy.recipe.axis)
+
+
+_UNARY: dict[str, Callable[[Expression], Expression]] = {
+    "tanh": expressions.tanh,
+    "exp": expressions.exp,
+    "log": expressions.log,
+}
+
+
+@handles("tanh", "exp", "log", "neg", "negative", "__neg__")
+def _unary(func: Any, lazy: Any, **kwargs: Any) -> Any:
+    if kwargs or not isinstance(lazy, LazyTensor) or not lazy.recipe.dtype.is_floating_point:
+        return NotImplemented
+    name, expression = func.__name__, lazy.recipe.expression
+    if name in _UNARY:
+        # what is scored by the engine is real from here on
+        if not expression.wide and combination(expression, lazy.recipe.source.vocab):
+            return NotImplemented
+        return derived(lazy, _UNARY[name](expression), axis=lazy.recipe.axis)
+    made = Expression("neg", (expression,), function=torch.neg, wide=expression.wide)
+    return derived(lazy, made, axis=lazy.recipe.axis)
+
+
+@handles(
+    "abs",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "clip",
+    "exp2",
+    "expm1",
+    "isfinite",
+    "isinf",
+    "isnan",
+    "log1p",
+    "log2",
+    "logical_not",
+    "logsigmoid",
+    "pow",
+    "__pow__",
+    "relu",
+    "sigmoid",
+    "softplus",
+    "sqrt",
+    "square",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "__eq__",
+    "__ne__",
+    "__lt__",
+    "__le__",
+    "__gt__",
+    "__ge__",
+)
+def _elementwise(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
+    """Number by number, with numbers for arguments: an expression like others, for a reduction."""
+    arguments = (*args, *kwargs.values())
+    if not isinstance(lazy, LazyTensor) or not lazy.recipe.wide or not in_order(lazy):
+        if isinstance(lazy, LazyTensor) and func.__name__ in ("eq", "__eq__"):
+            return _match(lazy, *args)
+        if args and isinstance(args[0], LazyTensor) and func.__name__ in ("eq", "__eq__"):
+            return _match(args[0], lazy)
+        return NotImplemented
+    if any(isinstance(each, Tensor) for each in arguments):
+        return NotImplemented
+    like = func(torch.empty(1, dtype=lazy.recipe.dtype), *args, **kwargs)
+
+    def function(value: Tensor) -> Tensor:
+        return func(value, *args, **kwargs)
+
+    made = Expression(f"{func.__name__}{arguments}", (lazy.recipe.expression,), function=function)
+    return derived(lazy, made, dtype=like.dtype)
+
+
+def _match(lazy: LazyTensor, labels: Any) -> Any:
+    """Whether the likeliest token is the label."""
+    recipe = lazy.recipe
+    if recipe.expression.name != "argmax" or not isinstance(labels, Tensor):
+        return NotImplemented
+    if isinstance(labels, LazyTensor) or labels.shape != recipe.index.shape:
+        return NotImplemented
+    if labels.dtype not in (torch.int64, torch.int32) or labels.device != recipe.source.device:
+        return NotImplemented
+    # no token is the label of an ignored position
+    outside = (labels < 0) | (labels >= recipe.source.vocab)
+    rows = RowValues.of(recipe.index, labels.long().masked_fill(outside, NO_LABEL))
+
+    def function(value: Tensor, rows: Tensor) -> Tensor:
+        return value == rows
+
+    made = Expression("eq", (recipe.expression,), rows=rows, wide=False, function=function)
+    return derived(lazy, made, dtype=torch.bool)
+
+
+# two operands
+
+
+_SYMBOLS = {
+    "add": "add",
+    "sub": "sub",
+    "subtract": "sub",
+    "mul": "mul",
+    "multiply": "mul",
+    "div": "div",
+    "divide": "div",
+    "true_divide": "div",
+}
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+}
+_REVERSED = {"rsub": "sub", "__rsub__": "sub", "__rdiv__": "div", "__rtruediv__": "div"}
+
+
+def _operation(name: str) -> tuple[str, bool]:
+    """add, sub, mul or div, and whether the operands are the other way about."""
+    if name in _REVERSED:
+        return _REVERSED[name], True
+    bare = name.strip("_").removeprefix("true")
+    if name.startswith("__r") and name != "__rshift__":
+        bare = bare.removeprefix("r")
+    return {**_SYMBOLS, "truediv": "div", "itruediv": "div", "imul": "mul"}[bare], False
+
+
+@handles(
+    *_SYMBOLS,
+    *_REVERSED,
+    "__add__",
+    "__radd__",
+    "__sub__",
+    "__mul__",
+    "__rmul__",
+    "__truediv__",
+    "__div__",
+)
+def _binary(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
+    if kwargs:  # alpha, rounding_mode, out
+        return NotImplemented
+    try:
+        name, turned = _operation(func.__name__)
+    except KeyError:
+        return NotImplemented
+    if turned:
+        a, b = b, a
+    lazy = a if isinstance(a, LazyTensor) else b
+    if not lazy.recipe.dtype.is_floating_point:
+        return NotImplemented
+    if lazy.recipe.wide or (isinstance(b, LazyTensor) and b.recipe.wide):
+        return _wide(name, a, b)
+    return _narrow(name, a, b)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _wide(name: str, a: Any, b: Any) -> Any:
+    lazy = a if isinstance(a, LazyTensor) and a.recipe.wide else b
+    other = b if lazy is a else a
+    recipe, expression = lazy.recipe, lazy.recipe.expression
+    if _number(other):
+        if name in ("mul", "div") and lazy is a and other != 0 and math.isfinite(other):
+            made = expressions.scaled(expression, 1 / other if name == "div" else other)
+        elif name == "mul":
+            made = expressions.scaled(expression, other)
+        else:
+            operands = (expression, other) if lazy is a else (other, expression)
+            made = Expression(name, operands, function=_FUNCTIONS[name])
+        return derived(lazy, made, axis=recipe.axis)
+    if not isinstance(other, Tensor) or not in_order(lazy):
+        return NotImplemented
+    if isinstance(other, LazyTensor):
+        return _wide_and_lazy(name, a, b, lazy, other)
+    rows = rows_of(lazy, other)
+    if rows is None:
+        return NotImplemented
+    dtype = torch.result_type(torch.empty(1, dtype=recipe.dtype), other)
+    if name == "div" and lazy is a:
+        made = expressions.divided(expression, rows)
+    else:
+        made = _with_rows(name, expression, rows, turned=lazy is b)
+    return derived(lazy, made, dtype=dtype)
+
+
+def _with_rows(name: str, expression: Expression, rows: RowValues, *, turned: bool) -> Expression:
+    operate = _FUNCTIONS[name]
+
+    def function(value: Tensor, rows: Tensor) -> Tensor:
+        column = rows.to(value.dtype)[:, None]
+        return operate(column, value) if turned else operate(value, column)
+
+    return Expression(f"{name} rows", (expression,), rows=rows, function=function)
+
+
+def rows_of(lazy: LazyTensor, values: Tensor) -> RowValues | None:
+    """Numbers that are the same for all entries of a row; None if they are not, or have a
+    gradient."""
+    recipe = lazy.recipe
+    index = recipe.index
+    if values.requires_grad or values.device not in (recipe.source.device, torch.device("cpu")):
+        return None
+    if values.dim() > index.dim() + 1 or (values.dim() and values.shape[-1] != 1):
+        return None
+    try:
+        return RowValues.of(index, values.expand(*index.shape, 1))
+    except RuntimeError:  # shapes that do not go together, which torch will say
+        return None
+
+
+def _wide_and_lazy(name: str, a: Any, b: Any, lazy: LazyTensor, other: LazyTensor) -> Any:
+    """Of two lazy tensors of the same rows."""
+    mine, theirs = lazy.recipe, other.recipe
+    index = theirs.index
+    if not theirs.wide:
+        if not index.dim() or index.shape[-1] != 1:
+            return NotImplemented
+        index = index[..., 0]
+    elif not in_order(other):
+        return NotImplemented
+    if mine.source is not theirs.source or not torch.equal(mine.index, index):
+        return NotImplemented
+    if mine.grad != theirs.grad:  # one of them is detached
+        return NotImplemented
+    operands = a.recipe.expression, b.recipe.expression
+    if name == "sub":
+        made = expressions.subtracted(*operands)
+    else:
+        made = Expression(name, operands, function=_FUNCTIONS[name])
+    return derived(lazy, made, dtype=torch.promote_types(mine.dtype, theirs.dtype))
+
+
+def _narrow(name: str, a: Any, b: Any) -> Any:
+    """Of one number a row: with a mask, only what it keeps is scored."""
+    if isinstance(a, LazyTensor) and isinstance(b, LazyTensor):
+        one, two = a.recipe, b.recipe
+        if (
+            one.source is not two.source
+            or one.grad != two.grad
+            or name not in ("add", "sub")
+            or one.index.shape != two.index.shape
+            or not torch.equal(one.index, two.index)
+        ):
+            return NotImplemented
+        operands = one.expression, two.expression
+        made = Expression(name, operands, wide=False, function=_FUNCTIONS[name])
+        return derived(a, made, dtype=torch.promote_types(one.dtype, two.dtype))
+    lazy, other = (a, b) if isinstance(a, LazyTensor) else (b, a)
+    expression = lazy.recipe.expression
+    if _number(other):
+        if name == "div" and lazy is a and other != 0:
+            name, other = "mul", 1 / other
+        elif name == "div":
+            return NotImplemented
+        operands = (expression, other) if lazy is a else (other, expression)
+        made = Expression(name, operands, wide=False, function=_FUNCTIONS[name])
+        return derived(lazy, made)
+    if name == "mul" and isinstance(other, Tensor) and not other.requires_grad:
+        keep = kept(lazy, other != 0)
+        if keep is not None:
+            return lazy.score(keep) * other
+    return NotImplemented
+
+
+# in place
+
+
+@handles("div_", "mul_", "__itruediv__", "__imul__", "divide_", "multiply_", "true_divide_")
+def _scale_in_place(func: Any, lazy: Any, other: Any, **kwargs: Any) -> Any:
+    """logits.div_(temperature): views of the same memory see it too."""
+    if kwargs or not isinstance(lazy, LazyTensor) or not lazy.recipe.wide or not in_order(lazy):
+        return NotImplemented
+    recipe = lazy.recipe
+    name, _ = _operation(func.__name__)
+    expression = recipe.expression
+    if not isinstance(expression, expressions.Logits) or expression.divisor is not None:
+        return NotImplemented
+    whole = recipe.view is None or recipe.index.numel() == _base(lazy).numel()
+    if _number(other) and whole and other > 0:
+        factor = 1 / other if name == "div" else other
+        recipe.memory.expression = expressions.scaled(expression, factor)
+        return lazy
+    if _number(other):
+        other = torch.full((1,), float(other), device=recipe.source.device)
+    rows = rows_of(lazy, other) if isinstance(other, Tensor) else None
+    if rows is None or isinstance(other, LazyTensor):
+        return NotImplemented
+    if name == "mul":
+        rows = RowValues(tuple((index, 1 / values) for index, values in rows.pieces))
+    recipe.memory.expression = expressions.divided(expression, rows)
+    return lazy
+
+
+def _base(lazy: LazyTensor) -> Tensor:
+    while lazy.recipe.view is not None:
+        lazy = lazy.recipe.view[0]
+    return lazy.recipe.index

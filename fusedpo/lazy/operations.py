@@ -1,0 +1,175 @@
+"""What becomes of an operation on lazy tensors: it is known, or the real tensor is made for it."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+# the tables of operations, which register themselves
+from fusedpo.lazy import arithmetic, casts, masks, reductions, shapes  # noqa: F401
+from fusedpo.lazy.registry import HANDLERS
+from fusedpo.lazy.tensor import LazyTensor
+
+# answered by the tensor itself, which has a shape, a dtype and a place in the graph
+_METHODS = frozenset(
+    (
+        "__hash__",
+        "__len__",
+        "dim",
+        "dim_order",
+        "element_size",
+        "get_device",
+        "is_complex",
+        "is_conj",
+        "is_contiguous",
+        "is_floating_point",
+        "is_inference",
+        "is_neg",
+        "is_same_size",
+        "is_signed",
+        "ndimension",
+        "nelement",
+        "numel",
+        "requires_grad_",
+        "size",
+        "storage_offset",
+        "stride",
+    )
+)
+_PROPERTIES = frozenset(
+    (
+        "__dict__",
+        "_backward_hooks",
+        "_base",
+        "_version",
+        "device",
+        "dtype",
+        "grad",
+        "grad_fn",
+        "is_cpu",
+        "is_cuda",
+        "is_leaf",
+        "is_meta",
+        "is_mps",
+        "is_nested",
+        "is_quantized",
+        "is_sparse",
+        "is_sparse_csr",
+        "is_xpu",
+        "itemsize",
+        "layout",
+        "name",
+        "names",
+        "nbytes",
+        "ndim",
+        "output_nr",
+        "requires_grad",
+        "retains_grad",
+        "shape",
+        "volatile",
+    )
+)
+# operations that change their first argument, beside those whose name ends with an underscore
+_ASSIGNMENTS = frozenset(
+    (
+        "__iadd__",
+        "__iand__",
+        "__idiv__",
+        "__ifloordiv__",
+        "__imod__",
+        "__imul__",
+        "__ior__",
+        "__ipow__",
+        "__isub__",
+        "__itruediv__",
+        "__ixor__",
+        "__setitem__",
+        "register_hook",
+        "retain_grad",
+    )
+)
+_PACKAGE = str(Path(__file__).resolve().parent.parent)
+
+
+class LogitsNeeded(RuntimeError):
+    """An operation that needs real logits, under ``lazy_logits(..., unknown="raise")``."""
+
+
+def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of an operation of torch with lazy tensors among its arguments."""
+    name = getattr(func, "__name__", str(func))
+    if name in ("__get__", "__set__"):
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        if attribute in _PROPERTIES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if name == "__get__" and attribute == "data":
+            return HANDLERS["detach"](func, args[0])
+        name = attribute
+    elif name in _METHODS:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    if (handler := HANDLERS.get(name)) is not None and not _has_real_memory(args, kwargs):
+        result = handler(func, *args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    return _on_real(name, func, args, kwargs)
+
+
+def _lazy(*trees: Any) -> list[LazyTensor]:
+    return [t for t in pytree.tree_leaves(trees) if isinstance(t, LazyTensor)]
+
+
+def _has_real_memory(*trees: Any) -> bool:
+    return any(t.recipe.memory.value is not None for t in _lazy(*trees))
+
+
+def _on_real(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The operation on real tensors, with one warning where these are logits."""
+    in_place = name in _ASSIGNMENTS or (name.endswith("_") and not name.endswith("__"))
+    in_place |= kwargs.get("out") is not None
+    target = args[0] if args else None
+    for lazy in _lazy(args, kwargs):
+        if lazy.recipe.wide and lazy.recipe.memory.value is None:
+            _report(name, lazy)
+
+    def real(lazy: LazyTensor) -> Tensor:
+        changed = in_place and (lazy is target or lazy is kwargs.get("out"))
+        if changed or (lazy.recipe.wide and lazy.recipe.view is None):
+            return lazy.keep_materialized()  # made once
+        return lazy.materialize()
+
+    args, kwargs = pytree.tree_map_only(LazyTensor, real, (args, kwargs))
+    result = func(*args, **kwargs)
+    if in_place and isinstance(target, LazyTensor) and result is args[0]:
+        return target
+    return result
+
+
+def _report(name: str, lazy: LazyTensor) -> None:
+    """Say once for each place in the caller's code that logits are made."""
+    unknown = lazy.recipe.source.options.unknown
+    frame = sys._getframe(1)
+    torch_folder = str(Path(torch.__file__).resolve().parent)
+    while frame.f_back is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith((_PACKAGE, torch_folder)):
+            break
+        frame = frame.f_back
+    place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    shape = list(lazy.recipe.shape)
+    text = f"lazy logits: {name} needs the real logits {shape}, which are made for it; {place}"
+    if unknown == "raise":
+        raise LogitsNeeded(text)
+    if (name, place) not in _reported:
+        _reported.add((name, place))
+        warnings.warn(text, stacklevel=2)
+
+
+_reported: set[tuple[str, str]] = set()

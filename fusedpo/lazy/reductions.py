@@ -1,0 +1,273 @@
+"""Operations along the vocabulary: softmax, labels, reductions and cross-entropies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedpo.lazy import expressions
+from fusedpo.lazy.expressions import Expression, RowValues
+from fusedpo.lazy.registry import derived, handles, in_order, last
+from fusedpo.lazy.tensor import LazyTensor
+
+# softmax
+
+
+@handles("log_softmax", "softmax")
+def _softmax(func: Any, lazy: Any, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(lazy, LazyTensor) or not last(lazy, dim):
+        return NotImplemented
+    dtype = kwargs.get("dtype")
+    for each in args:
+        dtype = each if isinstance(each, torch.dtype) else dtype
+    expression = _unshifted(lazy.recipe.expression)
+    build = expressions.log_softmax if func.__name__ == "log_softmax" else expressions.softmax
+    return derived(lazy, build(expression), dtype=dtype or _autocast(lazy))
+
+
+def _unshifted(expression: Expression) -> Expression:
+    """An expression without what is taken from a whole row, such as its largest logit."""
+    if expression.name == "sub" and expression.wide:
+        a, b = expression.inputs
+        if isinstance(a, Expression) and isinstance(b, Expression) and a.wide and not b.wide:
+            return a
+    return expression
+
+
+def _autocast(lazy: LazyTensor) -> torch.dtype:
+    """The dtype of a softmax or a loss, which autocast takes in full precision."""
+    recipe = lazy.recipe
+    enabled = torch.is_autocast_enabled(recipe.source.device.type)
+    return torch.float32 if enabled and recipe.dtype != torch.float64 else recipe.dtype
+
+
+# labels
+
+
+def take(lazy: LazyTensor, labels: Tensor) -> LazyTensor:
+    """The entry of each row's label; labels shaped like the rows."""
+    rows = RowValues.of(lazy.recipe.index, labels.long())
+    return derived(lazy, expressions.gathered(lazy.recipe.expression, rows))
+
+
+@handles("gather", "take_along_dim")
+def _gather(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(lazy, LazyTensor) or kwargs.get("out") is not None:
+        return NotImplemented
+    names = ("dim", "index") if func.__name__ == "gather" else ("indices", "dim")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    dim, labels = given.get("dim"), given.get("index", given.get("indices"))
+    index = lazy.recipe.index
+    if not last(lazy, dim) or not isinstance(labels, Tensor) or isinstance(labels, LazyTensor):
+        return NotImplemented
+    if labels.dim() != index.dim() + 1 or labels.shape[-1] != 1:
+        return NotImplemented
+    shape = labels.shape[:-1]
+    if any(few > many for few, many in zip(shape, index.shape, strict=True)):
+        return NotImplemented
+    if func.__name__ == "take_along_dim" and shape != index.shape:
+        return NotImplemented
+    rows = derived(lazy, index=index[tuple(slice(0, size) for size in shape)])
+    found = take(rows, labels[..., 0])
+    return derived(found, index=found.recipe.index[..., None])
+
+
+# reductions
+
+
+def _dims(lazy: LazyTensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool, Any]:
+    """dim, keepdim and dtype of a reduction's arguments."""
+    given = {**dict(zip(("dim", "keepdim"), args, strict=False)), **kwargs}
+    dim = given.get("dim", given.get("axis"))
+    if isinstance(dim, tuple | list) and len(dim) == 1:
+        (dim,) = dim
+    return dim, bool(given.get("keepdim", False)), given.get("dtype")
+
+
+_REDUCTIONS = (
+    "logsumexp",
+    "sum",
+    "mean",
+    "nansum",
+    "nanmean",
+    "amax",
+    "amin",
+    "argmax",
+    "argmin",
+    "any",
+    "all",
+    "std",
+    "var",
+    "norm",
+    "count_nonzero",
+)
+
+
+@handles(*_REDUCTIONS)
+def _reduce(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(lazy, LazyTensor) or not lazy.recipe.wide or not in_order(lazy):
+        return NotImplemented
+    name = func.__name__
+    if kwargs.get("out") is not None:
+        return NotImplemented
+    dim, keepdim, dtype = _dims(lazy, args, kwargs)
+    if not last(lazy, dim):
+        return _of_all(name, lazy) if not args and not kwargs else NotImplemented
+    if len(args) > 2 or not {*kwargs} <= {"dim", "keepdim", "dtype", "axis"}:
+        return NotImplemented
+
+    def function(value: Tensor) -> Tensor:
+        return func(value, dim=-1)
+
+    like = func(torch.empty(1, 1, dtype=lazy.recipe.dtype), dim=-1)
+    if name == "logsumexp":
+        like = like.to(_autocast(lazy))
+    made = expressions.reduced(name, lazy.recipe.expression, function)
+    narrow = derived(lazy, made, dtype=dtype or like.dtype)
+    return derived(narrow, index=narrow.recipe.index[..., None]) if keepdim else narrow
+
+
+def _of_all(name: str, lazy: LazyTensor) -> Any:
+    """A reduction of everything to one number."""
+    recipe = lazy.recipe
+
+    def rows(reduction: str) -> Tensor:
+        return _reduce(getattr(torch, reduction), lazy, dim=-1).materialize()
+
+    if name in ("sum", "mean", "nansum", "amax", "amin", "any", "all"):
+        return getattr(rows(name), name)()
+    if name == "count_nonzero":
+        return rows(name).sum()
+    if name == "std" and recipe.index.numel():
+        # of all numbers, by the means and variances of the rows
+        vocab, count = recipe.source.vocab, recipe.index.numel() * recipe.source.vocab
+        means, squares = rows("mean").double(), _variance(lazy).double() * vocab
+        total = squares.sum() + vocab * (means - means.mean()).square().sum()
+        return (total / (count - 1)).sqrt().to(recipe.dtype)
+    return NotImplemented
+
+
+def _variance(lazy: LazyTensor) -> Tensor:
+    made = expressions.reduced(
+        "var uncorrected", lazy.recipe.expression, lambda value: value.var(-1, correction=0)
+    )
+    return derived(lazy, made).materialize()
+
+
+@handles("max", "min")
+def _extreme(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(lazy, LazyTensor) or not lazy.recipe.wide or not in_order(lazy):
+        return NotImplemented
+    name = func.__name__
+    if not args and not kwargs:
+        return _of_all(f"a{name}", lazy)
+    dim, keepdim, _ = _dims(lazy, args, kwargs)
+    if not last(lazy, dim):
+        return NotImplemented
+    values = _reduce(getattr(torch, f"a{name}"), lazy, dim=-1, keepdim=keepdim)
+    places = _reduce(getattr(torch, f"arg{name}"), lazy, dim=-1, keepdim=keepdim)
+    return getattr(torch.return_types, name)((values, places))
+
+
+@handles("topk")
+def _topk(func: Any, lazy: Any, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(lazy, LazyTensor) or not last(lazy, dim) or kwargs.get("out") is not None:
+        return NotImplemented
+    recipe = lazy.recipe
+
+    def function(value: Tensor) -> Tensor:
+        return func(value, k, -1, *args, **kwargs).indices
+
+    made = Expression("topk", (recipe.expression,), wide=False, function=function)
+    places = recipe.source.by_chunks(made, recipe.rows, grad=False)
+    by_row = RowValues(((recipe.index.reshape(-1), places),))
+
+    def gather(value: Tensor, rows: Tensor) -> Tensor:
+        return value.gather(-1, rows)
+
+    values = Expression("topk", (recipe.expression,), rows=by_row, wide=False, function=gather)
+    with torch.set_grad_enabled(recipe.grad and torch.is_grad_enabled()):
+        found = recipe.source.by_chunks(values, recipe.rows, grad=torch.is_grad_enabled())
+    shape = (*recipe.index.shape, k)
+    return torch.return_types.topk((found.view(shape).to(recipe.dtype), places.view(shape)))
+
+
+# losses
+
+
+@handles("cross_entropy", "cross_entropy_loss")
+def _cross_entropy(
+    func: Any,
+    lazy: Any,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    if not isinstance(lazy, LazyTensor) or weight is not None:
+        return NotImplemented
+    if size_average is not None or reduce is not None or target.is_floating_point():
+        return NotImplemented
+    recipe = lazy.recipe
+    logits = derived(lazy, _unshifted(recipe.expression), dtype=_autocast(lazy))
+    scored = target != ignore_index
+    labels = target.masked_fill(~scored, 0)
+    if target.shape != recipe.index.shape or recipe.axis not in (1, recipe.index.dim()):
+        return NotImplemented
+    if target.device != recipe.source.device or recipe.index.dim() > 1 != (recipe.axis == 1):
+        return NotImplemented
+    log_probs = derived(logits, expressions.log_softmax(logits.recipe.expression))
+    nll = -take(log_probs, labels)
+    if label_smoothing:
+        of_all = -_reduce(torch.mean, log_probs, dim=-1)
+        nll = (1 - label_smoothing) * nll + label_smoothing * of_all
+    return _reduced(nll, scored, reduction)
+
+
+@handles("nll_loss")
+def _nll_loss(
+    func: Any,
+    lazy: Any,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Any:
+    if not isinstance(lazy, LazyTensor) or weight is not None or not lazy.recipe.wide:
+        return NotImplemented
+    recipe = lazy.recipe
+    if size_average is not None or reduce is not None or target.shape != recipe.index.shape:
+        return NotImplemented
+    if recipe.axis != 1 and recipe.index.dim() > 1:
+        return NotImplemented
+    scored = target != ignore_index
+    taken = take(derived(lazy), target.masked_fill(~scored, 0))
+    return _reduced(-taken, scored, reduction)
+
+
+def _reduced(nll: Any, scored: Tensor, reduction: str) -> Any:
+    """Losses of the rows, 0 where ignored, reduced as torch does."""
+    if reduction not in ("none", "mean", "sum"):
+        return NotImplemented
+    losses = nll.score(scored).masked_fill(~scored, 0.0)
+    if reduction == "none":
+        return losses
+    return losses.sum() / scored.sum() if reduction == "mean" else losses.sum()
+
+
+@handles("register_hook")
+def _register_hook(func: Any, lazy: LazyTensor, hook: Any) -> Any:
+    """A wrapper's hook, which takes the time of a gradient and not its numbers, is hung on what is
+    made of the logits; another one needs them."""
+    module = getattr(getattr(hook, "__func__", hook), "__module__", "") or ""
+    if not module.startswith(("torch.distributed", "torch.nn.parallel", "deepspeed", "accelerate")):
+        return NotImplemented
+    lazy.recipe.source.hooks.append(hook)
+    return torch.utils.hooks.RemovableHandle({})

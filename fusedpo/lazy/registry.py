@@ -1,0 +1,105 @@
+"""The table of operations that lazy tensors know, by their names in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedpo.lazy.expressions import Expression
+from fusedpo.lazy.tensor import LazyTensor, Memory, Recipe, is_range
+
+Handler = Callable[..., Any]
+HANDLERS: dict[str, Handler] = {}
+
+
+def handles(*names: str) -> Callable[[Handler], Handler]:
+    """Register a handler of operations.
+
+    A handler is called with the operation itself and its arguments, and returns NotImplemented
+    where it does not know what to do with them.
+    """
+
+    def register(handler: Handler) -> Handler:
+        for name in names:
+            assert name not in HANDLERS, name
+            HANDLERS[name] = handler
+        return handler
+
+    return register
+
+
+def derived(
+    lazy: LazyTensor,
+    expression: Expression | None = None,
+    *,
+    memory: Memory | None = None,
+    index: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    grad: bool | None = None,
+    axis: int | None = None,
+    view: Callable[[Tensor], Tensor] | None = None,
+) -> LazyTensor:
+    """A lazy tensor made of another one: with another expression, other rows, another dtype.
+
+    Args:
+        view: makes it of the other one's real tensor, if both share memory.
+    """
+    recipe = lazy.recipe
+    if memory is None:
+        memory = recipe.memory if view is not None else Memory(expression or recipe.expression)
+    index = recipe.index if index is None else index.contiguous()
+    wide = memory.expression.wide
+    dtype = dtype or recipe.dtype
+    passes = recipe.grad and torch.is_grad_enabled() if grad is None else grad
+    if axis is None:
+        axis = index.dim()
+    source = recipe.source
+    if index.dim() and index.numel() > 1 and index.unique().numel() < index.numel():  # type: ignore[no-untyped-call]
+        # rows that are repeated are rows of their own: their gradients add up
+        if memory.expression.wide and expression is None and not _has_row_values(memory.expression):
+            source = source.at(index.reshape(-1))
+            memory = Memory(memory.expression)
+            index = torch.arange(index.numel()).view(index.shape)
+            view = None
+        else:
+            return NotImplemented
+    return LazyTensor.of(
+        Recipe(
+            source,
+            memory,
+            index,
+            dtype,
+            passes and dtype.is_floating_point,
+            axis if wide else index.dim(),
+            None if view is None else (lazy, view),
+        )
+    )
+
+
+def _has_row_values(expression: Expression | float) -> bool:
+    """Whether an expression takes numbers of the source's rows."""
+    if not isinstance(expression, Expression):
+        return False
+    if expression.rows is not None or getattr(expression, "divisor", None) is not None:
+        return True
+    return any(map(_has_row_values, expression.inputs))
+
+
+def last(lazy: LazyTensor, dim: Any) -> bool:
+    """Whether a dimension is that of the vocabulary, and the last one."""
+    recipe = lazy.recipe
+    rank = recipe.index.dim()
+    return recipe.wide and recipe.axis == rank and dim in (-1, rank)
+
+
+def in_order(lazy: LazyTensor) -> bool:
+    """Whether the vocabulary is the last dimension of a wide tensor."""
+    return lazy.recipe.axis == lazy.recipe.index.dim()
+
+
+def contiguous(lazy: LazyTensor) -> bool:
+    """Whether the real tensor's rows would follow each other in memory."""
+    return lazy.recipe.view is None or is_range(lazy.recipe.index)

@@ -1,0 +1,267 @@
+"""Operations on rows: slices, views, masks, splits and joins.
+
+What an operation does to rows is found by doing it to their numbers: an index [...], or the index
+with an axis in the place of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fusedpo.lazy.expressions import merged
+from fusedpo.lazy.registry import contiguous, derived, handles, in_order
+from fusedpo.lazy.tensor import LazyTensor, Memory
+
+
+def _on_index(lazy: LazyTensor, func: Callable[[Tensor], Any], *, sizes: bool) -> Any:
+    """The index after an operation, a tensor or a list of them; None where it touches the
+    vocabulary.
+
+    Args:
+        sizes: whether the operation's arguments may tell the size of the vocabulary.
+    """
+    index, recipe = lazy.recipe.index, lazy.recipe
+    if not recipe.wide:
+        return func(index)
+    vocab = recipe.source.vocab
+    if not in_order(lazy):
+        return None
+    if sizes:
+        shapes = func(torch.empty(recipe.shape, device="meta"))
+        if any(not t.dim() or t.shape[-1] != vocab for t in pytree.tree_leaves(shapes)):
+            return None
+        proxy = index[..., None].expand(*index.shape, vocab)
+    else:
+        proxy = index[..., None]
+    outcome = func(proxy)
+    for t in pytree.tree_leaves(outcome):
+        if not t.dim() or t.shape[-1] != proxy.shape[-1]:
+            return None
+        if sizes and vocab > 1 and t.numel() and t.stride(-1) != 0:
+            return None
+    return pytree.tree_map(lambda t: t[..., 0], outcome)
+
+
+def _results(lazy: LazyTensor, indices: Any, func: Callable[[Tensor], Any], *, view: bool) -> Any:
+    """The lazy tensors with these indices, a tensor or a list."""
+    if isinstance(indices, Tensor):
+        return derived(lazy, index=indices, view=func if view else None)
+
+    def part(i: int) -> Callable[[Tensor], Tensor]:
+        return lambda t: func(t)[i]
+
+    made = [
+        derived(lazy, index=each, view=part(i) if view else None) for i, each in enumerate(indices)
+    ]
+    return NotImplemented if any(each is NotImplemented for each in made) else tuple(made)
+
+
+@handles(
+    "view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "narrow",
+    "select",
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "tensor_split",
+    "unbind",
+    "expand",
+)
+def _view(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(lazy, LazyTensor):
+        return NotImplemented
+    if args and isinstance(args[0], torch.dtype):  # view(dtype)
+        return NotImplemented
+
+    def view(t: Tensor) -> Any:
+        return func(t, *args, **kwargs)
+
+    indices = _on_index(lazy, view, sizes=lazy.recipe.wide)
+    if indices is None:
+        return NotImplemented
+    # of rows apart, these make a copy
+    copies = func.__name__ in ("reshape", "flatten") and not contiguous(lazy)
+    return _results(lazy, indices, view, view=not copies)
+
+
+@handles("view_as", "reshape_as", "expand_as")
+def _view_as(func: Any, lazy: Any, other: Tensor) -> Any:
+    name = func.__name__.removesuffix("_as")
+    return _view(getattr(Tensor, name), lazy, other.shape)
+
+
+@handles("__iter__")
+def _iterate(func: Any, lazy: LazyTensor) -> Any:
+    parts = _view(Tensor.unbind, lazy)
+    return parts if parts is NotImplemented else iter(parts)
+
+
+@handles("index_select", "flip", "roll", "repeat_interleave", "masked_select")
+def _copy(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(lazy, LazyTensor) or (func.__name__ == "masked_select" and lazy.recipe.wide):
+        return NotImplemented
+    args, kwargs = pytree.tree_map_only(Tensor, _on_cpu, (args, kwargs))
+    index = _on_index(lazy, lambda t: func(t, *args, **kwargs), sizes=False)
+    return NotImplemented if index is None else _results(lazy, index, _none, view=False)
+
+
+@handles("transpose", "permute", "movedim", "swapaxes", "moveaxis", "swapdims", "t")
+def _move_axes(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(lazy, LazyTensor):
+        return NotImplemented
+    recipe = lazy.recipe
+
+    def view(t: Tensor) -> Tensor:
+        return func(t, *args, **kwargs)
+
+    if not recipe.wide:
+        return derived(lazy, index=view(recipe.index), view=view)
+    # an axis of stride 0 in the place of the vocabulary; the others have strides of their own
+    strides = torch.empty(recipe.index.shape, device="meta").stride()
+    strides = tuple(max(1, stride) for stride in strides)
+    proxy = recipe.index.as_strided(recipe.index.shape, strides)[..., None]
+    proxy = proxy.expand(*recipe.index.shape, recipe.source.vocab).movedim(-1, recipe.axis)
+    moved = view(proxy)
+    axis = next(axis for axis, stride in enumerate(moved.stride()) if stride == 0)
+    return derived(lazy, index=moved.select(axis, 0), axis=axis, view=view)
+
+
+@handles("__getitem__")
+def _get(func: Any, lazy: Any, key: Any) -> Any:
+    if not isinstance(lazy, LazyTensor):
+        return NotImplemented
+    recipe = lazy.recipe
+    keys = list(key) if isinstance(key, tuple) else [key]
+    if any(isinstance(each, LazyTensor) for each in keys):
+        return NotImplemented
+    copied = any(isinstance(each, Tensor | list | range) for each in keys)
+    if not recipe.wide:
+        index = recipe.index[tuple(map(_on_cpu, keys))]
+        return derived(lazy, index=index, view=None if copied else lambda t: t[key])
+    if not in_order(lazy):
+        return NotImplemented
+    rank, spelled_out = recipe.index.dim(), _spelled_out(keys, recipe.index.dim() + 1)
+    if spelled_out is None:
+        return NotImplemented
+    keys = spelled_out
+    used = [_consumes(each) for each in keys]
+    if sum(used) > rank:
+        of_entry = keys.pop()
+        if used[-1] != 1:
+            return NotImplemented
+        if isinstance(of_entry, slice) and of_entry.indices(recipe.source.vocab) == (
+            0,
+            recipe.source.vocab,
+            1,
+        ):
+            pass
+        else:
+            return _entries(lazy, keys, of_entry)
+    elif keys and keys[-1] is None and sum(used) == rank:
+        return NotImplemented  # an axis behind the vocabulary
+    index = recipe.index[tuple(map(_on_cpu, keys))]
+    return derived(lazy, index=index, view=None if copied else lambda t: t[key])
+
+
+def _entries(lazy: LazyTensor, keys: list[Any], entry: Any) -> Any:
+    """One entry of each row: an int, or labels beside tensors that pick the rows."""
+    from fusedpo.lazy.reductions import take
+
+    index = lazy.recipe.index[tuple(map(_on_cpu, keys))]
+    if isinstance(entry, int) and not isinstance(entry, bool):
+        entry = entry + lazy.recipe.source.vocab if entry < 0 else entry
+        labels = torch.full(index.shape, entry, dtype=torch.long)
+    elif isinstance(entry, Tensor | list | range):
+        labels = torch.as_tensor(entry)
+        pickers = [k for k in keys if isinstance(k, Tensor | list | range)]
+        # labels beside slices would make an axis of them
+        if len(pickers) != len(keys) or labels.dtype not in (torch.int64, torch.int32):
+            return NotImplemented
+        if any(isinstance(k, Tensor) and k.dtype == torch.bool for k in pickers):
+            return NotImplemented
+        if labels.shape != index.shape:
+            return NotImplemented
+    else:
+        return NotImplemented
+    rows = derived(lazy, index=index)
+    return rows if rows is NotImplemented else take(rows, labels)
+
+
+def _spelled_out(keys: list[Any], dims: int) -> list[Any] | None:
+    """The keys with slices in the place of an ellipsis; None if it is not clear."""
+    places = [i for i, each in enumerate(keys) if each is Ellipsis]
+    if len(places) > 1:
+        return None
+    if not places:
+        return keys
+    (place,) = places
+    others = sum(_consumes(each) for each in keys if each is not Ellipsis)
+    return [*keys[:place], *[slice(None)] * (dims - others), *keys[place + 1 :]]
+
+
+def _consumes(key: Any) -> int:
+    """How many dimensions a key takes."""
+    if key is None or isinstance(key, bool):
+        return 0
+    if isinstance(key, Tensor) and key.dtype in (torch.bool, torch.uint8):
+        return key.dim()
+    if isinstance(key, list) and key and isinstance(key[0], bool):
+        return 1
+    return 1
+
+
+@handles("cat", "concat", "concatenate", "stack", "hstack", "vstack")
+def _join(func: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+    if kwargs.get("out") is not None or not all(isinstance(t, LazyTensor) for t in tensors):
+        return NotImplemented
+    first = tensors[0]
+    recipes = [t.recipe for t in tensors]
+    if any(
+        r.source is not recipes[0].source
+        or r.dtype != recipes[0].dtype
+        or r.wide != recipes[0].wide
+        or (r.wide and not in_order(t))
+        for r, t in zip(recipes, tensors, strict=True)
+    ):
+        return NotImplemented
+    expression = merged([r.expression for r in recipes])
+    if expression is None:
+        return NotImplemented
+    indices = [r.index[..., None] if r.wide else r.index for r in recipes]
+    index = func(indices, *args, **kwargs)
+    if recipes[0].wide:
+        if index.shape[-1] != 1:
+            return NotImplemented
+        index = index[..., 0]
+    grad = any(r.grad for r in recipes) and torch.is_grad_enabled()
+    return derived(first, memory=Memory(expression), index=index, grad=grad)  # type: ignore[arg-type]
+
+
+@handles("contiguous", "clone", "detach", "alias", "view_copy")
+def _same(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(lazy, LazyTensor) or not in_order(lazy):
+        return NotImplemented
+    name = getattr(func, "__name__", "")
+    if name == "contiguous":
+        return lazy if contiguous(lazy) else derived(lazy)
+    if name == "clone":
+        return derived(lazy)
+    return derived(lazy, grad=False, view=Tensor.detach)
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+def _none(t: Tensor) -> Tensor:
+    return t

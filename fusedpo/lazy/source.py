@@ -1,0 +1,266 @@
+"""The source of lazy logits: the states that fed one call of a head, and the head.
+
+Letters: R rows of the source, n rows at hand, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fusedpo import checks
+from fusedpo.engine.rows import blocks
+from fusedpo.engine.stats import TokenStats
+from fusedpo.functional import linear_token_stats
+from fusedpo.head import Head
+from fusedpo.lazy.expressions import NO_LABEL, Expression, Logits, evaluate
+from fusedpo.lazy.gradients import ByChunks, ScoredEntropy
+from fusedpo.lazy.statistics import Combination, combination
+from fusedpo.sizes import parse_budget
+
+# tensors as wide as the vocabulary that an expression may hold at a time, with its gradient
+_WIDE_TENSORS = 8
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of ``lazy_logits``, as of it."""
+
+    memory_budget: int | float | str | None = None
+    backend: str = "auto"
+    unknown: str = "warn"
+
+
+@dataclass
+class Pass:
+    """Statistics of some rows that were scored together.
+
+    Attributes:
+        logits: whose statistics.
+        rows: [R] bool.
+        labels: [R] int64, those of the rows.
+        stats: [R] each, by name; 0 elsewhere.
+        differentiable: whether the log-probability passes a gradient on.
+    """
+
+    logits: Logits
+    rows: Tensor
+    labels: Tensor
+    stats: dict[str, Tensor]
+    differentiable: bool
+
+
+class Source:
+    """What one call of a head was given, in place of its output.
+
+    Args:
+        hidden: [..., H], the input of the head.
+        head: weight and bias, whole and on this device.
+        options: of ``lazy_logits``.
+
+    Attributes:
+        hidden: [R, H].
+        dtype: of the head's output, also under autocast.
+        requires_grad: whether the output would.
+        pending: narrow lazy tensors that nobody has asked a number of so far.
+        hooks: functions that wrappers have hung on the output's gradient.
+    """
+
+    def __init__(self, hidden: Tensor, head: Head, options: Options) -> None:
+        self.head, self.options = head, options
+        self.device = hidden.device
+        kind = hidden.device.type
+        self.autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        self.dtype = self.autocast[1] if self.autocast[0] else hidden.dtype
+        tensors = (hidden, head.weight, head.bias)
+        self.requires_grad = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in tensors
+        )
+        self.hidden = hidden.reshape(-1, hidden.shape[-1])
+        self.count, self.vocab = self.hidden.shape[0], head.weight.shape[0]
+        self.pending: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.passes: list[Pass] = []
+        self.hooks: list[Callable[[Tensor], Any]] = []
+
+    def at(self, rows: Tensor) -> Source:
+        """Another source, of these rows [n]: for rows that are repeated."""
+        with torch.set_grad_enabled(self.requires_grad):
+            return Source(self.hidden[rows.to(self.device)], self.head, self.options)
+
+    def tensors(self, *, grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states, weight and bias; without gradients, detached.
+
+        Raises:
+            RuntimeError: where a wrapper has freed the weight since.
+        """
+        weight, bias = self.head.weight, self.head.bias
+        if weight.shape != (self.vocab, self.hidden.shape[1]) or (
+            weight.numel() and weight.device.type != "meta" and not weight.untyped_storage().size()
+        ):
+            raise RuntimeError(
+                str(
+                    checks.bad_value(
+                        "model",
+                        "a head whose weight is whole after its forward, for lazy logits",
+                        "one that its wrapper (FSDP, ZeRO-3) has freed",
+                        "keep the head in the root unit with reshard_after_forward=False, or use "
+                        "add_fused_head, which scores within the head's own call",
+                    )
+                )
+            )
+        if grad:
+            return self.hidden, weight, bias
+        return self.hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+
+    @contextlib.contextmanager
+    def as_called(self) -> Iterator[None]:
+        """The autocast of the head's call."""
+        enabled, dtype = self.autocast
+        with torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
+            yield
+
+    def hooked(self, value: Tensor) -> Tensor:
+        """A result, with the hooks of wrappers on its gradient."""
+        if value.requires_grad:
+            for hook in self.hooks:
+                value.register_hook(lambda g, hook=hook: (hook(g), None)[1])  # type: ignore[no-untyped-call]
+        return value
+
+    # the logits
+
+    def logits(self, rows: Tensor | None, expression: Expression, *, grad: bool) -> Tensor:
+        """[n, V], a wide expression's values of rows [n], or of all; as a program makes them that
+        makes all logits."""
+        hidden, weight, bias = self.tensors(grad=grad)
+        with self.as_called():
+            z = functional.linear(hidden if rows is None else hidden[rows], weight, bias)
+        if isinstance(expression, Logits) and expression.same(Logits()):
+            return z
+        if rows is None:
+            rows = torch.arange(self.count, device=self.device)
+        wide = z if z.dtype == torch.float64 else z.float()
+        return evaluate(expression, wide, rows, self.count)
+
+    # any expression, a few rows at a time
+
+    def chunks(self, rows: Tensor) -> Iterator[tuple[int, int]]:
+        """Ranges of rows [n] whose logits fit the budget."""
+        budget = parse_budget(self.options.memory_budget)
+        step = max(1, budget // (_WIDE_TENSORS * self.vocab * 4))
+        return blocks(0, rows.shape[0], step)
+
+    def by_chunks(self, expression: Expression, rows: Tensor, *, grad: bool) -> Tensor:
+        """[n] or [n, k], a narrow expression's values of rows [n], exact and in bounded memory. A
+        gradient costs three products."""
+        if grad:
+            tensors = self.tensors(grad=True)
+            return ByChunks.apply(*tensors, self, expression, rows)  # type: ignore[no-untyped-call]
+        parts = []
+        with torch.no_grad():
+            for start, stop in self.chunks(rows):
+                part = rows[start:stop]
+                z = self.logits(part, Logits(), grad=False)
+                z = z if z.dtype == torch.float64 else z.float()
+                parts.append(evaluate(expression, z, part, self.count))
+            if not parts:
+                z = self.hidden.new_zeros(0, self.vocab)
+                parts.append(evaluate(expression, z.float(), rows, self.count))
+        return torch.cat(parts)
+
+    # the engine's statistics
+
+    def statistics(self, wanted: Combination, rows: Tensor, *, grad: bool) -> dict[str, Tensor]:
+        """[R] each of the statistics of a combination, for rows [R] bool; 0 or anything elsewhere.
+
+        One pass over the head serves whatever is pending for the same logits too.
+        """
+        names = set(wanted.weights)
+        labels = None
+        if wanted.labels is not None:
+            labels = wanted.labels.full(self.count, self.device).long()
+        for earlier in self.passes:
+            if (
+                earlier.logits.same(wanted.logits)
+                and names <= {*earlier.stats}
+                and (earlier.differentiable or not grad or names <= {"entropy"})
+                and _covers(earlier, rows, labels)
+            ):
+                return {name: self._value(earlier, name, grad=grad) for name in names}
+        for other in [*self.pending]:
+            also = combination(other.expression, self.vocab)
+            if also is None or not also.logits.same(wanted.logits):
+                continue
+            if also.labels is not None:
+                theirs = also.labels.full(self.count, self.device).long()
+                if labels is None:
+                    labels = theirs
+                elif not torch.equal(labels, theirs):
+                    continue
+            names |= {*also.weights}
+        scored = self._score(wanted.logits, names, rows, labels, grad=grad)
+        self.passes.append(scored)
+        return {name: self._value(scored, name, grad=grad) for name in wanted.weights}
+
+    def _score(
+        self, logits: Logits, names: set[str], rows: Tensor, labels: Tensor | None, *, grad: bool
+    ) -> Pass:
+        """Score rows by the engine."""
+        if labels is None:
+            labels = torch.zeros(self.count, dtype=torch.long, device=self.device)
+        with torch.set_grad_enabled(grad):
+            tensors = self.tensors(grad=grad)
+            masked = labels.masked_fill(~rows, NO_LABEL)
+            stats = self.token_stats(tensors, logits, masked, sorted(names), ("logprob",))
+        return Pass(logits, rows, labels, {name: getattr(stats, name) for name in names}, grad)
+
+    def token_stats(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor | None],
+        logits: Logits,
+        labels: Tensor,
+        names: list[str],
+        differentiable: tuple[str, ...],
+    ) -> TokenStats:
+        """Statistics [R] of hidden, weight and bias, with what follows this source's head."""
+        hidden, weight, bias = tensors
+        temperature: float | Tensor = 1.0
+        if logits.divisor is not None:
+            temperature = logits.divisor.full(self.count, self.device, fill=1.0).to(
+                torch.float64 if hidden.dtype == torch.float64 else torch.float32
+            )
+        with self.as_called():
+            return linear_token_stats(
+                hidden,
+                Head(weight, bias, logits.softcap, logits.scale),
+                labels,
+                ignore_index=NO_LABEL,
+                stats=names,
+                differentiable=differentiable,
+                temperature=temperature,
+                memory_budget=self.options.memory_budget,
+                backend=self.options.backend,
+            )
+
+    def _value(self, scored: Pass, name: str, *, grad: bool) -> Tensor:
+        value = scored.stats[name]
+        if not grad:
+            return value.detach()
+        if name != "entropy":
+            return value
+        tensors = self.tensors(grad=True)
+        return ScoredEntropy.apply(*tensors, self, scored)  # type: ignore[no-untyped-call]
+
+
+def _covers(earlier: Pass, rows: Tensor, labels: Tensor | None) -> bool:
+    """Whether these rows were scored, with these labels. Waits for the device."""
+    missing = rows & ~earlier.rows
+    if labels is not None:
+        missing = missing | (rows & (labels != earlier.labels))
+    return not bool(missing.any())
