@@ -294,3 +294,35 @@ def test_records_are_traced() -> None:
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     expected, found = call(head, reference), compiled(head, reference)
     assert torch.equal(expected, found)
+
+
+# an entropy that is only looked at
+
+
+def test_an_entropy_without_a_gradient_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    t = tensors()
+    hidden, weight = t["hidden"].requires_grad_(), t["weight"].requires_grad_()
+    plans = []
+    plan_for = fusedpo.objective.scoring.plan_for
+
+    def noted(*args: Any, **options: Any) -> Any:
+        plans.append(plan_for(*args, **options))
+        return plans[-1]
+
+    monkeypatch.setattr(fusedpo.objective.scoring, "plan_for", noted)
+    alone = linear_token_stats(hidden, weight, t["labels"], stats=("logprob",))
+    beside = linear_token_stats(hidden, weight, t["labels"], differentiable=("logprob",))
+    both = linear_token_stats(hidden, weight, t["labels"])
+    assert [each.products for each in plans] == [3, 3, 5]
+    assert alone.logprob is not None and beside.logprob is not None
+    assert beside.entropy is not None and both.entropy is not None
+    assert not beside.entropy.requires_grad and both.entropy.requires_grad
+    assert torch.equal(beside.logprob, alone.logprob)
+    assert torch.equal(beside.entropy, both.entropy)
+    gradients = [
+        torch.autograd.grad(each.logprob.sum(), (hidden, weight)) for each in (alone, beside)
+    ]
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match=r"differentiable: expected .*, got 'logsumexp'"):
+        linear_token_stats(hidden, weight, t["labels"], differentiable=("logsumexp",))

@@ -102,7 +102,10 @@ class LogitsNeeded(RuntimeError):
 
 
 def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of an operation of torch with lazy tensors among its arguments."""
+    """The result of an operation of torch with lazy tensors among its arguments.
+
+    Not traced by torch.compile, which breaks the graph here.
+    """
     name = getattr(func, "__name__", str(func))
     if name in ("__get__", "__set__"):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
@@ -115,6 +118,9 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     elif name in _METHODS:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
+    if any(t.moved for t in _lazy(args, kwargs)):
+        args, kwargs = pytree.tree_map_only(LazyTensor, _settled, (args, kwargs))
+        return func(*args, **kwargs)
     if (handler := HANDLERS.get(name)) is not None and not _has_real_memory(args, kwargs):
         result = handler(func, *args, **kwargs)
         if result is not NotImplemented:
@@ -124,6 +130,14 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _lazy(*trees: Any) -> list[LazyTensor]:
     return [t for t in pytree.tree_leaves(trees) if isinstance(t, LazyTensor)]
+
+
+def _settled(lazy: LazyTensor) -> Tensor:
+    """The tensor itself, or the real one if an autograd function has moved it in the graph."""
+    if not lazy.moved:
+        return lazy
+    with torch._C.DisableTorchFunctionSubclass():
+        return lazy.clone()
 
 
 def _has_real_memory(*trees: Any) -> bool:

@@ -269,5 +269,7 @@ def _register_hook(func: Any, lazy: LazyTensor, hook: Any) -> Any:
     module = getattr(getattr(hook, "__func__", hook), "__module__", "") or ""
     if not module.startswith(("torch.distributed", "torch.nn.parallel", "deepspeed", "accelerate")):
         return NotImplemented
-    lazy.recipe.source.hooks.append(hook)
-    return torch.utils.hooks.RemovableHandle({})
+    hooks = lazy.recipe.source.hooks
+    handle = torch.utils.hooks.RemovableHandle(hooks)
+    hooks[handle.id] = hook
+    return handle

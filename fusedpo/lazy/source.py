@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -87,12 +88,14 @@ class Source:
         self.count, self.vocab = self.hidden.shape[0], head.weight.shape[0]
         self.pending: weakref.WeakSet[Any] = weakref.WeakSet()
         self.passes: list[Pass] = []
-        self.hooks: list[Callable[[Tensor], Any]] = []
+        self.hooks: OrderedDict[int, Callable[[Tensor], Any]] = OrderedDict()
 
     def at(self, rows: Tensor) -> Source:
         """Another source, of these rows [n]: for rows that are repeated."""
         with torch.set_grad_enabled(self.requires_grad):
-            return Source(self.hidden[rows.to(self.device)], self.head, self.options)
+            source = Source(self.hidden[rows.to(self.device)], self.head, self.options)
+        source.hooks = self.hooks
+        return source
 
     def tensors(self, *, grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Hidden states, weight and bias; without gradients, detached.
@@ -129,7 +132,7 @@ class Source:
     def hooked(self, value: Tensor) -> Tensor:
         """A result, with the hooks of wrappers on its gradient."""
         if value.requires_grad:
-            for hook in self.hooks:
+            for hook in self.hooks.values():
                 value.register_hook(lambda g, hook=hook: (hook(g), None)[1])  # type: ignore[no-untyped-call]
         return value
 

@@ -5,6 +5,8 @@ Letters: R rows of the source, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +101,7 @@ class LazyTensor(Tensor):
     @staticmethod
     def of(recipe: Recipe) -> LazyTensor:
         """The lazy tensor of a recipe."""
+        keep_compiler_out()
         source = recipe.source
         if recipe.grad:
             tensors = source.tensors(grad=True)
@@ -121,6 +124,15 @@ class LazyTensor(Tensor):
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.materialize().detach().clone()
+
+    @property
+    def moved(self) -> bool:
+        """Whether its place in the graph is another one than its own: it was returned by somebody's
+        autograd function, say."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if self.requires_grad != self.recipe.grad:
+                return True
+            return self.recipe.grad and getattr(self.grad_fn, "recipe", None) is not self.recipe
 
     # numbers
 
@@ -187,9 +199,7 @@ class LazyTensor(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from fusedpo.lazy.operations import operate
-
-        return operate(func, args, kwargs or {})
+        return operations().operate(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -203,6 +213,19 @@ class LazyTensor(Tensor):
                 LazyTensor, lambda t: t.materialize().detach(), (args, kwargs or {})
             )
             return func(*args, **kwargs)
+
+
+def operations() -> Any:
+    """The module of operations, whose tables need this one."""
+    return importlib.import_module("fusedpo.lazy.operations")
+
+
+@functools.cache
+def keep_compiler_out() -> None:
+    """Exclude what is done to lazy tensors from torch.compile. Not by a decorator, which imports
+    the compiler with the package."""
+    module = operations()
+    module.operate = torch.compiler.disable(module.operate)  # type: ignore[no-untyped-call]
 
 
 class _Placed(torch.autograd.Function):

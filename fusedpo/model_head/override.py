@@ -48,8 +48,12 @@ class ForwardOverride:
 
 
 def original_forward(forward: Any) -> Any:
-    """The forward below an override, or the one passed in."""
-    return forward.forward if isinstance(forward, ForwardOverride) else forward
+    """The forward that makes logits: below an override and below lazy logits, or the one passed
+    in."""
+    if isinstance(forward, ForwardOverride):
+        lazy = hasattr(forward.original, "plain")
+        return forward.original.plain if lazy else forward.forward
+    return getattr(forward, "plain", forward)
 
 
 def is_override_hook(hook: Any) -> bool:

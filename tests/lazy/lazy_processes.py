@@ -1,0 +1,69 @@
+"""Gradients of lazy logits on two processes, in every wrapping; see test_wrappers.py."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import sharded_runs
+import tiny
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusedpo import lazy_logits
+
+
+def model(tied: bool) -> Any:
+    return tiny.model(num_hidden_layers=2, tie_word_embeddings=tied).double()
+
+
+def loss_of(model: Any, rank: int, step: int, path: str) -> Tensor:
+    """The log-probability and the entropy, as many programs compute them."""
+    ids, labels = sharded_runs.batch(rank, step)
+    logits = model(input_ids=ids).logits[:, :-1] / 0.9
+    logps = logits.log_softmax(-1)
+    mask = labels[:, 1:] != -100
+    scored = logps.gather(-1, labels[:, 1:].clamp(min=0)[..., None]).squeeze(-1)
+    entropy = -(logps.exp() * logps).sum(-1)
+    return -((scored + 0.1 * entropy) * mask).sum() / 10
+
+
+def all_cases(rank: int) -> dict[str, Any]:
+    """The gap to one process, or the error, of each wrapping."""
+    results: dict[str, Any] = {}
+    for how, tied in sharded_runs.WRAPPINGS:
+        plain = sharded_runs.expected(model(tied), 2, "", loss_of)
+        made = model(tied)
+        lazy_logits(made, memory_budget="64KiB", unknown="raise")
+        wrapped = sharded_runs.wrap(made, how, tied)
+        try:
+            gradients = sharded_runs.gradients(wrapped, rank, 2, "", loss_of)
+            results[f"{how}, {tied}"] = sharded_runs.gap(gradients, plain)
+        except RuntimeError as error:
+            results[f"{how}, {tied}"] = str(error)
+    return results
+
+
+def worker(rank: int, folder: str) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=2,
+        timeout=sharded_runs.PATIENCE,
+    )
+    try:
+        results: Any = all_cases(rank)
+    except Exception:
+        results = traceback.format_exc()
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,37 @@
+"""Lazy logits on two processes: the gradients of one process, or a refusal that says what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lazy_processes
+import pytest
+import sharded_runs
+import torch
+
+pytestmark = pytest.mark.xdist_group("sharded")
+
+WRAPPINGS = [f"{how}, {tied}" for how, tied in sharded_runs.WRAPPINGS]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of both processes, which run every case."""
+    folder = tmp_path_factory.mktemp("lazy")
+    torch.multiprocessing.spawn(lazy_processes.worker, args=(str(folder),), nprocs=2)
+    of_ranks = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    for each in of_ranks:
+        assert isinstance(each, dict), each
+    return of_ranks
+
+
+@pytest.mark.parametrize("case", WRAPPINGS)
+def test_gradients_are_those_of_one_process_or_refused(
+    results: list[dict[str, Any]], case: str
+) -> None:
+    for of_rank in results:
+        outcome = of_rank[case]
+        if "reshards" in case:  # the head's weight is gone when its logits are used
+            assert "keep the head in the root unit" in outcome
+        else:
+            assert outcome <= 1e-12
