@@ -51,6 +51,7 @@ setup(
         "fusedpo.engine",
         "fusedpo.engine.routes",
         "fusedpo.lazy",
+        "fusedpo.lazy.site",
         "fusedpo.losses",
         "fusedpo.model_head",
         "fusedpo.objective",

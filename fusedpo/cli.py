@@ -16,13 +16,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import fusedpo
-from fusedpo.commands import bench, doctor, losses, plan, train
+from fusedpo.commands import bench, doctor, losses, plan, run, train
 from fusedpo.trainers import job as jobs
 
 COMMANDS: dict[str, Any] = {
     "train": train,
     "losses": losses,
     "plan": plan,
+    "run": run,
     "bench": bench,
     "doctor": doctor,
 }

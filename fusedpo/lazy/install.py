@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fusedpo.checks import bad_choice
 from fusedpo.head import Head
+from fusedpo.lazy.everywhere import NewModels
 from fusedpo.lazy.expressions import Logits
 from fusedpo.lazy.source import Options, Source
 from fusedpo.lazy.tensor import LazyTensor, Memory, Recipe
@@ -97,12 +99,12 @@ class LazyLogits:
 
 
 def lazy_logits(
-    model: Any,
+    model: Any = None,
     *,
     memory_budget: int | float | str | None = None,
     backend: str = "auto",
     unknown: Literal["warn", "raise"] = "warn",
-) -> LazyLogits:
+) -> LazyLogits | NewModels:
     """Let ``model(...).logits`` be a tensor that is not there, for code that is not to be changed.
 
     Shape [B, T, V], dtype, device and gradient are those of real logits. What a program does to
@@ -119,6 +121,7 @@ def lazy_logits(
     Args:
         model: a causal language model of transformers, wrapped or not. Its head has to be a linear
             layer, with or without LoRA. Soft cap and scale that its forward adds are followed.
+            None: every model of transformers that is made from now on.
         memory_budget: bytes or a text, as of ``linear_logprobs``.
         backend: as of ``linear_logprobs``.
         unknown: what an operation does that needs the real logits: "warn", or "raise" an error.
@@ -135,9 +138,15 @@ def lazy_logits(
     check_options(memory_budget, backend)
     if unknown not in ("warn", "raise"):
         raise bad_choice("unknown", unknown, ("warn", "raise"))
+    options = Options(memory_budget, backend, unknown)
+    if model is None:
+        return NewModels(functools.partial(_install, options))
+    return _install(options, model)
+
+
+def _install(options: Options, model: Any) -> LazyLogits:
     causal = causal_model(model)
     HeadModule.of(causal)  # refuses what it cannot be
-    options = Options(memory_budget, backend, unknown)
     heads = [*_heads(causal.get_output_embeddings())]
     for module in heads:
         attribute = HeadModule(module, "linear", module).attribute

@@ -1,0 +1,52 @@
+"""``fusedpo run``: a program of somebody else's, with lazy logits in every model that it makes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+
+from fusedpo.checks import bad_value
+from fusedpo.lazy.everywhere import environment
+from fusedpo.model_head import check_options
+
+SUMMARY = "run another program with lazy logits in its models"
+DESCRIPTION = (
+    "Run a program, and whatever Python it starts, with fusedpo.lazy_logits in every model of "
+    "transformers that it makes. Nothing of the program is changed."
+)
+EXAMPLES = """\
+examples:
+  fusedpo run llamafactory-cli train dpo.yaml
+  fusedpo run --memory-budget 1GiB -- torchrun --nproc-per-node 2 train.py --config config.yaml
+  fusedpo run --unknown raise python train.py
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--memory-budget", help="what the head may hold at a time: 512MiB, ...")
+    parser.add_argument("--backend", default="auto", help="auto, torch or triton (default: auto)")
+    parser.add_argument(
+        "--unknown",
+        choices=("warn", "raise"),
+        default="warn",
+        help="what an operation does that needs the real logits (default: warn)",
+    )
+    parser.add_argument("program", nargs=argparse.REMAINDER, help="the program and its arguments")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    program = arguments.program[arguments.program[:1] == ["--"] :]
+    check_options(arguments.memory_budget, arguments.backend)
+    if not program:
+        raise bad_value("program", "a program and its arguments", "nothing")
+    if shutil.which(program[0]) is None:
+        raise bad_value("program", "one on the PATH", program[0])
+    options = {
+        "memory_budget": arguments.memory_budget,
+        "backend": arguments.backend,
+        "unknown": arguments.unknown,
+    }
+    sys.stdout.flush()
+    os.execvpe(program[0], program, environment(options))
