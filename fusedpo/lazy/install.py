@@ -26,12 +26,13 @@ def lazy_output(hidden: Tensor, head: Head, options: Options) -> LazyTensor:
 
     Args:
         hidden: [..., H].
-        head: weight [V, H] and bias; without soft cap and scale, which the model's code adds.
+        head: whole and on this device. In a model's own call, where the code behind it adds soft
+            cap and scale, without them.
         options: of ``lazy_logits``.
     """
     source = Source(hidden, head, options)
     index = torch.arange(source.count).view(hidden.shape[:-1])
-    memory = Memory(Logits())
+    memory = Memory(Logits(softcap=head.softcap, scale=head.logit_scale))
     return LazyTensor.of(
         Recipe(source, memory, index, source.dtype, source.requires_grad, index.dim())
     )

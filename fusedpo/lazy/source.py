@@ -184,6 +184,8 @@ class Source:
 
         One pass over the head serves whatever is pending for the same logits too.
         """
+        if {*wanted.weights} == {"mean_logit"} and wanted.logits.softcap is None:
+            return {"mean_logit": self._mean_logit(wanted.logits, grad=grad)}
         names = set(wanted.weights)
         labels = None
         if wanted.labels is not None:
@@ -250,6 +252,18 @@ class Source:
                 memory_budget=self.options.memory_budget,
                 backend=self.options.backend,
             )
+
+    def _mean_logit(self, logits: Logits, *, grad: bool) -> Tensor:
+        """[R], the mean of logits without a soft cap, which takes no product."""
+        hidden, weight, bias = self.tensors(grad=grad)
+        full = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        mean = hidden.to(full) @ weight.mean(0, dtype=full)
+        if bias is not None:
+            mean = mean + bias.mean(dtype=full)
+        mean = mean * logits.scale
+        if logits.divisor is not None:
+            mean = mean / logits.divisor.full(self.count, self.device, fill=1.0).to(full)
+        return mean
 
     def _value(self, scored: Pass, name: str, *, grad: bool) -> Tensor:
         value = scored.stats[name]

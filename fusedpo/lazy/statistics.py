@@ -26,6 +26,14 @@ class Combination:
     weights: dict[str, float]
     constant: float = 0.0
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the statistics pass a gradient on, or never have one."""
+        names = {*self.weights}
+        return names <= {"logprob", "entropy", "top1"} or (
+            names == {"mean_logit"} and self.logits.softcap is None
+        )
+
     def total(self, stats: dict[str, Tensor]) -> Tensor:
         """The value, of the statistics' values."""
         if "top1" in stats:  # a bool, which nothing is added to

@@ -21,9 +21,6 @@ from fusedpo.lazy.gradients import gradient
 from fusedpo.lazy.source import Source
 from fusedpo.lazy.statistics import combination
 
-# the other statistics have no gradient in the engine
-_WITH_GRADIENT = {"logprob", "entropy", "top1"}
-
 
 class Memory:
     """What several lazy tensors would share if they were views of one memory.
@@ -181,7 +178,7 @@ class LazyTensor(Tensor):
         needed = combination(recipe.expression, source.vocab)
         rows = recipe.rows
         with torch.set_grad_enabled(grad):
-            if needed is not None and (not grad or {*needed.weights} <= _WITH_GRADIENT):
+            if needed is not None and (not grad or needed.has_gradient):
                 mask = torch.zeros(source.count, dtype=torch.bool, device=source.device)
                 mask[rows] = True if keep is None else keep.reshape(-1)
                 stats = source.statistics(needed, mask, grad=grad)
