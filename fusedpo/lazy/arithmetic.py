@@ -21,10 +21,15 @@ from fusedpo.lazy.tensor import LazyTensor
 
 @handles("nan_to_num")
 def _finite(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
-    # finite logits are what they were; of others no loss would be finite
     if not isinstance(lazy, LazyTensor) or not lazy.recipe.wide or kwargs.get("out") is not None:
         return NotImplemented
-    return derived(lazy, axis=lazy.recipe.axis)
+    expression = lazy.recipe.expression
+    if expression.name in ("log_softmax", "softmax"):
+        expression = expression.inputs[0]  # type: ignore[assignment]
+    if isinstance(expression, expressions.Logits):
+        # finite as long as the model is, and then what they were
+        return derived(lazy, axis=lazy.recipe.axis)
+    return _elementwise(func, lazy, *args, **kwargs)
 
 
 _UNARY: dict[str, Callable[[Expression], Expression]] = {
@@ -149,7 +154,7 @@ def _operation(name: str) -> tuple[str, bool]:
     """add, sub, mul or div, and whether the operands are the other way about."""
     if name in _REVERSED:
         return _REVERSED[name], True
-    bare = name.strip("_").removeprefix("true")
+    bare = name.strip("_").removeprefix("true_").removeprefix("true")
     if name.startswith("__r") and name != "__rshift__":
         bare = bare.removeprefix("r")
     return {**_SYMBOLS, "truediv": "div", "itruediv": "div", "imul": "mul"}[bare], False
@@ -252,14 +257,23 @@ def _wide_and_lazy(name: str, a: Any, b: Any, lazy: LazyTensor, other: LazyTenso
         return NotImplemented
     if mine.source is not theirs.source or not torch.equal(mine.index, index):
         return NotImplemented
-    if mine.grad != theirs.grad:  # one of them is detached
-        return NotImplemented
-    operands = a.recipe.expression, b.recipe.expression
+    operands = tuple(
+        _without_gradient(each.recipe.expression)
+        if (mine.grad or theirs.grad) and not each.recipe.grad
+        else each.recipe.expression
+        for each in (a, b)
+    )
     if name == "sub":
         made = expressions.subtracted(*operands)
     else:
         made = Expression(name, operands, function=_FUNCTIONS[name])
-    return derived(lazy, made, dtype=torch.promote_types(mine.dtype, theirs.dtype))
+    dtype = torch.promote_types(mine.dtype, theirs.dtype)
+    return derived(lazy, made, dtype=dtype, grad=mine.grad or theirs.grad)
+
+
+def _without_gradient(expression: Expression) -> Expression:
+    """An expression that is a constant in one that has a gradient."""
+    return Expression("detach", (expression,), function=Tensor.detach, wide=expression.wide)
 
 
 def _narrow(name: str, a: Any, b: Any) -> Any:
@@ -302,28 +316,29 @@ def _scale_in_place(func: Any, lazy: Any, other: Any, **kwargs: Any) -> Any:
     """logits.div_(temperature): views of the same memory see it too."""
     if kwargs or not isinstance(lazy, LazyTensor) or not lazy.recipe.wide or not in_order(lazy):
         return NotImplemented
-    recipe = lazy.recipe
+    recipe, root = lazy.recipe, lazy.recipe.root
     name, _ = _operation(func.__name__)
     expression = recipe.expression
     if not isinstance(expression, expressions.Logits) or expression.divisor is not None:
         return NotImplemented
-    whole = recipe.view is None or recipe.index.numel() == _base(lazy).numel()
-    if _number(other) and whole and other > 0:
+    # a change that autograd is not to see, or which views of single entries are to see
+    if recipe.source.requires_grad and not (recipe.grad and torch.is_grad_enabled()):
+        return NotImplemented
+    if root.memory.has_entries():
+        return NotImplemented
+    whole = recipe.index.numel() == root.index.numel()
+    if _number(other) and whole and 0 < other < math.inf:
         factor = 1 / other if name == "div" else other
-        recipe.memory.expression = expressions.scaled(expression, factor)
+        recipe.memory.replace(expressions.scaled(expression, factor))
         return lazy
     if _number(other):
         other = torch.full((1,), float(other), device=recipe.source.device)
-    rows = rows_of(lazy, other) if isinstance(other, Tensor) else None
-    if rows is None or isinstance(other, LazyTensor):
+    if not isinstance(other, Tensor) or isinstance(other, LazyTensor):
+        return NotImplemented
+    rows = rows_of(lazy, other)
+    if rows is None or not rows.positive():
         return NotImplemented
     if name == "mul":
         rows = RowValues(tuple((index, 1 / values) for index, values in rows.pieces))
-    recipe.memory.expression = expressions.divided(expression, rows)
+    recipe.memory.replace(expressions.divided(expression, rows))
     return lazy
-
-
-def _base(lazy: LazyTensor) -> Tensor:
-    while lazy.recipe.view is not None:
-        lazy = lazy.recipe.view[0]
-    return lazy.recipe.index

@@ -10,6 +10,7 @@ Letters: R rows of the source, n rows at hand, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,20 @@ class RowValues:
     def of(cls, rows: Tensor, values: Tensor) -> RowValues:
         """values shaped like rows; copied, as a caller may change them."""
         return cls(((rows.reshape(-1), values.detach().reshape(-1).clone()),))
+
+    def at(self, rows: Tensor) -> RowValues:
+        """Those of some rows [n] alone."""
+        if all(torch.equal(mine, rows) for mine, _ in self.pieces):
+            return self
+        pieces = []
+        for mine, values in self.pieces:
+            keep = torch.isin(mine, rows)
+            pieces.append((mine[keep], values[keep.to(values.device)]))
+        return RowValues(tuple(pieces))
+
+    def positive(self) -> bool:
+        """Whether they are finite and above 0. Waits for the device."""
+        return all(bool(((v > 0) & v.isfinite()).all()) for _, v in self.pieces)
 
     def full(self, count: int, device: torch.device, fill: float = 0) -> Tensor:
         """[R], with the fill elsewhere."""
@@ -157,7 +172,7 @@ def leaves(expression: Expression | float) -> Iterator[Logits]:
 
 def scaled(expression: Expression, factor: float) -> Expression:
     """A wide expression times a number."""
-    if isinstance(expression, Logits) and factor > 0 and expression.scale * factor > 0:
+    if isinstance(expression, Logits) and factor > 0 and 0 < expression.scale * factor < math.inf:
         return Logits(
             softcap=expression.softcap,
             scale=expression.scale * factor,
@@ -168,7 +183,8 @@ def scaled(expression: Expression, factor: float) -> Expression:
 
 def divided(expression: Expression, divisor: RowValues) -> Expression:
     """A wide expression over one number a row."""
-    if isinstance(expression, Logits) and expression.divisor is None:
+    # the engine divides by temperatures, which are above 0
+    if isinstance(expression, Logits) and expression.divisor is None and divisor.positive():
         return Logits(softcap=expression.softcap, scale=expression.scale, divisor=divisor)
     return Expression(
         "div",
@@ -240,9 +256,15 @@ def is_wide(value: Expression | float) -> bool:
     return isinstance(value, Expression) and value.wide
 
 
-def merged(expressions: Sequence[Expression | float]) -> Expression | float | None:
+def merged(
+    expressions: Sequence[Expression | float], rows: Sequence[Tensor]
+) -> Expression | float | None:
     """One expression for rows of several, which differ only in the numbers of their rows; None if
-    they are different functions."""
+    they are different functions.
+
+    Args:
+        rows: of each expression, [n] int64 on the CPU: it may have numbers of further ones.
+    """
     first = expressions[0]
     if all(each is first for each in expressions):
         return first
@@ -262,15 +284,14 @@ def merged(expressions: Sequence[Expression | float]) -> Expression | float | No
         return None
     if first.name not in NAMED and any(each.function is not first.function for each in others):
         return None
-    inputs = [merged(group) for group in zip(*(each.inputs for each in others), strict=True)]
+    inputs = [merged(group, rows) for group in zip(*(each.inputs for each in others), strict=True)]
     if any(each is None for each in inputs):
         return None
-    rows = None
+    values = None
     if first.rows is not None:
-        rows = RowValues(
-            tuple(piece for each in others if each.rows is not None for piece in each.rows.pieces)
-        )
-    return Expression(first.name, tuple(inputs), rows, first.wide, first.function)  # type: ignore[arg-type]
+        parts = [e.rows.at(r) for e, r in zip(others, rows, strict=True) if e.rows is not None]
+        values = RowValues(tuple(piece for part in parts for piece in part.pieces))
+    return Expression(first.name, tuple(inputs), values, first.wide, first.function)  # type: ignore[arg-type]
 
 
 # operations whose name says all of them, so that two with one name are one function

@@ -111,3 +111,46 @@ class ScoredEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+# places in the graph
+
+
+def placed_gradient(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden states, weight and bias from one of a lazy tensor, which ctx has the
+    recipe of, and the expression that it was then."""
+    recipe = ctx.recipe
+    if recipe.wide:
+        g = g.movedim(recipe.axis, -1).reshape(-1, recipe.source.vocab)
+    else:
+        g = g.reshape(-1)
+    return gradient(recipe.source, ctx.expression, recipe.rows, g)
+
+
+class Moved(torch.autograd.Function):
+    """A lazy tensor's place after a change in place that is an expression."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: Any, hidden: Tensor, weight: Tensor, bias: Any, recipe: Any) -> Any:
+        ctx.recipe, ctx.expression = recipe, recipe.expression
+        ctx.mark_dirty(lazy)
+        return lazy
+
+    @staticmethod
+    @checks.first_order
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *placed_gradient(ctx, g), None)
+
+
+class Changed(torch.autograd.Function):
+    """A lazy tensor's place after a change of the real tensor in place."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: Any, real: Tensor) -> Any:
+        ctx.mark_dirty(lazy)
+        return lazy
+
+    @staticmethod
+    @checks.first_order
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return None, g

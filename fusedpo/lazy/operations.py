@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 # the tables of operations, which register themselves
 from fusedpo.lazy import arithmetic, casts, masks, reductions, shapes  # noqa: F401
 from fusedpo.lazy.registry import HANDLERS
-from fusedpo.lazy.tensor import LazyTensor
+from fusedpo.lazy.tensor import LazyTensor, shares_memory
 
 # answered by the tensor itself, which has a shape, a dtype and a place in the graph
 _METHODS = frozenset(
@@ -36,7 +36,6 @@ _METHODS = frozenset(
         "ndimension",
         "nelement",
         "numel",
-        "requires_grad_",
         "size",
         "storage_offset",
         "stride",
@@ -109,13 +108,14 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = getattr(func, "__name__", str(func))
     if name in ("__get__", "__set__"):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
-        if attribute in _PROPERTIES:
+        mine = attribute in _PROPERTIES and not _has_real_memory(args)
+        if mine and (name == "__get__" or attribute in ("grad", "_backward_hooks")):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if name == "__get__" and attribute == "data":
             return HANDLERS["detach"](func, args[0])
-        name = attribute
-    elif name in _METHODS:
+        name = attribute if name == "__get__" else f"set {attribute}"
+    elif name in _METHODS and not _has_real_memory(args):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     if any(t.moved for t in _lazy(args, kwargs)):
@@ -141,28 +141,38 @@ def _settled(lazy: LazyTensor) -> Tensor:
 
 
 def _has_real_memory(*trees: Any) -> bool:
-    return any(t.recipe.memory.value is not None for t in _lazy(*trees))
+    return any(t.recipe.root.memory.value is not None for t in _lazy(*trees))
 
 
 def _on_real(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The operation on real tensors, with one warning where these are logits."""
     in_place = name in _ASSIGNMENTS or (name.endswith("_") and not name.endswith("__"))
-    in_place |= kwargs.get("out") is not None
+    in_place |= kwargs.get("out") is not None or name.startswith("set ")
     target = args[0] if args else None
     for lazy in _lazy(args, kwargs):
-        if lazy.recipe.wide and lazy.recipe.memory.value is None:
+        if lazy.recipe.wide and lazy.recipe.root.memory.value is None:
             _report(name, lazy)
+    passing: list[Tensor] = []
 
     def real(lazy: LazyTensor) -> Tensor:
         changed = in_place and (lazy is target or lazy is kwargs.get("out"))
         if changed or (lazy.recipe.wide and lazy.recipe.view is None):
             return lazy.keep_materialized()  # made once
-        return lazy.materialize()
+        value = lazy.materialize()
+        if lazy.recipe.root.memory.value is None:
+            passing.append(value)
+        return value
 
-    args, kwargs = pytree.tree_map_only(LazyTensor, real, (args, kwargs))
-    result = func(*args, **kwargs)
-    if in_place and isinstance(target, LazyTensor) and result is args[0]:
-        return target
+    real_args, real_kwargs = pytree.tree_map_only(LazyTensor, real, (args, kwargs))
+    result = func(*real_args, **real_kwargs)
+    if passing and not in_place and shares_memory(result, passing):
+        # a view, which sees later changes in place: of what is kept
+        for lazy in _lazy(args, kwargs):
+            lazy.keep_materialized()
+        return _on_real(name, func, args, kwargs)
+    if in_place and isinstance(target, LazyTensor):
+        target.recipe.root.memory.place_again()
+        return target if result is real_args[0] else result
     return result
 
 

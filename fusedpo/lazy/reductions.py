@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,10 +47,32 @@ def _autocast(lazy: LazyTensor) -> torch.dtype:
 # labels
 
 
-def take(lazy: LazyTensor, labels: Tensor) -> LazyTensor:
-    """The entry of each row's label; labels shaped like the rows."""
-    rows = RowValues.of(lazy.recipe.index, labels.long())
-    return derived(lazy, expressions.gathered(lazy.recipe.expression, rows))
+def take(
+    lazy: LazyTensor,
+    labels: Tensor,
+    *,
+    index: Tensor | None = None,
+    view: Callable[[Tensor], Tensor] | None = None,
+) -> LazyTensor:
+    """The entry of each row's label.
+
+    Args:
+        labels: shaped like the rows.
+        index: of some rows, for all.
+        view: as of ``derived``.
+
+    Raises:
+        IndexError: for a label that is no token's. On another device whoever scores it raises.
+    """
+    recipe = lazy.recipe
+    index = recipe.index if index is None else index
+    outside = (labels < 0) | (labels >= recipe.source.vocab)
+    if labels.device.type == "cpu" and bool(outside.any()):
+        label, vocab = int(labels[outside][0]), recipe.source.vocab
+        raise IndexError(f"index {label} is out of bounds for logits of {vocab} tokens")
+    rows = RowValues.of(index, labels.long())
+    made = expressions.gathered(recipe.expression, rows)
+    return derived(lazy, made, index=index, view=view)
 
 
 @handles("gather", "take_along_dim")
@@ -77,9 +100,8 @@ def _gather(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
 # reductions
 
 
-def _dims(lazy: LazyTensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool, Any]:
+def _dims(given: dict[str, Any]) -> tuple[Any, bool, Any]:
     """dim, keepdim and dtype of a reduction's arguments."""
-    given = {**dict(zip(("dim", "keepdim"), args, strict=False)), **kwargs}
     dim = given.get("dim", given.get("axis"))
     if isinstance(dim, tuple | list) and len(dim) == 1:
         (dim,) = dim
@@ -100,7 +122,6 @@ _REDUCTIONS = (
     "all",
     "std",
     "var",
-    "norm",
     "count_nonzero",
 )
 
@@ -112,16 +133,20 @@ def _reduce(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     name = func.__name__
     if kwargs.get("out") is not None:
         return NotImplemented
-    dim, keepdim, dtype = _dims(lazy, args, kwargs)
+    spread = ("unbiased", "correction") if name in ("std", "var") else ()
+    names = ("dim", *spread[:1], "keepdim")
+    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    dim, keepdim, dtype = _dims(arguments)
     if not last(lazy, dim):
         return _of_all(name, lazy) if not args and not kwargs else NotImplemented
-    if len(args) > 2 or not {*kwargs} <= {"dim", "keepdim", "dtype", "axis"}:
+    if len(args) > len(names) or not {*kwargs} <= {*names, *spread, "dtype", "axis"}:
         return NotImplemented
+    options = {each: arguments[each] for each in spread if each in arguments}
 
     def function(value: Tensor) -> Tensor:
-        return func(value, dim=-1)
+        return func(value, dim=-1, **options)
 
-    like = func(torch.empty(1, 1, dtype=lazy.recipe.dtype), dim=-1)
+    like = function(torch.zeros(1, 2).to(lazy.recipe.dtype))
     if name == "logsumexp":
         like = like.to(_autocast(lazy))
     made = expressions.reduced(name, lazy.recipe.expression, function)
@@ -134,10 +159,14 @@ def _of_all(name: str, lazy: LazyTensor) -> Any:
     recipe = lazy.recipe
 
     def rows(reduction: str) -> Tensor:
-        return _reduce(getattr(torch, reduction), lazy, dim=-1).materialize()
+        made = _reduce(getattr(torch, reduction), lazy, dim=-1)
+        full = torch.promote_types(made.recipe.dtype, torch.float32)
+        # rounded once, at the end
+        return derived(made, dtype=full if made.is_floating_point() else None).materialize()
 
     if name in ("sum", "mean", "nansum", "amax", "amin", "any", "all"):
-        return getattr(rows(name), name)()
+        total = getattr(rows(name), name)()
+        return total.to(recipe.dtype) if total.is_floating_point() else total
     if name == "count_nonzero":
         return rows(name).sum()
     if name == "std" and recipe.index.numel():
@@ -163,10 +192,16 @@ def _extreme(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     name = func.__name__
     if not args and not kwargs:
         return _of_all(f"a{name}", lazy)
-    dim, keepdim, _ = _dims(lazy, args, kwargs)
-    if not last(lazy, dim):
+    dim, keepdim, _ = _dims({**dict(zip(("dim", "keepdim"), args, strict=False)), **kwargs})
+    if not last(lazy, dim) or kwargs.get("out") is not None:
         return NotImplemented
-    values = _reduce(getattr(torch, f"a{name}"), lazy, dim=-1, keepdim=keepdim)
+
+    def largest(value: Tensor) -> Tensor:
+        return func(value, -1).values
+
+    values = derived(lazy, expressions.reduced(f"{name} values", lazy.recipe.expression, largest))
+    if keepdim:
+        values = derived(values, index=values.recipe.index[..., None])
     places = _reduce(getattr(torch, f"arg{name}"), lazy, dim=-1, keepdim=keepdim)
     return getattr(torch.return_types, name)((values, places))
 
@@ -209,17 +244,22 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    if not isinstance(lazy, LazyTensor) or weight is not None:
+    if not isinstance(lazy, LazyTensor) or not lazy.recipe.wide or weight is not None:
         return NotImplemented
-    if size_average is not None or reduce is not None or target.is_floating_point():
+    if (
+        isinstance(target, LazyTensor)
+        or size_average is not None
+        or reduce is not None
+        or target.is_floating_point()
+    ):
         return NotImplemented
     recipe = lazy.recipe
     logits = derived(lazy, _unshifted(recipe.expression), dtype=_autocast(lazy))
     scored = target != ignore_index
     labels = target.masked_fill(~scored, 0)
-    if target.shape != recipe.index.shape or recipe.axis not in (1, recipe.index.dim()):
+    if target.shape != recipe.index.shape or recipe.axis != min(1, recipe.index.dim()):
         return NotImplemented
-    if target.device != recipe.source.device or recipe.index.dim() > 1 != (recipe.axis == 1):
+    if target.device != recipe.source.device:
         return NotImplemented
     log_probs = derived(logits, expressions.log_softmax(logits.recipe.expression))
     nll = -take(log_probs, labels)
@@ -245,7 +285,7 @@ def _nll_loss(
     recipe = lazy.recipe
     if size_average is not None or reduce is not None or target.shape != recipe.index.shape:
         return NotImplemented
-    if recipe.axis != 1 and recipe.index.dim() > 1:
+    if recipe.axis != min(1, recipe.index.dim()) or isinstance(target, LazyTensor):
         return NotImplemented
     scored = target != ignore_index
     taken = take(derived(lazy), target.masked_fill(~scored, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedpo.lazy.expressions import Expression
-from fusedpo.lazy.tensor import LazyTensor, Memory, Recipe, is_range
+from fusedpo.lazy.tensor import LazyTensor, Memory, Recipe
 
 Handler = Callable[..., Any]
 HANDLERS: dict[str, Handler] = {}
@@ -49,7 +50,8 @@ def derived(
     """
     recipe = lazy.recipe
     if memory is None:
-        memory = recipe.memory if view is not None else Memory(expression or recipe.expression)
+        copies = view is None or expression is not None
+        memory = Memory(expression or recipe.expression) if copies else recipe.memory
     index = recipe.index if index is None else index.contiguous()
     wide = memory.expression.wide
     dtype = dtype or recipe.dtype
@@ -59,14 +61,13 @@ def derived(
     source = recipe.source
     if index.dim() and index.numel() > 1 and index.unique().numel() < index.numel():  # type: ignore[no-untyped-call]
         # rows that are repeated are rows of their own: their gradients add up
-        if memory.expression.wide and expression is None and not _has_row_values(memory.expression):
-            source = source.at(index.reshape(-1))
-            memory = Memory(memory.expression)
-            index = torch.arange(index.numel()).view(index.shape)
-            view = None
-        else:
+        new = view is None and expression is None and memory.expression.wide
+        if not new or _has_row_values(memory.expression):
             return NotImplemented
-    return LazyTensor.of(
+        source = source.at(index.reshape(-1))
+        memory = Memory(memory.expression)
+        index = torch.arange(index.numel()).view(index.shape)
+    made = LazyTensor.of(
         Recipe(
             source,
             memory,
@@ -77,6 +78,9 @@ def derived(
             None if view is None else (lazy, view),
         )
     )
+    if view is not None and memory is not recipe.memory:
+        recipe.root.memory.entries.append(weakref.ref(made))
+    return made
 
 
 def _has_row_values(expression: Expression | float) -> bool:
@@ -92,14 +96,10 @@ def last(lazy: LazyTensor, dim: Any) -> bool:
     """Whether a dimension is that of the vocabulary, and the last one."""
     recipe = lazy.recipe
     rank = recipe.index.dim()
-    return recipe.wide and recipe.axis == rank and dim in (-1, rank)
+    whole = isinstance(dim, int) and not isinstance(dim, bool)
+    return whole and recipe.wide and recipe.axis == rank and dim in (-1, rank)
 
 
 def in_order(lazy: LazyTensor) -> bool:
     """Whether the vocabulary is the last dimension of a wide tensor."""
     return lazy.recipe.axis == lazy.recipe.index.dim()
-
-
-def contiguous(lazy: LazyTensor) -> bool:
-    """Whether the real tensor's rows would follow each other in memory."""
-    return lazy.recipe.view is None or is_range(lazy.recipe.index)

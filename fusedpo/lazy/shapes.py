@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fusedpo.lazy.expressions import merged
-from fusedpo.lazy.registry import contiguous, derived, handles, in_order
-from fusedpo.lazy.tensor import LazyTensor, Memory
+from fusedpo.lazy.registry import derived, handles, in_order
+from fusedpo.lazy.tensor import LazyTensor, Memory, shares_memory
 
 
 def _on_index(lazy: LazyTensor, func: Callable[[Tensor], Any], *, sizes: bool) -> Any:
@@ -89,9 +89,9 @@ def _view(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     indices = _on_index(lazy, view, sizes=lazy.recipe.wide)
     if indices is None:
         return NotImplemented
-    # of rows apart, these make a copy
-    copies = func.__name__ in ("reshape", "flatten") and not contiguous(lazy)
-    return _results(lazy, indices, view, view=not copies)
+    # of rows apart, reshape makes a copy
+    skeleton = lazy.skeleton()
+    return _results(lazy, indices, view, view=shares_memory(view(skeleton), [skeleton]))
 
 
 @handles("view_as", "reshape_as", "expand_as")
@@ -110,9 +110,26 @@ def _iterate(func: Any, lazy: LazyTensor) -> Any:
 def _copy(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(lazy, LazyTensor) or (func.__name__ == "masked_select" and lazy.recipe.wide):
         return NotImplemented
+    if lazy.recipe.wide and not _of_rows(lazy, func.__name__, *args, **kwargs):
+        return NotImplemented
     args, kwargs = pytree.tree_map_only(Tensor, _on_cpu, (args, kwargs))
     index = _on_index(lazy, lambda t: func(t, *args, **kwargs), sizes=False)
     return NotImplemented if index is None else _results(lazy, index, _none, view=False)
+
+
+def _of_rows(lazy: LazyTensor, name: str, *args: Any, **kwargs: Any) -> bool:
+    """Whether one of the operations above leaves the vocabulary as it is."""
+    first = "repeats" if name == "repeat_interleave" else "shifts" if name == "roll" else None
+    if name == "flip":
+        dims = kwargs.get("dims", args[0] if len(args) == 1 else args)
+    elif first is None:
+        dims = kwargs.get("dim", args[0] if args else None)
+    else:
+        names = (first, "dims" if name == "roll" else "dim")
+        dims = {**dict(zip(names, args, strict=False)), **kwargs}.get(names[1])
+    dims = dims if isinstance(dims, tuple | list) else (dims,)
+    rank = lazy.recipe.index.dim()
+    return bool(dims) and all(isinstance(d, int) and d not in (-1, rank) for d in dims)
 
 
 @handles("transpose", "permute", "movedim", "swapaxes", "moveaxis", "swapdims", "t")
@@ -144,10 +161,12 @@ def _get(func: Any, lazy: Any, key: Any) -> Any:
     keys = list(key) if isinstance(key, tuple) else [key]
     if any(isinstance(each, LazyTensor) for each in keys):
         return NotImplemented
-    copied = any(isinstance(each, Tensor | list | range) for each in keys)
+    # a tensor without dimensions picks as a number does, which makes a view
+    keys = [int(each) if _is_whole_number(each) else each for each in keys]
+    plain = all(each is None or each is Ellipsis or type(each) in (int, slice) for each in keys)
+    view = _getter(tuple(keys)) if plain else None
     if not recipe.wide:
-        index = recipe.index[tuple(map(_on_cpu, keys))]
-        return derived(lazy, index=index, view=None if copied else lambda t: t[key])
+        return derived(lazy, index=recipe.index[tuple(map(_on_cpu, keys))], view=view)
     if not in_order(lazy):
         return NotImplemented
     rank, spelled_out = recipe.index.dim(), _spelled_out(keys, recipe.index.dim() + 1)
@@ -166,14 +185,28 @@ def _get(func: Any, lazy: Any, key: Any) -> Any:
         ):
             pass
         else:
-            return _entries(lazy, keys, of_entry)
+            return _entries(lazy, keys, of_entry, view)
     elif keys and keys[-1] is None and sum(used) == rank:
         return NotImplemented  # an axis behind the vocabulary
-    index = recipe.index[tuple(map(_on_cpu, keys))]
-    return derived(lazy, index=index, view=None if copied else lambda t: t[key])
+    return derived(lazy, index=recipe.index[tuple(map(_on_cpu, keys))], view=view)
 
 
-def _entries(lazy: LazyTensor, keys: list[Any], entry: Any) -> Any:
+def _getter(keys: tuple[Any, ...]) -> Callable[[Tensor], Tensor]:
+    return lambda t: t[keys]
+
+
+def _is_whole_number(key: Any) -> bool:
+    """Whether a key is one whole number in another form: NumPy's, or a tensor's."""
+    if isinstance(key, Tensor):
+        whole = not key.is_floating_point() and not key.is_complex()
+        return not key.dim() and whole and key.dtype not in (torch.bool, torch.uint8)
+    arrays = getattr(key, "ndim", 0) > 0
+    return hasattr(key, "__index__") and not arrays and not isinstance(key, bool)
+
+
+def _entries(
+    lazy: LazyTensor, keys: list[Any], entry: Any, view: Callable[[Tensor], Tensor] | None
+) -> Any:
     """One entry of each row: an int, or labels beside tensors that pick the rows."""
     from fusedpo.lazy.reductions import take
 
@@ -191,8 +224,11 @@ def _entries(lazy: LazyTensor, keys: list[Any], entry: Any) -> Any:
             return NotImplemented
         if labels.shape != index.shape:
             return NotImplemented
+        labels = torch.where(labels < 0, labels + lazy.recipe.source.vocab, labels)
     else:
         return NotImplemented
+    if view is not None:  # the key's numbers and slices make a view of all logits
+        return take(lazy, labels, index=index, view=view)
     rows = derived(lazy, index=index)
     return rows if rows is NotImplemented else take(rows, labels)
 
@@ -230,11 +266,17 @@ def _join(func: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
         r.source is not recipes[0].source
         or r.dtype != recipes[0].dtype
         or r.wide != recipes[0].wide
+        or r.grad != recipes[0].grad  # some rows of the whole would have a gradient
         or (r.wide and not in_order(t))
         for r, t in zip(recipes, tensors, strict=True)
     ):
         return NotImplemented
-    expression = merged([r.expression for r in recipes])
+    if recipes[0].wide:
+        shape = func([torch.empty(r.shape, device="meta") for r in recipes], *args, **kwargs).shape
+        if shape[-1] != recipes[0].source.vocab:  # joined along the vocabulary, or behind it
+            return NotImplemented
+    rows = [r.index.reshape(-1) for r in recipes]
+    expression = merged([r.expression for r in recipes], rows)
     if expression is None:
         return NotImplemented
     indices = [r.index[..., None] if r.wide else r.index for r in recipes]
@@ -243,20 +285,20 @@ def _join(func: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
         if index.shape[-1] != 1:
             return NotImplemented
         index = index[..., 0]
-    grad = any(r.grad for r in recipes) and torch.is_grad_enabled()
+    grad = recipes[0].grad and torch.is_grad_enabled()
     return derived(first, memory=Memory(expression), index=index, grad=grad)  # type: ignore[arg-type]
 
 
-@handles("contiguous", "clone", "detach", "alias", "view_copy")
+@handles("contiguous", "clone", "detach")
 def _same(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(lazy, LazyTensor) or not in_order(lazy):
+    if not isinstance(lazy, LazyTensor) or kwargs.get("memory_format") or args:
         return NotImplemented
-    name = getattr(func, "__name__", "")
-    if name == "contiguous":
-        return lazy if contiguous(lazy) else derived(lazy)
-    if name == "clone":
-        return derived(lazy)
-    return derived(lazy, grad=False, view=Tensor.detach)
+    name, axis = getattr(func, "__name__", ""), lazy.recipe.axis
+    if name == "contiguous" and lazy.skeleton().is_contiguous():
+        return lazy
+    if name in ("contiguous", "clone"):
+        return derived(lazy, axis=axis)
+    return derived(lazy, grad=False, axis=axis, view=Tensor.detach)
 
 
 def _on_cpu(value: Any) -> Any:

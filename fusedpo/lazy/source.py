@@ -86,6 +86,7 @@ class Source:
         )
         self.hidden = hidden.reshape(-1, hidden.shape[-1])
         self.count, self.vocab = self.hidden.shape[0], head.weight.shape[0]
+        self.versions = _versions(self.hidden, head.weight, head.bias)
         self.pending: weakref.WeakSet[Any] = weakref.WeakSet()
         self.passes: list[Pass] = []
         self.hooks: OrderedDict[int, Callable[[Tensor], Any]] = OrderedDict()
@@ -104,6 +105,11 @@ class Source:
             RuntimeError: where a wrapper has freed the weight since.
         """
         weight, bias = self.head.weight, self.head.bias
+        if self.versions != _versions(self.hidden, weight, bias):
+            raise RuntimeError(
+                "lazy logits: the hidden states or the head have been changed in place since, by "
+                "an optimizer's step for example; read what is kept of them before"
+            )
         if weight.shape != (self.vocab, self.hidden.shape[1]) or (
             weight.numel() and weight.device.type != "meta" and not weight.untyped_storage().size()
         ):
@@ -206,7 +212,7 @@ class Source:
                 theirs = also.labels.full(self.count, self.device).long()
                 if labels is None:
                     labels = theirs
-                elif not torch.equal(labels, theirs):
+                elif bool(((labels != theirs) & rows).any()):
                     continue
             names |= {*also.weights}
         scored = self._score(wanted.logits, names, rows, labels, grad=grad)
@@ -219,11 +225,16 @@ class Source:
         """Score rows by the engine."""
         if labels is None:
             labels = torch.zeros(self.count, dtype=torch.long, device=self.device)
+        # a row without a label is scored too: only that no token is its label
+        unlabelled = labels == NO_LABEL
         with torch.set_grad_enabled(grad):
             tensors = self.tensors(grad=grad)
-            masked = labels.masked_fill(~rows, NO_LABEL)
+            masked = labels.masked_fill(unlabelled, 0).masked_fill(~rows, NO_LABEL)
             stats = self.token_stats(tensors, logits, masked, sorted(names), ("logprob",))
-        return Pass(logits, rows, labels, {name: getattr(stats, name) for name in names}, grad)
+        values = {name: getattr(stats, name) for name in names}
+        if "top1" in values:
+            values["top1"] = values["top1"] & ~unlabelled
+        return Pass(logits, rows, labels, values, grad)
 
     def token_stats(
         self,
@@ -273,6 +284,11 @@ class Source:
             return value
         tensors = self.tensors(grad=True)
         return ScoredEntropy.apply(*tensors, self, scored)  # type: ignore[no-untyped-call]
+
+
+def _versions(*tensors: Tensor | None) -> list[int | None]:
+    """How often tensors were changed in place, where torch counts it."""
+    return [None if t is None or t.is_inference() else t._version for t in tensors]
 
 
 def _covers(earlier: Pass, rows: Tensor, labels: Tensor | None) -> bool:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fusedpo import checks
 from fusedpo.lazy.expressions import Expression
-from fusedpo.lazy.gradients import gradient
+from fusedpo.lazy.gradients import Changed, Moved, placed_gradient
 from fusedpo.lazy.source import Source
 from fusedpo.lazy.statistics import combination
 
@@ -29,11 +30,31 @@ class Memory:
         expression: of the rows; replaced by an operation in place.
         value: the real tensor once an operation has changed it in place in a way that has no
             expression; shaped like the first of the lazy tensors.
+        entries: lazy tensors that are views of it, of one number a row.
+        places: the lazy tensors of this memory that have a place in the graph.
     """
 
     def __init__(self, expression: Expression) -> None:
         self.expression = expression
         self.value: Tensor | None = None
+        self.entries: list[weakref.ref[LazyTensor]] = []
+        self.places: list[weakref.ref[LazyTensor]] = []
+
+    def has_entries(self) -> bool:
+        self.entries = [each for each in self.entries if each() is not None]
+        return bool(self.entries)
+
+    def replace(self, expression: Expression) -> None:
+        """Change all lazy tensors of this memory, as an operation in place does."""
+        self.expression = expression
+        self.place_again()
+
+    def place_again(self) -> None:
+        """Give them new places in the graph, where their gradients are those of the change."""
+        for reference in self.places:
+            if (lazy := reference()) is not None:
+                with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+                    lazy.place_again()
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +89,11 @@ class Recipe:
         return self.memory.expression.wide
 
     @property
+    def root(self) -> Recipe:
+        """That of the lazy tensor whose memory all views share."""
+        return self if self.view is None else self.view[0].recipe.root
+
+    @property
     def shape(self) -> tuple[int, ...]:
         if not self.wide:
             return tuple(self.index.shape)
@@ -91,9 +117,11 @@ class LazyTensor(Tensor):
 
     Attributes:
         recipe: how it is made.
+        kept: the real tensor that it is, if it is a view of one that became real.
     """
 
     recipe: Recipe
+    kept: Tensor | None
 
     @staticmethod
     def of(recipe: Recipe) -> LazyTensor:
@@ -105,6 +133,7 @@ class LazyTensor(Tensor):
             made = _Placed.apply(*tensors, recipe)  # type: ignore[no-untyped-call]
         else:
             made = _empty(recipe)
+        recipe.memory.places.append(weakref.ref(made))
         if not recipe.wide:
             source.pending.add(recipe)
         return made
@@ -136,22 +165,45 @@ class LazyTensor(Tensor):
     def materialize(self) -> Tensor:
         """The real tensor, with its gradient."""
         recipe = self.recipe
-        if recipe.memory.value is not None:
+        if (value := recipe.root.memory.value) is not None:
             if recipe.view is None:
-                return recipe.memory.value
-            base, view = recipe.view
-            return view(base.materialize())
+                return value
+            if self.kept is None:  # once, as it may get a hook or a gradient of its own
+                base, view = recipe.view
+                of_base = base.materialize()
+                with torch.enable_grad():
+                    # a view that was made under no_grad has no gradient
+                    severed = base.recipe.grad and not recipe.grad
+                    self.kept = view(of_base.detach() if severed else of_base)
+            return self.kept
         return self.logits() if recipe.wide else self.score()
 
     def keep_materialized(self) -> Tensor:
         """The real tensor, which this one and all views of the same memory are from now on."""
-        recipe = self.recipe
-        if recipe.memory.value is None:
+        root = self.recipe.root
+        if root.memory.value is None:
             base = self
             while base.recipe.view is not None:
                 base = base.recipe.view[0]
-            recipe.memory.value = base.materialize().clone()
+            with torch.set_grad_enabled(root.grad):
+                root.memory.value = base.materialize().clone()
         return self.materialize()
+
+    def place_again(self) -> None:
+        """Move it to where its gradient is that of what its memory holds now."""
+        recipe = self.recipe
+        if recipe.root.memory.value is not None:
+            real = self.materialize()
+            if real.requires_grad:
+                Changed.apply(self, real)  # type: ignore[no-untyped-call]
+        elif recipe.grad:
+            Moved.apply(self, *recipe.source.tensors(grad=True), recipe)  # type: ignore[no-untyped-call]
+
+    def skeleton(self) -> Tensor:
+        """A tensor without numbers, of the same sizes and strides: torch tells of it which
+        operations copy."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta")
 
     def logits(self) -> Tensor:
         """The numbers of a wide tensor."""
@@ -241,46 +293,40 @@ class _Placed(torch.autograd.Function):
     @staticmethod
     @checks.first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        recipe: Recipe = ctx.recipe
-        source = recipe.source
-        if recipe.wide:
-            g = g.movedim(recipe.axis, -1).reshape(-1, source.vocab)
-        else:
-            g = g.reshape(-1)
-        return (*gradient(source, ctx.expression, recipe.rows, g), None)
+        return (*placed_gradient(ctx, g), None)
 
 
 def _empty(recipe: Recipe) -> LazyTensor:
-    shape = recipe.shape
+    layout = torch.empty(recipe.shape, device="meta")
+    if recipe.view is not None:
+        base, view = recipe.view
+        layout = view(base.skeleton())
     made = Tensor._make_wrapper_subclass(
         LazyTensor,
-        shape,
-        strides=_strides(recipe),
+        layout.shape,
+        strides=layout.stride(),
+        storage_offset=layout.storage_offset(),
         dtype=recipe.dtype,
         device=recipe.source.device,
         requires_grad=False,
     )
-    made.recipe = recipe
+    made.recipe, made.kept = recipe, None
     return made
-
-
-def _strides(recipe: Recipe) -> tuple[int, ...]:
-    """The strides that the tensor would have as a view of all logits; else those of a new one."""
-    shape = recipe.shape
-    contiguous = torch.empty(shape, device="meta").stride()
-    if recipe.view is None or not recipe.wide or recipe.axis != recipe.index.dim():
-        return contiguous
-    if is_range(recipe.index):
-        return contiguous
-    steps = []
-    for axis, size in enumerate(recipe.index.shape):
-        along = recipe.index.movedim(axis, 0).reshape(size, -1)
-        step = int(along[1, 0] - along[0, 0]) if size > 1 and along.shape[1] else 1
-        steps.append(max(0, step) * recipe.source.vocab)
-    return (*steps, 1)
 
 
 def is_range(index: Tensor) -> bool:
     """Whether rows follow each other."""
     flat = index.reshape(-1)
     return bool((flat[1:] - flat[:-1] == 1).all())
+
+
+def shares_memory(value: Any, tensors: Sequence[Tensor]) -> bool:
+    """Whether a tensor among some values is a view of one of these."""
+    memories = {t.untyped_storage()._cdata for t in tensors}
+    return any(
+        isinstance(t, Tensor)
+        and not isinstance(t, LazyTensor)
+        and t.layout is torch.strided
+        and t.untyped_storage()._cdata in memories
+        for t in pytree.tree_leaves(value)
+    )
