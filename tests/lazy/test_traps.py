@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lazy.harness import V, Inputs, run
+from lazy.harness import Inputs, V, run
 from torch import Tensor
 from torch.nn import functional
 
