@@ -1,4 +1,4 @@
-"""Casts and operations number by number, alone or with numbers and tensors of rows."""
+"""Operations number by number of two tensors, of which one may be a number or have one a row."""
 
 from __future__ import annotations
 
@@ -10,126 +10,10 @@ import torch
 from torch import Tensor
 
 from fusedpo.lazy import expressions
-from fusedpo.lazy.expressions import NO_LABEL, Expression, RowValues
+from fusedpo.lazy.expressions import Expression, RowValues
 from fusedpo.lazy.masks import kept
 from fusedpo.lazy.registry import derived, handles, in_order
-from fusedpo.lazy.statistics import combination
 from fusedpo.lazy.tensor import LazyTensor
-
-# one tensor
-
-
-@handles("nan_to_num")
-def _finite(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(lazy, LazyTensor) or not lazy.recipe.wide or kwargs.get("out") is not None:
-        return NotImplemented
-    expression = lazy.recipe.expression
-    if expression.name in ("log_softmax", "softmax"):
-        expression = expression.inputs[0]  # type: ignore[assignment]
-    if isinstance(expression, expressions.Logits):
-        # finite as long as the model is, and then what they were
-        return derived(lazy, axis=lazy.recipe.axis)
-    return _elementwise(func, lazy, *args, **kwargs)
-
-
-_UNARY: dict[str, Callable[[Expression], Expression]] = {
-    "tanh": expressions.tanh,
-    "exp": expressions.exp,
-    "log": expressions.log,
-}
-
-
-@handles("tanh", "exp", "log", "neg", "negative", "__neg__")
-def _unary(func: Any, lazy: Any, **kwargs: Any) -> Any:
-    if kwargs or not isinstance(lazy, LazyTensor) or not lazy.recipe.dtype.is_floating_point:
-        return NotImplemented
-    name, expression = func.__name__, lazy.recipe.expression
-    if name in _UNARY:
-        # what is scored by the engine is real from here on
-        if not expression.wide and combination(expression, lazy.recipe.source.vocab):
-            return NotImplemented
-        return derived(lazy, _UNARY[name](expression), axis=lazy.recipe.axis)
-    made = Expression("neg", (expression,), function=torch.neg, wide=expression.wide)
-    return derived(lazy, made, axis=lazy.recipe.axis)
-
-
-@handles(
-    "abs",
-    "clamp",
-    "clamp_min",
-    "clamp_max",
-    "clip",
-    "exp2",
-    "expm1",
-    "isfinite",
-    "isinf",
-    "isnan",
-    "log1p",
-    "log2",
-    "logical_not",
-    "logsigmoid",
-    "pow",
-    "__pow__",
-    "relu",
-    "sigmoid",
-    "softplus",
-    "sqrt",
-    "square",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "__eq__",
-    "__ne__",
-    "__lt__",
-    "__le__",
-    "__gt__",
-    "__ge__",
-)
-def _elementwise(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
-    """Number by number, with numbers for arguments: an expression like others, for a reduction."""
-    arguments = (*args, *kwargs.values())
-    if not isinstance(lazy, LazyTensor) or not lazy.recipe.wide or not in_order(lazy):
-        if isinstance(lazy, LazyTensor) and func.__name__ in ("eq", "__eq__"):
-            return _match(lazy, *args)
-        if args and isinstance(args[0], LazyTensor) and func.__name__ in ("eq", "__eq__"):
-            return _match(args[0], lazy)
-        return NotImplemented
-    if any(isinstance(each, Tensor) for each in arguments):
-        return NotImplemented
-    like = func(torch.empty(1, dtype=lazy.recipe.dtype), *args, **kwargs)
-
-    def function(value: Tensor) -> Tensor:
-        return func(value, *args, **kwargs)
-
-    made = Expression(f"{func.__name__}{arguments}", (lazy.recipe.expression,), function=function)
-    return derived(lazy, made, dtype=like.dtype)
-
-
-def _match(lazy: LazyTensor, labels: Any) -> Any:
-    """Whether the likeliest token is the label."""
-    recipe = lazy.recipe
-    if recipe.expression.name != "argmax" or not isinstance(labels, Tensor):
-        return NotImplemented
-    if isinstance(labels, LazyTensor) or labels.shape != recipe.index.shape:
-        return NotImplemented
-    if labels.dtype not in (torch.int64, torch.int32) or labels.device != recipe.source.device:
-        return NotImplemented
-    # no token is the label of an ignored position
-    outside = (labels < 0) | (labels >= recipe.source.vocab)
-    rows = RowValues.of(recipe.index, labels.long().masked_fill(outside, NO_LABEL))
-
-    def function(value: Tensor, rows: Tensor) -> Tensor:
-        return value == rows
-
-    made = Expression("eq", (recipe.expression,), rows=rows, wide=False, function=function)
-    return derived(lazy, made, dtype=torch.bool)
-
-
-# two operands
-
 
 _SYMBOLS = {
     "add": "add",
@@ -258,7 +142,7 @@ def _wide_and_lazy(name: str, a: Any, b: Any, lazy: LazyTensor, other: LazyTenso
     if mine.source is not theirs.source or not torch.equal(mine.index, index):
         return NotImplemented
     operands = tuple(
-        _without_gradient(each.recipe.expression)
+        without_gradient(each.recipe.expression)
         if (mine.grad or theirs.grad) and not each.recipe.grad
         else each.recipe.expression
         for each in (a, b)
@@ -271,7 +155,7 @@ def _wide_and_lazy(name: str, a: Any, b: Any, lazy: LazyTensor, other: LazyTenso
     return derived(lazy, made, dtype=dtype, grad=mine.grad or theirs.grad)
 
 
-def _without_gradient(expression: Expression) -> Expression:
+def without_gradient(expression: Expression) -> Expression:
     """An expression that is a constant in one that has a gradient."""
     return Expression("detach", (expression,), function=Tensor.detach, wide=expression.wide)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 # the tables of operations, which register themselves
-from fusedpo.lazy import arithmetic, casts, masks, reductions, shapes  # noqa: F401
+from fusedpo.lazy import arithmetic, casts, elementwise, masks, reductions, shapes  # noqa: F401
 from fusedpo.lazy.registry import HANDLERS
 from fusedpo.lazy.tensor import LazyTensor, shares_memory
 

@@ -100,6 +100,18 @@ def _view_as(func: Any, lazy: Any, other: Tensor) -> Any:
     return _view(getattr(Tensor, name), lazy, other.shape)
 
 
+@handles("broadcast_tensors")
+def _broadcast(func: Any, *tensors: Any) -> Any:
+    if len(tensors) == 1 and isinstance(tensors[0], list | tuple):
+        tensors = tuple(tensors[0])
+    shape = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]
+    made = [
+        _view(Tensor.expand, t, shape) if isinstance(t, LazyTensor) else t.expand(shape)
+        for t in tensors
+    ]
+    return NotImplemented if any(each is NotImplemented for each in made) else tuple(made)
+
+
 @handles("__iter__")
 def _iterate(func: Any, lazy: LazyTensor) -> Any:
     parts = _view(Tensor.unbind, lazy)

@@ -99,8 +99,18 @@ def _of_sum(expression: Expression | float, vocab: int) -> Combination | None:
         return Combination(expression, None, {"mean_logit": float(vocab)})
     if (logits := _log_probs_of(expression)) is not None:
         return Combination(logits, None, {"mean_logit": float(vocab), "logsumexp": -float(vocab)})
-    if not isinstance(expression, Expression) or expression.name != "mul":
+    if not isinstance(expression, Expression):
         return None
+    if expression.name == "neg":
+        of_positive = _of_sum(expression.inputs[0], vocab)
+        return None if of_positive is None else of_positive.times(-1.0)
+    if expression.name != "mul":
+        return None
+    for one, other in (expression.inputs, expression.inputs[::-1]):
+        if isinstance(one, Expression) and one.name == "neg":
+            product = Expression("mul", (one.inputs[0], other))
+            of_positive = _of_sum(product, vocab)
+            return None if of_positive is None else of_positive.times(-1.0)
     for p, other in (expression.inputs, expression.inputs[::-1]):
         if not isinstance(p, Expression) or p.name != "softmax":
             continue

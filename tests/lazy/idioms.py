@@ -22,7 +22,8 @@ class Idiom:
     """A program and what it is promised.
 
     Attributes:
-        passes: how often the engine passes over the head, if that is promised.
+        passes: how often the engine passes over the head, if that is promised: once for all, but
+            for each mask that leaves out what another one keeps, and for an entropy's gradient.
         only_masked: whether only positions that the mask keeps are scored.
     """
 
@@ -82,7 +83,7 @@ def labels_set_to_zero_and_masked(z, d):
     return (logps * keep).sum(-1), keep.sum(-1)
 
 
-@idiom(1, only_masked=True)
+@idiom(2, only_masked=True)
 def two_masks_of_ld_dpo(z, d):
     """LLaMA-Factory: a part common to both answers, and a discounted rest."""
     logits, keep = z.to(torch.float32), d.mask
@@ -231,7 +232,8 @@ def the_last_logits(z, d):
 @idiom(1)
 def the_batch_in_chunks(z, d):
     """TRL's GRPO: sequences in small batches, log-probabilities joined after."""
-    every = [logps_of(part, labels) for part, labels in zip(z.split(3), d.tokens.split(3))]
+    parts = zip(z.split(3), d.tokens.split(3), strict=True)
+    every = [logps_of(part, labels) for part, labels in parts]
     return torch.cat(every, dim=0)
 
 
@@ -245,7 +247,7 @@ def unbound_rows(z, d):
     return torch.stack(rows)
 
 
-@idiom(1, only_masked=True)
+@idiom(4, only_masked=True)
 def responses_by_slices(z, d):
     """Loops that slice each response out of its sequence."""
     logp = logps_of(z, d.tokens)
@@ -338,12 +340,12 @@ def on_policy_ratio(z, d):
     return (torch.exp(logp - old) * d.mask).sum()
 
 
-@idiom(1)
+@idiom(2)
 def divergence_from_a_reference(z, d):
     """GRPO: the k3 estimate, with a reference scored under no_grad."""
     logp = logps_of(z, d.tokens)
     with torch.no_grad():
-        reference = logps_of(z * 1.0, d.tokens) - 0.1
+        reference = logps_of(z.float(), d.tokens) - 1.0
     apart = reference - logp
     return ((torch.exp(apart) - apart - 1) * d.mask).sum(-1)
 
@@ -414,14 +416,14 @@ def auxiliary_z_loss(z, d):
 # entropies
 
 
-@idiom(1)
+@idiom(2)
 def entropy_by_logsumexp(z, d):
     """TRL before 0.20, verl: logsumexp less the mean logit under the softmax."""
     p = functional.softmax(z, dim=-1)
     return torch.logsumexp(z, dim=-1) - torch.sum(p * z, dim=-1)
 
 
-@idiom(1)
+@idiom(2)
 def entropy_by_exp(z, d):
     """TRL: exp of log-probabilities times themselves."""
     logp = functional.log_softmax(z, dim=-1)
@@ -441,19 +443,26 @@ def entropy_in_chunks(z, d):
 
 @idiom()
 def entropy_by_special_functions(z, d):
-    """torch.special.entr, xlogy-like and reversed spellings."""
+    """torch.special.entr, and a small number in the logarithm."""
     p = z.softmax(dim=-1)
-    return torch.special.entr(p).sum(-1), -torch.sum(p.log() * p, -1), -(p * (p + 1e-12).log()).sum(-1)
+    return torch.special.entr(p).sum(-1), -(p * (p + 1e-12).log()).sum(-1)
 
 
-@idiom(1)
+@idiom(4)
+def entropy_with_the_sign_inside(z, d):
+    """The sign on one of the factors, the logarithm of the softmax."""
+    p = z.softmax(dim=-1)
+    return torch.sum(-p * p.log(), -1), (p * -p.log()).sum(-1), (-(p * p.log())).sum(-1)
+
+
+@idiom(2)
 def categorical(z, d):
     """Reinforcement-learning libraries: torch.distributions, with its checks."""
     policy = torch.distributions.Categorical(logits=z)
     return policy.log_prob(d.tokens), policy.entropy()
 
 
-@idiom(1)
+@idiom(2)
 def categorical_unchecked(z, d):
     """torch.distributions without its checks."""
     policy = torch.distributions.Categorical(logits=z / 0.7, validate_args=False)

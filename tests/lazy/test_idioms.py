@@ -50,7 +50,8 @@ def test_an_idiom_in_full_precision(name: str, masked: bool) -> None:
 def test_an_idiom_in_half_precision(name: str) -> None:
     truth, plain = (plainly(name, dtype) for dtype in (torch.float64, torch.bfloat16))
     lazy = run(IDIOMS[name].program, lazy=True, dtype=torch.bfloat16)
-    check(lazy, plain, truth, 2**-8)
+    # each pass rounds its part of a gradient
+    check(lazy, plain, truth, (IDIOMS[name].passes or 2) * 2**-8)
 
 
 @pytest.mark.parametrize("name", [name for name, each in IDIOMS.items() if each.passes])
