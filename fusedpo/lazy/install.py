@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fusedpo.checks import bad_choice
 from fusedpo.head import Head
 from fusedpo.lazy.everywhere import NewModels
 from fusedpo.lazy.expressions import Logits
 from fusedpo.lazy.source import Options, Source
-from fusedpo.lazy.tensor import LazyTensor, Memory, Recipe
+from fusedpo.lazy.tensor import LazyTensor, Memory, Recipe, settle
 from fusedpo.model_head.errors import UnsupportedHead
 from fusedpo.model_head.install import check_options
 from fusedpo.model_head.modules import HeadModule, causal_model
@@ -148,6 +149,7 @@ def lazy_logits(
 def _install(options: Options, model: Any) -> LazyLogits:
     causal = causal_model(model)
     HeadModule.of(causal)  # refuses what it cannot be
+    _settle_before_steps()
     heads = [*_heads(causal.get_output_embeddings())]
     for module in heads:
         attribute = HeadModule(module, "linear", module).attribute
@@ -155,6 +157,11 @@ def _install(options: Options, model: Any) -> LazyLogits:
         original = current.original if isinstance(current, LazyHead) else current
         setattr(module, attribute, LazyHead(module, original, options))
     return LazyLogits(heads)
+
+
+@functools.cache
+def _settle_before_steps() -> None:
+    register_optimizer_step_pre_hook(settle)
 
 
 def _heads(module: Any) -> Iterator[Any]:

@@ -71,6 +71,7 @@ class Source:
         dtype: of the head's output, also under autocast.
         requires_grad: whether the output would.
         pending: narrow lazy tensors that nobody has asked a number of so far.
+        severed: those without a gradient, though the logits have one: what a program keeps to read.
         hooks: functions that wrappers have hung on the output's gradient.
     """
 
@@ -88,6 +89,7 @@ class Source:
         self.count, self.vocab = self.hidden.shape[0], head.weight.shape[0]
         self.versions = _versions(self.hidden, head.weight, head.bias)
         self.pending: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.severed: list[weakref.ref[Any]] = []
         self.passes: list[Pass] = []
         self.hooks: OrderedDict[int, Callable[[Tensor], Any]] = OrderedDict()
 

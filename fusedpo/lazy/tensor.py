@@ -5,6 +5,7 @@ Letters: R rows of the source, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import weakref
@@ -136,6 +137,9 @@ class LazyTensor(Tensor):
         recipe.memory.places.append(weakref.ref(made))
         if not recipe.wide:
             source.pending.add(recipe)
+            if source.requires_grad and not recipe.grad:
+                source.severed.append(weakref.ref(made))
+                _SOURCES.add(source)
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -188,6 +192,14 @@ class LazyTensor(Tensor):
             with torch.set_grad_enabled(root.grad):
                 root.memory.value = base.materialize().clone()
         return self.materialize()
+
+    def settle(self) -> None:
+        """Become real, without a gradient."""
+        recipe = self.recipe
+        if recipe.root.memory.value is None:
+            memory = Memory(recipe.expression)
+            memory.value = self.score()
+            self.recipe = dataclasses.replace(recipe, memory=memory, view=None)
 
     def place_again(self) -> None:
         """Move it to where its gradient is that of what its memory holds now."""
@@ -262,6 +274,20 @@ class LazyTensor(Tensor):
                 LazyTensor, lambda t: t.materialize().detach(), (args, kwargs or {})
             )
             return func(*args, **kwargs)
+
+
+_SOURCES: weakref.WeakSet[Source] = weakref.WeakSet()
+
+
+def settle(*_: object) -> None:
+    """Score what programs keep to read, before an optimizer's step changes the head."""
+    for source in [*_SOURCES]:
+        for reference in source.severed:
+            lazy = reference()
+            if lazy is not None and not lazy.recipe.root.wide:
+                lazy.settle()
+        source.severed.clear()
+        _SOURCES.discard(source)
 
 
 def operations() -> Any:
