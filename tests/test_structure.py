@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib
 import io
 import re
@@ -72,8 +73,9 @@ def imports(source: str, module: str) -> Iterator[str]:
             yield from (f"{start}.{name.name}" for name in node.names)
 
 
-def imports_of(module: str) -> Iterator[str]:
-    yield from imports((ROOT / MODULES[module]).read_text(encoding="utf-8"), module)
+@functools.cache
+def imports_of(module: str) -> tuple[str, ...]:
+    return tuple(imports((ROOT / MODULES[module]).read_text(encoding="utf-8"), module))
 
 
 def unit(name: str) -> str:
