@@ -51,6 +51,7 @@ def test_equals_the_naive_program_by_every_route(seed: int, backend: str) -> Non
 
 
 @pytest.mark.holds(1, 2, 3)
+@pytest.mark.interpreted(every=3, each="budget")
 @pytest.mark.parametrize("seed", range(320, 380))
 @pytest.mark.parametrize("budget", ["least", "1MiB", None])
 def test_equals_the_naive_program_at_any_budget(
@@ -251,6 +252,7 @@ def test_the_tile_does_not_change_the_answer(seed: int, rows: int, cols: int) ->
 
 
 @pytest.mark.holds(7)
+@pytest.mark.interpreted(every=3, each="route")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("route", ["frozen", "recompute", "retain", "one_pass"])
 def test_the_error_does_not_grow_with_the_number_of_tiles(
