@@ -20,6 +20,7 @@ if os.environ.get("FUSEDPO_TEST_DEVICE") != "cuda":
     os.environ["TRITON_INTERPRET"] = "1"
 
 import engine
+import tiers
 from summary import note, pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401
 
 from fusedpo.engine.workspace import Workspace
@@ -147,6 +148,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     gone |= _left_out([item for item in items if item not in gone])
     config.hook.pytest_deselected(items=[item for item in items if item in gone])
     items[:] = [item for item in items if item not in gone]
+    tiers.mark(items)
     note(items)
 
 

@@ -19,7 +19,6 @@ TINY = ["--quick", "--no-verify", "--seconds", "0.01", "--threads", "1", "--loss
 PEERS = ["--peers", "full_logits", "fusedpo"]
 
 
-@pytest.mark.slow
 @on_linux
 def test_a_question_is_answered_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", "length", *TINY, *PEERS, "--shapes", "32,16,300", "64,16,300"]
@@ -36,7 +35,6 @@ def test_a_question_is_answered_as_json(tmp_path: Path, capsys: pytest.CaptureFi
     assert {path.name for path in tmp_path.iterdir()} == {file.name, "length.png"}
 
 
-@pytest.mark.slow
 @on_linux
 @pytest.mark.parametrize("interrupt", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_no_half_written_file(tmp_path: Path, interrupt: int) -> None:

@@ -99,7 +99,6 @@ def test_every_peer_computes_the_same(
     assert agree(got, want)
 
 
-@pytest.mark.slow
 @pytest.mark.compiled
 def test_what_is_compiled_computes_the_same() -> None:
     case = Case("compiled", TINY, masked=0.4, loss="dpo", reference="same call")
@@ -275,7 +274,6 @@ def test_a_killed_measurement_is_out_of_memory() -> None:
     assert worker.fresh_peak(Case("full_logits", TINY)).total >= 0
 
 
-@pytest.mark.slow
 @on_linux
 def test_an_interrupted_measurement_is_not_taken_for_the_next() -> None:
     worker.fresh_peak(Case("full_logits", TINY))
@@ -760,7 +758,6 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 in_one_process = pytest.mark.xdist_group("dry run of gpu.sh")
 
 
-@pytest.mark.slow
 @without_gpu
 @in_one_process
 def test_the_dry_run_names_every_part(dry_run: Path) -> None:
@@ -776,7 +773,6 @@ def test_the_dry_run_names_every_part(dry_run: Path) -> None:
     assert (dry_run / "tests.xml").exists() and (dry_run / "kernels.xml").exists()
 
 
-@pytest.mark.slow
 @without_gpu
 @in_one_process
 def test_the_dry_run_goes_through_every_section(dry_run: Path) -> None:
@@ -804,7 +800,6 @@ def test_the_dry_run_goes_through_every_section(dry_run: Path) -> None:
     assert {row["loss"] for row in answer["tail"]["rows"]} == {"DPO", "SimPO", "soft gate"}
 
 
-@pytest.mark.slow
 @without_gpu
 @in_one_process
 def test_the_dry_run_tries_tiles_of_every_kernel(dry_run: Path) -> None:

@@ -216,7 +216,6 @@ def small_library(monkeypatch) -> Iterator[None]:
 DEMO = ["train", "--cpu", "--model", "demo", "--dataset", "demo", "--batch-size", "8"]
 
 
-@pytest.mark.slow
 def test_the_demonstration_trains_saves_and_compares(small_library, tmp_path, capsys):
     output = tmp_path / "out"
     more = ["--max-steps", "2", "--evaluations", "1", "--loss", "simpo", "--output", str(output)]

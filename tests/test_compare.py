@@ -96,7 +96,6 @@ def test_small_budget_is_the_fraction_or_the_least_that_will_do():
         fused(replace(problem, memory_budget=least // 2))
 
 
-@pytest.mark.slow
 def test_comparison_measures_what_it_says():
     """Sizes at which the logits stand out of the noise of a process: 48 MiB of them."""
     generator = torch.Generator().manual_seed(0)

@@ -638,7 +638,6 @@ def test_an_import_that_takes_too_long_is_left_out(
     assert imports["sleeps"] is None
 
 
-@pytest.mark.slow
 def test_the_command_as_it_is_installed_here() -> None:
     program = (
         "import argparse, sys\n"

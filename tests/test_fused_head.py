@@ -1169,7 +1169,6 @@ def test_gradient_checkpointing(reentrant: bool, name: str) -> None:
 
 @pytest.mark.holds(26)
 @pytest.mark.compiled
-@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_compiled_model(in_place: bool) -> None:
     model = make("softcap")

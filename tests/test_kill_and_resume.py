@@ -34,7 +34,7 @@ from fusedpo.cli import main
 from fusedpo.recipes.self_augmented import read_file
 from fusedpo.trainers import job as jobs
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("kills")]
+pytestmark = pytest.mark.xdist_group("kills")
 
 KILLS = int(os.environ.get("FUSEDPO_KILLS", "2"))
 STEPS = 6

@@ -39,7 +39,7 @@ from fusedpo.recipes.self_augmented import read_file
 from fusedpo.trainers import job as jobs
 from fusedpo.trainers.transformers import PreferenceTrainer
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launch")]
+pytestmark = pytest.mark.xdist_group("launch")
 
 
 class Tracker(TrainerCallback):

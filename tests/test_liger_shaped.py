@@ -204,7 +204,6 @@ def logprobs(rows: Batch, *, reference: bool = False, noise: float = 0.0) -> Ten
 # the shape
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["__init__", "forward"])
 @pytest.mark.parametrize("kind", CLASSES)
 def test_signatures_begin_with_liger_s(kind: str, method: str) -> None:
@@ -221,7 +220,6 @@ def test_signatures_begin_with_liger_s(kind: str, method: str) -> None:
     assert bool(added) == (method == "__init__")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", CLASSES)
 def test_attributes_are_liger_s(kind: str) -> None:
     mine, peer = ours(kind, compiled=False), theirs(kind)
@@ -250,7 +248,6 @@ DPO_TYPES = (
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("nll", BOTH)
 @pytest.mark.parametrize("average", BOTH)
 @pytest.mark.parametrize("reference", BOTH)
@@ -271,12 +268,10 @@ def test_dpo(loss_type: str, bias: bool, reference: bool, average: bool, nll: bo
     )
 
 
-@pytest.mark.slow
 def test_dpo_knows_every_loss_type_of_liger_s() -> None:
     assert set(DPO_TYPES) == theirs("DPO")._SUPPORTED_LOSS_TYPES
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("nll", BOTH)
 @pytest.mark.parametrize("average", BOTH)
@@ -286,7 +281,6 @@ def test_cpo(bias: bool, average: bool, nll: bool, smoothing: float) -> None:
     agree("CPO", batch(2, bias=bias), of_pairs, beta=0.2, alpha=0.7, **options)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("nll", BOTH)
 @pytest.mark.parametrize("bias", BOTH)
@@ -295,7 +289,6 @@ def test_simpo(bias: bool, nll: bool, smoothing: float) -> None:
     agree("SimPO", batch(3, bias=bias), of_pairs, beta=2.0, alpha=0.7, **options)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("nll", [False, True, "of other targets"])
 @pytest.mark.parametrize("bias", BOTH)
 def test_orpo(bias: bool, nll: bool | str) -> None:
@@ -309,7 +302,6 @@ def test_orpo(bias: bool, nll: bool | str) -> None:
     agree("ORPO", rows, call, beta=0.3, compute_nll_loss=bool(nll))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kl", [None, 0.4, -0.3, "each"])
 @pytest.mark.parametrize("average", BOTH)
 @pytest.mark.parametrize("reference", BOTH)
@@ -347,7 +339,6 @@ WEIGHTS = {
 REFERENCES = ("without", "beta 0", "logps", "logps, corrected", "hidden")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("old", BOTH)
@@ -402,7 +393,6 @@ def test_the_policys_head_is_the_references_where_none_is_given(
     assert kl.item() == pytest.approx(true_kl.item(), rel=1e-4) and kl > 0.01
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -510,7 +500,6 @@ def first_scored(rows: Batch) -> Batch:
     return rows
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_as_trainers_call_it(kind: str) -> None:
     call, options = TRAINERS[kind]
@@ -527,7 +516,6 @@ HALF = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", HALF)
 def test_bfloat16_is_no_worse_than_liger_s(case: str) -> None:
     """Beside Liger's in fp32 on the same numbers."""
@@ -549,7 +537,6 @@ def test_bfloat16_is_no_worse_than_liger_s(case: str) -> None:
     assert not said, "\n".join(said)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["0.9 of it", "0", "a row less"])
 @pytest.mark.parametrize("kind", ["DPO", "GRPO"])
 def test_the_tolerance_rejects(kind: str, wrong: str) -> None:
@@ -566,7 +553,6 @@ def test_the_tolerance_rejects(kind: str, wrong: str) -> None:
         assert [said.split(":")[0] for said in faults(mine, peer)] == [f"gradient of {name}"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
 @pytest.mark.parametrize("kind", CLASSES)
 def test_what_is_frozen_gets_no_gradient(kind: str, frozen: str) -> None:

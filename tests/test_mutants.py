@@ -554,7 +554,6 @@ def test_a_wrong_engine_is_caught(name: str, dtype: torch.dtype) -> None:
 on_kernels = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 
 
-@pytest.mark.slow
 @on_kernels
 @pytest.mark.parametrize(
     "way, route",
@@ -564,7 +563,6 @@ def test_the_kernels_as_they_are_raise_no_alarm(way: str, route: str, backend: s
     assert not caught(torch.bfloat16, route, way)
 
 
-@pytest.mark.slow
 @pytest.mark.mutant
 @on_kernels
 @mutants_on("triton", torch.bfloat16)

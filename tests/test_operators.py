@@ -165,7 +165,6 @@ def test_a_policy_step_is_one_graph(loss: losses.PolicyLoss, backend: str) -> No
     agree(torch.autograd.grad(got[0], (hidden, weight)), truth)
 
 
-@pytest.mark.slow
 @pytest.mark.holds(26)
 @pytest.mark.fault(53)
 def test_a_training_step_through_the_default_compiler(backend: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from repository import ROOT, files
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+pytestmark = pytest.mark.xdist_group("packaging")
 
 # where torch is
 SITE = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]

@@ -23,7 +23,6 @@ TINY = Case("full_logits", "dpo", Shape(pairs=2, tokens=6, hidden=64, vocab=320)
 ON_TWO_LENGTHS = (Shape(2, 8, 64, 320), Shape(2, 16, 64, 320))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_from_end_to_end(tmp_path, capsys):
     arguments = ["--quick", "--json", "--memory", "64MiB", "--seconds", "0.01", "--threads", "1"]

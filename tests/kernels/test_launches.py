@@ -27,7 +27,6 @@ def kernels() -> set[str]:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_every_kernel_is_launched_as_it_was_written(target: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

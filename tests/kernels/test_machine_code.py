@@ -82,7 +82,6 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, list[dict[st
     return report(tmp_path_factory.mktemp("planted"), "--module", "planted")
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("planted kernels")
 @pytest.mark.parametrize("target", NAMES)
 def test_a_planted_fault_is_found_and_no_other(planted, target):
@@ -97,7 +96,6 @@ def test_a_planted_fault_is_found_and_no_other(planted, target):
             assert word in fault, (key, found)
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("planted kernels")
 def test_the_report_shows_every_row_and_fault_and_fails(planted):
     status, rows, text = planted
@@ -110,7 +108,6 @@ def test_the_report_shows_every_row_and_fault_and_fails(planted):
             assert f"{row['name']} ({row['variant']}) on {row['target']}: {fault}" in lines
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("planted kernels")
 @pytest.mark.parametrize("target", NAMES)
 def test_what_is_read_of_a_good_kernel(planted, target):
@@ -129,7 +126,6 @@ def test_what_is_read_of_a_good_kernel(planted, target):
         assert 0 < code["occupancy"] <= 1 and code["registers"] > 0 and code["warps"] == 4
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("planted kernels")
 def test_processes_find_the_same(planted, tmp_path):
     _, rows, text = report(
@@ -155,7 +151,6 @@ def kernels() -> Iterator[str]:
                 yield node.name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", NAMES)
 def test_kernels_keep_their_promises(target, tmp_path):
     status, rows, text = report(tmp_path, "--target", target)

@@ -85,7 +85,6 @@ def fusedpo_run(*words: str, **environment: str) -> subprocess.CompletedProcess[
     return start(sys.executable, "-m", "fusedpo", "run", *words, **environment)
 
 
-@pytest.mark.slow
 def test_a_program_that_is_run_has_lazy_logits_and_so_has_what_it_starts(tmp_path: Path) -> None:
     # a launcher, in a Python that has a sitecustomize of its own
     (tmp_path / "sitecustomize.py").write_text("print('customized')")
@@ -98,7 +97,6 @@ def test_a_program_that_is_run_has_lazy_logits_and_so_has_what_it_starts(tmp_pat
     assert outcome.stdout.count("customized") == 3
 
 
-@pytest.mark.slow
 def test_a_program_without_models_is_left_alone_and_keeps_its_exit_status() -> None:
     program = "import sys; assert 'torch' not in sys.modules; sys.exit(5)"
     assert fusedpo_run(sys.executable, "-c", program).returncode == 5

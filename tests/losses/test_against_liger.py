@@ -16,8 +16,6 @@ pytest.importorskip(
     reason="compares with the chunked losses of Liger-Kernel, not installed",
 )
 # importing the modules takes longer than the comparisons
-pytestmark = pytest.mark.slow
-
 # name -> (loss of ours, options of Liger's); the name is Liger's loss_type up to a comma
 DPO = {
     "sigmoid": ("DPO(beta=0.1)", {}),

@@ -17,8 +17,6 @@ pytest.importorskip(
     "trl", minversion="1.16", reason="compares with the trainers of TRL 1.16, not installed"
 )
 # importing the trainers takes longer than the comparisons
-pytestmark = pytest.mark.slow
-
 # name -> (loss of ours, options of TRL's); the name is TRL's loss_type up to a comma
 DPO = {
     "sigmoid": ("DPO(beta=0.1)", {}),

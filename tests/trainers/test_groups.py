@@ -50,7 +50,6 @@ def longest_word(row: Any, response: Any) -> float:
     return sum(token < WANTED for token in response) / max(1, len(response))
 
 
-@pytest.mark.slow
 def test_the_reward_rises(tmp_path: Path) -> None:
     model = tiny.model(initializer_range=0.02)
     args = {"max_steps": 60, "learning_rate": 3e-2, "lr_scheduler_type": "constant"}

@@ -1043,7 +1043,6 @@ def test_saved_model_is_loaded_by_transformers(tmp_path):
 
 
 @pytest.mark.holds(32)
-@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """Pairs of uneven number split over ranks, entered through DistributedDataParallel."""
     whole = tiny.model()
