@@ -3,24 +3,35 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST = $(BIN)/python -m pytest
 
+# what a change of a loss or of the engine breaks
+CHECKED := tests/losses $(patsubst %,tests/test_%.py,backend checks functional head limits logprobs \
+	objective plan policy scores signatures workspace)
+
 TRL_VERSIONS := 0.29.1 1.8.0 1.12.0 1.13.0 1.14.2
 
-.PHONY: demo losses test coverage mutants test-oldest test-versions test-trl test-zero lint bench bench-results bench-gpu clean
+.PHONY: demo losses check test test-slow coverage mutants test-oldest test-versions test-trl test-zero lint bench bench-results bench-gpu clean
 
 # threads that spin while they wait bring two cores to a crawl as soon as anything else runs
 demo: export OMP_WAIT_POLICY = passive
 demo: .venv/ready
 	$(BIN)/fusedpo train --model demo --dataset demo --loss simpo --output build/demo
 
+check: .venv/ready lint
+	$(PYTEST) -n 2 --dist loadgroup -m "not slow" $(CHECKED)
+
 test: .venv/ready lint
-	$(PYTEST) -n 2 --dist loadgroup
+	$(PYTEST) -n 2 --dist loadgroup -m "not slow"
+
+# tests/tiers.py says which these are
+test-slow: .venv/ready
+	$(PYTEST) -n 2 --dist loadgroup -m slow
 
 # the lists of losses for type checkers and readers, after a loss was added
 losses: .venv/ready
 	$(BIN)/python tests/generated.py
 
-# what of fusedpo/ no test on a CPU goes through, branches included: `make test`, half as long again, and
-# earlier versions of TRL; docs/testing.md says why the rest is left
+# what of fusedpo/ no test on a CPU goes through, branches included: `make test` and `make test-slow`, half as
+# long again, and earlier versions of TRL; docs/testing.md says why the rest is left
 coverage: PYTEST = $(BIN)/coverage run -m pytest
 coverage: .venv/ready
 	$(BIN)/coverage erase
