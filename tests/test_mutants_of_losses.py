@@ -379,7 +379,7 @@ MUTANTS = {
             fusedpo.objective.reference,
             "token_logprobs",
             lambda original, reference, layout, *rest: original(
-                reference, replace(layout, temperature=1.0), *rest
+                reference, replace(layout, batch=replace(layout.batch, temperature=1.0)), *rest
             ),
         ),
         way=with_hidden_reference,

@@ -118,10 +118,11 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     elif name in _METHODS and not _has_real_memory(args):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-    if any(t.moved for t in _lazy(args, kwargs)):
+    real_memory = _has_real_memory(args, kwargs)
+    if not real_memory and any(t.moved for t in _lazy(args, kwargs)):
         args, kwargs = pytree.tree_map_only(LazyTensor, _settled, (args, kwargs))
         return func(*args, **kwargs)
-    if (handler := HANDLERS.get(name)) is not None and not _has_real_memory(args, kwargs):
+    if (handler := HANDLERS.get(name)) is not None and not real_memory:
         result = handler(func, *args, **kwargs)
         if result is not NotImplemented:
             return result
