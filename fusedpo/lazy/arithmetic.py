@@ -143,7 +143,7 @@ def _wide_and_lazy(name: str, a: Any, b: Any, lazy: LazyTensor, other: LazyTenso
         return NotImplemented
     operands = tuple(
         without_gradient(each.recipe.expression)
-        if (mine.grad or theirs.grad) and not each.recipe.grad
+        if torch.is_grad_enabled() and mine.grad != theirs.grad and not each.recipe.grad
         else each.recipe.expression
         for each in (a, b)
     )
@@ -166,7 +166,7 @@ def _narrow(name: str, a: Any, b: Any) -> Any:
         one, two = a.recipe, b.recipe
         if (
             one.source is not two.source
-            or one.grad != two.grad
+            or (torch.is_grad_enabled() and one.grad != two.grad)
             or name not in ("add", "sub")
             or one.index.shape != two.index.shape
             or not torch.equal(one.index, two.index)

@@ -120,6 +120,9 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return func(*args, **kwargs)
     real_memory = _has_real_memory(args, kwargs)
     if not real_memory and any(t.moved for t in _lazy(args, kwargs)):
+        for each in _lazy(args, kwargs):
+            if each.moved and each.recipe.wide:
+                _report(name, each)
         args, kwargs = pytree.tree_map_only(LazyTensor, _settled, (args, kwargs))
         return func(*args, **kwargs)
     if (handler := HANDLERS.get(name)) is not None and not real_memory:

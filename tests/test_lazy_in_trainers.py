@@ -1,0 +1,46 @@
+"""What other people's trainers do to lazy logits that was once done wrong, in a few lines each.
+
+Found by ``make test-trainers``, which needs the trainers.
+"""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fusedpo.lazy import LogitsNeeded, lazy_logits
+
+IDS = torch.randint(3, 99, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """As verl and OpenRLHF spell it."""
+    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+
+
+def test_entropy_without_a_gradient_of_logits_with_one():
+    """For logging, beside a log-probability that is trained: verl, under no_grad."""
+    model = tiny.model()
+    with torch.no_grad():
+        expected = entropy(model(IDS).logits)
+    with lazy_logits(model, unknown="raise"):
+        logits = model(IDS).logits
+        with torch.no_grad():
+            found = entropy(logits)
+    torch.testing.assert_close(torch.as_tensor(found + 0), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpointed_entropy_says_that_it_makes_logits():
+    """The gradient that a reentrant checkpoint asks for is one of logits: verl, with
+    entropy_checkpointing."""
+    model = tiny.model()
+    entropy(model(IDS).logits).sum().backward()
+    expected = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    with lazy_logits(model), pytest.warns(UserWarning, match="softmax needs the real logits"):
+        checkpoint(entropy, model(IDS).logits, use_reentrant=True).sum().backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, expected, rtol=1e-5, atol=1e-6)
+    with lazy_logits(model, unknown="raise"), pytest.raises(LogitsNeeded):
+        checkpoint(entropy, model(IDS).logits, use_reentrant=True).sum().backward()
