@@ -8,8 +8,10 @@ CHECKED := tests/losses $(patsubst %,tests/test_%.py,backend checks functional h
 	objective plan policy scores signatures workspace)
 
 TRL_VERSIONS := 0.29.1 1.8.0 1.12.0 1.13.0 1.14.2
+# TRAINERS="trl-0.24 llamafactory" picks some; each has a file of pins in tests/real_trainers/requirements
+TRAINERS ?= trl-0.24 trl-0.29 trl-1.9 trl-1.16 llamafactory swift axolotl openrlhf verl
 
-.PHONY: demo losses check test test-slow coverage mutants test-oldest test-versions test-trl test-zero lint bench bench-results bench-gpu clean
+.PHONY: demo losses check test test-slow coverage mutants test-oldest test-versions test-trl test-trainers test-zero lint bench bench-results bench-gpu clean
 
 # threads that spin while they wait bring two cores to a crawl as soon as anything else runs
 demo: export OMP_WAIT_POLICY = passive
@@ -67,6 +69,18 @@ test-trl: .venv/ready
 		FUSEDPO_TRL=$$version PYTHONPATH=$$folder $(PYTEST) -q -s tests/trl_versions \
 			|| failed="$$failed $$version"; \
 	done; [ -z "$$failed" ] || { echo "failed with TRL$$failed"; exit 1; }
+
+# other people's trainers as they are, with lazy logits: each in a folder of its own, without what its
+# tests do not need, and tested in a process of its own
+test-trainers: .venv/ready
+	@failed=; for trainer in $(TRAINERS); do \
+		folder=build/trainers/$$trainer; \
+		[ -e $$folder/ready ] || { rm -rf $$folder && $(BIN)/python -m pip install --quiet --no-deps \
+			--target $$folder --requirement tests/real_trainers/requirements/$$trainer.txt \
+			&& touch $$folder/ready; } || exit 1; \
+		FUSEDPO_TRAINER=$$trainer PYTHONPATH=$$folder $(PYTEST) -q -s \
+			--show-capture=no tests/real_trainers/test_$${trainer%%-*}.py || failed="$$failed $$trainer"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 # gradients under DeepSpeed's ZeRO on two processes; DeepSpeed in a folder of its own, nothing compiled
 test-zero: .venv/ready build/deepspeed/ready
