@@ -152,7 +152,8 @@ def _wide_and_lazy(name: str, a: Any, b: Any, lazy: LazyTensor, other: LazyTenso
     else:
         made = Expression(name, operands, function=_FUNCTIONS[name])
     dtype = torch.promote_types(mine.dtype, theirs.dtype)
-    return derived(lazy, made, dtype=dtype, grad=mine.grad or theirs.grad)
+    grad = (mine.grad or theirs.grad) and torch.is_grad_enabled()
+    return derived(lazy, made, dtype=dtype, grad=grad)
 
 
 def without_gradient(expression: Expression) -> Expression:
