@@ -15,6 +15,10 @@ from fusedpo.lazy import LogitsNeeded, lazy_logits
 IDS = torch.randint(3, 99, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
+def near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return float((a - b).abs().max()) <= 1e-5 * float(b.abs().max())
+
+
 def entropy(logits: torch.Tensor) -> torch.Tensor:
     """As verl and OpenRLHF spell it."""
     return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
@@ -29,7 +33,7 @@ def test_entropy_without_a_gradient_of_logits_with_one():
         logits = model(IDS).logits
         with torch.no_grad():
             found = entropy(logits)
-    torch.testing.assert_close(torch.as_tensor(found + 0), expected, rtol=1e-5, atol=1e-6)
+    assert near(found + 0, expected)
 
 
 def test_a_checkpointed_entropy_says_that_it_makes_logits():
@@ -39,8 +43,8 @@ def test_a_checkpointed_entropy_says_that_it_makes_logits():
     entropy(model(IDS).logits).sum().backward()
     expected = model.lm_head.weight.grad.clone()
     model.zero_grad()
-    with lazy_logits(model), pytest.warns(UserWarning, match="softmax needs the real logits"):
+    with lazy_logits(model), pytest.warns(UserWarning, match="needs the real logits"):
         checkpoint(entropy, model(IDS).logits, use_reentrant=True).sum().backward()
-    torch.testing.assert_close(model.lm_head.weight.grad, expected, rtol=1e-5, atol=1e-6)
+    assert near(model.lm_head.weight.grad, expected)
     with lazy_logits(model, unknown="raise"), pytest.raises(LogitsNeeded):
         checkpoint(entropy, model(IDS).logits, use_reentrant=True).sum().backward()
