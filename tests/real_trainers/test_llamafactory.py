@@ -6,8 +6,10 @@ On what its users are: TRL 0.24 and transformers 4.57.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +108,25 @@ def test_unmodified(case, folder, tmp_path):
         return run(folder, tmp_path, given, prepare)
 
     harness.compare(f"LLaMA-Factory {case}", CASES[case], runner=runner)
+
+
+class AtHead(harness.Prepare):
+    """The forwards of ``fusedpo.trainers.llamafactory``."""
+
+    @contextlib.contextmanager
+    def everywhere(self) -> Iterator[None]:
+        from fusedpo.trainers import llamafactory
+
+        llamafactory.patch(memory_budget=harness.BUDGET)
+        try:
+            yield
+        finally:
+            llamafactory.unpatch()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_within_the_heads_own_call(case, folder, tmp_path):
+    plain, ours = (
+        run(folder, tmp_path, CASES[case], prepare) for prepare in (harness.Prepare(), AtHead())
+    )
+    harness.check(f"LLaMA-Factory at the head, {case}", plain, ours)
