@@ -16,7 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedpo import lazy_logits
+from fusedpo import add_fused_head, lazy_logits
+from fusedpo.lazy.at_head import with_lazy_logits
+
+AT_HEAD = "within the head's call"
+PATHS = ("after the forward", AT_HEAD)
 
 
 def model(tied: bool) -> Any:
@@ -26,12 +30,17 @@ def model(tied: bool) -> Any:
 def loss_of(model: Any, rank: int, step: int, path: str) -> Tensor:
     """The log-probability and the entropy, as many programs compute them."""
     ids, labels = sharded_runs.batch(rank, step)
-    logits = model(input_ids=ids).logits[:, :-1] / 0.9
-    logps = logits.log_softmax(-1)
-    mask = labels[:, 1:] != -100
-    scored = logps.gather(-1, labels[:, 1:].clamp(min=0)[..., None]).squeeze(-1)
-    entropy = -(logps.exp() * logps).sum(-1)
-    return -((scored + 0.1 * entropy) * mask).sum() / 10
+
+    def loss(logits: Tensor) -> Tensor:
+        logps = (logits[:, :-1] / 0.9).log_softmax(-1)
+        mask = labels[:, 1:] != -100
+        scored = logps.gather(-1, labels[:, 1:].clamp(min=0)[..., None]).squeeze(-1)
+        entropy = -(logps.exp() * logps).sum(-1)
+        return -((scored + 0.1 * entropy) * mask).sum() / 10
+
+    if path == AT_HEAD:
+        return with_lazy_logits(model, loss, memory_budget="64KiB", unknown="raise", input_ids=ids)
+    return loss(model(input_ids=ids).logits)
 
 
 def all_cases(rank: int) -> dict[str, Any]:
@@ -39,14 +48,18 @@ def all_cases(rank: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for how, tied in sharded_runs.WRAPPINGS:
         plain = sharded_runs.expected(model(tied), 2, "", loss_of)
-        made = model(tied)
-        lazy_logits(made, memory_budget="64KiB", unknown="raise")
-        wrapped = sharded_runs.wrap(made, how, tied)
-        try:
-            gradients = sharded_runs.gradients(wrapped, rank, 2, "", loss_of)
-            results[f"{how}, {tied}"] = sharded_runs.gap(gradients, plain)
-        except RuntimeError as error:
-            results[f"{how}, {tied}"] = str(error)
+        for path in PATHS:
+            made = model(tied)
+            if path == AT_HEAD:
+                add_fused_head(made)
+            else:
+                lazy_logits(made, memory_budget="64KiB", unknown="raise")
+            wrapped = sharded_runs.wrap(made, how, tied)
+            try:
+                gradients = sharded_runs.gradients(wrapped, rank, 2, path, loss_of)
+                results[f"{how}, {tied}, {path}"] = sharded_runs.gap(gradients, plain)
+            except RuntimeError as error:
+                results[f"{how}, {tied}, {path}"] = str(error)
     return results
 
 

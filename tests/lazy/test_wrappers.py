@@ -11,7 +11,11 @@ import torch
 
 pytestmark = pytest.mark.xdist_group("sharded")
 
-WRAPPINGS = [f"{how}, {tied}" for how, tied in sharded_runs.WRAPPINGS]
+CASES = [
+    f"{how}, {tied}, {path}"
+    for how, tied in sharded_runs.WRAPPINGS
+    for path in lazy_processes.PATHS
+]
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +29,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return of_ranks
 
 
-@pytest.mark.parametrize("case", WRAPPINGS)
+@pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_one_process_or_refused(
     results: list[dict[str, Any]], case: str
 ) -> None:
     for of_rank in results:
         outcome = of_rank[case]
-        if "reshards" in case:  # the head's weight is gone when its logits are used
+        # the head's weight is gone when its logits are used, after its own call
+        if "reshards" in case and lazy_processes.AT_HEAD not in case:
             assert "keep the head in the root unit" in outcome
         else:
             assert outcome <= 1e-12
