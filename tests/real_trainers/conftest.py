@@ -23,6 +23,10 @@ STUBS = {
         "flash_attn.utils.distributed",
         "pylatexenc.latex2text",  # answers to mathematical questions
     ),
+    "swift": (
+        "aiohttp",  # what downloads, and serves
+        "msgspec",
+    ),
     "verl": (
         "ray",  # what starts its workers
         "omegaconf",  # YAML files with variables

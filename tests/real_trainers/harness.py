@@ -142,6 +142,22 @@ def train(make: Callable[[Prepare], Any], prepare: Prepare) -> Run:
 
 
 @contextlib.contextmanager
+def recorded(recorder: Recorder) -> Iterator[None]:
+    """Every transformers trainer that a program makes has the recorder too."""
+    original = transformers.Trainer.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.add_callback(recorder)
+
+    transformers.Trainer.__init__ = init
+    try:
+        yield
+    finally:
+        transformers.Trainer.__init__ = original
+
+
+@contextlib.contextmanager
 def watched(tall: Tall) -> Iterator[list[str]]:
     """The largest tensor is noted, nothing is printed; gives what lazy logits say."""
     said: list[str] = []
@@ -211,8 +227,12 @@ def check(case: str, plain: Run, lazy: Run, untouched: bool = False, needs: str 
 def metric_differences(
     plain: list[dict[str, Any]], lazy: list[dict[str, Any]], floor: float = 0.05
 ) -> dict[str, float]:
-    """By metric, the worst difference of any step, as of trl_runs."""
-    return trl_runs.differences(trl_runs.Run(plain), trl_runs.Run(lazy), floor)
+    """By metric, the worst difference of any step, as of trl_runs; ms-swift also logs its speed."""
+    runs = [
+        trl_runs.Run([{name: log[name] for name in log if "speed" not in name} for log in logs])
+        for logs in (plain, lazy)
+    ]
+    return trl_runs.differences(*runs, floor)
 
 
 def gradient_difference(plain: list[dict[str, Tensor]], lazy: list[dict[str, Tensor]]) -> float:
