@@ -13,6 +13,10 @@ import pytest
 TRAINER = os.environ.get("FUSEDPO_TRAINER", "")
 # what is imported there and not used on the paths that are tested: each has a reason
 STUBS = {
+    "axolotl": (
+        "numba",  # packed samples
+        "posthog",  # reports on its use
+    ),
     "llamafactory": (
         "torchaudio",  # models that hear
         "omegaconf",  # YAML files with variables

@@ -9,6 +9,13 @@ from importlib.machinery import ModuleSpec
 from typing import Any
 
 
+class Nothing:
+    """What is imported from a stub, to inherit from or to decorate with, which changes nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if len(args) == 1 and callable(args[0]) else super().__new__(cls)
+
+
 class Stub(types.ModuleType):
     """A module that has whatever is imported from it: classes without anything in them."""
 
@@ -20,7 +27,7 @@ class Stub(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        made = type(name, (), {"__module__": self.__name__})
+        made = type(name, (Nothing,), {"__module__": self.__name__})
         setattr(self, name, made)
         return made
 
