@@ -51,6 +51,7 @@ setup(
         "fusedpo.engine",
         "fusedpo.engine.routes",
         "fusedpo.lazy",
+        "fusedpo.lazy.plugins",
         "fusedpo.lazy.site",
         "fusedpo.losses",
         "fusedpo.model_head",
