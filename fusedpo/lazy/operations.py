@@ -176,8 +176,8 @@ def _on_real(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         return _on_real(name, func, args, kwargs)
     if in_place and isinstance(target, LazyTensor):
         target.recipe.root.memory.place_again()
-        return target if result is real_args[0] else result
-    return result
+    itself = (t for t in _lazy(args, kwargs) if _has_real_memory(t) and t.materialize() is result)
+    return next(itself, result)
 
 
 def _report(name: str, lazy: LazyTensor) -> None:

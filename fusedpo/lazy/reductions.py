@@ -174,7 +174,10 @@ def _of_all(name: str, lazy: LazyTensor) -> Any:
         vocab, count = recipe.source.vocab, recipe.index.numel() * recipe.source.vocab
         means, squares = rows("mean").double(), _variance(lazy).double() * vocab
         total = squares.sum() + vocab * (means - means.mean()).square().sum()
-        return (total / (count - 1)).sqrt().to(recipe.dtype)
+        variance = total / (count - 1)
+        # of numbers that are all the same, a gradient of 0, as torch's
+        zero = variance == 0
+        return variance.masked_fill(zero, 1).sqrt().masked_fill(zero, 0).to(recipe.dtype)
     return NotImplemented
 
 

@@ -89,9 +89,12 @@ def _view(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     indices = _on_index(lazy, view, sizes=lazy.recipe.wide)
     if indices is None:
         return NotImplemented
-    # of rows apart, reshape makes a copy
     skeleton = lazy.skeleton()
-    return _results(lazy, indices, view, view=shares_memory(view(skeleton), [skeleton]))
+    outcome = view(skeleton)
+    if outcome is skeleton:
+        return lazy
+    # of rows apart, reshape makes a copy
+    return _results(lazy, indices, view, view=shares_memory(outcome, [skeleton]))
 
 
 @handles("view_as", "reshape_as", "expand_as")

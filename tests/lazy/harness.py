@@ -17,6 +17,7 @@ from fusedpo.head import Head
 from fusedpo.lazy import source
 from fusedpo.lazy.install import lazy_output
 from fusedpo.lazy.source import Options
+from fusedpo.lazy.tensor import LazyTensor
 
 B, T, V, H = 4, 24, 211, 16
 ROWS = 64  # the most rows of the vocabulary that may be there at a time
@@ -99,6 +100,25 @@ class Outcome:
     gradients: list[Tensor | None] = field(default_factory=list)
 
 
+def numbers(t: Tensor) -> Tensor:
+    """A copy that is real."""
+    return (t.materialize() if isinstance(t, LazyTensor) else t).detach().clone()
+
+
+def agree(value: Tensor | None, expected: Tensor | None, bound: float) -> None:
+    """Two tensors are the same but for rounding, relative to the larger of 1 and their numbers."""
+    assert (value is None) == (expected is None)
+    if value is None or expected is None:
+        return
+    assert value.shape == expected.shape and value.dtype == expected.dtype
+    value, expected = numbers(value).double(), numbers(expected).double()
+    finite = expected.isfinite()
+    assert str(value[~finite].tolist()) == str(expected[~finite].tolist())
+    value, expected = value[finite], expected[finite]
+    scale = max([1.0, *expected.abs().reshape(-1).tolist()])
+    assert (value - expected).abs().max().item() <= bound * scale if finite.any() else True
+
+
 Program = Callable[[Tensor, Inputs], Any]
 
 
@@ -116,10 +136,11 @@ def run(
         returned = tree_leaves(program(logits, inputs(masked=masked)))
         total = sum((t.double().sum() for t in returned if t.requires_grad), torch.zeros(()))
         if not total.requires_grad:
-            return Outcome([t.detach() * 1 for t in returned])
+            return Outcome([numbers(t) for t in returned])
+        values = [numbers(t) for t in returned]
         leaves = (hidden, weight, bias)
         gradients = torch.autograd.grad(total, leaves, allow_unused=True)
-    return Outcome([t.detach() * 1 for t in returned], list(gradients))
+    return Outcome(values, list(gradients))
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from lazy.harness import agree
 from torch import Tensor
 from torch.nn import functional
 
@@ -107,7 +108,7 @@ ALLOWED: dict[str, Operation] = {
     "tanh": lambda t, u, n: torch.tanh(t),
     "log_softmax": lambda t, u, n: t.log_softmax(-1),
     "softmax": lambda t, u, n: functional.softmax(t, dim=-1),
-    "log of softmax": lambda t, u, n: t.softmax(-1).log(),
+    "log of softmax": lambda t, u, n: t.tanh().softmax(-1).log(),
     "logsumexp": lambda t, u, n: t.logsumexp(-1),
     "kept logsumexp": lambda t, u, n: t - t.logsumexp(-1, keepdim=True),
     "gather": lambda t, u, n: gather(t, n),
@@ -203,24 +204,20 @@ def chain(steps: list[tuple[str, int, int, int, bool]]) -> None:
         try:
             with mode():
                 outcome = operation(plain[i], plain[j], n)
-        except (RuntimeError, IndexError, TypeError, ValueError):
+        except (RuntimeError, IndexError, TypeError, ValueError, ZeroDivisionError):
             # a write may have been done in part
             for t, value in zip(plain, before, strict=True):
                 hypothesis.assume(value is None or torch.equal(t.detach(), value))
             continue
-        try:
-            with mode():
-                mine = operation(lazy[i], lazy[j], n)
-        except RuntimeError as error:
-            assert "multiple views" in str(error)
-            return
+        with mode():
+            mine = operation(lazy[i], lazy[j], n)
         itself = [k for k, t in enumerate(plain) if t is outcome]
+        assert itself == [k for k, t in enumerate(lazy) if t is mine]
         if not graded and not itself:  # torch says of a view that it requires what is not passed on
             outcome, mine = outcome.detach(), mine.detach()
         compare_looks(name, mine, outcome)
-        if name in ("tail", "head", "transpose", "one", "step", "reshape", "contiguous", "turn"):
-            shares = outcome._is_view() and mine.stride() != outcome.stride()
-            assert not shares, (name, mine.stride(), outcome.stride())
+        if outcome._base is plain[0]:
+            assert mine.stride() == outcome.stride(), name
         plain.append(outcome)
         lazy.append(mine)
     usable = [is_usable(t) and is_usable(u) for t, u in zip(plain, lazy, strict=True)]
@@ -232,9 +229,7 @@ def chain(steps: list[tuple[str, int, int, int, bool]]) -> None:
         ]
         totals.append(sum(parts, torch.zeros((), dtype=torch.float64)))
     for value, expected in zip(lazy, plain, strict=True):
-        torch.testing.assert_close(
-            value.detach() * 1, expected.detach() * 1, rtol=2e-4, atol=2e-4, equal_nan=True
-        )
+        agree(value, expected, 1e-4)
     if not totals[0].requires_grad or not totals[0].isfinite():
         return
     if any(name == "through data" for name, *_ in steps):  # autograd does not know what it misses
@@ -247,8 +242,7 @@ def chain(steps: list[tuple[str, int, int, int, bool]]) -> None:
     for gradient, truth in zip(gradients, expected_gradients, strict=True):
         if truth is not None:
             assert gradient is not None
-            scale = 1e-4 * (1 + float(truth.abs().max()))
-            torch.testing.assert_close(gradient, truth, rtol=1e-3, atol=scale, equal_nan=True)
+            agree(gradient, truth, 1e-3)
 
 
 def steps_of(names: list[str]) -> Any:
@@ -260,13 +254,16 @@ def steps_of(names: list[str]) -> Any:
 def quietly(steps: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        chain(steps)
+        try:
+            chain(steps)
+        except RuntimeError as error:  # torch's, of a part that is changed as part of a whole
+            assert "multiple views" in str(error)
 
 
 @pytest.mark.parametrize("name", [*ALLOWED, *OTHERS])
 def test_each_operation_beside_others(name: str) -> None:
     """Before and after a view, a change in place and another operation."""
-    for n in range(4):
+    for n in range(3):
         quietly([("tail", 0, 0, 0, True), (name, 0, 0, n, True), (name, 1, 0, n, True)])
         quietly([(name, 0, 0, n, True), ("divide in place", 0, 0, 1, True)])
         quietly([("divide in place", 0, 0, 1, True), (name, 0, 0, n, False)])
@@ -277,19 +274,19 @@ def test_each_operation_beside_others(name: str) -> None:
 
 
 @hypothesis.given(steps_of([*ALLOWED]))
-@hypothesis.settings(max_examples=100)
+@hypothesis.settings(max_examples=60)
 def test_chains_of_known_operations(steps: Any) -> None:
     quietly(steps)
 
 
 @hypothesis.given(steps_of([*ALLOWED, *OTHERS, *OTHERS]))
-@hypothesis.settings(max_examples=100)
+@hypothesis.settings(max_examples=60)
 def test_chains_with_unknown_operations(steps: Any) -> None:
     quietly(steps)
 
 
 @pytest.mark.slow
 @hypothesis.given(steps_of([*ALLOWED, *OTHERS]))
-@hypothesis.settings(max_examples=2500)
+@hypothesis.settings(max_examples=1000)
 def test_many_chains(steps: Any) -> None:
     quietly(steps)
