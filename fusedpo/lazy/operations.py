@@ -93,6 +93,10 @@ _ASSIGNMENTS = frozenset(
         "retain_grad",
     )
 )
+# that share memory with what is no tensor
+_SHARED = frozenset(("numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage"))
+# that are to see gradients of everything that was computed
+_LISTENERS = frozenset(("register_hook", "retain_grad"))
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
 
 
@@ -125,6 +129,10 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 _report(name, each)
         args, kwargs = pytree.tree_map_only(LazyTensor, _settled, (args, kwargs))
         return func(*args, **kwargs)
+    if not args and "input" in kwargs:  # as handlers take them
+        args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
+    if len(args) == 1 and "other" in kwargs:
+        args, kwargs = (*args, kwargs["other"]), {k: v for k, v in kwargs.items() if k != "other"}
     if (handler := HANDLERS.get(name)) is not None and not real_memory:
         result = handler(func, *args, **kwargs)
         if result is not NotImplemented:
@@ -156,11 +164,15 @@ def _on_real(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     for lazy in _lazy(args, kwargs):
         if lazy.recipe.wide and lazy.recipe.root.memory.value is None:
             _report(name, lazy)
+        if name in _LISTENERS and lazy.recipe.root.memory.used:
+            raise RuntimeError(
+                f"lazy logits: {name} comes after what was computed of this tensor; call it before"
+            )
     passing: list[Tensor] = []
 
     def real(lazy: LazyTensor) -> Tensor:
         changed = in_place and (lazy is target or lazy is kwargs.get("out"))
-        if changed or (lazy.recipe.wide and lazy.recipe.view is None):
+        if changed or name in _SHARED or (lazy.recipe.wide and lazy.recipe.view is None):
             return lazy.keep_materialized()  # made once
         value = lazy.materialize()
         if lazy.recipe.root.memory.value is None:

@@ -49,6 +49,8 @@ def derived(
         view: makes it of the other one's real tensor, if both share memory.
     """
     recipe = lazy.recipe
+    if view is None or expression is not None:
+        recipe.root.memory.used = True
     if memory is None:
         copies = view is None or expression is not None
         memory = Memory(expression or recipe.expression) if copies else recipe.memory

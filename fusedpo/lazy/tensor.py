@@ -31,6 +31,7 @@ class Memory:
         expression: of the rows; replaced by an operation in place.
         value: the real tensor once an operation has changed it in place in a way that has no
             expression; shaped like the first of the lazy tensors.
+        used: whether anything but views was made of it while it was lazy.
         entries: lazy tensors that are views of it, of one number a row.
         places: the lazy tensors of this memory that have a place in the graph.
     """
@@ -38,6 +39,7 @@ class Memory:
     def __init__(self, expression: Expression) -> None:
         self.expression = expression
         self.value: Tensor | None = None
+        self.used = False
         self.entries: list[weakref.ref[LazyTensor]] = []
         self.places: list[weakref.ref[LazyTensor]] = []
 
@@ -239,6 +241,7 @@ class LazyTensor(Tensor):
         recipe = self.recipe
         source, index, grad = recipe.source, recipe.index, recipe.grad
         source.pending.discard(recipe)
+        recipe.root.memory.used = True
         needed = combination(recipe.expression, source.vocab)
         rows = recipe.rows
         with torch.set_grad_enabled(grad):

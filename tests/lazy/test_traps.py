@@ -12,6 +12,7 @@ import torch
 from lazy.harness import Inputs, V, agree, run
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 TRAPS: dict[str, Callable[[Tensor, Inputs], Any]] = {}
 
@@ -186,6 +187,33 @@ def entropy_where_no_token_is_the_label(z, d):
 
 
 @trap
+def arguments_by_keyword(z, d):
+    halves = torch.div(input=z, other=2.0)
+    picked = torch.gather(input=halves, dim=-1, index=d.tokens[..., None]).squeeze(-1)
+    return picked - torch.logsumexp(input=halves, dim=-1), torch.softmax(input=z, dim=-1).amax(-1)
+
+
+@trap
+def activation_checkpointing(z, d):
+    def entropy(x: Tensor) -> Tensor:
+        return x.logsumexp(-1) - (x.softmax(-1) * x).sum(-1)
+
+    def ratio(x: Tensor) -> Tensor:
+        return (logps(x, d.tokens) - d.old).exp()
+
+    return [checkpoint(f, z, use_reentrant=False) for f in (entropy, ratio)]
+
+
+@trap
+def a_hook_on_the_gradient(z, d):
+    halves = z / 2
+    halves.register_hook(lambda g: 3 * g)
+    log_probs = logps(halves, d.tokens)
+    log_probs.register_hook(lambda g: g * d.mask)
+    return log_probs
+
+
+@trap
 def joined_with_what_has_no_gradient(z, d):
     lp = logps(z, d.tokens)
     rows = torch.cat([z[:1].detach(), z[1:]])
@@ -322,6 +350,14 @@ def an_unknown_view_of_a_view(z, d):
 
 
 @trap
+def an_array_of_numpys(z, d):
+    seen = z.detach()
+    array = seen.numpy()
+    seen.div_(2)
+    return torch.from_numpy(array).clone()
+
+
+@trap
 def bias_added_in_place(z, d):
     z.add_(torch.arange(V) / V)
     return logps(z, d.tokens)
@@ -350,6 +386,19 @@ def test_a_trap_has_torchs_numbers_and_gradients(name: str) -> None:
         agree(value, expected, 1e-5)
     for gradient, expected in zip(lazy.gradients, plain.gradients, strict=True):
         agree(gradient, expected, 1e-5)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_hook_that_comes_too_late_is_refused(scored: bool) -> None:
+    def late(z: Tensor, d: Inputs) -> Tensor:
+        log_probs = logps(z, d.tokens)
+        loss = (log_probs * d.mask).sum()
+        (log_probs if scored else z).register_hook(lambda g: 2 * g)
+        return loss
+
+    with pytest.raises(RuntimeError, match="call it before"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(late, lazy=True, dtype=torch.float32, unknown="warn")
 
 
 # what torch refuses
