@@ -58,6 +58,7 @@ TABLE = (
         "measures tiles by running them",
         none=("test_the_command_prints_a_table_and_marks_the_choice",),
     ),
+    Slow("lazy/test_chains.py", "a thousand chains of operations", none=("test_many_chains",)),
     Slow(
         "lazy/test_everywhere.py",
         "starts programs that start others",

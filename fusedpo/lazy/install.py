@@ -15,8 +15,9 @@ from fusedpo.checks import bad_choice
 from fusedpo.head import Head
 from fusedpo.lazy.everywhere import NewModels
 from fusedpo.lazy.expressions import Logits
+from fusedpo.lazy.memory import Memory, Recipe
 from fusedpo.lazy.source import Options, Source
-from fusedpo.lazy.tensor import LazyTensor, Memory, Recipe, settle
+from fusedpo.lazy.tensor import LazyTensor, settle
 from fusedpo.model_head.errors import UnsupportedHead
 from fusedpo.model_head.install import check_options
 from fusedpo.model_head.modules import HeadModule, causal_model

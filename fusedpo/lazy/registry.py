@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fusedpo.lazy.expressions import Expression
-from fusedpo.lazy.tensor import LazyTensor, Memory, Recipe
+from fusedpo.lazy.memory import Memory, Recipe
+from fusedpo.lazy.tensor import LazyTensor
 
 Handler = Callable[..., Any]
 HANDLERS: dict[str, Handler] = {}

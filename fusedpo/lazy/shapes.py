@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fusedpo.lazy.expressions import merged
+from fusedpo.lazy.memory import Memory
 from fusedpo.lazy.registry import derived, handles, in_order
-from fusedpo.lazy.tensor import LazyTensor, Memory, shares_memory
+from fusedpo.lazy.tensor import LazyTensor, shares_memory
 
 
 def _on_index(lazy: LazyTensor, func: Callable[[Tensor], Any], *, sizes: bool) -> Any:

@@ -285,7 +285,6 @@ def test_chains_with_unknown_operations(steps: Any) -> None:
     quietly(steps)
 
 
-@pytest.mark.slow
 @hypothesis.given(steps_of([*ALLOWED, *OTHERS]))
 @hypothesis.settings(max_examples=1000)
 def test_many_chains(steps: Any) -> None:
