@@ -228,6 +228,7 @@ def _topk(func: Any, lazy: Any, k: int, dim: int = -1, *args: Any, **kwargs: Any
     values = Expression("topk", (recipe.expression,), rows=by_row, wide=False, function=gather)
     with torch.set_grad_enabled(recipe.grad and torch.is_grad_enabled()):
         found = recipe.source.by_chunks(values, recipe.rows, grad=torch.is_grad_enabled())
+        found = recipe.source.hooked(found)
     shape = (*recipe.index.shape, k)
     return torch.return_types.topk((found.view(shape).to(recipe.dtype), places.view(shape)))
 

@@ -163,7 +163,7 @@ def _move_axes(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     strides = torch.empty(recipe.index.shape, device="meta").stride()
     strides = tuple(max(1, stride) for stride in strides)
     proxy = recipe.index.as_strided(recipe.index.shape, strides)[..., None]
-    proxy = proxy.expand(*recipe.index.shape, recipe.source.vocab).movedim(-1, recipe.axis)
+    proxy = proxy.expand(*recipe.index.shape, 2).movedim(-1, recipe.axis)
     moved = view(proxy)
     axis = next(axis for axis, stride in enumerate(moved.stride()) if stride == 0)
     return derived(lazy, index=moved.select(axis, 0), axis=axis, view=view)

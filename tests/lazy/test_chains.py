@@ -19,7 +19,8 @@ from fusedpo.head import Head
 from fusedpo.lazy.install import lazy_output
 from fusedpo.lazy.source import Options
 
-B, T, V, H = 3, 4, 7, 3
+SIZES = 3, 4, 7  # sequences, positions, tokens
+H = 3
 
 Operation = Callable[[Tensor, Tensor, int], Any]
 
@@ -188,10 +189,11 @@ def compare_looks(name: str, lazy: Tensor, plain: Tensor) -> None:
         assert flag(lazy) == flag(plain), (name, i, flag(lazy), flag(plain))
 
 
-def chain(steps: list[tuple[str, int, int, int, bool]]) -> None:
+def chain(steps: list[tuple[str, int, int, int, bool]], sizes: tuple[int, ...] = SIZES) -> None:
     """Run operations on plain and lazy logits alike; what comes of each is there for the next."""
     chooser = torch.Generator().manual_seed(0)
-    start = [torch.randn(size, generator=chooser) for size in ((B, T, H), (V, H), (V,))]
+    b, t, v = sizes
+    start = [torch.randn(size, generator=chooser) for size in ((b, t, H), (v, H), (v,))]
     leaves = [[t.clone().requires_grad_() for t in start] for _ in range(2)]
     plain = [functional.linear(*leaves[0])]
     hidden, weight, bias = leaves[1]
@@ -251,11 +253,11 @@ def steps_of(names: list[str]) -> Any:
     return st.lists(step.map(lambda s: (*s[:4], s[4] != 5)), min_size=1, max_size=6)
 
 
-def quietly(steps: Any) -> None:
+def quietly(steps: Any, sizes: tuple[int, ...] = SIZES) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            chain(steps)
+            chain(steps, sizes)
         except RuntimeError as error:  # torch's, of a part that is changed as part of a whole
             assert "multiple views" in str(error)
 
@@ -283,6 +285,14 @@ def test_chains_of_known_operations(steps: Any) -> None:
 @hypothesis.settings(max_examples=60)
 def test_chains_with_unknown_operations(steps: Any) -> None:
     quietly(steps)
+
+
+@hypothesis.given(
+    steps_of([*ALLOWED, *OTHERS]), st.sampled_from([(3, 7, 7), (7, 1, 7), (1, 4, 7), (3, 4, 1)])
+)
+@hypothesis.settings(max_examples=60)
+def test_chains_where_sizes_coincide(steps: Any, sizes: tuple[int, ...]) -> None:
+    quietly(steps, sizes)
 
 
 @hypothesis.given(steps_of([*ALLOWED, *OTHERS]))
