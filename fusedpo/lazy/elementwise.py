@@ -152,7 +152,8 @@ def _like(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _match(lazy: LazyTensor, labels: Any) -> Any:
-    """Whether the likeliest token is the label."""
+    """Whether the likeliest token is the label: also a label that shares the largest logit, of
+    which argmax takes the first."""
     recipe = lazy.recipe
     if recipe.expression.name != "argmax" or not isinstance(labels, Tensor):
         return NotImplemented

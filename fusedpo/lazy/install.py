@@ -115,7 +115,9 @@ def lazy_logits(
     them: log-probabilities (``log_softmax`` and ``gather``, ``gather`` and ``logsumexp``,
     ``cross_entropy``), entropies, accuracies, means. Of log-probabilities that a mask is multiplied
     to, only those that it keeps are scored; several uses of the same logits share one pass over the
-    head. docs/trainers.md has the list.
+    head. docs/trainers.md has the list. Two things differ: nothing at a position that a mask leaves
+    out shows, not even a NaN; and of tokens with equal logits each counts as the likeliest where
+    argmax is compared with labels.
 
     Anything else makes the real logits, once, with a warning that names the operation and the place
     in the caller's code. So does a call with one position a sequence, as in generation, without a
