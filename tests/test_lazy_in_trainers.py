@@ -5,12 +5,14 @@ Found by ``make test-trainers``, which needs the trainers.
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import tiny
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fusedpo.lazy import LogitsNeeded, lazy_logits
+from fusedpo.lazy import LogitsNeeded, lazy_logits, operations
 
 IDS = torch.randint(3, 99, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -48,3 +50,44 @@ def test_a_checkpointed_entropy_says_that_it_makes_logits():
     assert near(model.lm_head.weight.grad, expected)
     with lazy_logits(model, unknown="raise"), pytest.raises(LogitsNeeded):
         checkpoint(entropy, model(IDS).logits, use_reentrant=True).sum().backward()
+
+
+class Kernel(torch.autograd.Function):
+    """The loss of a kernel that is given the address of logits, and writes their gradient there."""
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        address = logits.data_ptr()
+        torch.full(logits.shape, 7.0)  # what was freed would be taken for this
+        there = (ctypes.c_float * logits.numel()).from_address(address)
+        given = torch.frombuffer(there, dtype=torch.float32).view(logits.shape)
+        probs = given.softmax(-1)
+        losses = -probs.gather(-1, labels[:, None])[:, 0].log()
+        given.copy_(probs - torch.nn.functional.one_hot(labels, given.shape[-1]))
+        ctx.save_for_backward(logits)
+        return losses
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.saved_tensors[0] * g[:, None], None
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(1, None)])
+def test_a_kernel_that_takes_the_address_of_logits(rows):
+    """flash_attn's cross-entropy, on a view of logits: verl and OpenRLHF, where it is installed."""
+    model, labels = tiny.model(), IDS[:, rows].reshape(-1)
+
+    def loss():
+        logits = model(IDS).logits[:, rows]
+        return Kernel.apply(logits.reshape(-1, logits.shape[-1]), labels).sum()
+
+    expected = loss()
+    expected.backward()
+    gradient = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    with lazy_logits(model), pytest.warns(UserWarning, match="data_ptr needs the real logits"):
+        operations._reported.clear()
+        found = loss()
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, gradient, rtol=1e-4, atol=1e-6)
