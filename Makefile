@@ -79,7 +79,7 @@ test-trainers: .venv/ready
 			--target $$folder --requirement tests/real_trainers/requirements/$$trainer.txt \
 			&& touch $$folder/ready; } || exit 1; \
 		FUSEDPO_TRAINER=$$trainer PYTHONPATH=$$folder $(PYTEST) -q -s \
-			--show-capture=no tests/real_trainers/test_$${trainer%%-*}.py || failed="$$failed $$trainer"; \
+			--show-capture=no --disable-warnings tests/real_trainers/test_$${trainer%%-*}.py || failed="$$failed $$trainer"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 # gradients under DeepSpeed's ZeRO on two processes; DeepSpeed in a folder of its own, nothing compiled

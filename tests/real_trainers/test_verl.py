@@ -118,7 +118,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 # these make logits, and say so
 NEEDS = {
-    "packed, entropy checkpointed": "softmax",
+    "packed, entropy checkpointed": "set requires_grad",
     "padded": "_nested_view_from_jagged",
     "padded, a temperature each": "_nested_view_from_jagged",
 }
