@@ -371,7 +371,7 @@ def test_every_metric_is_explained() -> None:
     assert shown <= {*explained, *code(added)}
 
 
-COMMANDS = {"train", "losses", "plan", "bench", "doctor"}
+COMMANDS = {"train", "losses", "plan", "run", "bench", "doctor"}
 # names that stand for others, and what has their options
 STAND_INS = {"NAME": "simpo", "savage": "dpo"}
 
@@ -396,6 +396,8 @@ def test_commands_are_there(line: str, capsys: pytest.CaptureFixture[str]) -> No
 
     command = line.split()[1]
     assert command in COMMANDS
+    if command == "run":  # the rest are options of another program
+        line = "".join(re.findall(r"^fusedpo run((?: --[a-z-]+(?:=| )\S+)*)", line))
     options = re.findall(r"(?<![\w-])--[a-z][a-z-]*", line)
     words = [command]
     if named := re.search(r"--loss (\S+)", line):
