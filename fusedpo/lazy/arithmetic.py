@@ -82,13 +82,13 @@ def _wide(name: str, a: Any, b: Any) -> Any:
     recipe, expression = lazy.recipe, lazy.recipe.expression
     if _number(other):
         if name in ("mul", "div") and lazy is a and other != 0 and math.isfinite(other):
-            made = expressions.scaled(expression, 1 / other if name == "div" else other)
+            result = expressions.scaled(expression, 1 / other if name == "div" else other)
         elif name == "mul":
-            made = expressions.scaled(expression, other)
+            result = expressions.scaled(expression, other)
         else:
             operands = (expression, other) if lazy is a else (other, expression)
-            made = Expression(name, operands, function=_FUNCTIONS[name])
-        return derived(lazy, made, axis=recipe.axis)
+            result = Expression(name, operands, function=_FUNCTIONS[name])
+        return derived(lazy, result, axis=recipe.axis)
     if not isinstance(other, Tensor) or not in_order(lazy):
         return NotImplemented
     if isinstance(other, LazyTensor):
@@ -98,10 +98,10 @@ def _wide(name: str, a: Any, b: Any) -> Any:
         return NotImplemented
     dtype = torch.result_type(torch.empty(1, dtype=recipe.dtype), other)
     if name == "div" and lazy is a:
-        made = expressions.divided(expression, rows)
+        result = expressions.divided(expression, rows)
     else:
-        made = _with_rows(name, expression, rows, turned=lazy is b)
-    return derived(lazy, made, dtype=dtype)
+        result = _with_rows(name, expression, rows, turned=lazy is b)
+    return derived(lazy, result, dtype=dtype)
 
 
 def _with_rows(name: str, expression: Expression, rows: RowValues, *, turned: bool) -> Expression:
@@ -148,12 +148,12 @@ def _wide_and_lazy(name: str, a: Any, b: Any, lazy: LazyTensor, other: LazyTenso
         for each in (a, b)
     )
     if name == "sub":
-        made = expressions.subtracted(*operands)
+        result = expressions.subtracted(*operands)
     else:
-        made = Expression(name, operands, function=_FUNCTIONS[name])
+        result = Expression(name, operands, function=_FUNCTIONS[name])
     dtype = torch.promote_types(mine.dtype, theirs.dtype)
     grad = (mine.grad or theirs.grad) and torch.is_grad_enabled()
-    return derived(lazy, made, dtype=dtype, grad=grad)
+    return derived(lazy, result, dtype=dtype, grad=grad)
 
 
 def without_gradient(expression: Expression) -> Expression:
@@ -174,8 +174,8 @@ def _narrow(name: str, a: Any, b: Any) -> Any:
         ):
             return NotImplemented
         operands = one.expression, two.expression
-        made = Expression(name, operands, wide=False, function=_FUNCTIONS[name])
-        return derived(a, made, dtype=torch.promote_types(one.dtype, two.dtype))
+        result = Expression(name, operands, wide=False, function=_FUNCTIONS[name])
+        return derived(a, result, dtype=torch.promote_types(one.dtype, two.dtype))
     lazy, other = (a, b) if isinstance(a, LazyTensor) else (b, a)
     expression = lazy.recipe.expression
     if _number(other):
@@ -184,8 +184,8 @@ def _narrow(name: str, a: Any, b: Any) -> Any:
         elif name == "div":
             return NotImplemented
         operands = (expression, other) if lazy is a else (other, expression)
-        made = Expression(name, operands, wide=False, function=_FUNCTIONS[name])
-        return derived(lazy, made)
+        result = Expression(name, operands, wide=False, function=_FUNCTIONS[name])
+        return derived(lazy, result)
     if name == "mul" and isinstance(other, Tensor) and not other.requires_grad:
         keep = kept(lazy, other != 0)
         if keep is not None:

@@ -46,8 +46,8 @@ def _unary(func: Any, lazy: Any, **kwargs: Any) -> Any:
         if not expression.wide and combination(expression, lazy.recipe.source.vocab):
             return NotImplemented
         return derived(lazy, _UNARY[name](expression), axis=lazy.recipe.axis)
-    made = Expression("neg", (expression,), function=torch.neg, wide=expression.wide)
-    return derived(lazy, made, axis=lazy.recipe.axis)
+    result = Expression("neg", (expression,), function=torch.neg, wide=expression.wide)
+    return derived(lazy, result, axis=lazy.recipe.axis)
 
 
 @handles(
@@ -106,8 +106,8 @@ def _elementwise(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     def function(value: Tensor) -> Tensor:
         return func(value, *args, **kwargs)
 
-    made = Expression(f"{func.__name__}{arguments}", (lazy.recipe.expression,), function=function)
-    return derived(lazy, made, dtype=like.dtype)
+    result = Expression(f"{func.__name__}{arguments}", (lazy.recipe.expression,), function=function)
+    return derived(lazy, result, dtype=like.dtype)
 
 
 def _lowest(lazy: LazyTensor, *args: Any, **kwargs: Any) -> bool:
@@ -168,5 +168,5 @@ def _match(lazy: LazyTensor, labels: Any) -> Any:
     def function(value: Tensor, rows: Tensor) -> Tensor:
         return value == rows
 
-    made = Expression("eq", (recipe.expression,), rows=rows, wide=False, function=function)
-    return derived(lazy, made, dtype=torch.bool)
+    result = Expression("eq", (recipe.expression,), rows=rows, wide=False, function=function)
+    return derived(lazy, result, dtype=torch.bool)

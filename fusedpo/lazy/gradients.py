@@ -20,14 +20,14 @@ def gradient(
     """Gradients of hidden [R, H], weight [V, H] and bias [V] from one, g, for the expression's
     values of rows [n]."""
     hidden, weight, bias = source.tensors(grad=False)
-    wanted = [
+    trained = [
         t is not None and t.requires_grad
         for t in (source.hidden, source.head.weight, source.head.bias)
     ]
     full = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    of_hidden = torch.zeros_like(hidden, dtype=full) if wanted[0] else None
-    of_weight = torch.zeros_like(weight, dtype=full) if wanted[1] else None
-    of_bias = None if bias is None or not wanted[2] else torch.zeros_like(bias, dtype=full)
+    of_hidden = torch.zeros_like(hidden, dtype=full) if trained[0] else None
+    of_weight = torch.zeros_like(weight, dtype=full) if trained[1] else None
+    of_bias = None if bias is None or not trained[2] else torch.zeros_like(bias, dtype=full)
     for start, stop in source.chunks(rows):
         part = rows[start:stop]
         z = source.logits(part, Logits(), grad=False).requires_grad_()

@@ -71,8 +71,8 @@ def take(
         label, vocab = int(labels[outside][0]), recipe.source.vocab
         raise IndexError(f"index {label} is out of bounds for logits of {vocab} tokens")
     rows = RowValues.of(index, labels.long())
-    made = expressions.gathered(recipe.expression, rows)
-    return derived(lazy, made, index=index, view=view)
+    entry = expressions.gathered(recipe.expression, rows)
+    return derived(lazy, entry, index=index, view=view)
 
 
 @handles("gather", "take_along_dim")
@@ -80,8 +80,8 @@ def _gather(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(lazy, LazyTensor) or kwargs.get("out") is not None:
         return NotImplemented
     names = ("dim", "index") if func.__name__ == "gather" else ("indices", "dim")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    dim, labels = given.get("dim"), given.get("index", given.get("indices"))
+    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    dim, labels = arguments.get("dim"), arguments.get("index", arguments.get("indices"))
     index = lazy.recipe.index
     if not last(lazy, dim) or not isinstance(labels, Tensor) or isinstance(labels, LazyTensor):
         return NotImplemented
@@ -93,19 +93,19 @@ def _gather(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     if func.__name__ == "take_along_dim" and shape != index.shape:
         return NotImplemented
     rows = derived(lazy, index=index[tuple(slice(0, size) for size in shape)])
-    found = take(rows, labels[..., 0])
-    return derived(found, index=found.recipe.index[..., None])
+    entries = take(rows, labels[..., 0])
+    return derived(entries, index=entries.recipe.index[..., None])
 
 
 # reductions
 
 
-def _dims(given: dict[str, Any]) -> tuple[Any, bool, Any]:
+def _dims(arguments: dict[str, Any]) -> tuple[Any, bool, Any]:
     """dim, keepdim and dtype of a reduction's arguments."""
-    dim = given.get("dim", given.get("axis"))
+    dim = arguments.get("dim", arguments.get("axis"))
     if isinstance(dim, tuple | list) and len(dim) == 1:
         (dim,) = dim
-    return dim, bool(given.get("keepdim", False)), given.get("dtype")
+    return dim, bool(arguments.get("keepdim", False)), arguments.get("dtype")
 
 
 _REDUCTIONS = (
@@ -149,8 +149,8 @@ def _reduce(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     like = function(torch.zeros(1, 2).to(lazy.recipe.dtype))
     if name == "logsumexp":
         like = like.to(_autocast(lazy))
-    made = expressions.reduced(name, lazy.recipe.expression, function)
-    narrow = derived(lazy, made, dtype=dtype or like.dtype)
+    reduction = expressions.reduced(name, lazy.recipe.expression, function)
+    narrow = derived(lazy, reduction, dtype=dtype or like.dtype)
     return derived(narrow, index=narrow.recipe.index[..., None]) if keepdim else narrow
 
 
@@ -159,10 +159,10 @@ def _of_all(name: str, lazy: LazyTensor) -> Any:
     recipe = lazy.recipe
 
     def rows(reduction: str) -> Tensor:
-        made = _reduce(getattr(torch, reduction), lazy, dim=-1)
-        full = torch.promote_types(made.recipe.dtype, torch.float32)
+        of_rows = _reduce(getattr(torch, reduction), lazy, dim=-1)
+        full = torch.promote_types(of_rows.recipe.dtype, torch.float32)
         # rounded once, at the end
-        return derived(made, dtype=full if made.is_floating_point() else None).materialize()
+        return derived(of_rows, dtype=full if of_rows.is_floating_point() else None).materialize()
 
     if name in ("sum", "mean", "nansum", "amax", "amin", "any", "all"):
         total = getattr(rows(name), name)()
@@ -182,10 +182,10 @@ def _of_all(name: str, lazy: LazyTensor) -> Any:
 
 
 def _variance(lazy: LazyTensor) -> Tensor:
-    made = expressions.reduced(
+    reduction = expressions.reduced(
         "var uncorrected", lazy.recipe.expression, lambda value: value.var(-1, correction=0)
     )
-    return derived(lazy, made).materialize()
+    return derived(lazy, reduction).materialize()
 
 
 @handles("max", "min")
@@ -218,8 +218,8 @@ def _topk(func: Any, lazy: Any, k: int, dim: int = -1, *args: Any, **kwargs: Any
     def function(value: Tensor) -> Tensor:
         return func(value, k, -1, *args, **kwargs).indices
 
-    made = Expression("topk", (recipe.expression,), wide=False, function=function)
-    places = recipe.source.by_chunks(made, recipe.rows, grad=False)
+    places_of = Expression("topk", (recipe.expression,), wide=False, function=function)
+    places = recipe.source.by_chunks(places_of, recipe.rows, grad=False)
     by_row = RowValues(((recipe.index.reshape(-1), places),))
 
     def gather(value: Tensor, rows: Tensor) -> Tensor:
@@ -227,10 +227,10 @@ def _topk(func: Any, lazy: Any, k: int, dim: int = -1, *args: Any, **kwargs: Any
 
     values = Expression("topk", (recipe.expression,), rows=by_row, wide=False, function=gather)
     with torch.set_grad_enabled(recipe.grad and torch.is_grad_enabled()):
-        found = recipe.source.by_chunks(values, recipe.rows, grad=torch.is_grad_enabled())
-        found = recipe.source.hooked(found)
+        largest = recipe.source.by_chunks(values, recipe.rows, grad=torch.is_grad_enabled())
+        largest = recipe.source.hooked(largest)
     shape = (*recipe.index.shape, k)
-    return torch.return_types.topk((found.view(shape).to(recipe.dtype), places.view(shape)))
+    return torch.return_types.topk((largest.view(shape).to(recipe.dtype), places.view(shape)))
 
 
 # losses
@@ -292,8 +292,8 @@ def _nll_loss(
     if recipe.axis != min(1, recipe.index.dim()) or isinstance(target, LazyTensor):
         return NotImplemented
     scored = target != ignore_index
-    taken = take(derived(lazy), target.masked_fill(~scored, 0))
-    return _reduced(-taken, scored, reduction)
+    entries = take(derived(lazy), target.masked_fill(~scored, 0))
+    return _reduced(-entries, scored, reduction)
 
 
 def _reduced(nll: Any, scored: Tensor, reduction: str) -> Any:

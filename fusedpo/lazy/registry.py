@@ -70,7 +70,7 @@ def derived(
         source = source.at(index.reshape(-1))
         memory = Memory(memory.expression)
         index = torch.arange(index.numel()).view(index.shape)
-    made = LazyTensor.of(
+    tensor = LazyTensor.of(
         Recipe(
             source,
             memory,
@@ -82,8 +82,8 @@ def derived(
         )
     )
     if view is not None and memory is not recipe.memory:
-        recipe.root.memory.entries.append(weakref.ref(made))
-    return made
+        recipe.root.memory.entries.append(weakref.ref(tensor))
+    return tensor
 
 
 def _has_row_values(expression: Expression | float) -> bool:

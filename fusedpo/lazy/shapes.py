@@ -56,10 +56,10 @@ def _results(lazy: LazyTensor, indices: Any, func: Callable[[Tensor], Any], *, v
     def part(i: int) -> Callable[[Tensor], Tensor]:
         return lambda t: func(t)[i]
 
-    made = [
+    parts = [
         derived(lazy, index=each, view=part(i) if view else None) for i, each in enumerate(indices)
     ]
-    return NotImplemented if any(each is NotImplemented for each in made) else tuple(made)
+    return NotImplemented if any(each is NotImplemented for each in parts) else tuple(parts)
 
 
 @handles(
@@ -109,11 +109,11 @@ def _broadcast(func: Any, *tensors: Any) -> Any:
     if len(tensors) == 1 and isinstance(tensors[0], list | tuple):
         tensors = tuple(tensors[0])
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]
-    made = [
+    parts = [
         _view(Tensor.expand, t, shape) if isinstance(t, LazyTensor) else t.expand(shape)
         for t in tensors
     ]
-    return NotImplemented if any(each is NotImplemented for each in made) else tuple(made)
+    return NotImplemented if any(each is NotImplemented for each in parts) else tuple(parts)
 
 
 @handles("__iter__")

@@ -187,22 +187,22 @@ class Source:
 
     # the engine's statistics
 
-    def statistics(self, wanted: Combination, rows: Tensor, *, grad: bool) -> dict[str, Tensor]:
+    def statistics(self, combined: Combination, rows: Tensor, *, grad: bool) -> dict[str, Tensor]:
         """[R] each of the statistics of a combination, for rows [R] bool; 0 or anything elsewhere.
 
         One pass over the head serves whatever is pending for the same logits too.
         """
-        if {*wanted.weights} == {"mean_logit"} and wanted.logits.softcap is None:
-            return {"mean_logit": self._mean_logit(wanted.logits, grad=grad)}
-        names = set(wanted.weights)
+        if {*combined.weights} == {"mean_logit"} and combined.logits.softcap is None:
+            return {"mean_logit": self._mean_logit(combined.logits, grad=grad)}
+        names = set(combined.weights)
         labels = None
-        if wanted.labels is not None:
-            labels = wanted.labels.full(self.count, self.device).long()
+        if combined.labels is not None:
+            labels = combined.labels.full(self.count, self.device).long()
         # under activation checkpointing, which saves the same tensors when it does all again
         alone = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         for earlier in [] if alone else self.passes:
             if (
-                earlier.logits.same(wanted.logits)
+                earlier.logits.same(combined.logits)
                 and names <= {*earlier.stats}
                 and (earlier.differentiable or not grad or names <= {"entropy"})
                 and _covers(earlier, rows, labels)
@@ -210,7 +210,7 @@ class Source:
                 return {name: self._value(earlier, name, grad=grad) for name in names}
         for other in [] if alone else [*self.pending]:
             also = combination(other.expression, self.vocab)
-            if also is None or not also.logits.same(wanted.logits):
+            if also is None or not also.logits.same(combined.logits):
                 continue
             if also.labels is not None:
                 theirs = also.labels.full(self.count, self.device).long()
@@ -219,10 +219,10 @@ class Source:
                 elif bool(((labels != theirs) & rows).any()):
                     continue
             names |= {*also.weights}
-        scored = self._score(wanted.logits, names, rows, labels, grad=grad)
+        scored = self._score(combined.logits, names, rows, labels, grad=grad)
         if not alone:
             self.passes.append(scored)
-        return {name: self._value(scored, name, grad=grad) for name in wanted.weights}
+        return {name: self._value(scored, name, grad=grad) for name in combined.weights}
 
     def _score(
         self, logits: Logits, names: set[str], rows: Tensor, labels: Tensor | None, *, grad: bool

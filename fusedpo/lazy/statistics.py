@@ -69,13 +69,15 @@ def combination(expression: Expression | float, vocab: int) -> Combination | Non
     if expression.name == "logsumexp" and isinstance(parts[0], Logits):
         return Combination(parts[0], None, {"logsumexp": 1.0})
     if expression.name in ("sum", "mean"):
-        found = _of_sum(parts[0], vocab)
-        return found if found is None or expression.name == "sum" else found.times(1 / vocab)
+        combined = _of_sum(parts[0], vocab)
+        if combined is None or expression.name == "sum":
+            return combined
+        return combined.times(1 / vocab)
     if expression.name == "eq":
         return _of_match(parts[0], expression.rows)
     if expression.name in ("neg", "mul", "add", "sub"):
-        found = _of_arithmetic(expression, vocab)
-        return found if found and found.weights else None
+        combined = _of_arithmetic(expression, vocab)
+        return combined if combined and combined.weights else None
     return None
 
 
@@ -136,9 +138,9 @@ def _of_match(expression: Expression | float, labels: RowValues | None) -> Combi
 
 def _of_arithmetic(expression: Expression, vocab: int) -> Combination | None:
     numbers = [each for each in expression.inputs if not isinstance(each, Expression)]
-    found = [combination(e, vocab) for e in expression.inputs if isinstance(e, Expression)]
-    parts = [each for each in found if each is not None]
-    if len(parts) != len(found) or expression.rows is not None:
+    combined = [combination(e, vocab) for e in expression.inputs if isinstance(e, Expression)]
+    parts = [each for each in combined if each is not None]
+    if len(parts) != len(combined) or expression.rows is not None:
         return None
     if any("top1" in part.weights for part in parts):
         return None
