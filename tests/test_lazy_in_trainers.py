@@ -88,6 +88,6 @@ def test_a_kernel_that_takes_the_address_of_logits(rows):
     with lazy_logits(model), pytest.warns(UserWarning, match="data_ptr needs the real logits"):
         operations._reported.clear()
         found = loss()
-    torch.testing.assert_close(found, expected)
+    assert abs(found / expected - 1) <= 1e-6
     found.backward()
-    torch.testing.assert_close(model.lm_head.weight.grad, gradient, rtol=1e-4, atol=1e-6)
+    assert (model.lm_head.weight.grad - gradient).norm() <= 1e-5 * gradient.norm()
