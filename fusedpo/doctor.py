@@ -190,11 +190,11 @@ TRAPS: dict[str, Trap] = {
         f"whether patch() names your trainer, or pip install 'trl<={NEWEST_TRL}'",
         "fusedpo/trainers/trl.py",
     ),
-    "Liger's flag needed": Trap(
+    "Liger's loss": Trap(
         "note",
         lambda f: f.since("trl", OLDEST_TRL) and f.older("trl", "1.15"),
-        "with TRL {f.versions[trl]}, DPO, KTO and GRPO are without logits only if "
-        "use_liger_kernel=True",
+        "leave use_liger_kernel off: with TRL {f.versions[trl]} it takes Liger's loss, and what is "
+        "patched is not called",
         "fusedpo/trainers/trl.py",
     ),
     "Liger's flag": Trap(

@@ -92,9 +92,9 @@ CASES: dict[str, tuple[Facts, str, Facts]] = {
     "tf32": (given(tf32=True), "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", GOOD),
     "old TRL": (given({"trl": "0.28.2"}), "older than 0.29", given({"trl": "0.29.0"})),
     "new TRL": (given({"trl": "1.17.0"}), "newer than 1.16", given({"trl": "1.16.9"})),
-    "Liger's flag needed": (
+    "Liger's loss": (
         given({"trl": "1.14.2"}),
-        "only if use_liger_kernel=True",
+        "it takes Liger's loss",
         given({"trl": "0.28.0"}),
     ),
     "Liger's flag": (

@@ -6,6 +6,8 @@ Found by ``make test-trainers``, which needs the trainers.
 from __future__ import annotations
 
 import ctypes
+import sys
+import types
 
 import pytest
 import tiny
@@ -91,3 +93,50 @@ def test_a_kernel_that_takes_the_address_of_logits(rows):
     assert abs(found / expected - 1) <= 1e-6
     found.backward()
     assert (model.lm_head.weight.grad - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+class KernelOnRealLogits(torch.autograd.Function):
+    """In the place of flash-attn's kernel, which needs a GPU."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, *options):
+        raise AssertionError("it was called")
+
+
+def cross_entropy_loss(logits, labels, label_smoothing=0.0, logit_scale=1.0, lse_square_scale=0.0):
+    """As flash-attn writes it: its function is looked up in its module."""
+    module = sys.modules["flash_attn.ops.triton.cross_entropy"]
+    return module.CrossEntropyLoss.apply(
+        logits, labels, None, label_smoothing, logit_scale, lse_square_scale, -100, False, None
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"label_smoothing": 0.1}, {"logit_scale": 0.5}, {"lse_square_scale": 1e-2}],
+    ids=str,
+)
+def test_the_cross_entropy_of_flash_attention(options, monkeypatch):
+    module = types.ModuleType("flash_attn.ops.triton.cross_entropy")
+    module.CrossEntropyLoss = KernelOnRealLogits
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    model, labels = tiny.model(), IDS.reshape(-1).clone()
+    labels[:3] = -100
+    logits = model(IDS).logits.reshape(len(labels), -1) * options.get("logit_scale", 1.0)
+    expected = torch.nn.functional.cross_entropy(
+        logits, labels, reduction="none", label_smoothing=options.get("label_smoothing", 0.0)
+    )
+    squares = options.get("lse_square_scale", 0.0) * logits.logsumexp(-1).square()
+    squares = squares.masked_fill(labels == -100, 0)
+    (expected + squares).sum().backward()
+    weight = model.lm_head.weight
+    gradient, weight.grad = weight.grad, None
+    with lazy_logits(model, unknown="raise"):
+        losses, of_squares = cross_entropy_loss(
+            model(IDS).logits.reshape(len(labels), -1), labels, **options
+        )
+    losses.sum().backward()
+    assert near(losses, expected + squares) and near(of_squares + 1, squares + 1)
+    assert near(weight.grad, gradient)
+    with pytest.raises(AssertionError, match="it was called"):
+        cross_entropy_loss(logits, labels)

@@ -48,7 +48,6 @@ class NewModels:
 
 def _after_init(original: Any, install: Callable[[Any], Any]) -> Any:
     """The method that transformers calls at the end of a model's constructor, and lazy logits."""
-    original = getattr(original, "without_lazy_logits", original)
 
     @functools.wraps(original)
     def post_init(model: Any) -> None:
@@ -58,13 +57,22 @@ def _after_init(original: Any, install: Callable[[Any], Any]) -> Any:
                 return
         except (AttributeError, NotImplementedError):
             return
+        name = type(model).__name__
         try:
             install(model)
         except ValueError as error:
-            warnings.warn(f"{type(model).__name__} makes its logits: {error}", stacklevel=2)
+            warnings.warn(f"{name} makes its logits: {error}", stacklevel=2)
+        else:
+            _tell(name)
 
-    post_init.without_lazy_logits = original  # type: ignore[attr-defined]
     return post_init
+
+
+@functools.cache
+def _tell(model: str) -> None:
+    """Say once, where nothing in the program says it, that a kind of model has lazy logits."""
+    if os.environ.get(VARIABLE) and os.environ.get("RANK", "0") == "0":
+        print(f"fusedpo run: the logits of {model} are lazy", file=sys.stderr, flush=True)
 
 
 # from outside

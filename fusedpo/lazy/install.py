@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fusedpo.checks import bad_choice
 from fusedpo.head import Head
+from fusedpo.lazy import flash_attention
 from fusedpo.lazy.everywhere import NewModels
 from fusedpo.lazy.expressions import Logits
 from fusedpo.lazy.memory import Memory, Recipe
@@ -32,6 +33,7 @@ def lazy_output(hidden: Tensor, head: Head, options: Options) -> LazyTensor:
             cap and scale, without them.
         options: of ``lazy_logits``.
     """
+    flash_attention.replace()
     source = Source(hidden, head, options)
     index = torch.arange(source.count).view(hidden.shape[:-1])
     memory = Memory(Logits(softcap=head.softcap, scale=head.logit_scale))
@@ -93,6 +95,9 @@ class LazyLogits:
                     delattr(module, attribute)
                 else:
                     setattr(module, attribute, forward.original)
+
+    def __repr__(self) -> str:
+        return f"LazyLogits({', '.join(map(repr, self._heads))})"
 
     def __enter__(self) -> LazyLogits:
         return self

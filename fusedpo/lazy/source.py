@@ -10,7 +10,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -67,6 +67,7 @@ class Source:
         options: of ``lazy_logits``.
 
     Attributes:
+        calls: how often anything was scored, of all sources.
         hidden: [R, H].
         dtype: of the head's output, also under autocast.
         requires_grad: whether the output would.
@@ -74,6 +75,8 @@ class Source:
         severed: those without a gradient, though the logits have one: what a program keeps to read.
         hooks: functions that wrappers have hung on the output's gradient.
     """
+
+    calls: ClassVar[int] = 0
 
     def __init__(self, hidden: Tensor, head: Head, options: Options) -> None:
         self.head, self.options = head, options
@@ -256,6 +259,7 @@ class Source:
             temperature = logits.divisor.full(self.count, self.device, fill=1.0).to(
                 torch.float64 if hidden.dtype == torch.float64 else torch.float32
             )
+        Source.calls += 1
         with self.as_called():
             return linear_token_stats(
                 hidden,

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedpo.engine.plan import Plan
 from fusedpo.lazy.at_head import with_lazy_logits
 from fusedpo.model_head import add_fused_head, fused_forward
 
 _METHODS: list[tuple[Any, str, Any]] = []
 
 
-def patch(*, memory_budget: int | float | str | None = None, backend: str = "auto") -> None:
+def patch(*, memory_budget: int | float | str | Plan | None = None, backend: str = "auto") -> None:
     """Replace the forwards of LLaMA-Factory's trainers. Importing this module has called it.
 
     Args:
@@ -33,7 +34,8 @@ def patch(*, memory_budget: int | float | str | None = None, backend: str = "aut
     from llamafactory.train.kto.trainer import CustomKTOTrainer
 
     unpatch()
-    options = {"memory_budget": memory_budget, "backend": backend}
+    budget = memory_budget.budget if isinstance(memory_budget, Plan) else memory_budget
+    options = {"memory_budget": budget, "backend": backend}
     _replace(CustomDPOTrainer, "concatenated_forward", _of_pairs(options))
     _replace(CustomKTOTrainer, "forward", _of_responses(options))
 

@@ -15,14 +15,10 @@ come from, in the version of TRL that is installed:
   of the tokens;
 - CPO (with SimPO and AlphaPO), ORPO: ``concatenated_forward``, and TPO's ``_compute_loss``, which
   would make logits;
-- 1.14: the per-token function behind ``use_liger_kernel=True``;
-- 0.29 to 1.13: the Liger classes behind ``use_liger_kernel=True``. DPO and KTO follow Liger's
-  metrics there, as TRL does with that flag. What TRL leaves out there is not: soft caps and factors
-  of the head, KTO's class weights and, under adapters, its reference.
+- 0.29 to 1.14: DPO, KTO, GRPO, RLOO and SFT make logits, which are lazy (``fusedpo.lazy_logits``).
 
 A model whose head is not a weight, a bias, a soft cap and a scale makes its own logits, with one
-warning; so does, up to 1.13, an option that TRL would ignore with the flag, and a trainer whose own
-code keeps the model's forward from running.
+warning; so does a trainer whose own code keeps the model's forward from running.
 
 Other versions of TRL are refused (earlier ones) or warned of (later ones), and so are trainers that
 somebody else has put in the place of TRL's. A trainer whose first step calls nothing of what was
@@ -42,33 +38,28 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedpo import liger
 from fusedpo.engine.plan import Plan
-from fusedpo.functional import linear_token_stats
 from fusedpo.head import Head
 from fusedpo.labels import IGNORE_INDEX
-from fusedpo.losses import CPO, PreferenceLoss, SimPO
+from fusedpo.lazy import lazy_logits
+from fusedpo.lazy.source import Source
+from fusedpo.losses import CPO, SimPO
 from fusedpo.losses.scores import Scores
 from fusedpo.model_head import (
-    AfterHead,
     FusedForward,
     Score,
     UnsupportedHead,
-    after_head,
     aligned_labels,
     at_head,
     causal_model,
     check_options,
-    evaluating,
     fused_forward,
-    hidden_and_head,
     install_forward,
     mean_logits,
 )
@@ -119,7 +110,7 @@ _STATS = {
 
 # the versions of TRL whose inside is known here
 _OLDEST, _NEWEST = (0, 29), (1, 16)
-_FLAG = "only with use_liger_kernel=True"
+_NO_FLAG = "not with use_liger_kernel=True"
 # where a trainer's loss is computed: who overrides one of these and does not call TRL's leaves the
 # path on which patch has put something
 _PATH = (
@@ -178,7 +169,7 @@ def patch(
 
     Returns:
         By the name of a method ("DPO", "CPO", ...) whose trainer is reached, under which condition:
-        "" or "only with use_liger_kernel=True".
+        "" or "not with use_liger_kernel=True".
 
     Raises:
         ValueError, TypeError: for an unknown option.
@@ -418,14 +409,14 @@ def _watched(step: Callable[..., Any], cls: Any, condition: str) -> Callable[...
 
     @functools.wraps(step)
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before = Calls.count
+        before = Calls.count + Source.calls
         result = step(self, *args, **kwargs)
         # predictions are the logits, which are made then
         wanted = kwargs.get("prediction_loss_only", args[2] if len(args) > 2 else True)
-        if wanted is False or hasattr(self, seen) or hasattr(self, "_fusedpo_told"):
+        if wanted is False or hasattr(self, seen):
             return result
         setattr(self, seen, True)
-        if before == Calls.count and getattr(self.args, "process_index", 0) == 0:
+        if before == Calls.count + Source.calls and getattr(self.args, "process_index", 0) == 0:
             warnings.warn(_unreached(self, cls, condition), stacklevel=2)
         return result
 
@@ -866,134 +857,18 @@ def _tpo(options: _Options) -> dict[str, str]:
     return {"TPO": ""}
 
 
-# TRL 0.29 to 1.14, behind use_liger_kernel: what these versions do not know of a model's head
-
-_after: ContextVar[AfterHead | None] = ContextVar("_after", default=None)
+# TRL 0.29 to 1.14: these make logits, which are lazy
 
 
-def _after_head_of(trainer: Any) -> AfterHead:
-    """What a trainer's models do with the output of their heads.
-
-    Raises:
-        UnsupportedHead: if what these versions do with a head is not what the model does: they
-            multiply the weight with the last hidden state, for the reference as for the policy.
-    """
-    known = getattr(trainer, "_fusedpo_after", None)
-    if known is None:
-        known = _after_backbone(trainer.model)
-        reference = getattr(trainer, "ref_model", None)
-        behind = known if reference is None else _after_backbone(reference)
-        if (behind.softcap, behind.logit_scale) != (known.softcap, known.logit_scale):
-            raise UnsupportedHead(
-                f"ref_model: expected logits like the model's, {known}, got {behind}"
-            )
-        trainer._fusedpo_after = known
-    return known
-
-
-def _after_backbone(model: Any) -> AfterHead:
-    causal = causal_model(model)
-    ids = torch.zeros(1, 4, dtype=torch.long, device=causal.device)
-    found = after_head(causal, input_ids=ids)
-    rows = causal.get_output_embeddings().weight.shape[0]
-    with torch.no_grad(), evaluating(causal):
-        fed, _ = hidden_and_head(causal, input_ids=ids)
-        last = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    if found.vocab != rows or fed.shape != last.shape or not torch.allclose(fed, last, rtol=1e-3):
-        raise UnsupportedHead(
-            f"model: expected a head of {found.vocab} rows that the last hidden state feeds, got "
-            f"one of {rows} rows, or fed with something else"
-        )
-    return found
-
-
-def _telling_of_the_head(original: Callable[..., None]) -> Callable[..., None]:
-    """A trainer's constructor that turns use_liger_kernel off where it would change the numbers,
-    and else tells the loss of what TRL leaves out."""
-
-    @functools.wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        shaped = [value for value in vars(self).values() if isinstance(value, _LigerShaped)]
-        for value in shaped:
-            value.trainer = self
-        if not self.args.use_liger_kernel:
-            return
-        reason = _ignored(self) if shaped else ""
-        # weights that ZeRO-3 has taken apart are looked at in the first forward
-        if not reason and not any(hasattr(p, "ds_id") for p in self.model.parameters()):
-            try:
-                _after_head_of(self)
-            except UnsupportedHead as error:
-                reason = str(error)
-        if reason:
-            warnings.warn(f"{reason}; its own logits are made instead", stacklevel=2)
-            self.use_liger_kernel = self.args.use_liger_kernel = False
-            self._fusedpo_told = True
-
-    return init
-
-
-def _ignored(trainer: Any) -> str:
-    """An option that TRL would ignore with use_liger_kernel, in words."""
-    if getattr(trainer, "f_divergence_type", "reverse_kl") not in ("reverse_kl", None):
-        return "f_divergence_type: expected reverse_kl with use_liger_kernel=True"
-    for name in ("ld_alpha", "use_weighting", "aux_loss_enabled"):
-        if getattr(trainer, name, None) not in (None, False):
-            return f"{name}: expected none with use_liger_kernel=True"
-    return ""
-
-
-# TRL 1.14: a function of the tokens, imported by name
-
-
-def _per_token_functions(options: _Options) -> dict[str, str]:
-    utils = importlib.import_module("trl.trainer.utils")
-    original = getattr(utils, "_ChunkedLogProbFunction", None)
-    if original is None or hasattr(utils, "FusedCausalLMOutput") or not _still_trls(original):
+def _lazy_models(options: _Options) -> dict[str, str]:
+    if hasattr(importlib.import_module("trl.trainer.utils"), "FusedCausalLMOutput"):
         return {}
-
-    class PerToken:
-        """In the place of TRL's autograd function."""
-
-        @staticmethod
-        def apply(
-            hidden: Tensor,
-            weight: Tensor,
-            bias: Tensor | None,
-            targets: Tensor,
-            temperature: float,
-            chunk_size: int,
-            final_logit_softcapping: float | None = None,
-            logit_scale: float = 1.0,
-        ) -> tuple[Tensor | None, Tensor | None]:
-            Calls.count += 1
-            # TRL reads the configuration, and knows some of the names there
-            after = _after.get() or AfterHead(final_logit_softcapping, logit_scale, weight.shape[0])
-            found = linear_token_stats(
-                hidden,
-                weight,
-                targets,
-                bias=bias,
-                softcap=after.softcap,
-                logit_scale=after.logit_scale,
-                temperature=temperature,
-                stats=("logprob", "entropy"),
-                memory_budget=options.memory_budget,
-                backend=options.backend,
-            )
-            return found.logprob, found.entropy
-
     reached = {}
-    for method in ("dpo", "kto", "grpo"):
-        module, cls = _module(method), _class(method)
-        if getattr(module, "_ChunkedLogProbFunction", None) is original and _is_constructed(cls):
-            _replace(module, "_ChunkedLogProbFunction", PerToken)
-            _replace(cls, "__init__", _telling_of_the_head(cls.__init__))
-            name = "_chunked_logps" if method == "grpo" else "_get_per_token_logps_and_entropies"
-            _replace(cls, name, _knowing_the_head(getattr(cls, name)))
-            reached[method.upper()] = _FLAG
-    _replace(utils, "_ChunkedLogProbFunction", PerToken)
+    for method in ("dpo", "kto", "grpo", "rloo", "sft"):
+        cls = _class(method)
+        if cls is not None and _is_constructed(cls):
+            _replace(cls, "__init__", _with_lazy_logits(cls.__init__, options))
+            reached[method.upper()] = _NO_FLAG
     return reached
 
 
@@ -1006,133 +881,28 @@ def _is_constructed(cls: Any) -> bool:
     return own
 
 
-def _knowing_the_head(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of a trainer in which ``_after`` is what its models do with their heads' output."""
+def _with_lazy_logits(original: Callable[..., None], options: _Options) -> Callable[..., None]:
+    """A trainer's constructor, after which the logits of its models are lazy."""
 
     @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before = _after.set(_after_head_of(self))
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            _after.reset(before)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        budget = options.memory_budget
+        budget = budget.budget if isinstance(budget, Plan) else budget
+        for model in (self.model, getattr(self, "ref_model", None)):
+            if model is None:
+                continue
+            try:
+                lazy_logits(model, memory_budget=budget, backend=options.backend)
+            except UnsupportedHead as error:
+                warnings.warn(f"{error}; its own logits are made instead", stacklevel=2)
 
-    return method
-
-
-# TRL 0.29 to 1.13: the classes of Liger-Kernel, or TRL's copies of them
-
-
-def _liger_classes(options: _Options) -> dict[str, str]:
-    reached = {}
-    for method in ("dpo", "kto", "grpo"):
-        module, cls = _module(method), _class(method)
-        for prefix in ("LigerFusedLinear", "FusedLinear"):
-            name = f"{prefix}{method.upper()}Loss"
-            if hasattr(module, name) and _is_constructed(cls):
-                _replace(module, name, functools.partial(_LigerShaped, method, options))
-                _replace(cls, "__init__", _telling_of_the_head(cls.__init__))
-                if method == "kto":
-                    kl_logps = _compute_kl_logps(cls._compute_kl_logps, options)
-                    _replace(cls, "_compute_kl_logps", kl_logps)
-                reached[method.upper()] = _FLAG
-                break
-    return reached
-
-
-class _LigerShaped:
-    """In the place of a loss of Liger's within a trainer, which tells it too little of itself: the
-    loss is made at the first call."""
-
-    def __init__(self, method: str, options: _Options, *args: Any, **given: Any) -> None:
-        assert not args, "TRL names every option"
-        self.method, self.options, self.given = method, options, given
-        self.trainer: Any = None
-        self.loss: Any = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        Calls.count += 1
-        if self.loss is None:
-            self.loss = self._make()
-        return self.loss(*args, **kwargs)
-
-    def _make(self) -> Any:
-        if self.trainer is None:
-            raise RuntimeError(
-                f"trl: expected the loss of a {_title(self.method)} that TRL's constructor has "
-                "made, got one that another constructor has; call unpatch() before it is built"
-            )
-        after, options = _after_head_of(self.trainer), self.trainer.args
-        given = {
-            **self.given,
-            "softcap": after.softcap,
-            "logit_scale": after.logit_scale,
-            "memory_budget": self.options.memory_budget,
-            "backend": self.options.backend,
-        }
-        if self.method == "grpo":
-            return liger.LigerFusedLinearGRPOLoss(**given)
-        if self.method == "dpo":
-            known = {name: getattr(options, name) for name in ("label_smoothing", "discopop_tau")}
-            return liger.LigerFusedLinearDPOLoss(**{**given, **known})
-        # TRL says that there is no reference where adapters are switched off for it
-        loss = _WeightedKTO(**{**given, "use_ref_model": True})
-        loss.desirable_weight = options.desirable_weight
-        loss.undesirable_weight = options.undesirable_weight
-        return loss
-
-
-class _WeightedKTO(liger.LigerFusedLinearKTOLoss):
-    """With TRL's weights of the two kinds of responses, which Liger's has not."""
-
-    desirable_weight = undesirable_weight = 1.0
-
-    def _formula(self) -> PreferenceLoss:
-        weights = {name: getattr(self, name) for name in ("desirable_weight", "undesirable_weight")}
-        return replace(super()._formula(), **weights)
-
-
-def _compute_kl_logps(original: Callable[..., Any], options: _Options) -> Callable[..., Any]:
-    """KTO's ``_compute_kl_logps`` without logits, which it makes with use_liger_kernel too."""
-
-    @functools.wraps(original)
-    def compute(self: Any, model: Any, batch: dict[str, Any]) -> Tensor | None:
-        if not (self.calculate_KL and self.args.use_liger_kernel):
-            return original(self, model, batch)
-        if "KL_completion_labels" in batch:  # 0.29
-            inputs = {
-                name: batch[f"KL_completion_{name}"] for name in ("input_ids", "attention_mask")
-            }
-            labels = batch["KL_completion_labels"]
-        else:
-            known = ("completion_mask", "label", "ref_logps", "ref_KL_logps")
-            inputs = {
-                name: value
-                for name, value in batch.items()
-                if name not in known and not name.startswith("KL_")
-            }
-            inputs |= {
-                name[3:]: value
-                for name, value in batch.items()
-                if name.startswith("KL_") and name != "KL_completion_mask"
-            }
-            labels = inputs["input_ids"].masked_fill(batch["KL_completion_mask"] == 0, IGNORE_INDEX)
-        Calls.count += 1
-        _give_fused_head(model, options)
-        score = Score(
-            aligned_labels(labels), memory_budget=options.memory_budget, backend=options.backend
-        )
-        with torch.no_grad():
-            found, _ = at_head(model, score, **inputs)
-        return found.logprob.sum(1)
-
-    return compute
+    return init
 
 
 _SEAMS = (
     _fused_lm_heads,
-    _per_token_functions,
-    _liger_classes,
+    _lazy_models,
     _concatenated_forwards,
     _tpo,
 )
@@ -1150,20 +920,6 @@ class _Fused:
         self._fusedpo_options = _Options(memory_budget, backend)
         with patched(memory_budget, backend):
             super().__init__(*args, **kwargs)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        with self._while_it_works():
-            return super().train(*args, **kwargs)  # type: ignore[misc]
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        with self._while_it_works():
-            return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
-
-    def _while_it_works(self) -> contextlib.AbstractContextManager[None]:
-        """Up to 1.14, functions of TRL's are looked up in every step."""
-        if hasattr(importlib.import_module("trl.trainer.utils"), "FusedCausalLMOutput"):
-            return contextlib.nullcontext()
-        return patched(self._fusedpo_options.memory_budget, self._fusedpo_options.backend)
 
 
 class FusedDPOTrainer(_Fused, LossOfPairs, _trainer("dpo")):  # type: ignore[misc]

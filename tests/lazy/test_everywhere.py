@@ -95,6 +95,7 @@ def test_a_program_that_is_run_has_lazy_logits_and_so_has_what_it_starts(tmp_pat
     assert outcome.returncode == 0, outcome.stderr
     assert "LazyTensor Options(memory_budget='1MiB'" in outcome.stdout
     assert outcome.stdout.count("customized") == 3
+    assert outcome.stderr.count("fusedpo run: the logits of LlamaForCausalLM are lazy\n") == 1
 
 
 def test_a_program_without_models_is_left_alone_and_keeps_its_exit_status() -> None:

@@ -36,6 +36,20 @@ class Cosines(torch.autograd.Function):
         return -g * sines
 
 
+class Weighted(torch.autograd.Function):
+    """Another one, whose gradient differs from number to number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(weights)
+        return (x * weights).sum()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (weights,) = ctx.saved_tensors
+        return g * weights, None
+
+
 def logps(z: Tensor, labels: Tensor) -> Tensor:
     return z.log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
 
@@ -340,6 +354,42 @@ def one_entry_is_a_view(z, d):
     z.div_(2)
     entry.mul_(3)
     return entry + 0, other + 0, z.logsumexp(-1)
+
+
+@trap
+def one_entry_that_is_read_after_a_change(z, d):
+    entry = z[..., 3]
+    z.div_(2)
+    return entry + 0
+
+
+@trap
+def rows_scaled_in_place(z, d):
+    z.mul_(torch.arange(1, z.shape[1] + 1)[:, None] / z.shape[1])
+    return logps(z, d.tokens)
+
+
+@trap
+def labels_after_other_labels(z, d):
+    first = logps(z, d.tokens) * d.mask
+    return first, logps(z, (d.tokens + 1) % V) * d.mask, logps(z, d.tokens) * d.mask
+
+
+@trap
+def the_mean_of_scaled_logits(z, d):
+    return (z / 0.7).mean(-1), (z * 3).mean(), (z / d.mask.double().add(1)[..., None]).mean(-1)
+
+
+@trap
+def a_number_less_logits_and_over_them(z, d):
+    p = z.softmax(-1)
+    return (2 - z).logsumexp(-1), (1 - p).log().sum(-1), (1 / (p + 1)).sum(-1)
+
+
+@trap
+def somebodys_function_of_moved_axes(z, d):
+    weights = torch.arange(z.numel()).view(z.transpose(1, 2).shape) / z.numel()
+    return Weighted.apply(z.transpose(1, 2), weights)
 
 
 @trap

@@ -1544,4 +1544,154 @@ _PROGRAMS = (
     ),
 )
 
-FAULTS: tuple[Fault, ...] = (*_TRAINERS, *_RECIPES, *_LOSSES, *_CORE, *_PROGRAMS)
+_LAZY = (
+    *_in(
+        "fusedpo/lazy/source.py",
+        "lazy/test_idioms.py lazy/test_traps.py lazy/test_models.py lazy/test_transformers.py",
+        ("names |= {*also.weights}", "", "a pass for each statistic"),
+        (
+            "missing = missing | (rows & (labels != earlier.labels))",
+            "pass",
+            "another label's number",
+        ),
+        (
+            "missing = rows & ~earlier.rows",
+            "missing = torch.zeros_like(rows)",
+            "rows that were not scored",
+        ),
+        (
+            '(earlier.differentiable or not grad or names <= {"entropy"})',
+            "True",
+            "no gradient after a pass without one",
+        ),
+        ("mean = mean * logits.scale", "", "the mean logit without the scale"),
+        ("mean = mean + bias.mean(dtype=full)", "pass", "the mean logit without the bias"),
+        (
+            "Head(weight, bias, logits.softcap, logits.scale)",
+            "Head(weight, bias, None, logits.scale)",
+            "statistics without the soft cap",
+        ),
+        (
+            "self.versions != _versions(self.hidden, weight, bias)",
+            "False",
+            "numbers of weights that have changed",
+        ),
+        ("source.hooks = self.hooks", "", "repeated rows without the wrappers' hooks"),
+        (
+            'if name != "entropy":\n            return value',
+            "if name:\n            return value",
+            "an entropy without its gradient",
+        ),
+    ),
+    *_in(
+        "fusedpo/lazy/gradients.py",
+        "lazy/test_idioms.py lazy/test_traps.py",
+        ("of_bias += dz.sum(0)", "of_bias = dz.sum(0)", "the bias's gradient of the last chunk"),
+        {
+            "old": "of_hidden.index_add_(0, part, ",
+            "new": "of_hidden.index_copy_(0, part, ",
+            "breaks": "the gradient of a row that comes twice",
+            "equivalent": "no row does: repeated rows are a source of their own",
+        },
+        ("g = g.movedim(recipe.axis, -1).reshape", "g = g.reshape", "axes of a gradient"),
+        (
+            "torch.where(scored.rows & (g != 0), 0, NO_LABEL)",
+            "torch.where(scored.rows, NO_LABEL, 0)",
+            "the entropy's gradient of other rows",
+        ),
+    ),
+    *_in(
+        "fusedpo/lazy/statistics.py",
+        "lazy/test_idioms.py",
+        (
+            'Combination(expression, labels, {"logprob": 1.0, "logsumexp": 1.0})',
+            'Combination(expression, labels, {"logprob": 1.0})',
+            "a log-probability for a logit",
+        ),
+        (
+            'Combination(of_p, None, {"logsumexp": 1.0, "entropy": -1.0})',
+            'Combination(of_p, None, {"logsumexp": 1.0, "entropy": 1.0})',
+            "the entropy's sign",
+        ),
+        ("combined.times(1 / vocab)", "combined", "a sum for a mean"),
+    ),
+    *_in(
+        "fusedpo/lazy/expressions.py",
+        "lazy/test_idioms.py lazy/test_traps.py lazy/test_models.py",
+        (
+            "return Logits(softcap=1 / expression.scale, scale=expression.scale)",
+            "return Logits(softcap=1 / expression.scale)",
+            "a soft cap without its scale",
+        ),
+        ("and self.scale == other.scale", "", "logits at another temperature"),
+        ("value = value / divisor.to(z.dtype)[:, None]", "", "no temperature of the rows"),
+    ),
+    *_in(
+        "fusedpo/lazy/arithmetic.py",
+        "lazy/test_idioms.py lazy/test_traps.py",
+        (
+            "keep = kept(lazy, other != 0)",
+            "keep = kept(lazy, other == other)",
+            "rows that a mask leaves out are scored",
+        ),
+        ("if root.memory.has_entries():", "if False:", "views of one entry miss a change"),
+        (
+            "rows = RowValues(tuple((index, 1 / values) for index, values in rows.pieces))",
+            "pass",
+            "a factor for a divisor",
+        ),
+        ("if turned:\n        a, b = b, a", "", "operands the other way about"),
+    ),
+    *_in(
+        "fusedpo/lazy/masks.py",
+        "lazy/test_idioms.py",
+        ("keep = kept(lazy, ~mask)", "keep = kept(lazy, mask)", "what is filled is scored"),
+    ),
+    *_in(
+        "fusedpo/lazy/registry.py",
+        "lazy/test_idioms.py lazy/test_traps.py lazy/test_chains.py",
+        (
+            "recipe.grad and torch.is_grad_enabled() if grad is None else grad",
+            "recipe.grad if grad is None else grad",
+            "a gradient under no_grad",
+        ),
+        (
+            "if index.dim() and index.numel() > 1 and index.unique().numel() < index.numel():",
+            "if False:",
+            "rows that come twice share a label",
+        ),
+    ),
+    *_in(
+        "fusedpo/lazy/operations.py",
+        "lazy/test_models.py lazy/test_traps.py test_lazy_in_trainers.py",
+        ("if (name, place) not in _reported:", "if True:", "a warning at every step"),
+        (
+            "if not real_memory and any(t.moved for t in _lazy(args, kwargs)):",
+            "if False:",
+            "no gradient through somebody's own function",
+        ),
+    ),
+    *_in(
+        "fusedpo/lazy/install.py",
+        "lazy/test_models.py",
+        ("hidden.dim() > 2 and hidden.shape[-2] == 1", "False", "lazy logits in generation"),
+        {
+            "old": "if head.module is not self.module:",
+            "new": "if False:",
+            "breaks": "adapters that are off",
+            "equivalent": "the layer below has the same weight; only its hooks would not run",
+        },
+        (
+            "original = current.original if isinstance(current, LazyHead) else current",
+            "original = current",
+            "lazy logits that cannot be undone",
+        ),
+    ),
+    *_in(
+        "fusedpo/lazy/everywhere.py",
+        "lazy/test_everywhere.py -k 'not program'",
+        ("if self._model_class.post_init is self._installed:", "if False:", "it is never undone"),
+    ),
+)
+
+FAULTS: tuple[Fault, ...] = (*_TRAINERS, *_RECIPES, *_LOSSES, *_CORE, *_PROGRAMS, *_LAZY)

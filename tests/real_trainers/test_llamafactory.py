@@ -24,6 +24,8 @@ from llamafactory.train.tuner import run_exp
 from real_trainers import harness
 from trainers import trl_runs
 
+import fusedpo
+
 assert transformers.__version__.startswith("4.57."), transformers.__file__
 
 CASES: dict[str, dict[str, Any]] = {
@@ -122,6 +124,20 @@ class AtHead(harness.Prepare):
             yield
         finally:
             llamafactory.unpatch()
+
+
+def test_patch_reaches_it(capsys):
+    from llamafactory.train.dpo.trainer import CustomDPOTrainer
+
+    original = CustomDPOTrainer.concatenated_forward
+    reached = fusedpo.patch()
+    try:
+        assert reached["LLaMA-Factory"] == ""
+        assert CustomDPOTrainer.concatenated_forward is not original
+        assert "fusedpo: LLaMA-Factory without logits" in capsys.readouterr().err
+    finally:
+        fusedpo.unpatch()
+    assert CustomDPOTrainer.concatenated_forward is original
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 import transformers
 
 pytest.importorskip("trl")
@@ -78,10 +78,10 @@ def test_what_is_reached_is_returned_and_said(capsys) -> None:
 
 
 def test_conditions_are_said(monkeypatch) -> None:
-    words = ours._in_words({"CPO": "", "ORPO": "", "DPO": ours._FLAG, "GRPO": ours._FLAG})
-    expected = "without logits: CPO, ORPO; only with use_liger_kernel=True: DPO, GRPO; as ever: "
+    words = ours._in_words({"CPO": "", "ORPO": "", "DPO": ours._NO_FLAG, "GRPO": ours._NO_FLAG})
+    expected = "without logits: CPO, ORPO; not with use_liger_kernel=True: DPO, GRPO; as ever: "
     assert words == expected + "KTO, RLOO, SFT, TPO"
-    assert ours._in_words({"DPO": ours._FLAG}).startswith("without logits: none; only with ")
+    assert ours._in_words({"DPO": ours._NO_FLAG}).startswith("without logits: none; not with ")
 
 
 # trainers that somebody has put in the place of TRL's
@@ -330,8 +330,14 @@ def test_where_the_models_forward_never_runs_trls_own_is_taken(heard, method) ->
     ]
 
 
-def test_a_loss_that_knows_no_trainer_says_so() -> None:
-    """As where a constructor that was not replaced has made it."""
-    loss = ours._LigerShaped("dpo", ours._Options(), beta=0.1)
-    with pytest.raises(RuntimeError, match=r"^trl: expected the loss of a DPOTrainer that TRL's"):
-        loss(torch.zeros(1))
+@pytest.mark.parametrize("package, title", fusedpo.trainers._LAZY.items())
+def test_other_programs_are_told_how_they_are_reached(
+    package: str, title: str, monkeypatch, capsys
+) -> None:
+    monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    try:
+        fusedpo.patch()
+    finally:
+        fusedpo.unpatch()
+    said = [line for line in capsys.readouterr().err.splitlines() if title in line]
+    assert len(said) == 1 and "fusedpo.lazy_logits()" in said[0]

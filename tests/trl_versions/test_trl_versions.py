@@ -1,8 +1,6 @@
 """Earlier versions of TRL, patched: the same numbers as without.
 
-Run by ``make test-trl``, which puts one version after the other into a folder of its own. What is
-compared with is TRL without Liger; patched, ``use_liger_kernel=True`` is set, as these versions
-want it for DPO, KTO and GRPO.
+Run by ``make test-trl``, which puts one version after the other into a folder of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ import trl
 from trainers import trl_runs
 from trainers.trl_runs import Run, Tall, classes, differences, plain, update_difference
 
+from fusedpo.lazy import operations
 from fusedpo.trainers import trl as ours
 
 VERSION = os.environ.get("FUSEDPO_TRL")
@@ -35,21 +34,16 @@ if trl.__version__ != VERSION:
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 NUMBER = tuple(int(part) for part in VERSION.split(".")[:2])
-LIGER_CLASSES = NUMBER < (1, 14)
 BUDGET, TALLEST = "64KiB", 24
-FLAGGED = ("dpo", "kto", "grpo")
+LAZY = ("dpo", "kto", "grpo", "rloo", "sft")
 FAMILIES = ("llama", "gemma2", "cohere", "granite", "tied")
-# with the flag these are of other positions (DPO) or sums (KTO)
-OTHER_MEANING = {
-    f"{mode}logits/{side}" for mode in ("", "eval_") for side in ("chosen", "rejected")
-}
 DPO = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
     *("aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
 KINDS = {
     "dpo": DPO,
-    "kto": ("kto",) if LIGER_CLASSES else ("kto", "apo_zero_unpaired"),
+    "kto": ("kto", "apo_zero_unpaired"),
     "cpo": ("sigmoid", "hinge", "ipo", "simpo", "alphapo"),
     "grpo": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
 }
@@ -60,16 +54,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "alphapo": {"cpo_alpha": 0.0, "alpha": 0.3},
     "luspo": {"importance_sampling_level": "sequence"},
 }
-# Liger's layers need a GPU
-LAYERS = ("rope", "rms_norm", "layer_norm", "swiglu", "geglu")
-NO_LAYERS = dict.fromkeys((*LAYERS, "cross_entropy", "fused_linear_cross_entropy"), False)
 worst: dict[str, tuple[float, str]] = {}
 
 
 def known(method: str, kind: str) -> bool:
-    """Whether this version's trainer knows a type of loss, and lets it through with the flag."""
-    if kind == "luspo" and NUMBER < (1, 0):
-        return False  # its ratios are of whole responses, which the flag does not take there
+    """Whether this version's trainer knows a type of loss."""
     return any(f'"{kind}"' in inspect.getsource(inspect.getmodule(c)) for c in classes(method))
 
 
@@ -87,8 +76,6 @@ def table() -> Iterator[None]:
 
 
 def fused(method: str, family: Any = "llama", tallest: float = TALLEST, **given: Any) -> Run:
-    if method in FLAGGED:
-        given |= {"use_liger_kernel": True, "liger_kernel_config": NO_LAYERS}
     tall = Tall()
     with ours.patched(memory_budget=BUDGET):
         found = trl_runs.run(method, family, watch=tall, **given)
@@ -96,18 +83,9 @@ def fused(method: str, family: Any = "llama", tallest: float = TALLEST, **given:
     return found
 
 
-def check(case: str, reference: Run, found: Run, everything: bool = False) -> None:
-    """The metrics that both have, and what was learned."""
-    pairs = list(zip(reference.logs, found.logs, strict=True))
-    missing: set[str] = set()
-    kept: tuple[list[Any], list[Any]] = ([], [])
-    for a, b in pairs:
-        missing |= a.keys() - b.keys()
-        names = a.keys() & b.keys() - (set() if everything else OTHER_MEANING)
-        kept[0].append({name: a[name] for name in names})
-        kept[1].append({name: b[name] for name in names})
-    assert not everything or not missing
-    gaps = differences(Run(kept[0]), Run(kept[1]))
+def check(case: str, reference: Run, found: Run) -> None:
+    """Every metric, and what was learned."""
+    gaps = differences(reference, found)
     gaps["what was learned"] = update_difference(reference, found) / 5
     assert {"loss", "grad_norm"} <= gaps.keys()
     largest = max(gaps, key=gaps.__getitem__)
@@ -119,18 +97,13 @@ def check(case: str, reference: Run, found: Run, everything: bool = False) -> No
 @pytest.mark.parametrize("method, kind", CASES)
 def test_every_loss(method, kind):
     given = {"loss_type": kind, **OPTIONS.get(kind, {})}
-    # GRPO makes the logits of its old and reference log-probabilities itself
-    tallest = 1e9 if method == "grpo" and LIGER_CLASSES else TALLEST
-    found = fused(method, tallest=tallest, **given)
-    check(f"{method} {kind}", plain(method, **given), found, everything=method not in FLAGGED)
+    check(f"{method} {kind}", plain(method, **given), fused(method, **given))
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto", "cpo", "orpo", "grpo"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family, method):
-    tallest = 1e9 if method == "grpo" and LIGER_CLASSES else TALLEST
-    found = fused(method, family, tallest)
-    check(f"{method} {family}", plain(method, family), found, everything=method not in FLAGGED)
+    check(f"{method} {family}", plain(method, family), fused(method, family))
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto", "cpo", "orpo"])
@@ -148,23 +121,20 @@ def test_every_mode(mode, method):
             assert abs(a["grad_norm"] - b["grad_norm"]) <= 5e-2 * max(1, abs(a["grad_norm"]))
         return
     reference, found = plain(method, **given), fused(method, **given)
-    check(f"{method} {mode}", reference, found, everything=method not in FLAGGED)
+    check(f"{method} {mode}", reference, found)
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto", "cpo", "orpo", "grpo"])
 def test_classes(method):
-    """The same without patching, on a head with a factor, of which TRL says nothing to Liger."""
+    """The same without patching, on a head with a factor."""
     given: dict[str, Any] = {"evaluated": True} if method != "grpo" else {}
     reference = plain(method, "granite", **given)
     cls = getattr(ours, f"Fused{method.upper()}Trainer")
-    if method in FLAGGED:
-        given |= {"use_liger_kernel": True, "liger_kernel_config": NO_LAYERS}
     found = trl_runs.run(method, "granite", trainer_class=cls, memory_budget=BUDGET, **given)
-    check(f"{method} class, granite", reference, found, everything=method not in FLAGGED)
+    check(f"{method} class, granite", reference, found)
     assert not ours._replaced
 
 
-@pytest.mark.skipif(NUMBER == (1, 13), reason="1.13 refuses them with use_liger_kernel")
 def test_kto_class_weights():
     given = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
     check("kto class weights", plain("kto", **given), fused("kto", **given))
@@ -180,23 +150,15 @@ def test_lora(method):
     )
     given = {"peft_config": config}
     found = fused(method, **given)
-    check(f"{method} lora", plain(method, **given), found, everything=method not in FLAGGED)
+    check(f"{method} lora", plain(method, **given), found)
 
 
-IGNORED = {
-    "forward_kl": ({"f_divergence_type": "forward_kl"}, NUMBER < (1, 12)),
-    "ld_alpha": ({"ld_alpha": 0.5}, LIGER_CLASSES),
-    "use_weighting": ({"use_weighting": True, "learning_rate": 10.0}, LIGER_CLASSES),
-}
-
-
-@pytest.mark.parametrize("name", [name for name, (_, ignored) in IGNORED.items() if ignored])
-def test_options_that_trl_ignores_with_the_flag(name):
-    """TRL's own loss, with its logits, and one warning."""
-    given = IGNORED[name][0]
-    said, found = warned("dpo", **given)
-    assert len(said) == 1 and name.replace("forward_kl", "f_divergence_type") in said[0]
-    check(f"dpo {name}, by TRL's logits", plain("dpo", **given), found, everything=True)
+@pytest.mark.parametrize(
+    "given", [{"f_divergence_type": "forward_kl"}, {"ld_alpha": 0.5}, {"use_weighting": True}]
+)
+def test_options_of_dpo(given):
+    """Which Liger's loss has not."""
+    check(f"dpo {given}", plain("dpo", **given), fused("dpo", **given))
 
 
 def shifted_head() -> Any:
@@ -218,35 +180,31 @@ def test_unknown_head(method):
     said, found = warned(method, shifted_head)
     assert len(said) == 1, said
     reference = plain(method, shifted_head)
-    check(f"{method} unknown head, by its own logits", reference, found, everything=True)
+    check(f"{method} unknown head, by its own logits", reference, found)
 
 
 def warned(method: str, family: Any = "llama", **given: Any) -> tuple[list[str], Run]:
+    operations._reported.clear()  # places are told of once a process
     with warnings.catch_warnings(record=True) as caught, pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("always")
         patch.setattr(trl_runs, "quiet", warnings.catch_warnings)
         found = fused(method, family, tallest=1e9, **given)
-    return [str(w.message) for w in caught if "its own logits" in str(w.message)], found
+    words = ("its own logits", "needs the real logits")
+    return [text for w in caught if any(each in (text := str(w.message)) for each in words)], found
 
 
-def test_without_the_flag_it_says_so(monkeypatch):
-    """When patched, and once after the first step, in which TRL made its logits."""
-    monkeypatch.setattr(trl_runs, "quiet", warnings.catch_warnings)
-    with warnings.catch_warnings(record=True, action="always") as caught, ours.patched():
+def test_what_is_reached(monkeypatch):
+    with ours.patched():
         reached = ours.patch(quiet=True)
-        found = trl_runs.run("dpo")
+    lazy = [method.upper() for method in LAZY if ours._class(method)]
     assert reached == {
-        **dict.fromkeys(("DPO", "KTO", "GRPO"), "only with use_liger_kernel=True"),
+        **dict.fromkeys(lazy, "not with use_liger_kernel=True"),
         **dict.fromkeys(("CPO", "ORPO", *(["TPO"] if ours._class("tpo") else [])), ""),
     }
-    said = [text for w in caught if (text := str(w.message)).startswith("trl: ")]
-    assert len(said) == 1
-    assert said[0].endswith("runs as ever; only with use_liger_kernel=True")
-    check("dpo without the flag", plain("dpo"), found, everything=True)
 
 
-@pytest.mark.parametrize("method", FLAGGED)
-def test_with_the_flag_it_says_nothing(method, monkeypatch):
+@pytest.mark.parametrize("method", ["dpo", "kto", "grpo", "cpo", "orpo"])
+def test_a_trainer_that_is_reached_says_nothing(method, monkeypatch):
     monkeypatch.setattr(trl_runs, "quiet", warnings.catch_warnings)
     with warnings.catch_warnings(record=True, action="always") as caught:
         fused(method, tallest=1e9, max_steps=1)
