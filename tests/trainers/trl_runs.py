@@ -24,6 +24,8 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import transformers
 from datasets import Dataset, disable_progress_bars
 
+from fusedpo.lazy import LazyTensor
+
 disable_progress_bars()
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -322,6 +324,9 @@ class Tall(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
         result = func(*args, **(kwargs or {}))
         for t in tree_leaves(result):
-            if isinstance(t, Tensor) and t.is_floating_point():
+            # a lazy tensor has the size of logits and no memory; nor has one on the meta device
+            if not isinstance(t, Tensor) or isinstance(t, LazyTensor) or t.is_meta:
+                continue
+            if t.is_floating_point():
                 self.rows = max(self.rows, t.untyped_storage().nbytes() / 4 / VOCAB)
         return result
