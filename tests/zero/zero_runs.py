@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "lazy"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import lazy_processes
 import tiny
 import torch
 import torch.distributed as dist
 from sharded_runs import PATHS, batch, gap, loss_of
 from torch import Tensor
 
+from fusedpo import lazy_logits
 from fusedpo.model_head import FusedForward, add_fused_head, causal_model, hidden_and_head
 
 UPDATES = 3  # ZeRO-3 learns the order of modules in the second, and may fetch ahead in the third
@@ -210,6 +213,12 @@ def sharded_from_the_start(rank: int, folder: Path, path: str, tied: bool) -> fl
     return worst_gap(engine(made, options), reference(model, tied), rank, path)
 
 
+def lazily(stage: int, rank: int, folder: Path, path: str, tied: bool) -> float:
+    """Of a function of lazy logits, within the head's own call."""
+    wrapped, subject = engine(model(tied), config(stage)), reference(model, tied)
+    return worst_gap(wrapped, subject, rank, path, loss=lazy_processes.loss_of)
+
+
 def _cases() -> dict[str, Callable[[int, Path], float]]:
     cases: dict[str, Any] = {}
     for stage, path in product((1, 2, 3), PATHS):
@@ -236,6 +245,9 @@ def _cases() -> dict[str, Callable[[int, Path], float]]:
     for path, tied, (name, case) in product(PATHS, (False, True), more.items()):
         tie = "tied" if tied else "untied"
         cases[f"ZeRO-3, {path}, {tie}, {name}"] = partial(case, path=path, tied=tied)
+    for stage, tied in product((1, 2, 3), (False, True)):
+        name = f"ZeRO-{stage}, lazy logits {lazy_processes.AT_HEAD}, {'tied' if tied else 'untied'}"
+        cases[name] = partial(lazily, stage, path=lazy_processes.AT_HEAD, tied=tied)
     return cases
 
 
@@ -291,6 +303,13 @@ def outside(rank: int) -> Tensor:
     return head.logits(hidden)
 
 
+def lazy_after_the_forward(rank: int) -> Tensor:
+    """Lazy logits of a head whose weight is taken apart again after its own call."""
+    wrapped = engine(model(False), config(3))
+    with lazy_logits(wrapped, unknown="raise"):
+        return lazy_processes.loss_of(wrapped, rank, 0, "after the forward")
+
+
 def all_results(rank: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
@@ -308,6 +327,7 @@ def all_results(rank: int, folder: Path) -> dict[str, Any]:
     found["0.9x"] = gap({name: 0.9 * g for name, g in gradients.items()}, gradients)
     note("outside", outside, rank)
     note("uncarried", uncarried, rank)
+    note("lazy", lazy_after_the_forward, rank)
     return found
 
 
