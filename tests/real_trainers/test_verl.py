@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import verl.utils.torch_functional as verl_F
 from real_trainers import harness
 from trainers import trl_runs
+from verl.models.transformers import monkey_patch
 from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
 from verl.utils import tensordict_utils
 from verl.workers.config import ActorConfig
@@ -66,6 +68,20 @@ def batch(temperature: Any, **flags: Any) -> Any:
     return tensordict_utils.get_tensordict(tensors, flags)
 
 
+class FusedKernels(harness.Prepare):
+    """A backend of verl's fused kernels, as its engine asks for it."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def __call__(self, model: Any) -> Any:
+        # as its apply_monkey_patch does, which imports a TRL of its own besides
+        monkey_patch.patch_forward_with_backends(
+            model, use_fused_kernels=True, fused_kernels_backend=self.backend
+        )
+        return model
+
+
 def train(given: dict[str, Any], prepare: harness.Prepare) -> harness.Run:
     given = dict(given)
     data = batch(
@@ -73,10 +89,11 @@ def train(given: dict[str, Any], prepare: harness.Prepare) -> harness.Run:
         calculate_entropy=given.pop("entropy", True),
         use_remove_padding=given.pop("remove_padding", True),
         calculate_sum_pi_squared=given.pop("squares", False),
+        use_fused_kernels=isinstance(prepare, FusedKernels),
     )
     tall, run = harness.Tall(), harness.Run([])
     with harness.watched(tall) as said:
-        engine = Engine(prepare(trl_runs.model()), **given)
+        engine = Engine(prepare(trl_runs.model(given.pop("family", "llama"))), **given)
         config = ActorConfig(
             strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=8, ppo_mini_batch_size=8
         )
@@ -127,3 +144,39 @@ NEEDS = {
 @pytest.mark.parametrize("case", CASES)
 def test_actor(case):
     harness.compare(f"verl {case}", CASES[case], runner=train, needs=NEEDS.get(case, ""))
+
+
+FUSED: dict[str, dict[str, Any]] = {
+    **{case: CASES[case] for case in ("packed", "packed, no entropy", "packed, temperature 0.7")},
+    "padded": {"remove_padding": False},
+    # of which verl's own backends know nothing
+    "packed, soft cap": {"family": "gemma2", "temperature": 0.7},
+    "packed, scale": {"family": "cohere", "temperature": 0.7},
+}
+
+
+@pytest.mark.parametrize("case", FUSED)
+def test_the_backend(case):
+    from fusedpo.trainers import verl as ours
+
+    ours.patch(memory_budget=harness.BUDGET)
+    # padded, its fused kernels have another label at the end of a row than its logits
+    plainly = FusedKernels("torch") if case == "padded" else harness.Prepare()
+    original = transformers.LlamaForCausalLM.forward
+    plain = train(FUSED[case], plainly)
+    transformers.LlamaForCausalLM.forward = original  # which its own backend replaces
+    fused = train(FUSED[case], FusedKernels("fusedpo"))
+    harness.check(f"verl, backend fusedpo, {case}", plain, fused)
+
+
+def test_other_backends_are_verls():
+    from fusedpo.trainers import verl as ours
+
+    model = trl_runs.model()
+    ours.patch_forward_with_backends(model, False, "fusedpo")
+    ours.patch_forward_with_backends(model, True, "unknown")
+    assert "forward" not in vars(model)
+    ours.unpatch()
+    assert monkey_patch.patch_forward_with_backends is ours._original
+    ours.patch()
+    assert monkey_patch.patch_forward_with_backends is ours.patch_forward_with_backends
