@@ -14,20 +14,25 @@ options that every class has:
     backend         "auto", "torch" or "triton"
 
 ``compiled`` and ``chunk_size`` are taken and have no effect: nothing is compiled here, and how a
-batch is cut follows from the memory budget, within a pair too. Arguments that do not fit raise a
-TypeError or ValueError before any work, which calls ``_input``, ``lin_weight`` and ``target``
-hidden, weight and labels. Where this differs from Liger: a response without a token to score is
-refused in the preference losses (Liger returns NaN for averages); KTO's ``kl`` may be one number a
-response whatever the chunk size (Liger is right only if all are in one chunk); and hyperparameters
-are checked as ``fusedpo.losses`` checks them, such as GRPO's ``delta``, which has to be above 1.
+batch is cut follows from the memory budget. Arguments that do not fit raise a TypeError or
+ValueError before any work, which calls ``_input``, ``lin_weight`` and ``target`` hidden, weight and
+labels.
 
-Letters: B sequences, P pairs, T positions, H hidden size, V vocabulary, N scored tokens.
+Liger's mistakes are not repeated. A response without a token to score is refused in the preference
+losses (there: NaN for averages). KTO's ``kl`` may be one number a response (there only with all in
+one chunk). "luspo" is a response's length times the mean over its tokens (there over the padding,
+too, unless beta is 0 and ratios are of whole responses). Importance weights of tokens are refused
+where the ratio is one of a whole response (there they enter sums over padding). Hyperparameters are
+checked as ``fusedpo.losses`` checks them.
+
+Letters: B sequences, P pairs, T positions, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -36,16 +41,15 @@ from torch import Tensor
 
 from fusedpo import checks, losses
 from fusedpo.engine.plan import Plan
-from fusedpo.functional import linear_logprobs, linear_token_stats, policy_loss, preference_loss
+from fusedpo.functional import linear_logprobs, policy_loss, preference_loss
 from fusedpo.head import Head
 from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import Input, PolicyLoss, PreferenceLoss
 from fusedpo.losses.base import GradientStructure, flag, hyperparameter
 from fusedpo.losses.links import Tail
 from fusedpo.losses.modifiers import Modifier
-from fusedpo.losses.scores import Scores, Tokens
-from fusedpo.objective.policy import PolicyProblem
-from fusedpo.objective.sequences import Sequences
+from fusedpo.losses.scores import Scores
+from fusedpo.model_head import mean_logits
 from fusedpo.sizes import parse_budget
 
 __all__ = [
@@ -58,52 +62,49 @@ __all__ = [
 ]
 
 Budget = int | float | str | None
-
 Returned = tuple[Tensor, tuple[Tensor, ...]]
 
-# loss_type -> which of the module's options beside beta its formula reads, and what the loss here
-# calls them; Liger's and TRL's "sigmoid" ignores the smoothing
+# loss_type of DPO -> the options beside beta that its formula reads, by what the loss here calls
+# them; Liger's and TRL's "sigmoid" ignores the smoothing
 _SMOOTHED = {"label_smoothing": "label_smoothing"}
-_DPO: Mapping[str, dict[str, str]] = MappingProxyType(
-    {
-        "sigmoid": {},
-        "hinge": {},
-        "exo_pair": _SMOOTHED,
-        "nca_pair": {},
-        "robust": _SMOOTHED,
-        "bco_pair": {},
-        "sppo_hard": {},
-        "apo_zero": {},
-        "apo_down": {},
-        "discopop": {"tau": "discopop_tau"},
-        "ipo": {},
-        "aot": _SMOOTHED,
-        "aot_unpaired": _SMOOTHED,
-        "sft": {},
-        "sigmoid_norm": {},
-    }
-)
+_DPO: dict[str, dict[str, str]] = {
+    "sigmoid": {},
+    "hinge": {},
+    "exo_pair": _SMOOTHED,
+    "nca_pair": {},
+    "robust": _SMOOTHED,
+    "bco_pair": {},
+    "sppo_hard": {},
+    "apo_zero": {},
+    "apo_down": {},
+    "discopop": {"tau": "discopop_tau"},
+    "ipo": {},
+    "aot": _SMOOTHED,
+    "aot_unpaired": _SMOOTHED,
+    "sft": {},
+    "sigmoid_norm": {},
+}
 _CPO = ("sigmoid", "hinge", "ipo", "simpo", "alphapo")
 _KTO = ("kto", "apo_zero_unpaired")
 _GRPO = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 # those of whole responses too; the others clip nothing
 _CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
+# a module is a dataclass: its fields are the arguments of its constructor, in Liger's order
+_module = dataclass(eq=False, repr=False)
 
+
+@dataclass(eq=False, repr=False, kw_only=True)
 class _Fused(torch.nn.Module):
-    """What the modules share: options that are attributes, as in Liger, and the sums of logits."""
+    """Options that are attributes, as in Liger, which may be changed."""
 
-    softcap: float | None
-    logit_scale: float
-    memory_budget: Budget
-    backend: str
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    memory_budget: Budget = None
+    backend: str = "auto"
 
-    def __init__(self, given: dict[str, Any]) -> None:
-        """given: what the constructor was called with, by name."""
+    def __post_init__(self) -> None:
         super().__init__()
-        self._given = tuple(name for name in given if name not in ("self", "__class__"))
-        for name in self._given:
-            setattr(self, name, given[name])
         if self.softcap is not None:
             checks.positive("softcap", self.softcap)
         checks.positive("logit_scale", self.logit_scale)
@@ -117,53 +118,44 @@ class _Fused(torch.nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._given)
+        names = inspect.signature(type(self)).parameters
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    def _head(self, weight: Tensor, bias: Tensor | None) -> Head:
+        return Head(weight, bias, self.softcap, self.logit_scale)
 
     @property
     def _options(self) -> dict[str, Any]:
-        names = ("softcap", "logit_scale", "memory_budget", "backend")
-        return {name: getattr(self, name) for name in names}
+        return {"memory_budget": self.memory_budget, "backend": self.backend}
 
-    def _logit_sums(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _logit_sums(self, hidden: Tensor, head: Head) -> Tensor:
         """[B] fp64, the sum of all logits of each row, of its ignored positions too."""
-        with torch.no_grad():
-            if self.softcap is not None:
-                anything = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
-                found = linear_token_stats(
-                    hidden, weight, anything, stats=("mean_logit",), bias=bias, **self._options
-                )
-                assert found.mean_logit is not None, "it was asked for"
-                return found.mean_logit.double().sum(1) * weight.shape[0]
-            # a sum of logits is linear in the head
-            sums = torch.stack([_sum_of_rows(row) for row in hidden]) @ _sum_of_rows(weight)
-            if bias is not None:
-                sums = sums + hidden.shape[1] * bias.double().sum()
-            return sums * self.logit_scale
+        means = mean_logits(hidden, head, **self._options)
+        return means.double().sum(1) * head.weight.shape[0]
 
 
 class _Preference(_Fused):
-    """What the modules of preference losses share."""
+    """Modules of preference losses."""
 
     ignore_index: int
     beta: float
     use_ref_model = False
     average_log_prob = False
 
-    def _reference(
-        self,
-        target: Tensor,
-        ref_input: Tensor | None,
-        ref_weight: Tensor | None,
-        ref_bias: Tensor | None,
-    ) -> dict[str, Any]:
+    def _loss(self, added_nll: float = 0.0) -> PreferenceLoss:
+        formula = self._formula()
+        assert isinstance(formula, PreferenceLoss), "these names are of losses of pairs"
+        return _Shaped(formula, average=self.average_log_prob, added_nll=added_nll)
+
+    def _reference(self, target: Tensor, *reference: Tensor | None) -> dict[str, Any]:
         """The arguments that say it; without one, its log-probabilities are 0, as in Liger."""
         if not self.use_ref_model:
             return {"ref_logprobs": torch.zeros(target.shape[0], device=target.device)}
-        if ref_input is None:
+        if reference[0] is None:
             raise checks.bad_value(
                 "ref_input", "[B, T, H], the reference's", "None", "or make use_ref_model=False"
             )
-        return {"ref_hidden": ref_input, "ref_weight": ref_weight, "ref_bias": ref_bias}
+        return dict(zip(("ref_hidden", "ref_weight", "ref_bias"), reference, strict=True))
 
 
 class _Paired(_Preference):
@@ -172,69 +164,47 @@ class _Paired(_Preference):
     alpha = 1.0
     compute_nll_loss: bool
 
-    def _formula(self) -> PreferenceLoss:
-        """The loss of pairs, without the cross-entropy that this module adds."""
-        raise NotImplementedError
-
     def _call(
         self,
         weight: Tensor,
         hidden: Tensor,
         target: Tensor,
         bias: Tensor | None,
-        reference: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
+        reference: dict[str, Any] | None = None,
         nll_target: Tensor | None = None,
         further: tuple[str, ...] = (),
     ) -> Returned:
         _check_rows(hidden, target, "target")
-        apart = self.compute_nll_loss and nll_target is not None
+        head = self._head(weight, bias)
+        options: dict[str, Any] = {"ignore_index": self.ignore_index, **self._options}
         if nll_target is not None:
             checks.shaped("nll_target", nll_target, target.shape, "the shape of target")
         # the cross-entropy of other positions than target's is another call
+        apart = self.compute_nll_loss and nll_target is not None
         added = self.alpha if self.compute_nll_loss and not apart else 0.0
-        found = preference_loss(
-            _Shaped(self._formula(), average=self.average_log_prob, added_nll=added),
-            hidden,
-            weight,
-            target,
-            bias=bias,
-            ignore_index=self.ignore_index,
-            **({} if reference is None else self._reference(target, *reference)),
-            **self._options,
+        out = preference_loss(
+            self._loss(added), hidden, head, target, **(reference or {}), **options
         )
-        loss, pairs = found.loss, target.shape[0] // 2
+        loss, pairs = out.loss, target.shape[0] // 2
         nll = torch.zeros_like(loss)
         if self.compute_nll_loss:
-            logprobs, labels = found.logprobs[:pairs], target[:pairs]
+            logprobs, labels = out.logprobs[:pairs], target[:pairs]
             if apart:
-                assert nll_target is not None, "so it was found"
+                assert nll_target is not None, "so it was passed"
                 labels = nll_target[:pairs]
-                logprobs = linear_logprobs(
-                    hidden[:pairs],
-                    weight,
-                    labels,
-                    bias=bias,
-                    ignore_index=self.ignore_index,
-                    **self._options,
-                )
+                logprobs = linear_logprobs(hidden[:pairs], head, labels, **options)
             nll = (-logprobs.double().sum() / (labels != self.ignore_index).sum()).to(loss.dtype)
             if apart:
                 loss = loss + self.alpha * nll
-        logits = self._logit_sums(hidden, weight, bias).view(2, pairs).mean(1)
+        logits = self._logit_sums(hidden, head).view(2, pairs).mean(1)
         logits = (logits / (hidden.shape[1] * weight.shape[0])).to(loss.dtype)
-        by_name = found.metrics
-        return loss, (
-            by_name["logps/chosen"],
-            by_name["logps/rejected"],
-            logits[0],
-            logits[1],
-            nll.detach(),
-            by_name["rewards/chosen"],
-            by_name["rewards/rejected"],
-            *(by_name[name] for name in further),
-        )
+        logps = [out.metrics[f"logps/{side}"] for side in ("chosen", "rejected")]
+        rewards = [out.metrics[f"rewards/{side}"] for side in ("chosen", "rejected")]
+        others = [out.metrics[name] for name in further]
+        return loss, (*logps, logits[0], logits[1], nll.detach(), *rewards, *others)
 
 
+@_module
 class LigerFusedLinearDPOLoss(_Paired):
     """Liger's DPO: a loss of pairs with a reference.
 
@@ -257,37 +227,26 @@ class LigerFusedLinearDPOLoss(_Paired):
         TypeError, ValueError: for a wrong option, naming it.
     """
 
-    loss_type: str
+    ignore_index: int = -100
+    beta: float = 0.1
+    alpha: float = 1.0
+    compute_nll_loss: bool = False
+    compiled: bool = True
+    use_ref_model: bool = True
+    average_log_prob: bool = False
+    chunk_size: int = 1
+    loss_type: str = "sigmoid"
+    label_smoothing: float = 0.0
+    discopop_tau: float = 0.05
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        alpha: float = 1.0,
-        compute_nll_loss: bool = False,
-        compiled: bool = True,
-        use_ref_model: bool = True,
-        average_log_prob: bool = False,
-        chunk_size: int = 1,
-        loss_type: str = "sigmoid",
-        label_smoothing: float = 0.0,
-        discopop_tau: float = 0.05,
-        *,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        memory_budget: Budget = None,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(locals())
-
-    def _formula(self) -> PreferenceLoss:
+    def _formula(self) -> losses.Loss:
         if self.loss_type not in _DPO:
             raise checks.bad_choice("loss_type", self.loss_type, _DPO)
         if self.loss_type == "sft":
             # nothing but a cross-entropy, with the rewards of every other type
             return 0.0 * losses.DPO(self.beta) + losses.SFT()
         read = {name: getattr(self, own) for name, own in _DPO[self.loss_type].items()}
-        return _of_pairs(losses.get(self.loss_type, beta=self.beta, **read))
+        return losses.get(self.loss_type, beta=self.beta, **read)
 
     def forward(
         self,
@@ -318,22 +277,21 @@ class LigerFusedLinearDPOLoss(_Paired):
         Raises:
             TypeError, ValueError: for a wrong argument, before any work, naming it.
         """
-        reference = (ref_input, ref_weight, ref_bias)
+        _check_rows(_input, target, "target")
+        reference = self._reference(target, ref_input, ref_weight, ref_bias)
         return self._call(lin_weight, _input, target, bias, reference)
 
 
+@_module
 class LigerFusedLinearCPOLoss(_Paired):
     """Liger's CPO: a loss of pairs without a reference, plus a cross-entropy.
 
     Args:
-        ignore_index: label of the positions to leave out.
+        ignore_index, alpha, compiled, chunk_size, average_log_prob: as of LigerFusedLinearDPOLoss.
         beta: scale of the log-probabilities.
-        alpha: weight of the cross-entropy of the chosen responses, a mean over all their tokens.
         label_smoothing: probability that a preference is recorded the wrong way round; under
             "hinge" and "ipo" 0.
         compute_nll_loss: whether the cross-entropy is added.
-        compiled, chunk_size: without effect.
-        average_log_prob: means over tokens instead of sums.
         loss_type: "sigmoid", Liger's; or the others of TRL's CPOTrainer: "hinge", and "ipo",
             "simpo" and "alphapo", which are of means over tokens, as are then the returned logps
             and rewards. TRL's "alphapo" has no cross-entropy: compute_nll_loss=False.
@@ -345,33 +303,20 @@ class LigerFusedLinearCPOLoss(_Paired):
         TypeError, ValueError: for a wrong option, naming it.
     """
 
-    label_smoothing: float
-    loss_type: str
-    simpo_gamma: float
-    alphapo_alpha: float
+    ignore_index: int = -100
+    beta: float = 0.1
+    alpha: float = 1.0
+    label_smoothing: float = 0.0
+    compute_nll_loss: bool = True
+    compiled: bool = True
+    average_log_prob: bool = False
+    chunk_size: int = 1
+    _: KW_ONLY
+    loss_type: str = "sigmoid"
+    simpo_gamma: float = 0.5
+    alphapo_alpha: float = 0.25
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        alpha: float = 1.0,
-        label_smoothing: float = 0.0,
-        compute_nll_loss: bool = True,
-        compiled: bool = True,
-        average_log_prob: bool = False,
-        chunk_size: int = 1,
-        *,
-        loss_type: str = "sigmoid",
-        simpo_gamma: float = 0.5,
-        alphapo_alpha: float = 0.25,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        memory_budget: Budget = None,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(locals())
-
-    def _formula(self) -> PreferenceLoss:
+    def _formula(self) -> losses.Loss:
         shared: dict[str, Any] = {"beta": self.beta, "label_smoothing": self.label_smoothing}
         kind = self.loss_type
         if kind not in _CPO:
@@ -380,7 +325,7 @@ class LigerFusedLinearCPOLoss(_Paired):
             return losses.SimPO(gamma=self.simpo_gamma, **shared)
         if kind == "alphapo":
             return losses.AlphaPO(gamma=self.simpo_gamma, alpha=self.alphapo_alpha, **shared)
-        return _of_pairs(losses.get("cpo", nll_weight=0.0, link=kind, **shared))
+        return losses.get("cpo", nll_weight=0.0, link=kind, **shared)
 
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
@@ -389,15 +334,13 @@ class LigerFusedLinearCPOLoss(_Paired):
         return self._call(lin_weight, _input, target, bias)
 
 
+@_module
 class LigerFusedLinearSimPOLoss(_Paired):
     """Liger's SimPO: means over tokens with a target margin, plus a cross-entropy.
 
     Args:
-        ignore_index: label of the positions to leave out.
+        ignore_index, alpha, label_smoothing, compute_nll_loss: as of LigerFusedLinearCPOLoss.
         beta: scale of the log-probabilities per token.
-        alpha: weight of the cross-entropy of the chosen responses, a mean over all their tokens.
-        label_smoothing: probability that a preference is recorded the wrong way round.
-        compute_nll_loss: whether the cross-entropy is added. It is, unless told otherwise.
         compiled, chunk_size: without effect.
         gamma: target margin, absolute.
         softcap, logit_scale, memory_budget, backend: see the module.
@@ -407,28 +350,16 @@ class LigerFusedLinearSimPOLoss(_Paired):
     """
 
     average_log_prob = True
-    label_smoothing: float
-    gamma: float
+    ignore_index: int = -100
+    beta: float = 0.1
+    alpha: float = 1.0
+    label_smoothing: float = 0.0
+    compute_nll_loss: bool = True
+    compiled: bool = True
+    gamma: float = 0.5
+    chunk_size: int = 1
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        alpha: float = 1.0,
-        label_smoothing: float = 0.0,
-        compute_nll_loss: bool = True,
-        compiled: bool = True,
-        gamma: float = 0.5,
-        chunk_size: int = 1,
-        *,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        memory_budget: Budget = None,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(locals())
-
-    def _formula(self) -> PreferenceLoss:
+    def _formula(self) -> losses.Loss:
         return losses.SimPO(self.beta, self.gamma, self.label_smoothing)
 
     def forward(
@@ -438,13 +369,13 @@ class LigerFusedLinearSimPOLoss(_Paired):
         return self._call(lin_weight, _input, target, bias)
 
 
+@_module
 class LigerFusedLinearORPOLoss(_Paired):
     """Liger's ORPO: an odds ratio of means over tokens, plus a cross-entropy with weight 1.
 
     Args:
-        ignore_index: label of the positions to leave out.
+        ignore_index, compute_nll_loss: as of LigerFusedLinearCPOLoss.
         beta: weight of the odds-ratio term.
-        compute_nll_loss: whether the cross-entropy of the chosen responses is added.
         compiled, chunk_size: without effect.
         softcap, logit_scale, memory_budget, backend: see the module.
 
@@ -453,23 +384,13 @@ class LigerFusedLinearORPOLoss(_Paired):
     """
 
     average_log_prob = True
+    ignore_index: int = -100
+    beta: float = 0.1
+    compute_nll_loss: bool = True
+    compiled: bool = True
+    chunk_size: int = 1
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        compute_nll_loss: bool = True,
-        compiled: bool = True,
-        chunk_size: int = 1,
-        *,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        memory_budget: Budget = None,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(locals())
-
-    def _formula(self) -> PreferenceLoss:
+    def _formula(self) -> losses.Loss:
         return losses.ORPO(self.beta, nll_weight=0.0)
 
     def forward(
@@ -494,15 +415,13 @@ class LigerFusedLinearORPOLoss(_Paired):
         return self._call(lin_weight, _input, target, bias, None, nll_target, further)
 
 
+@_module
 class LigerFusedLinearKTOLoss(_Preference):
     """Liger's KTO: single responses that are desirable or not.
 
     Args:
-        ignore_index: label of the positions to leave out.
-        beta: strength of the pull towards the reference.
-        compiled, chunk_size: without effect.
-        use_ref_model: whether there is a reference; without, its log-probabilities are 0.
-        average_log_prob: means over tokens instead of sums, of policy and reference.
+        ignore_index, beta, compiled, use_ref_model, average_log_prob, chunk_size: as of
+            LigerFusedLinearDPOLoss.
         loss_type: "kto", Liger's; or TRL's "apo_zero_unpaired", for which ``kl`` plays no part.
         softcap, logit_scale, memory_budget, backend: see the module.
 
@@ -510,26 +429,16 @@ class LigerFusedLinearKTOLoss(_Preference):
         TypeError, ValueError: for a wrong option, naming it.
     """
 
-    loss_type: str
+    ignore_index: int = -100
+    beta: float = 0.1
+    compiled: bool = True
+    use_ref_model: bool = False
+    average_log_prob: bool = False
+    chunk_size: int = 1
+    _: KW_ONLY
+    loss_type: str = "kto"
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        compiled: bool = True,
-        use_ref_model: bool = False,
-        average_log_prob: bool = False,
-        chunk_size: int = 1,
-        *,
-        loss_type: str = "kto",
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        memory_budget: Budget = None,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(locals())
-
-    def _formula(self) -> PreferenceLoss:
+    def _formula(self) -> losses.Loss:
         if self.loss_type not in _KTO:
             raise checks.bad_choice("loss_type", self.loss_type, _KTO)
         return _GivenKTO(self.beta, variant="apo_zero")
@@ -549,14 +458,10 @@ class LigerFusedLinearKTOLoss(_Preference):
         """The loss, a mean over all responses, and sums to log.
 
         Args:
-            _input: [B, T, H], the head's inputs; float64, float32, bfloat16 or float16.
-            lin_weight: [V, H], the head; same dtype unless under autocast.
-            target: [B, T], int64 or int32, aligned with _input.
-            bias: [V] or None.
+            _input, lin_weight, target, bias: as of LigerFusedLinearDPOLoss, for any B.
             preference_labels: [B], whether a response is desirable: bool, or 1 and 0. It has to be
                 given.
-            ref_input: [B, T, H'], the reference's. Not differentiated.
-            ref_weight, ref_bias: its head; the policy's own, bias included, if neither is given.
+            ref_input, ref_weight, ref_bias: likewise, the reference's.
             kl: what log-ratios are compared with, a scalar, [1] or [B], taken as it is, not limited
                 to 0 or more; 0 if not given. Not differentiated.
 
@@ -582,28 +487,22 @@ class LigerFusedLinearKTOLoss(_Preference):
                 expected = f"one number, or one a response [{count}]"
                 raise checks.bad_value("kl", expected, str(list(kl.shape)))
             inputs["kl"] = kl.reshape(-1).expand(count)
-        found = preference_loss(
-            _Shaped(self._formula(), average=self.average_log_prob),
-            _input,
-            lin_weight,
-            target,
-            bias=bias,
-            ignore_index=self.ignore_index,
-            **self._reference(target, ref_input, ref_weight, ref_bias),
-            **inputs,
-            **self._options,
+        head = self._head(lin_weight, bias)
+        inputs |= self._reference(target, ref_input, ref_weight, ref_bias) | self._options
+        out = preference_loss(
+            self._loss(), _input, head, target, ignore_index=self.ignore_index, **inputs
         )
         desirable = preference_labels.bool()
-        logps, rewards = (found.metrics[f"{name}/response"] for name in ("logps", "rewards"))
-        logits = self._logit_sums(_input, lin_weight, bias)
+        logps, rewards = (out.metrics[f"{name}/response"] for name in ("logps", "rewards"))
         sums = (
-            torch.where(which, values, 0).sum().to(found.loss.dtype)
-            for values in (logps, logits, rewards)
+            torch.where(which, values, 0).sum().to(out.loss.dtype)
+            for values in (logps, self._logit_sums(_input, head), rewards)
             for which in (desirable, ~desirable)
         )
-        return found.loss, tuple(sums)
+        return out.loss, tuple(sums)
 
 
+@_module
 class LigerFusedLinearGRPOLoss(_Fused):
     """Liger's GRPO: a policy-gradient loss of sampled responses.
 
@@ -628,53 +527,26 @@ class LigerFusedLinearGRPOLoss(_Fused):
         TypeError, ValueError: for a wrong option, naming it.
     """
 
-    beta: float
-    use_ref_model: bool
-    epsilon_low: float
-    epsilon_high: float
-    loss_type: str
-    max_completion_length: int | None
-    importance_sampling_level: str
-    sapo_temperature_pos: float
-    sapo_temperature_neg: float
-    temperature: float
-    delta: float | None
-    use_bias_correction_kl: bool
-    vespo_k_pos: float
-    vespo_lambda_pos: float
-    vespo_k_neg: float
-    vespo_lambda_neg: float
+    beta: float = 0.04
+    compiled: bool = True
+    use_ref_model: bool = True
+    chunk_size: int = 1
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    loss_type: str = "dapo"
+    max_completion_length: int | None = None
+    importance_sampling_level: str = "token"
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    temperature: float = 1.0
+    delta: float | None = None
+    use_bias_correction_kl: bool = False
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
 
-    def __init__(
-        self,
-        beta: float = 0.04,
-        compiled: bool = True,
-        use_ref_model: bool = True,
-        chunk_size: int = 1,
-        epsilon_low: float = 0.2,
-        epsilon_high: float = 0.2,
-        loss_type: str = "dapo",
-        max_completion_length: int | None = None,
-        importance_sampling_level: str = "token",
-        sapo_temperature_pos: float = 1.0,
-        sapo_temperature_neg: float = 1.05,
-        temperature: float = 1.0,
-        delta: float | None = None,
-        use_bias_correction_kl: bool = False,
-        vespo_k_pos: float = 2.0,
-        vespo_lambda_pos: float = 3.0,
-        vespo_k_neg: float = 3.0,
-        vespo_lambda_neg: float = 2.0,
-        *,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        memory_budget: Budget = None,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(locals())
-
-    def _formula(self) -> PolicyLoss:
-        """What a token loses. Liger's clipped types differ in what the sum is divided by alone."""
+    def _check_options(self) -> None:
         kind, level = self.loss_type, self.importance_sampling_level
         if kind not in _GRPO:
             raise checks.bad_choice("loss_type", kind, _GRPO)
@@ -696,6 +568,11 @@ class LigerFusedLinearGRPOLoss(_Fused):
         capped = self.delta is not None and checks.positive("delta", self.delta) <= 1.0
         if capped and kind in _CLIPPED:
             raise checks.bad_value("delta", "a number above 1, or None", f"{self.delta:g}")
+
+    def _formula(self) -> PolicyLoss:
+        """What a token loses. Liger's clipped types differ in what the sum is divided by alone."""
+        self._check_options()
+        kind, level = self.loss_type, self.importance_sampling_level
         shared: dict[str, Any] = {
             "kl_weight": self.beta if self.use_ref_model else 0.0,
             "kl_estimator": "k3_corrected" if self.use_bias_correction_kl else "k3",
@@ -714,16 +591,18 @@ class LigerFusedLinearGRPOLoss(_Fused):
         shared |= {**clips, "ratio_cap": self.delta}
         if level == "sequence":
             return losses.GSPO(**shared) if kind == "grpo" else losses.LUSPO(**shared)
-        return losses.GRPO(**shared) if kind in ("grpo", "luspo") else losses.DAPO(**shared)
+        return losses.GRPO(**shared) if kind == "grpo" else losses.DAPO(**shared)
 
     def _denominator(self, mask: Tensor, num_items: Tensor | float | None) -> Tensor | None:
-        """What the sum over all tokens is divided by; None: a mean over responses."""
+        """What the sum over all tokens is divided by; None: as the formula has it."""
+        rows = torch.full((), mask.shape[0], dtype=torch.float64, device=mask.device)
+        if self.loss_type == "luspo" and self.importance_sampling_level == "token":
+            return rows
         if self.loss_type in ("grpo", "sapo", "luspo"):
             return None
         if self.loss_type == "dr_grpo":
-            assert self.max_completion_length is not None, "it was asked for"
-            whole = mask.shape[0] * float(self.max_completion_length)
-            return torch.full((), whole, dtype=torch.float64, device=mask.device)
+            assert self.max_completion_length is not None, "it was checked"
+            return rows * self.max_completion_length
         tokens = mask.sum().double()
         if self.loss_type != "bnpo":
             distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -754,44 +633,36 @@ class LigerFusedLinearGRPOLoss(_Fused):
         """The loss, and what to log.
 
         Args:
-            _input: [B, T, H], the head's inputs; float64, float32, bfloat16 or float16.
-            lin_weight: [V, H], the head; same dtype unless under autocast.
+            _input, lin_weight, bias: as of LigerFusedLinearDPOLoss, for any B.
             selected_token_ids: [B, T], int64 or int32; what _input[b, t] predicts.
             attention_mask: [B, T], which of them count: 1 or 0, any dtype.
             advantages: [B].
-            bias: [V] or None.
             ref_per_token_logps: [B, T], the reference's log-probabilities; preferred to ref_input.
             old_per_token_logps: [B, T], those of the policy that sampled; its own if not given.
             ref_input, ref_weight, ref_bias: the reference as [B, T, H'] and its head; the policy's
                 own, bias included, if neither of the two is given.
-            vllm_is_ratio: [B], [B, 1] or [B, T], importance weights.
+            vllm_is_ratio: [B], [B, 1] or, for ratios of tokens but those of "vespo", [B, T],
+                importance weights.
             num_items_in_batch: tokens of the whole step, for "dapo", "cispo" and "vespo"; those of
                 this batch if not given. Divided by the number of processes.
 
         Returns:
             The loss (scalar, fp32; fp64 for fp64 inputs), which alone is differentiable, and the
             metrics: the mean divergence from the reference if beta is not 0, and the share of
-            tokens whose ratio was clipped.
-
-        "luspo" is, in Liger, a mean over padding too unless its ratios are of whole responses,
-        beta is 0 and importance weights are one a response. All T positions are scored then, so
-        that selected_token_ids and what else is per token have to be sound in the padding; and so
-        are importance weights per token under "sequence" and "vespo", for which more is computed.
+            tokens, under "sequence" of responses, whose ratio was clipped.
 
         Raises:
             TypeError, ValueError: for a wrong argument, before any work, naming it.
         """
-        hidden, weight, ids = _input, lin_weight, selected_token_ids
-        _check_rows(hidden, ids, "selected_token_ids")
+        ids, loss = selected_token_ids, self._formula()
+        _check_rows(_input, ids, "selected_token_ids")
         checks.is_tensor("attention_mask", attention_mask)
         checks.shaped("attention_mask", attention_mask, ids.shape, "that of selected_token_ids")
-        checks.same_device(_input=hidden, attention_mask=attention_mask)
+        checks.same_device(_input=_input, attention_mask=attention_mask)
         mask = attention_mask != 0
         if mask.device.type == "cpu" and not bool((attention_mask == mask).all()):
             raise checks.bad_value("attention_mask", "1 or 0", "other numbers")
         checks.shaped("advantages", checks.floating("advantages", advantages), ids.shape[:1], "[B]")
-        ratios, per_token = _importance(vllm_is_ratio, ids)
-        loss = self._formula()
         reference: dict[str, Any] = {}
         if loss.kl_weight and ref_per_token_logps is not None:
             reference = {"ref_logprobs": ref_per_token_logps}
@@ -805,208 +676,44 @@ class LigerFusedLinearGRPOLoss(_Fused):
                 "neither",
                 "or make use_ref_model=False",
             )
-        batch = _Sampled(
-            hidden,
-            Head(weight, bias, self.softcap, self.logit_scale),
-            # an id that is the ignored label by chance is to be refused like any other wrong one
-            ids.clamp(min=-1),
-            mask,
-            advantages,
-            old_per_token_logps,
-            reference,
-            ratios,
-            {name: self._options[name] for name in ("memory_budget", "backend")}
-            | {"temperature": self.temperature},
-        )
-        denominator = self._denominator(mask, num_items_in_batch)
-        whole = self.importance_sampling_level == "sequence"
-        padded = self.loss_type == "luspo" and (not whole or loss.kl_weight > 0 or per_token)
-        if padded:
-            total, logprobs, kl = batch.over_padding(loss, whole)
-        elif per_token and (whole or self.loss_type == "vespo"):
-            total, logprobs, kl = batch.over_tokens(loss, denominator)
-        else:
-            total, logprobs, kl = batch.fused(loss, denominator)
-        metrics = [batch.clipped(loss, logprobs)]
-        if self.beta != 0.0:
-            metrics.insert(0, torch.zeros_like(metrics[0]) if kl is None else kl)
-        return total, tuple(value.to(total.dtype) for value in metrics)
-
-
-@dataclass(frozen=True)
-class _Sampled:
-    """Sampled responses, and the three ways in which Liger averages a loss over them.
-
-    Each returns the loss, log-probabilities [B, T] and the mean divergence, or None.
-
-    Attributes:
-        labels: [B, T], those that do not count included.
-        mask: [B, T] bool, which count.
-        advantages: [B].
-        old: [B, T] or None.
-        reference: arguments of policy_loss.
-        ratios: [B] or [B, T], importance weights, or None.
-        options: temperature, memory_budget and backend.
-    """
-
-    hidden: Tensor
-    head: Head
-    labels: Tensor
-    mask: Tensor
-    advantages: Tensor
-    old: Tensor | None
-    reference: dict[str, Any]
-    ratios: Tensor | None
-    options: dict[str, Any]
-
-    def fused(
-        self, loss: PolicyLoss, denominator: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As this library has it."""
         counted = "num_tokens" if loss.aggregation == "token_mean" else "num_items"
-        options: dict[str, Any] = {counted: denominator}
-        found = policy_loss(
+        denominator: dict[str, Any] = {counted: self._denominator(mask, num_items_in_batch)}
+        out = policy_loss(
             loss,
-            self.hidden,
-            self.head.weight,
-            self._labels(self.mask),
-            advantages=self.advantages,
-            old_logprobs=self.old,
-            importance_weights=self.ratios,
-            **self.reference,
-            **self.head.options(),
-            **self.options,
-            **options,
+            _input,
+            self._head(lin_weight, bias),
+            # an id that is the ignored label by chance is to be refused like any other wrong one
+            ids.clamp(min=-1).masked_fill(~mask, IGNORE_INDEX),
+            advantages=advantages,
+            old_logprobs=old_per_token_logps,
+            importance_weights=self._importance(vllm_is_ratio, ids),
+            temperature=self.temperature,
+            **reference,
+            **self._options,
+            **denominator,
         )
-        return found.loss, found.logprobs, found.metrics.get("kl")
+        names = ("clip_ratio/region_mean", "cispo_clip_ratio")
+        zero = torch.zeros_like(out.loss).detach()
+        metrics = [next((out.metrics[name] for name in names if name in out.metrics), zero)]
+        if self.beta != 0.0:
+            metrics.insert(0, out.metrics.get("kl", zero))
+        return out.loss, tuple(value.to(out.loss.dtype) for value in metrics)
 
-    def over_tokens(
-        self, loss: PolicyLoss, denominator: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Importance weights of tokens on a loss of whole responses."""
-        policy, reference = self._logprobs(self.mask)
-        lengths = self.mask.sum(1, keepdim=True).clamp(min=1)
-        own = lengths * self.mask.shape[0] if denominator is None else denominator
-        weight = self.mask.double() / own
-        problem, logprob = self._problem(loss, self.mask, weight, policy, reference)
-        return problem.evaluate({"logprob": logprob})[0], policy, self._kl(problem, logprob)
-
-    def over_padding(self, loss: PolicyLoss, whole: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Each response's length times the mean over all T positions, counted or not."""
-        everywhere = torch.ones_like(self.mask)
-        policy, reference = self._logprobs(everywhere)
-        rows, width = self.mask.shape
-        weight = self.mask.sum(1, keepdim=True).double() / (rows * width)
-        weight = weight.expand(rows, width)
-        counted, logprob = self._problem(loss, self.mask, weight, policy, reference)
-        kl = self._kl(counted, logprob)
-        problem, every = self._problem(loss, everywhere, weight, policy, reference)
-        if not whole:
-            return problem.evaluate({"logprob": every})[0], policy, kl
-        # the ratio is that of the tokens that count, and every position has it
-        tokens = counted.tokens(logprob)
-        per_position = counted.of_sequence(loss.per_token(tokens))[:, None].expand(rows, width)
-        if self.ratios is not None:
-            ratios = self.ratios.double()
-            per_position = per_position * (ratios if ratios.dim() == 2 else ratios[:, None])
-        if problem.reference is not None:
-            plain = replace(loss, kl_estimator="k3")
-            divergence = plain.kl(problem.tokens(every), problem.reference).view(rows, width)
-            if loss.kl_estimator == "k3_corrected":
-                divergence = divergence * counted.of_sequence(loss.ratio(tokens))[:, None]
-            per_position = per_position + loss.kl_weight * divergence
-        return (weight * per_position).sum().to(policy.dtype), policy, kl
-
-    def clipped(self, loss: PolicyLoss, logprobs: Tensor) -> Tensor:
-        """The share of tokens whose ratio was clipped."""
-        with torch.no_grad():
-            problem, logprob = self._problem(loss, self.mask, self.mask.double(), logprobs, None)
-            t = problem.tokens(logprob)
-            own = (t.logprob, t.advantage, t.sequences, t.old, t.log_correction)
-            found = loss.metrics(_Counted(*own))
-            names = ("clip_ratio/region_mean", "cispo_clip_ratio")
-            return next((found[name] for name in names if name in found), logprob.new_zeros(()))
-
-    def _labels(self, scored: Tensor) -> Tensor:
-        return self.labels.masked_fill(~scored, IGNORE_INDEX)
-
-    def _logprobs(self, scored: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[B, T] of the policy, and of the reference."""
-        if self.old is not None:
-            old = checks.floating("old_per_token_logps", self.old)
-            checks.shaped("old_per_token_logps", old, self.mask.shape, "[B, T]")
-        given = self.reference.get("ref_logprobs")
-        if given is not None:
-            checks.floating("ref_per_token_logps", given)
-            checks.shaped("ref_per_token_logps", given, self.mask.shape, "[B, T]")
-        labels = self._labels(scored)
-        options = self.head.options() | self.options
-        policy = linear_logprobs(self.hidden, self.head.weight, labels, **options)
-        if not self.reference or given is not None:
-            return policy, given
-        behind, weight = self.reference["ref_hidden"], self.reference["ref_weight"]
-        if weight is None:
-            weight = self.head.weight
-        else:
-            options = options | {"bias": self.reference["ref_bias"]}
-        with torch.no_grad():
-            return policy, linear_logprobs(behind, weight, labels, **options)
-
-    def _problem(
-        self,
-        loss: PolicyLoss,
-        scored: Tensor,
-        weight: Tensor,
-        policy: Tensor,
-        reference: Tensor | None,
-    ) -> tuple[PolicyProblem, Tensor]:
-        """The loss on the positions [N] that are scored, and the policy's log-probabilities."""
-        places = scored.reshape(-1).nonzero()[:, 0]
-        lengths = scored.sum(1)
-        rows, width = scored.shape
-
-        def take(values: Tensor | None) -> Tensor | None:
-            if values is None:
-                return None
-            if values.dim() == 1:
-                values = values[:, None].expand(rows, width)
-            return values.detach().double().reshape(-1)[places]
-
-        advantage, own = take(self.advantages), take(weight)
-        assert advantage is not None and own is not None, "both were given"
-        correction, log_correction = take(self.ratios), None
-        if loss.absorbs_correction and self.ratios is not None:
-            each = loss.log_correction(self.ratios.detach().double())
-            # Liger's is a sum over padding too
-            log_correction = take(each.sum(1) if each.dim() == 2 else each)
-            correction = None
-        problem = PolicyProblem(
-            loss=loss,
-            sequences=Sequences(places // width, lengths, lengths.cumsum(0) - lengths),
-            advantage=advantage,
-            weight=own,
-            old=take(self.old),
-            reference=take(reference),
-            correction=correction,
-            log_correction=log_correction,
-        )
-        return problem, policy.reshape(-1)[places]
-
-    @staticmethod
-    def _kl(problem: PolicyProblem, logprob: Tensor) -> Tensor | None:
-        if problem.reference is None:
+    def _importance(self, ratios: Tensor | None, ids: Tensor) -> Tensor | None:
+        """Importance weights [B] or [B, T]."""
+        if ratios is None:
             return None
-        with torch.no_grad():
-            t = problem.tokens(logprob)
-            return t.average(problem.loss.kl(t, problem.reference))
-
-
-@dataclass(frozen=True)
-class _Counted(Tokens):
-    """Tokens whose shares are of tokens, also where a ratio is one of the whole response."""
-
-    def average_of_sequences(self, values: Tensor) -> Tensor:
-        return self.average(values)
+        ratios = checks.floating("vllm_is_ratio", ratios).detach()
+        rows, width = ids.shape
+        whole = self.importance_sampling_level == "sequence" or self.loss_type == "vespo"
+        of_tokens = () if whole else ((rows, width),)
+        if ratios.shape not in ((rows,), (rows, 1), *of_tokens):
+            shapes = [f"[{rows}]", f"[{rows}, 1]", *([] if whole else [f"[{rows}, {width}]"])]
+            reason = " of ratios of whole responses" if whole else ""
+            raise checks.bad_value(
+                "vllm_is_ratio", f"{' or '.join(shapes)}{reason}", str(list(ratios.shape))
+            )
+        return ratios if ratios.shape == (rows, width) else ratios.reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -1040,10 +747,10 @@ class _Shaped(Modifier):
     def metrics(self, *responses: Any, **inputs: Any) -> dict[str, Tensor]:
         """The base's, but logps/ and rewards/ of each role are [P], one a response."""
         seen = [self._seen(s) for s in responses]
-        found = self.base.metrics(*seen, **inputs)
+        values = self.base.metrics(*seen, **inputs)
         for role, s in zip(self.roles, seen, strict=True):
-            found |= {f"logps/{role}": self.logged_logp(s), f"rewards/{role}": self.reward(s)}
-        return found
+            values |= {f"logps/{role}": self.logged_logp(s), f"rewards/{role}": self.reward(s)}
+        return values
 
     def _seen(self, s: Scores) -> Scores:
         if not self.average:
@@ -1058,17 +765,12 @@ class _GivenKTO(losses.KTO):
 
     @property
     def inputs(self) -> Mapping[str, Input]:
-        given = Input("what the log-ratio is compared with", default=0.0)
-        return MappingProxyType({**super().inputs, "kl": given})
+        z0 = Input("what the log-ratio is compared with", default=0.0)
+        return MappingProxyType({**super().inputs, "kl": z0})
 
     def of_response(self, role: str, s: Scores, **inputs: Any) -> Tensor:
         moved = replace(s, ref_logp=s.given_ref + inputs["kl"])
         return super().of_response(role, moved, **inputs)
-
-
-def _of_pairs(loss: losses.Loss) -> PreferenceLoss:
-    assert isinstance(loss, PreferenceLoss), "these names are of losses of pairs"
-    return loss
 
 
 def _check_rows(hidden: object, labels: object, name: str) -> None:
@@ -1077,23 +779,3 @@ def _check_rows(hidden: object, labels: object, name: str) -> None:
     if hidden.dim() != 3:
         raise checks.bad_value("_input", "[B, T, H]", str(list(hidden.shape)))
     checks.shaped(name, labels, hidden.shape[:2], "that of _input without its last axis,")
-
-
-def _importance(ratios: Tensor | None, ids: Tensor) -> tuple[Tensor | None, bool]:
-    """Importance weights [B] or [B, T], and whether they are the latter."""
-    if ratios is None:
-        return None, False
-    ratios = checks.floating("vllm_is_ratio", ratios).detach()
-    rows, width = ids.shape
-    if ratios.shape not in ((rows,), (rows, 1), (rows, width)):
-        expected = f"[{rows}], [{rows}, 1] or [{rows}, {width}]"
-        raise checks.bad_value("vllm_is_ratio", expected, str(list(ratios.shape)))
-    per_token = ratios.numel() > rows
-    return ratios if per_token else ratios.reshape(-1), per_token
-
-
-def _sum_of_rows(values: Tensor) -> Tensor:
-    """[H] fp64 from [N, H], a few rows at a time: a sum in full precision may copy them."""
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    parts = torch.split(values, 4096)
-    return torch.stack([part.sum(0, dtype=dtype).double() for part in parts]).sum(0)

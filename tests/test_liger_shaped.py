@@ -6,6 +6,7 @@ The tests that compare need Liger-Kernel; those of what is added compare with fu
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -152,10 +153,22 @@ def faults(mine: Found, peer: Found, loss_error: float = LOSS_ERROR) -> list[str
     return said
 
 
-def agree(kind: str, rows: Batch, call: Call, chunk_size: int = 1, **options: Any) -> None:
+def agree(
+    kind: str,
+    rows: Batch,
+    call: Call,
+    chunk_size: int = 1,
+    but: int | None = None,
+    **options: Any,
+) -> None:
+    """But for one of the numbers returned."""
+    mine = run(ours(kind, **options), rows, call)
+    peer = run(theirs(kind, chunk_size=chunk_size, **options), rows, call)
+    for each in (mine, peer):
+        each.returned = each.returned[:but]
     said = faults(
-        run(ours(kind, **options), rows, call),
-        run(theirs(kind, chunk_size=chunk_size, **options), rows, call),
+        mine,
+        peer,
         # advantages of both signs cancel, and VESPO's weight magnifies the rounding of a sum
         5 * LOSS_ERROR if kind == "GRPO" else LOSS_ERROR,
     )
@@ -339,11 +352,29 @@ WEIGHTS = {
 REFERENCES = ("without", "beta 0", "logps", "logps, corrected", "hidden")
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("reference", REFERENCES)
+def of_whole_responses(loss_type: str, level: str) -> bool:
+    return level == "sequence" or loss_type == "vespo"
+
+
+def right_in_liger(loss_type: str, level: str, reference: str, weights: str) -> bool:
+    """But for means over padding, and weights of tokens under whole responses."""
+    if weights == "of tokens" and of_whole_responses(loss_type, level):
+        return False
+    alone = level == "sequence" and reference in ("without", "beta 0")
+    return loss_type != "luspo" or alone
+
+
+SAMPLED = [
+    case
+    for case in itertools.product(LEVELS, REFERENCES, WEIGHTS)
+    if right_in_liger(*case[0], *case[1:])
+]
+
+
 @pytest.mark.parametrize("old", BOTH)
-@pytest.mark.parametrize("loss_type, level", LEVELS)
-def test_grpo(loss_type: str, level: str, old: bool, reference: str, weights: str) -> None:
+@pytest.mark.parametrize("kind, reference, weights", SAMPLED)
+def test_grpo(kind: tuple[str, str], old: bool, reference: str, weights: str) -> None:
+    loss_type, level = kind
     rows = batch(6, bias=old)
     rows.mask[4] = False  # a response without tokens
     given: dict[str, Any] = {"vllm_is_ratio": WEIGHTS[weights]}
@@ -362,6 +393,8 @@ def test_grpo(loss_type: str, level: str, old: bool, reference: str, weights: st
         rows,
         call,
         chunk_size=2,
+        # of responses here, of tokens there
+        but=-1 if level == "sequence" else None,
         loss_type=loss_type,
         importance_sampling_level=level,
         beta=0.0 if reference == "beta 0" else 0.3,
@@ -376,9 +409,9 @@ def test_grpo(loss_type: str, level: str, old: bool, reference: str, weights: st
     [
         ({}, "none"),
         ({"loss_type": "luspo"}, "none"),
-        ({"importance_sampling_level": "sequence"}, "of tokens"),
+        ({"importance_sampling_level": "sequence"}, "of responses"),
     ],
-    ids=["a mean over tokens", "over padding", "weights of tokens under whole responses"],
+    ids=["a mean over tokens", "luspo", "ratios of whole responses"],
 )
 def test_the_policys_head_is_the_references_where_none_is_given(
     options: dict, weights: str
@@ -424,7 +457,8 @@ def test_options_of_grpo(options: dict) -> None:
     def call(module: torch.nn.Module, rows: Batch) -> Any:
         return of_samples(module, rows, **given)
 
-    agree("GRPO", rows, call, **options)
+    level = options.get("importance_sampling_level")
+    agree("GRPO", rows, call, but=-1 if level == "sequence" else None, **options)
     clipped = float(call(ours("GRPO", **options), rows)[1][-1])
     assert 0 < clipped < 1 or "epsilon_high" not in options
 
@@ -509,10 +543,7 @@ def test_as_trainers_call_it(kind: str) -> None:
 HALF = {
     **TRAINERS,
     "DPO of averages": (as_dpo_trainer, {"average_log_prob": True, "compute_nll_loss": True}),
-    "GRPO by sequence": (
-        as_grpo_trainer,
-        {"loss_type": "luspo", "importance_sampling_level": "sequence"},
-    ),
+    "GRPO of tokens": (as_grpo_trainer, {"loss_type": "bnpo"}),
 }
 
 
@@ -760,10 +791,10 @@ def test_softcap_and_scale(kind: str, head: dict, bias: bool) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
-@pytest.mark.parametrize("padded", BOTH)
-def test_softcap_and_scale_of_grpo(padded: bool, head: dict) -> None:
+@pytest.mark.parametrize("of_lengths", BOTH)
+def test_softcap_and_scale_of_grpo(of_lengths: bool, head: dict) -> None:
     rows = batch(15)
-    options = {"beta": 0.3, "temperature": 0.8, "loss_type": "luspo" if padded else "grpo"}
+    options = {"beta": 0.3, "temperature": 0.8, "loss_type": "luspo" if of_lengths else "grpo"}
 
     def call(module: torch.nn.Module, rows: Batch) -> Any:
         return of_samples(module, rows, **rows.reference)
@@ -772,16 +803,45 @@ def test_softcap_and_scale_of_grpo(padded: bool, head: dict) -> None:
     exact = rows.to(torch.float64)
     cool = head.get("logit_scale", 1.0) / 0.8
     everywhere = Naive(exact, head.get("softcap"), cool)
-    if padded:
-        exact.mask = torch.ones_like(exact.mask)
     logp, behind = everywhere.tokens(), everywhere.tokens(reference=True).detach()
     kl = torch.exp(behind - logp) - (behind - logp) - 1
     per_token = -torch.exp(logp - logp.detach()) * ADVANTAGES[:, None] + 0.3 * kl
     lengths = rows.mask.sum(1, keepdim=True)
-    if padded:
-        check(mine, (per_token * lengths).mean(), exact)
+    if of_lengths:
+        check(mine, (per_token * rows.mask).sum() / ROWS, exact)
     else:
         check(mine, (per_token * rows.mask / lengths).sum() / ROWS, exact)
+
+
+@pytest.mark.parametrize("loss_type, level", [k for k in LEVELS if of_whole_responses(*k)])
+def test_weights_of_tokens_under_whole_responses_are_refused(loss_type: str, level: str) -> None:
+    options = {"importance_sampling_level": level, "beta": 0.0, **GRPO_TYPES[loss_type]}
+    module = ours("GRPO", loss_type=loss_type, **options)
+    with pytest.raises(ValueError, match=r"vllm_is_ratio: expected \[6\] or \[6, 1\] of ratios"):
+        of_samples(module, batch(6), vllm_is_ratio=WEIGHTS["of tokens"])
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_luspo_is_no_mean_over_padding(level: str) -> None:
+    """Whatever is in the padding, and however much of it there is."""
+    rows = batch(25)
+    old, behind = logprobs(rows, noise=0.3), logprobs(rows, reference=True)
+    given = {"old_per_token_logps": old, "ref_per_token_logps": behind}
+    module = ours("GRPO", loss_type="luspo", importance_sampling_level=level, beta=0.3)
+    mine = run(module, rows, partial(of_samples, **given))
+    exact = rows.to(torch.float64)
+    logp, mask = Naive(exact).tokens(), rows.mask
+    lengths = mask.sum(1, keepdim=True)
+    log_ratio = (logp - old.double()) * mask
+    if level == "sequence":
+        log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(log_ratio)
+    ratio, advantage = log_ratio.exp(), ADVANTAGES[:, None]
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    divergence = torch.exp(behind - logp) - (behind - logp) - 1
+    check(mine, ((loss + 0.3 * divergence) * mask).sum() / ROWS, exact)
+    sound = mine.loss
+    rows.ids[~rows.mask], old[~rows.mask], behind[~rows.mask] = 0, 5.0, -7.0
+    assert torch.equal(run(module, rows, partial(of_samples, **given)).loss, sound)
 
 
 @pytest.mark.parametrize("budget", [None, 6000, "64KiB"])

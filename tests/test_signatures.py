@@ -20,7 +20,13 @@ def difference(record: Parameters, today: Parameters) -> str | None:
     for name, kind, default in today:
         if name not in names and (kind != "KEYWORD_ONLY" or not default):
             return f"{name}: new, and not keyword-only with a default"
+    # the order of those that are passed by name only is of no matter
     kept = [parameter for parameter in today if parameter[0] in names]
+    record, kept = (
+        [p for p in each if p[1] != "KEYWORD_ONLY"]
+        + sorted(p for p in each if p[1] == "KEYWORD_ONLY")
+        for each in (record, kept)
+    )
     for before, now in zip(record, [*kept, *[None] * len(record)], strict=False):
         if before != now:
             return f"{before} has become {now}"
@@ -53,6 +59,11 @@ BEFORE = [["a", "POSITIONAL_OR_KEYWORD", ""], OPTION]
 )
 def test_a_change_is_found(today: Parameters) -> None:
     assert difference(BEFORE, today)
+
+
+def test_the_order_of_keywords_is_of_no_matter() -> None:
+    other = ["c", "KEYWORD_ONLY", "2"]
+    assert difference([*BEFORE, other], [BEFORE[0], other, OPTION]) is None
 
 
 def test_an_addition_is_none() -> None:
