@@ -43,6 +43,7 @@ ENGINE = (
 )
 KERNELS = ("tests/test_backend.py",)
 TRAINERS = ("tests/trainers/test_transformers.py",)
+LAZY = ("tests/lazy/test_models.py", "tests/lazy/test_transformers.py")
 
 ENVIRONMENTS = {
     "the oldest": Environment(
@@ -58,6 +59,14 @@ ENVIRONMENTS = {
         "3.12",
         ("torch==2.10.0", "triton==3.6.0", "numpy<2.4", *TOOLS),
         (*KERNELS, *ENGINE),
+    ),
+    "transformers 4, as LLaMA-Factory wants it": Environment(
+        "3.11",
+        (
+            *("torch==2.13.0", "numpy<2.4", "transformers==4.57.6", "accelerate==1.11.0"),
+            *("peft==0.18.1", "safetensors", *TOOLS),
+        ),
+        LAZY,
     ),
     "the newest of Python 3.10": Environment(
         "3.10",
