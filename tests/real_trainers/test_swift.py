@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from real_trainers import harness
 from swift.pipelines import rlhf_main
 from swift.rewards import ORM, orms
 from trainers import trl_runs
+
+import fusedpo.lazy
 
 assert transformers.__version__.startswith("4.57."), transformers.__file__
 
@@ -140,3 +143,17 @@ def test_unmodified(case, folder, tmp_path):
         return run(folder, tmp_path / str(len(os.listdir(tmp_path))), method, given, prepare)
 
     harness.compare(f"ms-swift {case}", given, runner=runner)
+
+
+def test_the_plugin(monkeypatch):
+    """As --external_plugins has it imported."""
+    from swift.utils.utils import import_external_file
+
+    # put back at the end
+    monkeypatch.setattr(
+        transformers.PreTrainedModel, "post_init", transformers.PreTrainedModel.post_init
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    import_external_file(str(Path(fusedpo.lazy.__file__).parent / "plugins" / "ms_swift.py"))
+    logits = trl_runs.model()(torch.zeros(2, 3, dtype=torch.long)).logits
+    assert isinstance(logits, fusedpo.lazy.LazyTensor)
