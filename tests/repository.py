@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,3 +50,9 @@ def copy_with(diff: Path, folder: Path) -> Path:
         shutil.copy(ROOT / path, folder / path)
     subprocess.run(["git", "apply", str(diff)], cwd=folder, check=True)
     return folder
+
+
+def heed_interrupts() -> None:
+    """Run in a process before its program: a shell has what it starts in the background ignore
+    interrupts, and so would all that is started from there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

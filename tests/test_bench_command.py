@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from repository import heed_interrupts
 
 from fusedpo.cli import COMMANDS, main
 
@@ -45,6 +46,7 @@ def test_an_interrupt_leaves_no_half_written_file(tmp_path: Path, interrupt: int
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=heed_interrupts,
     )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + 60

@@ -24,6 +24,7 @@ import tiny
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
+from repository import heed_interrupts
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
@@ -557,6 +558,7 @@ def test_an_interruption_leaves_nothing_half_done(folder, tmp_path, number, code
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=heed_interrupts,
     )
     assert process.stdout is not None
     for line in process.stdout:
