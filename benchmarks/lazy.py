@@ -233,9 +233,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=448, help="of a response")
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--vocab", type=int, default=50304)
-    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--budget", default="64MiB")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="trainers whose titles have this")
     parser.add_argument("--json", type=Path, help="where the numbers go")
     for name in ("--trainer", "--loss", "--way"):
         parser.add_argument(name, help=argparse.SUPPRESS)
@@ -255,6 +256,8 @@ def main() -> None:
     }
     print("| trainer | step | beyond the trainer | loss |\n|---|--:|--:|--:|")
     for title, (trainer, loss) in TRAINERS.items():
+        if options.only not in title:
+            continue
         outcomes: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
         for _ in range(options.rounds):
             for way in WAYS:
@@ -268,7 +271,8 @@ def main() -> None:
             for way, of_way in outcomes.items()
         }
         plain, lazy = (summary[way] for way in WAYS)
-        if abs(plain["loss"] - lazy["loss"]) > 2e-4 * abs(plain["loss"]):
+        # a trainer logs four digits behind the point
+        if abs(plain["loss"] - lazy["loss"]) > 1.01e-4 + 2e-4 * abs(plain["loss"]):
             sys.exit(f"{title}: another loss, {lazy['loss']} for {plain['loss']}")
         results["trainers"][title] = summary
         for way in WAYS:
