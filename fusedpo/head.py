@@ -105,6 +105,10 @@ class Head:
     def check(self, hidden: object, prefix: str = "") -> None:
         """Raise a TypeError or ValueError unless this head fits hidden [..., H]."""
         checks.head_inputs(hidden, self.weight, self.bias, prefix=prefix)
+        self.check_logits()
+
+    def check_logits(self) -> None:
+        """Raise a TypeError or ValueError for what is done to the logits."""
         if self.softcap is not None:
             checks.positive("softcap", self.softcap)
         checks.positive("logit_scale", self.logit_scale)

@@ -86,7 +86,7 @@ class Batch:
             "operand_dtype": self.operand,
             "needs": self.needs,
             "softcap": self.head.softcap is not None,
-            "gathered": gathers(self.hidden, self.rows),
+            "gathered": gathers(self.hidden.shape, self.hidden.stride(), self.rows),
             "device": self.device,
             "backend": cast(Backend, self.backend),
             "shards": 1 if self.head.shard is None else len(self.head.shard.sizes),

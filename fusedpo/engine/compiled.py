@@ -76,7 +76,7 @@ def _tiles(
         entropy=True,
         entropy_value="entropy" in stats,
         softcap=a.softcap is not None,
-        gathered=gathers(a.hidden, rows),
+        gathered=gathers(a.hidden.shape, a.hidden.stride(), rows),
         device=a.hidden.device,
         backend=backend,
     )

@@ -5,8 +5,7 @@ Letters: N scored tokens, P positions (scored or not), H hidden size, n rows of 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,62 +89,21 @@ def blocks(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + step, stop)
 
 
-def gathers(hidden: Tensor, rows: Rows) -> bool:
-    """Whether rows of hidden have to be copied: some are left out, or they are no rectangle."""
-    return rows.positions is not None or _flat(hidden)[1] is not None
+def gathers(shape: Sequence[int], strides: Sequence[int], rows: Rows) -> bool:
+    """Whether rows of hidden states, of this shape and these strides, have to be copied: some are
+    left out, or they are no rectangle."""
+    return rows.positions is not None or not is_flat(shape, strides)
 
 
-def _flat(hidden: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
-    """Rows [R, H] in the memory of hidden [..., H]; and from each to the next along the leading
-    axes, in rows, or None if they are the positions in order.
-
-    A slice as ``hidden[:, :-1]`` cannot be flattened without a copy of all of it; rows may overlap.
-    """
-    try:
-        return hidden.view(-1, hidden.shape[-1]), None
-    except RuntimeError:
-        *strides, within = hidden.stride()
-    apart = max(1, math.gcd(*strides))
-    steps = tuple(stride // apart for stride in strides)
-    last = sum((size - 1) * step for size, step in zip(hidden.shape, steps, strict=False))
-    return hidden.as_strided((last + 1, hidden.shape[-1]), (apart, within)), steps
-
-
-class HiddenRows:
-    """Reads the hidden states of scored tokens, wherever in memory they are.
-
-    Attributes:
-        flat: [R, H], rows in the memory of hidden, among them those of all positions.
-    """
-
-    def __init__(self, hidden: Tensor, rows: Rows) -> None:
-        self.flat, self._steps = _flat(hidden)
-        self._leading, self._rows = hidden.shape[:-1], rows
-
-    def places(self, start: int, stop: int) -> Tensor | None:
-        """[n] int64, where rows start .. stop are in ``flat``; None: right there."""
-        positions = self._rows.positions
-        if positions is not None:
-            return self._in_memory(positions[start:stop])
-        if self._steps is None:
-            return None
-        return self._in_memory(torch.arange(start, stop, device=self.flat.device))
-
-    def positions_of(self, rows: Tensor) -> Tensor:
-        """[K] into the flattened positions, of rows [K]."""
-        positions = self._rows.positions
-        return rows if positions is None else positions[rows]
-
-    def some(self, rows: Tensor) -> Tensor:
-        """[K, H], the hidden states of rows [K]."""
-        return self.flat[self._in_memory(self.positions_of(rows))]
-
-    def _in_memory(self, positions: Tensor) -> Tensor:
-        """Flattened positions as rows of ``flat``: by numbers that no device has to be sent."""
-        if self._steps is None:
-            return positions
-        places = torch.zeros_like(positions)
-        for size, step in zip(reversed(self._leading), reversed(self._steps), strict=True):
-            places += positions % size * step
-            positions = positions // size
-        return places
+def is_flat(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the leading axes of a tensor can be made one without a copy."""
+    size, step = 1, None
+    for length, stride in reversed([*zip(shape[:-1], strides[:-1], strict=True)]):
+        if length == 0:
+            return True
+        if length == 1:
+            continue
+        if step is not None and stride != step * size:
+            return False
+        step, size = (stride if step is None else step), size * length
+    return True

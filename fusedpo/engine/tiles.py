@@ -14,6 +14,7 @@ respect to the hidden states: one collective each, never one a tile.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from fusedpo.engine import stats as statistics
 from fusedpo.engine.cost import Backend, Needs, padded
 from fusedpo.engine.plan import Plan
 from fusedpo.engine.precision import FP16_GAIN, accumulated_dtype, multiply, unit_gain
-from fusedpo.engine.rows import HiddenRows, Rows, blocks
+from fusedpo.engine.rows import Rows, blocks
 from fusedpo.engine.structure import Groups
 from fusedpo.engine.workspace import Workspace
 from fusedpo.kernels.logit_map import LogitMap
@@ -66,6 +67,62 @@ class Call:
     groups: Groups | None = None
     states: Tensor | None = None
     shard: VocabShard | None = None
+
+
+def _flat(hidden: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
+    """Rows [R, H] in the memory of hidden [..., H]; and from each to the next along the leading
+    axes, in rows, or None if they are the positions in order.
+
+    A slice as ``hidden[:, :-1]`` cannot be flattened without a copy of all of it; rows may overlap.
+    """
+    try:
+        return hidden.view(-1, hidden.shape[-1]), None
+    except RuntimeError:
+        *strides, within = hidden.stride()
+    apart = max(1, math.gcd(*strides))
+    steps = tuple(stride // apart for stride in strides)
+    last = sum((size - 1) * step for size, step in zip(hidden.shape, steps, strict=False))
+    return hidden.as_strided((last + 1, hidden.shape[-1]), (apart, within)), steps
+
+
+class HiddenRows:
+    """Reads the hidden states of scored tokens, wherever in memory they are.
+
+    Attributes:
+        flat: [R, H], rows in the memory of hidden, among them those of all positions.
+    """
+
+    def __init__(self, hidden: Tensor, rows: Rows) -> None:
+        self.flat, self._steps = _flat(hidden)
+        self._leading, self._rows = hidden.shape[:-1], rows
+
+    def places(self, start: int, stop: int) -> Tensor | None:
+        """[n] int64, where rows start .. stop are in ``flat``; None: right there."""
+        positions = self._rows.positions
+        if positions is not None:
+            return self._in_memory(positions[start:stop])
+        if self._steps is None:
+            return None
+        return self._in_memory(torch.arange(start, stop, device=self.flat.device))
+
+    def positions_of(self, rows: Tensor) -> Tensor:
+        """[K] into the flattened positions, of rows [K]."""
+        positions = self._rows.positions
+        return rows if positions is None else positions[rows]
+
+    def some(self, rows: Tensor) -> Tensor:
+        """[K, H], the hidden states of rows [K]."""
+        return self.flat[self._in_memory(self.positions_of(rows))]
+
+    def _in_memory(self, positions: Tensor) -> Tensor:
+        """Flattened positions as rows of ``flat``: by numbers that no device has to be sent."""
+        if self._steps is None:
+            return positions
+        places = torch.zeros_like(positions)
+        for size, step in zip(reversed(self._leading), reversed(self._steps), strict=True):
+            places += positions % size * step
+            positions = positions // size
+        return places
 
 
 class Tiles:

@@ -125,7 +125,8 @@ def lay_out(
         sequence_group: the ranks that share the sequences, or None.
     """
     group = _sequence_group(sequence_group, head, shift)
-    head.check(hidden)
+    checks.head_inputs(hidden, head.weight, head.bias)
+    head.check_logits()
     labels = checks.label_tensor(
         labels, hidden, ignore_index, unshifted="pass shift=True with both at full length"
     )
@@ -171,7 +172,8 @@ def lay_out_tokens(
     num_scored: int | None,
 ) -> Batch:
     """The batch of a call without sequences; all of it is checked here."""
-    head.check(hidden)
+    checks.head_inputs(hidden, head.weight, head.bias)
+    head.check_logits()
     labels = checks.label_tensor(labels, hidden, ignore_index)
     deferred = [
         label_check(labels, head.vocab, ignore_index),
