@@ -205,15 +205,29 @@ def rounding(rank: int) -> tuple[float, float]:
     return abs(by_at_head - wanted) / abs(wanted), direct
 
 
-def worker(rank: int, folder: str) -> None:
+def run_cases(rank: int, folder: str, cases: Callable[[int], dict[str, Any]]) -> None:
+    """What one of two processes does: its results, or what went wrong, in a file of the folder."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=PATIENCE)
     try:
-        found: Any = all_cases(rank)
+        found: Any = cases(rank)
     except Exception:
         found = traceback.format_exc()
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def worker(rank: int, folder: str) -> None:
+    run_cases(rank, folder, all_cases)
+
+
+def of_both(worker: Callable[[int, str], None], folder: Path) -> list[dict[str, Any]]:
+    """The results of two processes."""
+    torch.multiprocessing.spawn(worker, args=(str(folder),), nprocs=2)
+    found = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    for each in found:
+        assert isinstance(each, dict), each
+    return found

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedpo import checks
+from fusedpo.engine.precision import accumulated_dtype
 from fusedpo.lazy.expressions import NO_LABEL, Expression, Logits, evaluate
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def gradient(
         t is not None and t.requires_grad
         for t in (source.hidden, source.head.weight, source.head.bias)
     ]
-    full = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    full = accumulated_dtype(hidden.dtype)
     of_hidden = torch.zeros_like(hidden, dtype=full) if trained[0] else None
     of_weight = torch.zeros_like(weight, dtype=full) if trained[1] else None
     of_bias = None if bias is None or not trained[2] else torch.zeros_like(bias, dtype=full)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fusedpo import checks
+from fusedpo.engine.precision import accumulated_dtype
 from fusedpo.engine.rows import blocks
 from fusedpo.engine.stats import TokenStats
 from fusedpo.functional import linear_token_stats
@@ -257,7 +258,7 @@ class Source:
         temperature: float | Tensor = 1.0
         if logits.divisor is not None:
             temperature = logits.divisor.full(self.count, self.device, fill=1.0).to(
-                torch.float64 if hidden.dtype == torch.float64 else torch.float32
+                accumulated_dtype(hidden.dtype)
             )
         Source.calls += 1
         with self.as_called():
@@ -276,7 +277,7 @@ class Source:
     def _mean_logit(self, logits: Logits, *, grad: bool) -> Tensor:
         """[R], the mean of logits without a soft cap, which takes no product."""
         hidden, weight, bias = self.tensors(grad=grad)
-        full = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        full = accumulated_dtype(hidden.dtype)
         mean = hidden.to(full) @ weight.mean(0, dtype=full)
         if bias is not None:
             mean = mean + bias.mean(dtype=full)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import sharded_runs
 import tiny
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fusedpo import add_fused_head, lazy_logits
@@ -64,19 +60,4 @@ def all_cases(rank: int) -> dict[str, Any]:
 
 
 def worker(rank: int, folder: str) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=2,
-        timeout=sharded_runs.PATIENCE,
-    )
-    try:
-        results: Any = all_cases(rank)
-    except Exception:
-        results = traceback.format_exc()
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    sharded_runs.run_cases(rank, folder, all_cases)

@@ -7,7 +7,6 @@ from typing import Any
 import lazy_processes
 import pytest
 import sharded_runs
-import torch
 
 pytestmark = pytest.mark.xdist_group("sharded")
 
@@ -21,12 +20,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Of both processes, which run every case."""
-    folder = tmp_path_factory.mktemp("lazy")
-    torch.multiprocessing.spawn(lazy_processes.worker, args=(str(folder),), nprocs=2)
-    of_ranks = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-    for each in of_ranks:
-        assert isinstance(each, dict), each
-    return of_ranks
+    return sharded_runs.of_both(lazy_processes.worker, tmp_path_factory.mktemp("lazy"))
 
 
 @pytest.mark.parametrize("case", CASES)

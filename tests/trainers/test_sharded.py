@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import sharded_runs
-import torch
 
 CASES = [
     f"{how}, {tied}, {path}, {steps}"
@@ -22,12 +21,7 @@ pytestmark = pytest.mark.xdist_group("sharded")
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Of both processes, which run every case."""
-    folder = tmp_path_factory.mktemp("sharded")
-    torch.multiprocessing.spawn(sharded_runs.worker, args=(str(folder),), nprocs=2)
-    found = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-    for each in found:
-        assert isinstance(each, dict), each
-    return found
+    return sharded_runs.of_both(sharded_runs.worker, tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.mark.holds(32)
