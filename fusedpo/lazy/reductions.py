@@ -236,6 +236,22 @@ def _topk(func: Any, lazy: Any, k: int, dim: int = -1, *args: Any, **kwargs: Any
 # losses
 
 
+def _has_classes(lazy: Any, target: Any, *further: object) -> bool:
+    """Whether a loss is of one class a row, along the axis where torch has the classes, and has no
+    weights of classes nor arguments of old."""
+    if not isinstance(lazy, LazyTensor) or not lazy.recipe.wide:
+        return False
+    if isinstance(target, LazyTensor) or any(each is not None for each in further):
+        return False
+    index, axis = lazy.recipe.index, lazy.recipe.axis
+    return (
+        not target.is_floating_point()
+        and target.device == lazy.recipe.source.device
+        and target.shape == index.shape
+        and axis == min(1, index.dim())
+    )
+
+
 @handles("cross_entropy", "cross_entropy_loss")
 def _cross_entropy(
     func: Any,
@@ -248,23 +264,11 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    if not isinstance(lazy, LazyTensor) or not lazy.recipe.wide or weight is not None:
+    if not _has_classes(lazy, target, weight, size_average, reduce):
         return NotImplemented
-    if (
-        isinstance(target, LazyTensor)
-        or size_average is not None
-        or reduce is not None
-        or target.is_floating_point()
-    ):
-        return NotImplemented
-    recipe = lazy.recipe
-    logits = derived(lazy, _unshifted(recipe.expression), dtype=_autocast(lazy))
     scored = target != ignore_index
     labels = target.masked_fill(~scored, 0)
-    if target.shape != recipe.index.shape or recipe.axis != min(1, recipe.index.dim()):
-        return NotImplemented
-    if target.device != recipe.source.device:
-        return NotImplemented
+    logits = derived(lazy, _unshifted(lazy.recipe.expression), dtype=_autocast(lazy))
     log_probs = derived(logits, expressions.log_softmax(logits.recipe.expression))
     nll = -take(log_probs, labels)
     if label_smoothing:
@@ -284,12 +288,7 @@ def _nll_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Any:
-    if not isinstance(lazy, LazyTensor) or weight is not None or not lazy.recipe.wide:
-        return NotImplemented
-    recipe = lazy.recipe
-    if size_average is not None or reduce is not None or target.shape != recipe.index.shape:
-        return NotImplemented
-    if recipe.axis != min(1, recipe.index.dim()) or isinstance(target, LazyTensor):
+    if not _has_classes(lazy, target, weight, size_average, reduce):
         return NotImplemented
     scored = target != ignore_index
     entries = take(derived(lazy), target.masked_fill(~scored, 0))
