@@ -137,10 +137,10 @@ def bare_products(setting: Setting, inputs: Inputs) -> dict[str, Step]:
 def bare_seconds(chosen: Plan, times: dict[str, Measured]) -> float | None:
     """Of the products that a plan makes; None if one of them was not timed."""
     gradients = [("hidden", "J W"), ("weight", "J^T hidden")]
-    names = [product for need, product in gradients if need in chosen.needs]
-    names += ["hidden W^T"] * (chosen.products - len(names))
-    found = [times[name].median for name in names]
-    known = [seconds for seconds in found if seconds is not None]
+    made = {product: 1.0 for need, product in gradients if need in chosen.needs}
+    made["hidden W^T"] = chosen.products - len(made)
+    found = [(count, times[name].median) for name, count in made.items()]
+    known = [count * seconds for count, seconds in found if seconds is not None]
     return sum(known) if len(known) == len(found) else None
 
 

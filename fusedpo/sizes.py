@@ -1,4 +1,4 @@
-"""Numbers of bytes: from a user's text or number, and to a text for people."""
+"""Numbers of bytes and of products: from a user's text or number, and to a text for people."""
 
 from __future__ import annotations
 
@@ -63,3 +63,8 @@ def format_bytes(size: int) -> str:
             return f"{size:.4g} {unit}"
         size /= 1024  # type: ignore[assignment]
     return f"{size:.4g} GiB"
+
+
+def format_products(count: float) -> str:
+    """``"1 product"``, ``"3 products"``, ``"3.55 products"``: with three digits at most."""
+    return f"{count:.3g} product{'s' * (count != 1)}"

@@ -143,6 +143,15 @@ def test_a_plan_prints_as_one_readable_line() -> None:
     assert "of 20 MiB" in text and "\n" not in text
 
 
+@pytest.mark.parametrize(
+    ("products", "text"),
+    [(1, "1 product"), (3, "3 products"), (3.0, "3 products"), (3.5467, "3.55 products")],
+)
+def test_products_are_told_in_three_digits(products: float, text: str) -> None:
+    chosen = dataclasses.replace(plan(64, 50, 8), products=products)
+    assert str(chosen).startswith(f"{chosen.route}: {text} of 64 x 50 x 8, ")
+
+
 def test_cut_says_along_what() -> None:
     chosen = plan(1024, 50_257, 512, budget="20MiB")
     assert dataclasses.replace(chosen, rows=1024, cols=128).cut == "vocabulary"

@@ -14,7 +14,7 @@ from fusedpo import footprint, losses, tables
 from fusedpo.checks import bad_value
 from fusedpo.engine.cost import Backend
 from fusedpo.footprint import ModelShape, Workload
-from fusedpo.sizes import format_bytes, parse_budget
+from fusedpo.sizes import format_bytes, format_products, parse_budget
 
 SUMMARY = "say what a loss would hold, by which route, and what would fit a device"
 DESCRIPTION = (
@@ -200,7 +200,7 @@ def _print(given: argparse.Namespace, work: Workload, found: dict[str, Any]) -> 
         fits = "yes" if cost["fits"] else f"with {format_bytes(cost['needed_budget'])}"
         name = f"{route} (chosen)" if route == chosen else route
         tile = " x ".join(map(str, cost["tile"]))
-        routes.append((name, str(cost["products"]), format_bytes(cost["bytes"]), tile, fits))
+        routes.append((name, f"{cost['products']:.3g}", format_bytes(cost["bytes"]), tile, fits))
     columns = ("route", "products", "beyond the outputs", "tile", "fits the budget")
     tables.show(f"routes of fusedpo, with a budget of {format_bytes(work.budget)}", columns, routes)
     print(_why(costs, chosen))
@@ -219,11 +219,11 @@ def _why(costs: dict[str, Any], chosen: str | None) -> str:
         least, name = min((cost["needed_budget"], name) for name, cost in costs.items())
         return f"No route fits the budget; {name} would with {format_bytes(least)}."
     products = costs[chosen]["products"]
-    text = f"{chosen} is the cheapest that fits, {products} products"
+    text = f"{chosen} is the cheapest that fits, {format_products(products)}"
     for route, cost in costs.items():  # the cheapest first
         if cost["products"] < products:
             needed = format_bytes(cost["needed_budget"])
-            return f"{text}; {route} takes {cost['products']} with {needed}."
+            return f"{text}; {route} takes {cost['products']:.3g} with {needed}."
     return f"{text}."
 
 

@@ -30,7 +30,7 @@ def padded(columns: int) -> int:
 class Cost:
     """The price of a route: matrix products, and the buffers of its forward and its backward."""
 
-    products: int
+    products: float
     forward: Buffers
     backward: Buffers
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from fusedpo.engine.cost import Needs, Problem
-from fusedpo.sizes import format_bytes
+from fusedpo.sizes import format_bytes, format_products
 
 RouteName = Literal["forward", "frozen", "retain", "one_pass", "recompute"]
 
@@ -24,7 +24,8 @@ class Plan:
         back_rows, back_cols: likewise in the backward. Taller on a GPU: each slice of the head's
             gradient is summed over the row blocks in memory.
         slab: rows of J that ``one_pass`` holds to add to the head's gradient at once.
-        products: matrix products of size N x V x H, forward and backward together.
+        products: matrix products of size N x V x H, forward and backward together; a fraction
+            where a route makes one of some rows only.
         wide: the unscaled hidden gradient of half-precision inputs waits for the backward in fp32,
             to be rounded once; False stores it in the dtype of the inputs.
         split: the two gradients are formed in two passes of their own, one product dearer, because
@@ -44,7 +45,7 @@ class Plan:
     back_rows: int
     back_cols: int
     slab: int
-    products: int
+    products: float
     wide: bool
     split: bool
     buffers: dict[str, int] = field(hash=False)
@@ -87,7 +88,7 @@ class Plan:
             f"{name} {format_bytes(size)}" for name, size in self.buffers.items() if size
         )
         return (
-            f"{self.route}: {self.products} product{'s' * (self.products != 1)} of "
+            f"{self.route}: {format_products(self.products)} of "
             f"{self.tokens} x {self.vocab} x {self.hidden}, "
             f"{'fused' if self.fused else f'tile {self.rows} x {self.cols}'}, "
             f"{format_bytes(self.bytes)} of {format_bytes(self.budget)} ({parts})"

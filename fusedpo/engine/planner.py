@@ -189,7 +189,7 @@ def _candidates(way: Route, p: Problem, tile: tuple[int, int]) -> Iterator[_Cand
             yield rank, way, shape, _cost(shape, way, *tile)
 
 
-def _price(candidate: _Candidate) -> tuple[int, bool, int, int]:
+def _price(candidate: _Candidate) -> tuple[float, bool, int, int]:
     """The order of choice: products, precision, shape, bytes.
 
     The fused forward comes last, as a policy scored otherwise would not agree to the last bit.
