@@ -43,6 +43,7 @@ def linear_logprobs(
     backend: str = "auto",
     num_scored: int | None = None,
     vocab_group: ProcessGroup | None = None,
+    gradient_tolerance: float = 0.0,
 ) -> Tensor:
     """Log-probability of each label under a language-model head, without holding the logits.
 
@@ -88,6 +89,12 @@ def linear_logprobs(
             token, and one all-reduce of [N, H] in full precision for the gradient of hidden; and,
             once a weight tensor, an exchange of the sizes, which is read. ``memory_budget`` is each
             rank's. Not inside torch.compile.
+        gradient_tolerance: the relative error, in the 2-norm, that each gradient tensor may have
+            beside the exact one, before it is rounded to its dtype; 0 (exact), or from 1e-5 to
+            below 1. 2e-3 is what rounding to bfloat16 costs. Log-probabilities are exact whatever
+            it is. Of a trained model, the head then costs little more than its forward: see
+            docs/approximate-gradients.md, and when not to use it. Of hidden states in float32 or
+            lower; without effect on a gradient through the entropy.
 
     Returns:
         Shaped like labels, fp32 (fp64 for fp64 inputs); exactly 0 where ignored.
@@ -97,6 +104,7 @@ def linear_logprobs(
     """
     head = Head.of(weight, bias, softcap, logit_scale, vocab_group).local(labels=labels)
     batch = lay_out_tokens(hidden, head, labels, temperature, ignore_index, backend, num_scored)
+    batch = batch.within(gradient_tolerance)
     values = score_tokens(batch, memory_budget)
     assert values.logprob is not None, "it is the statistic that was asked for"
     return batch.rows.scatter(values.logprob)
@@ -118,6 +126,7 @@ def linear_token_stats(
     backend: str = "auto",
     num_scored: int | None = None,
     vocab_group: ProcessGroup | None = None,
+    gradient_tolerance: float = 0.0,
 ) -> TokenStats:
     """Per-token statistics of a language-model head, without holding the logits.
 
@@ -142,6 +151,7 @@ def linear_token_stats(
     with_gradient = check_stats(differentiable, "differentiable", DIFFERENTIABLE)
     head = Head.of(weight, bias, softcap, logit_scale, vocab_group).local(labels=labels)
     batch = lay_out_tokens(hidden, head, labels, temperature, ignore_index, backend, num_scored)
+    batch = batch.within(gradient_tolerance)
     values = score_tokens(batch, memory_budget, stats=names, differentiable=with_gradient)
     by_name = {name: getattr(values, name) for name in names}
     return TokenStats(**{name: batch.rows.scatter(value) for name, value in by_name.items()})
@@ -196,6 +206,7 @@ def preference_loss(
     vocab_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None,
     reference: Tensor | Reference | None = None,
+    gradient_tolerance: float = 0.0,
     **inputs: Tensor | float,
 ) -> LossOutput:
     """A preference loss and its gradients, from hidden states, without the logits.
@@ -248,6 +259,7 @@ def preference_loss(
             over the group. Where a wrapper averages over these ranks (DDP, FSDP), multiply the loss
             by their number. Costs an all-gather of B counts, which is read, and some all-reduces
             of B numbers; rules the route one_pass out. Not inside torch.compile.
+        gradient_tolerance: as in linear_logprobs.
         reference: the reference, in place of the arguments ``ref_...``: a tensor, as ref_logprobs;
             or a Reference, of log-probabilities or of hidden states and a head with a softcap and
             logit_scale of its own.
@@ -277,7 +289,7 @@ def preference_loss(
         backend=backend,
         empty=False,
         sequence_group=sequence_group,
-    )
+    ).within(gradient_tolerance)
     arguments = PreferenceArguments.of(loss, layout, inputs, num_items, num_tokens)
     of_reference = ReferenceArguments(reference, ref_logprobs, ref_hidden, ref_weight, ref_bias)
     run = prepare(loss, layout, of_reference, memory_budget)
@@ -323,6 +335,7 @@ def policy_loss(
     vocab_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None,
     reference: Tensor | Reference | None = None,
+    gradient_tolerance: float = 0.0,
 ) -> LossOutput:
     """A policy-gradient loss on sampled responses and its gradients, without the logits.
 
@@ -348,7 +361,7 @@ def policy_loss(
         num_tokens: likewise the scored tokens of the whole optimizer step, in its place for a loss
             that is a mean over tokens (DAPO, CISPO, VESPO, REINFORCE), beside it for one with an
             entropy bonus.
-        cu_seqlens, shift, ..., sequence_group: as in preference_loss. A loss of whole responses
+        cu_seqlens, shift, ..., gradient_tolerance: as in preference_loss. A loss of whole responses
             adds an all-reduce of B numbers in the backward.
 
     Returns:
@@ -373,7 +386,7 @@ def policy_loss(
         backend=backend,
         empty=True,
         sequence_group=sequence_group,
-    )
+    ).within(gradient_tolerance)
     arguments = PolicyArguments.of(
         loss, layout, advantages, old_logprobs, importance_weights, num_items, num_tokens
     )

@@ -13,6 +13,7 @@ from fusedpo.engine.cost import Backend, Needs
 from fusedpo.engine.precision import accumulated_dtype, operand_dtype
 from fusedpo.engine.problem import Options
 from fusedpo.engine.rows import Rows, gathers
+from fusedpo.engine.tolerance import check_tolerance
 from fusedpo.head import Head
 
 
@@ -26,6 +27,7 @@ class Batch:
         rows: the scored tokens; in a graph that is traced, every position.
         temperature: a number, or [...].
         backend: the one that is used; in a graph that is traced, the argument.
+        tolerance: relative error of a gradient tensor that is allowed.
     """
 
     hidden: Tensor
@@ -33,6 +35,7 @@ class Batch:
     rows: Rows
     temperature: float | Tensor
     backend: str
+    tolerance: float = 0.0
 
     @property
     def device(self) -> torch.device:
@@ -90,7 +93,16 @@ class Batch:
             "device": self.device,
             "backend": cast(Backend, self.backend),
             "shards": 1 if self.head.shard is None else len(self.head.shard.sizes),
+            "gradient_tolerance": self.tolerance,
         }
+
+    def within(self, gradient_tolerance: float) -> Batch:
+        """The same batch, whose gradients may have this relative error.
+
+        Raises:
+            TypeError, ValueError: for a wrong one, naming ``gradient_tolerance``.
+        """
+        return replace(self, tolerance=check_tolerance(gradient_tolerance, self.hidden.dtype))
 
     def under(self, hidden: Tensor, head: Head) -> Batch:
         """The same rows under another model, such as the reference."""

@@ -66,7 +66,10 @@ class Problem:
         shards: ranks that share the vocabulary.
         wide: whether what waits for the backward waits in full precision.
         back: the backward's tile; None: the forward's.
-        slab: rows of J that one_pass holds at once; 0: those of the tile.
+        slab: rows of J that one_pass holds at once; 0: those of the tile. Rows for which compact
+            chooses columns together.
+        tolerance: relative error of a gradient tensor that is allowed.
+        share: the share of the vocabulary's columns that compact is expected to keep.
     """
 
     tokens: int
@@ -95,6 +98,8 @@ class Problem:
     wide: bool = True
     back: tuple[int, int] | None = None
     slab: int = 0
+    tolerance: float = 0.0
+    share: float = 0.0
 
     @property
     def is_whole_output(self) -> bool:

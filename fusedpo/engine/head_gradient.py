@@ -205,7 +205,7 @@ class RowCoefficients:
     tilt: Tensor | None
     missing: Tensor | None
 
-    def of(self, rows: slice) -> RowCoefficients:
+    def of(self, rows: slice | Tensor) -> RowCoefficients:
         def some(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[rows]
 

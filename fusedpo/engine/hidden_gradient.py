@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedpo.engine.column_sums import ColumnSums
 from fusedpo.engine.cost import FINISHED_ROWS
 from fusedpo.engine.rows import blocks
 from fusedpo.engine.tiles import Range, Tiles, row_factor
@@ -93,10 +94,14 @@ def add_slices(t: Tiles, partial: Tensor | None, output: Tensor | None) -> None:
 # the forward pass
 
 
-def forward_pass(t: Tiles, unscaled: Tensor | None) -> dict[str, Tensor]:
-    """Statistics of all rows; dlogp/dhidden into ``unscaled``, if that is given."""
+def forward_pass(
+    t: Tiles, unscaled: Tensor | None, sums: ColumnSums | None = None
+) -> dict[str, Tensor]:
+    """Statistics of all rows; dlogp/dhidden into ``unscaled``, column sums into ``sums``, if they
+    are given."""
     all_stats = t.start_stats()
-    buffer, narrow = t.tile(), None if unscaled is None else t.narrow_tile()
+    exponentials = unscaled is not None or sums is not None
+    buffer, narrow = t.tile(), t.narrow_tile() if exponentials else None
     # rows that have to wait for the statistics of the whole vocabulary
     partial = new_partial(t, unscaled)
     for r in t.row_blocks():
@@ -111,12 +116,16 @@ def forward_pass(t: Tiles, unscaled: Tensor | None) -> dict[str, Tensor]:
         for c in t.col_blocks():
             x = buffer[:n, : c[1] - c[0]]
             e = None
-            if unscaled is not None:
+            if exponentials:
                 e = x if narrow is None else narrow[:n, : c[1] - c[0]]
             t.fold(x, hidden, r, c, stats, exponentials=e, products=products)
+            if sums is not None and e is not None:
+                sums.add(r, c, stats, e)
         if unscaled is not None and products is not None and partial is None:
             _finish(t, unscaled, products, stats, r)
     rescale = t.merge(all_stats)
+    if sums is not None:
+        sums.finish(all_stats, rescale)
     if partial is not None and rescale is not None:
         for r in t.row_blocks():
             of_slice = all_stats.of(slice(*r))

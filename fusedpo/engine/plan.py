@@ -11,7 +11,14 @@ import torch
 from fusedpo.engine.cost import Needs, Problem
 from fusedpo.sizes import format_bytes, format_products
 
-RouteName = Literal["forward", "frozen", "retain", "one_pass", "recompute"]
+RouteName = Literal[
+    "forward",
+    "frozen",
+    "retain",
+    "one_pass",
+    "recompute",
+    "compact",
+]
 
 
 @dataclass(frozen=True)
@@ -19,11 +26,12 @@ class Plan:
     """The way the engine will take for one call.
 
     Attributes:
-        route: ``forward``, ``frozen``, ``retain``, ``one_pass`` or ``recompute``.
+        route: ``forward``, ``frozen``, ``retain``, ``one_pass``, ``recompute`` or ``compact``.
         rows, cols: the tile of logits that exists at a time in the forward, [rows, cols].
         back_rows, back_cols: likewise in the backward. Taller on a GPU: each slice of the head's
             gradient is summed over the row blocks in memory.
-        slab: rows of J that ``one_pass`` holds to add to the head's gradient at once.
+        slab: rows of J that ``one_pass`` holds to add to the head's gradient at once; rows for
+            which ``compact`` chooses columns together.
         products: matrix products of size N x V x H, forward and backward together; a fraction
             where a route makes one of some rows only.
         wide: the unscaled hidden gradient of half-precision inputs waits for the backward in fp32,
@@ -37,6 +45,7 @@ class Plan:
             logits are nowhere in memory.
         shards: ranks that share the vocabulary. ``vocab`` is then that of the largest slice, and
             the plan is the same on all of them.
+        tolerance: relative error of a gradient tensor that was allowed, of ``compact`` alone.
     """
 
     route: RouteName
@@ -58,6 +67,7 @@ class Plan:
     entropy: bool
     fused: bool = False
     shards: int = 1
+    tolerance: float = field(default=0.0, kw_only=True)
     # all that decides the bytes, so that they can be counted for other tiles
     _problem: Problem | None = field(default=None, repr=False, compare=False)
     # the buffers of the forward and of the backward

@@ -21,6 +21,7 @@ from fusedpo.engine.problem import Options, problem_of
 from fusedpo.engine.routes import ROUTES, variant
 from fusedpo.engine.routes.base import Route
 from fusedpo.engine.structure import Scope
+from fusedpo.engine.tolerance import GUESSED_SHARE
 from fusedpo.sizes import format_bytes, parse_budget
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def plan(
     route: RouteName | None = None,
     fused: bool | None = None,
     shards: int = 1,
+    gradient_tolerance: float = 0.0,
+    kept_share: float = GUESSED_SHARE,
 ) -> Plan:
     """Choose the cheapest route that fits a memory budget.
 
@@ -89,6 +92,11 @@ def plan(
         backend: ``"torch"`` or ``"triton"``; kernels need fewer temporaries.
         route: take this route rather than the cheapest one.
         shards: ranks that share the vocabulary; ``vocab`` is then that of the largest slice.
+        gradient_tolerance: relative error of a gradient tensor, in the 2-norm, that is allowed; 0
+            (exact), or from 1e-5. Above 0 ``compact`` can be taken, unless a gradient through the
+            entropy is wanted.
+        kept_share: the share of the vocabulary's columns that ``compact`` is expected to keep, of
+            which its products are counted. The guess is of a trained model of 50,000 tokens.
         fused: whether ``forward`` is to be one kernel without logits in memory, which only the
             Triton backend has. None: only if no tile fits the budget, since its log-probabilities
             are summed in another order than those of the other routes.
@@ -127,6 +135,8 @@ def plan(
         device=device,
         backend=backend,
         shards=shards,
+        gradient_tolerance=gradient_tolerance,
+        kept_share=kept_share,
     )
     eligible = [each for each in ROUTES if each.serves(p)]
     names = list(dict.fromkeys(each.name for each in eligible))
@@ -158,7 +168,7 @@ def plan(
         cols=cols,
         back_rows=back_rows,
         back_cols=back_cols,
-        slab=max(rows, shape.slab),
+        slab=shape.slab or rows,
         products=cost.products,
         wide=shape.wide,
         split=way.split,
@@ -172,6 +182,7 @@ def plan(
         entropy=p.entropy_value,
         fused=way.fused,
         shards=shards,
+        tolerance=p.tolerance if way.name == "compact" else 0.0,
         _problem=p,
         _passes=(cost.forward, cost.backward),
     )

@@ -12,6 +12,7 @@ from fusedpo.checks import FLOATS, bad_choice, bad_type, bad_value
 from fusedpo.engine.cost import Backend, Needs, Problem
 from fusedpo.engine.precision import accumulated_dtype
 from fusedpo.engine.structure import GradientStructure, Scope
+from fusedpo.engine.tolerance import GUESSED_SHARE, check_tolerance
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -35,6 +36,8 @@ class Options(TypedDict, total=False):
     device: str | torch.device
     backend: Backend
     shards: int
+    gradient_tolerance: float
+    kept_share: float
 
 
 def problem_of(tokens: int, vocab: int, hidden: int, **options: Unpack[Options]) -> Problem:
@@ -92,7 +95,15 @@ def problem_of(tokens: int, vocab: int, hidden: int, **options: Unpack[Options])
         backend=backend,
         on_cpu=on_cpu,
         shards=shards,
+        tolerance=check_tolerance(options.get("gradient_tolerance", 0.0), dtype),
+        share=_share(options.get("kept_share", GUESSED_SHARE)),
     )
+
+
+def _share(share: float) -> float:
+    if not 0.0 < share <= 1.0:
+        raise bad_value("kept_share", "a share of the columns, above 0 and at most 1", f"{share:g}")
+    return share
 
 
 def _needs(needs: object) -> frozenset[Needs]:

@@ -32,6 +32,7 @@ from fusedpo.engine.problem import Options
 from fusedpo.engine.stats import DIFFERENTIABLE, TokenStats
 from fusedpo.engine.structure import Groups, Scope
 from fusedpo.engine.tiles import Call
+from fusedpo.engine.tolerance import record_of
 from fusedpo.sizes import parse_budget
 
 
@@ -79,7 +80,12 @@ def plan_for(
         tiled = replan(like, "forward", *sizes, **options)
         if tiled is not None and tiled.bytes <= like.budget:
             return tiled
-    return plan(*sizes, budget=parse_budget(memory_budget), **options, fused=fused)
+    record = record_of(batch.tolerance, batch.device.type, *sizes[1:])
+    options["kept_share"] = record.expected_share()
+    chosen = plan(*sizes, budget=parse_budget(memory_budget), **options, fused=fused)
+    if options["needs"] and chosen.route != "compact":
+        record.skip()
+    return chosen
 
 
 def _problem_of(chosen: Plan) -> tuple[int, int, int, torch.dtype, int]:

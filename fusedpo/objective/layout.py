@@ -102,6 +102,10 @@ class Layout:
             sequences=_sequences_in(places, index[order], self.counts, self.sequences.lengths),
         )
 
+    def within(self, gradient_tolerance: float) -> Layout:
+        """The same layout, whose gradients may have this relative error."""
+        return replace(self, batch=self.batch.within(gradient_tolerance))
+
 
 def lay_out(
     hidden: Tensor,

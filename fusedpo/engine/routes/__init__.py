@@ -7,6 +7,7 @@
     retain      J is stored in the forward; both products in the backward
     one_pass    both products in the forward: g is known within a group of tokens up to one factor,
                 computed when the group's last token has been scored
+    compact     gradients of the columns that matter, within a tolerance
 
 All fold the same tiles in the same order, so their log-probabilities are bitwise equal.
 """
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 
 from fusedpo.engine.plan import Plan, RouteName
 from fusedpo.engine.routes.base import Route
+from fusedpo.engine.routes.compact import Compact
 from fusedpo.engine.routes.frozen import ForwardOnly, Frozen, FusedForward
 from fusedpo.engine.routes.one_pass import OnePass
 from fusedpo.engine.routes.recompute import Recompute
@@ -30,6 +32,7 @@ ROUTES: Sequence[Route] = (
     Recompute(split=True),
     Retain(),
     OnePass(),
+    Compact(),
 )
 
 

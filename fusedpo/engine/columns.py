@@ -1,0 +1,138 @@
+"""The columns of the vocabulary that matter to each slab of rows, by their sums of probabilities.
+
+A column's importance in a slab is its sum times the largest |g s| of the slab's rows, relative to
+the 2-norm over all rows of g s (1 - p). Importances are comparable between slabs, so that slabs of
+little gradient keep few columns, and between steps. The two gradients have thresholds of their own:
+the head's needs fewer columns for the same error, as the rows' errors partly cancel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusedpo.engine.rows import blocks
+from fusedpo.engine.tiles import Range, Tiles
+from fusedpo.engine.tolerance import Record
+
+# importances are told apart by quarters of a power of two, from 2^-64 up to 2^16
+_PER_OCTAVE, _LOWEST, _HIGHEST = 4, -64, 16
+_LEVELS = (_HIGHEST - _LOWEST) * _PER_OCTAVE
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The kept columns of each slab, and the direction that stands for the others.
+
+    Attributes:
+        of_head: those that the head's gradient takes, and so does the hidden states'; a slab's, [C]
+            int64 in order.
+        of_hidden: those that the hidden states' gradient takes besides.
+        left_out: of "hidden" and "head", the squared importances [V] where a column is left out,
+            summed over the slabs.
+    """
+
+    of_head: tuple[Tensor, ...]
+    of_hidden: tuple[Tensor, ...]
+    left_out: dict[str, Tensor]
+    _sums: Tensor
+    _kept: dict[str, Tensor]
+    _lost: dict[str, Tensor]
+
+    def share(self, hidden: bool, head: bool) -> float:
+        """The share of columns that a product takes, a mean over the products and the slabs."""
+        slabs, vocab = self._sums.shape
+        of_head, of_hidden = (
+            sum(each.shape[0] for each in columns) / max(1, slabs * vocab)
+            for columns in (self.of_head, self.of_hidden)
+        )
+        return of_head + of_hidden * (1 + hidden) / (1 + hidden + head)
+
+    def directions(self, gradient: str, c: Range) -> Tensor:
+        """[slabs, v] of vocabulary block c: column sums where left out, 0 where kept; the whole
+        vocabulary's sum to 1."""
+        columns = slice(*c)
+        rest = self._sums[:, columns].masked_fill(self._kept[gradient][:, columns], 0.0)
+        return rest.div_(self._lost[gradient][:, None])
+
+
+def slabs(t: Tiles) -> Iterator[Range]:
+    """The rows of each slab."""
+    return blocks(0, t.count, t.plan.slab)
+
+
+def choose(t: Tiles, g: Tensor, logprob: Tensor, sums: Tensor, record: Record) -> Kept:
+    """The columns to keep.
+
+    Args:
+        g, logprob: [N], the gradient with respect to the log-probabilities, and these.
+        sums: [slabs, V], column sums.
+    """
+    weights = _slab_weights(t, g, logprob)
+    least = _thresholds(t, sums, weights, record)
+    kept = {
+        name: t.take(f"kept for {name}", *sums.shape, dtype=torch.bool)
+        for name in ("hidden", "head")
+    }
+    lost = {name: torch.empty_like(weights) for name in kept}
+    left_out = {name: torch.zeros_like(sums[0]) for name in kept}
+    of_head, of_hidden = [], []
+    for i, r in enumerate(slabs(t)):
+        importance = _importance(sums[i], weights[i])
+        targets = t.targets[slice(*r)]
+        targets = targets[(targets >= 0) & (targets < t.vocab)]
+        for name, threshold in least.items():
+            keep = torch.ge(importance, threshold, out=kept[name][i])
+            keep[targets] = True
+            left_out[name] += importance.square().masked_fill_(keep, 0.0)
+            lost[name][i] = sums[i].masked_fill(keep, 0.0).sum()
+        of_head.append(kept["head"][i].nonzero()[:, 0])
+        of_hidden.append((kept["hidden"][i] & ~kept["head"][i]).nonzero()[:, 0])
+    for sizes in lost.values():
+        sizes.clamp_(min=torch.finfo(sums.dtype).tiny)
+    return Kept(tuple(of_head), tuple(of_hidden), left_out, sums, kept, lost)
+
+
+def _slab_weights(t: Tiles, g: Tensor, logprob: Tensor) -> Tensor:
+    """[slabs], the largest |g s| of each, relative to the whole gradient."""
+    scaled = t.scaled(g).abs()
+    norm = (scaled * -torch.expm1(logprob)).norm()
+    missing = -t.count % t.plan.slab
+    largest = torch.nn.functional.pad(scaled, (0, missing)).view(-1, t.plan.slab).amax(1)
+    return torch.where(norm > 0, largest / norm, 0.0)
+
+
+def _importance(sums: Tensor, weight: Tensor) -> Tensor:
+    """[V]; what is no number counts as large, so that it is kept and seen."""
+    return (sums * weight).nan_to_num(2.0**_HIGHEST, 2.0**_HIGHEST)
+
+
+def _thresholds(t: Tiles, sums: Tensor, weights: Tensor, record: Record) -> dict[str, float]:
+    """The least importance that each gradient keeps: all below it add up to what it may leave out.
+
+    Of a gradient that is not wanted, what the other keeps.
+    """
+    energy = torch.zeros(_LEVELS, dtype=t.acc, device=sums.device)
+    for i in range(sums.shape[0]):
+        importance = _importance(sums[i], weights[i])
+        level = (importance.log2().clamp(min=_LOWEST) - _LOWEST).mul_(_PER_OCTAVE).long()
+        energy.index_add_(0, level.clamp_(max=_LEVELS - 1), importance.square_())
+    if t.shard is not None:
+        t.shard.add_up(energy)
+    reached = energy.cumsum(0)
+
+    def least(gradient: str) -> float:
+        below = int((reached <= record.allowed(gradient)).sum())
+        return 2.0 ** (_LOWEST + below / _PER_OCTAVE) if below else 0.0
+
+    if "hidden" not in t.call.needs:
+        return dict.fromkeys(("hidden", "head"), least("head"))
+    hidden = least("hidden")
+    if not t.call.needs & {"weight", "bias"}:
+        return {"hidden": hidden, "head": math.inf}
+    head = least("head")
+    return {"hidden": min(hidden, head), "head": head}
