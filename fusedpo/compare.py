@@ -215,7 +215,7 @@ def compare(batch: Batch, *, rounds: int = 9) -> Comparison:
         for name, (loss, hidden, weight) in results.items()
     }
     vocab, hidden_size = batch.head.weight.shape
-    budget = plan(1, 1, 1, budget=batch.memory_budget).budget
+    budget = plan(1, 1, 1, budget=batch.memory_budget, device=batch.hidden.device).budget
     return Comparison(
         ways=ways,
         pairs=len(batch.labels) // 2,

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from fusedpo.checks import bad_choice, bad_value
+from fusedpo.devices import Device
 from fusedpo.engine.cost import Backend, Needs
 from fusedpo.engine.plan import Plan, RouteName
 from fusedpo.engine.planner import plan
@@ -189,7 +190,7 @@ class Workload:
     pairs: int
     context: int = 0
     dtype: torch.dtype = torch.bfloat16
-    device: str = "cuda"
+    device: str | Device = "cuda"
     backend: Backend = "triton"
     frozen: bool = False
     budget: int = 2**28
@@ -253,11 +254,10 @@ class RouteCost:
 
 def routes(work: Workload) -> dict[RouteName, RouteCost]:
     """Every route that can serve the call, the cheapest first."""
-    found: dict[RouteName, RouteCost] = {}
     # the others cannot serve these needs, whatever they may hold
-    for route in (route for route in get_args(RouteName) if _plans(work, route, 2**60)):
-        needed = _least_budget(work, route)
-        found[route] = RouteCost(work.plan(budget=needed, route=route), needed)
+    serving = (route for route in get_args(RouteName) if _plans(work, route, 2**60))
+    needed = {route: _least_budget(work, route) for route in serving}
+    found = {name: RouteCost(work.plan(budget=b, route=name), b) for name, b in needed.items()}
     return dict(sorted(found.items(), key=lambda item: (item[1].plan.products, item[1].plan.bytes)))
 
 

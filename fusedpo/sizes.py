@@ -7,7 +7,10 @@ from numbers import Real
 
 from fusedpo.checks import bad_type, bad_value
 
+# of a CPU, and of a device whose memory is not known
 DEFAULT_BUDGET = 256 * 2**20
+# of a GPU: a share of its memory, up to what more of would rarely buy time
+_SHARE_OF_A_GPU, _MOST_ON_A_GPU = 3, 4 * 2**30
 
 _UNITS = {
     "": 1,
@@ -23,7 +26,25 @@ _UNITS = {
 }
 
 
-def parse_budget(budget: int | float | str | None, argument: str = "memory_budget") -> int:
+def default_budget(device: str, memory: int | None) -> int:
+    """Bytes that a call may hold if it is not told: 256 MiB on a CPU, or where the memory of a
+    device is not known; else 3 % of that, 4 GiB at most.
+
+    Args:
+        device: its type, as ``"cpu"`` or ``"cuda"``.
+        memory: bytes of all of its memory, or None.
+    """
+    if device == "cpu" or memory is None:
+        return DEFAULT_BUDGET
+    return min(_MOST_ON_A_GPU, memory * _SHARE_OF_A_GPU // 100)
+
+
+def parse_budget(
+    budget: int | float | str | None,
+    argument: str = "memory_budget",
+    *,
+    default: int = DEFAULT_BUDGET,
+) -> int:
     """Bytes from a number, a text such as ``"512MiB"`` or ``"1.5 GB"``, or None: the default.
 
     Units are B, KB to TB (powers of 1000) and KiB to TiB (of 1024), in any case.
@@ -35,7 +56,7 @@ def parse_budget(budget: int | float | str | None, argument: str = "memory_budge
         TypeError, ValueError: unless it is a positive, finite number of bytes.
     """
     if budget is None:
-        return DEFAULT_BUDGET
+        return default
     remedy = 'give bytes as a number, or a text such as "512MiB" or "2GB"'
     if isinstance(budget, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", budget)

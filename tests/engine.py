@@ -16,6 +16,7 @@ from torch import Tensor
 import fusedpo.engine.problem
 import fusedpo.engine.score
 from fusedpo import linear_token_stats, plan
+from fusedpo.devices import Device
 from fusedpo.engine.backend import _LEAST_TRITON, _triton_version
 from fusedpo.engine.batch import Batch
 from fusedpo.engine.plan import Plan
@@ -119,7 +120,7 @@ def scored(
 def as_on_a_gpu(m: Any) -> None:
     """Products take half-precision operands, and plans count with them, as nowhere on a CPU."""
     m.setattr(fusedpo.engine.batch, "operand_dtype", lambda dtype, device: dtype)
-    m.setattr(fusedpo.engine.problem, "_is_cpu", lambda device: False)
+    m.setattr(fusedpo.engine.problem, "as_device", lambda device: Device("cuda"))
 
 
 def replace_everywhere(m: Any, original: Any, other: Any) -> None:

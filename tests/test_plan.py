@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusedpo import Plan, linear_logprobs, plan
+from fusedpo import Plan, devices, linear_logprobs, plan
+from fusedpo.devices import Device
 from fusedpo.engine.plan import BudgetTooSmall
-from fusedpo.sizes import DEFAULT_BUDGET, format_bytes, parse_budget
+from fusedpo.sizes import DEFAULT_BUDGET, default_budget, format_bytes, parse_budget
 
 MIB = 2**20
 
@@ -185,6 +187,55 @@ def test_bytes_are_told_in_the_largest_unit_that_there_is_one_of() -> None:
 def test_the_default_budget_is_as_stated() -> None:
     assert DEFAULT_BUDGET == 256 * MIB == plan(8, 10, 4).budget
     assert format_bytes(DEFAULT_BUDGET) == "256 MiB"
+
+
+@pytest.mark.parametrize(
+    ("device", "memory", "budget"),
+    [
+        ("cpu", 2**40, 256 * MIB),
+        ("cuda", None, 256 * MIB),  # of one that is not here nothing is known
+        ("cuda", 8 * 10**9, 240 * 10**6),
+        ("cuda", 80 * 10**9, 24 * 10**8),
+        ("cuda", 141 * 10**9, 423 * 10**7),
+        ("cuda", 192 * 10**9, 4 * 2**30),
+    ],
+)
+def test_the_default_budget_is_a_share_of_a_gpu(device: str, memory: int, budget: int) -> None:
+    assert default_budget(device, memory) == budget
+    assert plan(8, 10, 4, device=Device(device, memory)).budget == budget
+    assert plan(8, 10, 4, device=Device(device, memory), budget=10**6).budget == 10**6
+
+
+def test_a_gpu_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def properties(index: int | None) -> SimpleNamespace:
+        asked.append(index)
+        return SimpleNamespace(total_memory=40 * 10**9, multi_processor_count=108)
+
+    devices._gpu.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    try:
+        for name in ("cuda:1", torch.device("cuda", 1), "cuda"):
+            assert devices.as_device(name) == Device("cuda", 40 * 10**9, 108)
+            assert plan(8, 10, 4, device=name).budget == 12 * 10**8
+        assert asked == [1, None]
+    finally:
+        devices._gpu.cache_clear()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError])
+def test_a_gpu_need_not_be_there(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def properties(index: int | None) -> None:
+        raise error("there is none")
+
+    devices._gpu.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    try:
+        assert devices.as_device("cuda:7") == Device("cuda")
+        assert plan(8, 10, 4, device="cuda").budget == DEFAULT_BUDGET
+    finally:
+        devices._gpu.cache_clear()
 
 
 @pytest.mark.parametrize("argument", ["dtype", "weight_dtype", "operand_dtype"])

@@ -57,6 +57,17 @@ def test_json_has_bytes(capsys) -> None:
     assert all(fit["fits"] > other for other in fit["peers"].values())
 
 
+def test_the_default_budget_goes_by_the_device(capsys) -> None:
+    model = "--model llama-3.1-8b --tokens 4096"
+    assert answer(f"{model} --device cpu", capsys)["budget"] == 2**28
+    assert answer(f"{model} --device-memory 80GB", capsys)["budget"] == 24 * 10**8
+    assert answer(f"{model} --device-memory 80GB --budget 1GiB", capsys)["budget"] == 2**30
+    assert run(f"{model} --device-memory 192GB") == 0
+    assert "with a budget of 4 GiB" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"^--device-memory: expected a GPU, got cpu"):
+        run(f"{model} --device cpu --device-memory 80GB")
+
+
 def test_a_prompt_costs_full_logits_only(capsys) -> None:
     """But for the gradient of its hidden states, which is an output."""
     bare, prompted = (

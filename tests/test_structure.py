@@ -27,6 +27,7 @@ LAYERS = (
     ("kernels",),
     ("checks", "labels", "tables"),
     ("sizes",),
+    ("devices",),
     ("distributed",),
     ("vocab_shards",),
     ("head",),

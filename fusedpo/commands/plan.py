@@ -12,9 +12,10 @@ import torch
 
 from fusedpo import footprint, losses, tables
 from fusedpo.checks import bad_value
+from fusedpo.devices import Device, as_device
 from fusedpo.engine.cost import Backend
 from fusedpo.footprint import ModelShape, Workload
-from fusedpo.sizes import format_bytes, format_products, parse_budget
+from fusedpo.sizes import DEFAULT_BUDGET, format_bytes, format_products, parse_budget
 
 SUMMARY = "say what a loss would hold, by which route, and what would fit a device"
 DESCRIPTION = (
@@ -32,6 +33,9 @@ examples:
   your own model, or only the shape of its head, on the CPU in float32:
     fusedpo plan --model ./my-model --tokens 2048 --context 6144
     fusedpo plan --hidden 512 --vocab 50257 --tokens 256 --device cpu --dtype float32
+
+  with what a call takes on another GPU if it is given no budget:
+    fusedpo plan --model llama-3.1-8b --tokens 8192 --device-memory 80GB
 
   numbers for a script, all in bytes:
     fusedpo plan --model gemma-2-2b --tokens 8192 --loss orpo --json
@@ -72,9 +76,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number(batch, "--pairs", 1, "of two responses")
     number(batch, "--context", 0, "tokens of the prompt before each response, not scored")
     machine = parser.add_argument_group("memory and precision")
-    machine.add_argument("--budget", metavar="SIZE", help="of the head, as 1GiB (default: 256MiB)")
+    machine.add_argument(
+        "--budget",
+        metavar="SIZE",
+        help="of the head, as 1GiB (default: 3 %% of the GPU's memory, 4GiB at most; 256MiB on the "
+        "CPU, or where that is not known)",
+    )
     choice(machine, "--dtype", ("bfloat16", "float16", "float32", "float64"), "bfloat16")
     choice(machine, "--device", ("cuda", "cpu"), "cuda")
+    machine.add_argument(
+        "--device-memory",
+        metavar="SIZE",
+        help="of the GPU, as 80GB (default: that of the one here)",
+    )
     machine.add_argument("--backend", choices=get_args(Backend), help="default: by the device")
     fit = parser.add_argument_group("what fits")
     fit.add_argument(
@@ -115,9 +129,9 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _size(option: str, text: str | None) -> int:
+def _size(option: str, text: str | None, default: int = DEFAULT_BUDGET) -> int:
     try:
-        return parse_budget(text)
+        return parse_budget(text, default=default)
     except ValueError as error:  # it has the name of the library's argument
         raise ValueError(str(error).replace("memory_budget", option, 1)) from None
 
@@ -130,7 +144,7 @@ def _workload(given: argparse.Namespace) -> Workload:
             raise bad_value(f"--{option}", f"a whole number of at least {least}", str(value))
         if value is not None and value > most:
             raise bad_value(f"--{option}", f"a whole number of at most {most}", str(value))
-    budget, loss = _size("--budget", given.budget), losses.get(given.loss)
+    loss, device = losses.get(given.loss), _device(given)
     by_torch = given.device == "cpu" or given.dtype == "float64"
     backend: Backend = given.backend or ("torch" if by_torch else "triton")
     if backend == "triton" and by_torch:
@@ -144,12 +158,22 @@ def _workload(given: argparse.Namespace) -> Workload:
     return Workload(
         footprint.read_model(given.model) if given.model else ModelShape(*head),
         loss,
-        **{name: getattr(given, name) for name in ("tokens", "pairs", "context", "device")},
+        **{name: getattr(given, name) for name in ("tokens", "pairs", "context")},
+        device=device,
         dtype=getattr(torch, given.dtype),
         backend=backend,
         frozen=given.frozen,
-        budget=budget,
+        budget=_size("--budget", given.budget, device.budget),
     )
+
+
+def _device(given: argparse.Namespace) -> Device:
+    device = as_device(given.device)
+    if given.device_memory is None:
+        return device
+    if device.type == "cpu":
+        raise bad_value("--device-memory", "a GPU", "cpu")
+    return replace(device, memory=_size("--device-memory", given.device_memory))
 
 
 def _found(work: Workload) -> dict[str, Any]:
@@ -190,7 +214,7 @@ def _print(given: argparse.Namespace, work: Workload, found: dict[str, Any]) -> 
     print(
         f"{given.loss} on {given.model or 'a head'} (V {work.shape.vocab}, H {work.shape.hidden}): "
         f"{work.scored} scored tokens, {work.responses} responses of {work.tokens} after "
-        f"{work.context} of prompt; {given.dtype}, {work.device}, {work.backend}"
+        f"{work.context} of prompt; {given.dtype}, {given.device}, {work.backend}"
         + ", frozen"
         * work.frozen
     )

@@ -241,7 +241,8 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--memory-budget",
         metavar="SIZE",
-        help="what the head may hold at a time, such as 512MiB (default: 256MiB)",
+        help="what the head may hold at a time, such as 512MiB (default: 256MiB; on a GPU 3 %% of "
+        "its memory, 4GiB at most)",
     )
     group.add_argument(
         "--dtype",

@@ -45,7 +45,7 @@ class _Arguments(NamedTuple):
     row_scale: Tensor | None
     scale: float
     softcap: float | None
-    budget: int
+    budget: int | None
     backend: str
     operand: torch.dtype
 
@@ -112,7 +112,7 @@ _OPTIONS: dict[str, Any] = {"tags": (_UNSAFE,)} if _HAS_TAGS and _UNSAFE is not 
 # said rather than inferred from annotations, which older versions of torch do not all know
 _PROBLEM = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor scored, Tensor? row_scale, "
-    "float scale, float? softcap, int budget, str backend, ScalarType operand"
+    "float scale, float? softcap, int? budget, str backend, ScalarType operand"
 )
 
 
@@ -129,7 +129,7 @@ def token_stats(*arguments: Any) -> list[Tensor]:
         hidden: [..., H]; weight: [V, H]; bias: [V] or None.
         labels: [P] int64; scored: [P] bool.
         row_scale: [P] or None; then ``scale``. What the logits are multiplied with after softcap.
-        budget: bytes. backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        budget: bytes, or None: by the device. backend: ``"auto"``, ``"torch"`` or ``"triton"``.
         operand: dtype of the products' operands.
         needs: which gradients the backward will be asked for.
         stats: names with commas between them.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fusedpo.checks import bad_choice, bad_value
+from fusedpo.devices import Device, as_device
 from fusedpo.engine.cost import Backend, Buffers, Cost, Needs, Problem
 from fusedpo.engine.plan import BudgetTooSmall, Plan, RouteName
 from fusedpo.engine.problem import Options, problem_of
@@ -53,7 +54,7 @@ def plan(
     softcap: bool = False,
     gathered: bool = True,
     reordered: bool = False,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | Device = "cpu",
     backend: Backend = "torch",
     route: RouteName | None = None,
     fused: bool | None = None,
@@ -69,9 +70,10 @@ def plan(
         dtype: dtype of hidden states and weight.
         weight_dtype: dtype of the weight, if it is another, as under autocast.
         operand_dtype: autocast's dtype, under autocast.
-        budget: bytes, or a text such as ``"512MiB"`` or ``"2GB"`` (B, KB to TB, KiB to TiB); 256
-            MiB if not given. It covers everything the engine holds beyond its outputs: the
-            gradients and the per-token statistics.
+        budget: bytes, or a text such as ``"512MiB"`` or ``"2GB"`` (B, KB to TB, KiB to TiB). If
+            not given, 3 % of the memory of a GPU, 4 GiB at most; 256 MiB on a CPU, or where
+            ``device`` does not say how much memory there is. It covers everything the engine holds
+            beyond its outputs: the gradients and the per-token statistics.
         needs: which gradients are wanted, of ``"hidden"``, ``"weight"``, ``"bias"``; empty for
             evaluation.
         scope: within what a token's gradient is known up to one factor: ``"token"``,
@@ -88,7 +90,8 @@ def plan(
         gathered: whether some positions are ignored, so that rows have to be gathered.
         reordered: whether ``one_pass`` has to put them into another order, as it does with the rows
             of several pairs.
-        device: where it will run; ``"cpu"`` or any other.
+        device: where it will run: a name, as ``"cpu"`` or ``"cuda"``, of a device that need not be
+            there (if it is, its memory is looked up), or a ``fusedpo.devices.Device``.
         backend: ``"torch"`` or ``"triton"``; kernels need fewer temporaries.
         route: take this route rather than the cheapest one.
         shards: ranks that share the vocabulary; ``vocab`` is then that of the largest slice.
@@ -115,7 +118,8 @@ def plan(
             or ``fused`` is True where no kernel can be (a gradient is wanted, the backend is
             ``"torch"``, dtypes are float64 or differ in size).
     """
-    allowed = parse_budget(budget, "budget")
+    place = as_device(device)
+    allowed = parse_budget(budget, "budget", default=place.budget)
     p = problem_of(
         tokens,
         vocab,
@@ -132,7 +136,7 @@ def plan(
         softcap=softcap,
         gathered=gathered,
         reordered=reordered,
-        device=device,
+        device=place,
         backend=backend,
         shards=shards,
         gradient_tolerance=gradient_tolerance,

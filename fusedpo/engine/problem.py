@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, TypedDict, get_args
+from typing import TYPE_CHECKING, TypedDict, get_args
 
 import torch
 
 from fusedpo.checks import FLOATS, bad_choice, bad_type, bad_value
+from fusedpo.devices import Device, as_device
 from fusedpo.engine.cost import Backend, Needs, Problem
 from fusedpo.engine.precision import accumulated_dtype
 from fusedpo.engine.structure import GradientStructure, Scope
@@ -33,7 +34,7 @@ class Options(TypedDict, total=False):
     softcap: bool
     gathered: bool
     reordered: bool
-    device: str | torch.device
+    device: str | torch.device | Device
     backend: Backend
     shards: int
     gradient_tolerance: float
@@ -68,7 +69,7 @@ def problem_of(tokens: int, vocab: int, hidden: int, **options: Unpack[Options])
     if backend not in get_args(Backend):
         raise bad_choice("backend", backend, get_args(Backend))
     groups, borders = _groups(options.get("groups", 1), tokens)
-    on_cpu = _is_cpu(options.get("device", "cpu"))
+    on_cpu = as_device(options.get("device", "cpu")).type == "cpu"
     acc, entropy = accumulated_dtype(dtype), options.get("entropy", False)
     operand = acc if on_cpu else operand_dtype
     return Problem(
@@ -135,12 +136,3 @@ def _groups(groups: object, tokens: int) -> tuple[int, frozenset[int] | None]:
         expected = f"a number, or numbers of tokens that sum to {tokens}"
         raise bad_value("groups", expected, f"numbers that sum to {sum(groups)}")
     return max(1, len(groups)), frozenset(accumulate(groups, initial=0))
-
-
-def _is_cpu(device: Any) -> bool:
-    try:
-        return torch.device(device).type == "cpu"
-    except (RuntimeError, TypeError):
-        raise bad_value(
-            "device", 'the name of a device, as "cpu" or "cuda"', repr(device)
-        ) from None

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fusedpo import checks
+from fusedpo.devices import as_device
 from fusedpo.engine.autograd import Engine
 from fusedpo.engine.batch import Batch
 from fusedpo.engine.compiled import token_stats
@@ -80,9 +81,10 @@ def plan_for(
         tiled = replan(like, "forward", *sizes, **options)
         if tiled is not None and tiled.bytes <= like.budget:
             return tiled
+    budget = parse_budget(memory_budget, default=as_device(batch.device).budget)
     record = record_of(batch.tolerance, batch.device.type, *sizes[1:])
     options["kept_share"] = record.expected_share()
-    chosen = plan(*sizes, budget=parse_budget(memory_budget), **options, fused=fused)
+    chosen = plan(*sizes, budget=budget, **options, fused=fused)
     if options["needs"] and chosen.route != "compact":
         record.skip()
     return chosen
@@ -219,7 +221,7 @@ def score_in_graph(
         row_scale,
         scale,
         head.softcap,
-        parse_budget(memory_budget),
+        None if memory_budget is None else parse_budget(memory_budget),
         batch.backend,
         batch.operand,
         ",".join(batch.needs),

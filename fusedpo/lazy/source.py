@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fusedpo import checks
+from fusedpo.devices import as_device
 from fusedpo.engine.precision import accumulated_dtype
 from fusedpo.engine.rows import blocks
 from fusedpo.engine.stats import TokenStats
@@ -167,7 +168,8 @@ class Source:
 
     def chunks(self, rows: Tensor) -> Iterator[tuple[int, int]]:
         """Ranges of rows [n] whose logits fit the budget."""
-        budget = parse_budget(self.options.memory_budget)
+        default = as_device(self.device).budget
+        budget = parse_budget(self.options.memory_budget, default=default)
         step = max(1, budget // (_WIDE_TENSORS * self.vocab * 4))
         return blocks(0, rows.shape[0], step)
 

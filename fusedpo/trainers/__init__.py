@@ -26,7 +26,7 @@ def patch(
     program with trainers of its own, if one is imported, it says how they are reached.
 
     Args:
-        memory_budget: what the head may hold at a time, in bytes or as "512MiB"; None: 256MiB.
+        memory_budget: what the head may hold at a time, as of ``linear_logprobs``.
         backend: "auto", "torch" or "triton".
         quiet: print nothing. Warnings are given all the same.
 

@@ -23,7 +23,7 @@ class FusedArguments(BaseModel):
     """What the YAML may say besides.
 
     Attributes:
-        fusedpo_memory_budget: what the head may hold at a time, as "512MiB"; None: 256MiB.
+        fusedpo_memory_budget: what the head may hold at a time, as of ``linear_logprobs``.
         fusedpo_backend: "auto", "torch" or "triton".
     """
 

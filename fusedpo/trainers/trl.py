@@ -163,7 +163,7 @@ def patch(
     replaced here warns, once, on the main process.
 
     Args:
-        memory_budget: what the head may hold at a time, in bytes or as "512MiB"; None: 256MiB.
+        memory_budget: what the head may hold at a time, as of ``linear_logprobs``.
         backend: "auto", "torch" or "triton".
         quiet: print nothing. Warnings are given all the same.
 

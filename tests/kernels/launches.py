@@ -22,6 +22,7 @@ import fusedpo.engine.backend
 import fusedpo.engine.problem
 import fusedpo.engine.score
 from fusedpo import linear_logprobs, linear_token_stats, losses, plan, preference_loss
+from fusedpo.devices import Device
 from fusedpo.engine.stats import STATS
 from tools.targets import target_named
 
@@ -103,7 +104,7 @@ def main() -> None:
     # neither a GPU nor the interpreter: say that there is one, and take products as it would
     fusedpo.engine.backend._obstacle = lambda *tensors: None
     fusedpo.engine.batch.operand_dtype = lambda dtype, device: dtype
-    fusedpo.engine.problem._is_cpu = lambda device: False
+    fusedpo.engine.problem.as_device = lambda device: Device("cuda")
     torch.set_num_threads(1)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for vocab in (1000, 1024):
