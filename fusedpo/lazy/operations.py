@@ -193,7 +193,12 @@ def _on_real(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _report(name: str, lazy: LazyTensor) -> None:
-    """Say once for each place in the caller's code that logits are made."""
+    """Say once for each place in the caller's code that logits are made.
+
+    Raises:
+        RuntimeError: where they cannot be made, as the weight is gone.
+    """
+    lazy.recipe.source.tensors(grad=False)
     unknown = lazy.recipe.source.options.unknown
     frame = sys._getframe(1)
     torch_folder = str(Path(torch.__file__).resolve().parent)

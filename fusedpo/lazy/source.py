@@ -126,8 +126,9 @@ class Source:
                         "model",
                         "a head whose weight is whole after its forward, for lazy logits",
                         "one that its wrapper (FSDP, ZeRO-3) has freed",
-                        "keep the head in the root unit with reshard_after_forward=False, or use "
-                        "add_fused_head, which scores within the head's own call",
+                        "keep the head in the root unit with reshard_after_forward=False (FSDP), "
+                        "or score within the head's own call: add_fused_head, and "
+                        "fusedpo.lazy.at_head.with_lazy_logits",
                     )
                 )
             )

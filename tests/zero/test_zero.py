@@ -60,4 +60,14 @@ def test_the_weight_is_gone_outside_of_the_heads_call(results: list[dict[str, An
     for found in results:
         assert "size mismatch" in str(found["outside"])
         assert "self.vocab, self.width = weight.shape" in str(found["uncarried"])
-        assert "needs the real logits" in str(found["lazy"])
+
+
+@pytest.mark.parametrize("case", zero_runs.REFUSED_CASES)
+def test_lazy_logits_after_the_forward_are_refused(
+    results: list[dict[str, Any]], case: str
+) -> None:
+    """By name, and with what to call in their place, whose gradients are right above."""
+    for found in results:
+        error = str(found[f"refused: {case}"]).strip().splitlines()[-1]
+        assert error.startswith("RuntimeError: model: expected a head whose weight is whole after")
+        assert "ZeRO-3" in error and "fusedpo.lazy.at_head.with_lazy_logits" in error
