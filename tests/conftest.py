@@ -21,8 +21,11 @@ if os.environ.get("FUSEDPO_TEST_DEVICE") != "cuda":
 
 import engine
 import tiers
+from repository import ROOT
 from summary import note, pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401
 
+from fusedpo.benchmarks import states
+from fusedpo.benchmarks.states import States
 from fusedpo.engine.workspace import Workspace
 
 # FUSEDPO_TEST_EXAMPLES=8: fewer, where every new shape is compiled (benchmarks/gpu.sh)
@@ -125,6 +128,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(torch.Tensor, name, spy)
     return found
+
+
+@pytest.fixture(scope="session")
+def smollm2_states() -> States:
+    """A real language model's, which nobody may write to; without its packages an error."""
+    return states.smollm2(ROOT / "build" / "states", ROOT)
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -211,6 +211,15 @@ TABLE = (
         none=("test_a_long_reference_that_equals_its_policy_leaves_nothing",),
     ),
     Slow(
+        "test_states.py",
+        "samples from a language model, trains a small one, and has a head of 262,144 columns",
+        none=(
+            "test_a_real_model_is_as_certain_as_it_is",
+            "test_a_larger_vocabulary_is_as_empty_as_that_of_gemma",
+            "test_the_toy_is_peaked_as_a_trained_model_is",
+        ),
+    ),
+    Slow(
         "test_training_benchmark.py",
         "whole training steps of every program",
         first=("test_programs_are_what_they_are_called",),
