@@ -29,7 +29,7 @@ def needs(loss: losses.Loss) -> str:
 
 def products(loss: losses.Loss) -> str:
     """Head products, forward and backward, if the budget has room for their accumulators."""
-    return "3 or 4" if loss.gradient_structure.scope == "batch" else "3"
+    return "3 to 4" if loss.gradient_structure.scope == "batch" else "3"
 
 
 def paper(cls: type[losses.Loss]) -> str:

@@ -133,7 +133,7 @@ def linear_token_stats(
     Args:
         stats: which, of ``"logprob"``, ``"entropy"`` (both differentiable), ``"logsumexp"``,
             ``"mean_logit"``, ``"log_sum_sq_probs"`` and ``"top1"``. Beside a trained head the
-            log-probability takes 3 or 4 products. With a differentiable ``"entropy"`` it takes 4,
+            log-probability takes 3 to 4 products. With a differentiable ``"entropy"`` it takes 4,
             as ``recompute`` is then the only route; a backward through the entropy takes 5, or 6
             where the hidden gradient does not fit in full precision. Beside a frozen head it is 2
             without and 4 with a backward through the entropy. Under ``torch.no_grad`` it is 1.

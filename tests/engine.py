@@ -25,7 +25,7 @@ from fusedpo.engine.score import plan_for, score
 from fusedpo.engine.stats import TokenStats
 from fusedpo.head import Head
 
-ROUTES = ("forward", "frozen", "retain", "recompute", "one_pass")
+ROUTES = ("forward", "frozen", "retain", "hybrid", "recompute", "one_pass")
 # whether there is a Triton that can run the kernels, if only in its interpreter
 KERNELS = (_triton_version() or (0, 0)) >= _LEAST_TRITON
 
@@ -86,13 +86,15 @@ def plan_of(
 def routes_for(case: Case) -> list[str]:
     if case.needs == ("hidden",):
         return ["forward", "frozen"]
-    routes = ["forward", "retain", "recompute"]
+    routes = ["forward", "retain", "hybrid", "recompute"]
     return [*routes, "one_pass"] if "weight" in case.needs else routes
 
 
 def with_tile(chosen: Plan, rows: int, cols: int) -> Plan:
     """The plan with another tile, and a backward that is cut otherwise than the forward."""
     back = {"back_rows": 2 * rows, "back_cols": -(-cols // 2), "slab": 2 * rows}
+    if chosen.route == "hybrid":  # of about half of the rows
+        back["kept"] = min(chosen.tokens, rows * max(1, chosen.tokens // (2 * rows)))
     return dataclasses.replace(chosen, rows=rows, cols=cols, **back)
 
 

@@ -28,7 +28,7 @@ from fusedpo import (
     preference_loss,
 )
 
-GRADIENT_ROUTES = ("frozen", "retain", "recompute", "one_pass")
+GRADIENT_ROUTES = ("frozen", "retain", "hybrid", "recompute", "one_pass")
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +103,7 @@ def test_a_backward_through_the_logprob_follows_one_through_the_entropy() -> Non
 
 @pytest.mark.holds(6)
 @pytest.mark.fault(43)
-@pytest.mark.parametrize("route", ["frozen", "recompute", "retain"])
+@pytest.mark.parametrize("route", ["frozen", "recompute", "retain", "hybrid"])
 def test_a_second_backward_takes_another_upstream_gradient(route: str, backend: str) -> None:
     hidden, weight, labels = small()
     weight.requires_grad_(route != "frozen")
@@ -127,7 +127,7 @@ def test_a_second_backward_takes_another_upstream_gradient(route: str, backend: 
 
 @pytest.mark.holds(6)
 @pytest.mark.fault(43)
-@pytest.mark.parametrize("route", ["recompute", "retain", "one_pass"])
+@pytest.mark.parametrize("route", ["recompute", "retain", "hybrid", "one_pass"])
 def test_a_second_backward_of_a_loss_takes_another_factor(route: str, backend: str) -> None:
     hidden, weight, labels = small()
     count = int((labels >= 0).sum())
@@ -320,7 +320,7 @@ def test_gradients_are_linear_in_the_upstream_gradient(
     factor: float, seed: int, backend: str
 ) -> None:
     case = generate(seed, dtype=torch.float64)
-    for route in ("recompute", "retain", "one_pass"):
+    for route in ("recompute", "retain", "hybrid", "one_pass"):
         case.needs = ("hidden", "weight")
         case.bias = None
         chosen = plan_of(case, route, 16, 64)

@@ -1249,7 +1249,7 @@ def test_plan_refuses(given, error, message):
 # a NaN is data, not an error
 
 
-ROUTES = ("frozen", "retain", "recompute")
+ROUTES = ("frozen", "retain", "hybrid", "recompute")
 
 
 def gradients(hidden: Tensor, weight: Tensor, route: str) -> tuple[Tensor, Tensor]:

@@ -609,7 +609,7 @@ def test_a_batch_of_nothing(shape: tuple[int, int], loss: losses.PolicyLoss, bac
 
 
 @pytest.mark.fault(19)
-@pytest.mark.parametrize("route", ["recompute", "retain", "one_pass"])
+@pytest.mark.parametrize("route", ["recompute", "retain", "hybrid", "one_pass"])
 def test_responses_of_no_token_by_every_route(route: str, backend: str) -> None:
     """No tile is made, and no gradient is what was in memory before."""
     hidden, weight, labels = data()
@@ -802,7 +802,7 @@ def errors(case: Case, route: str, backend: str) -> dict[str, float]:
 
 @pytest.mark.fault(65)
 @pytest.mark.parametrize("scale", [1.0, 4e-4, 2.4e-5, 1e-6])
-@pytest.mark.parametrize("route", ["frozen", "recompute", "retain"])
+@pytest.mark.parametrize("route", ["frozen", "recompute", "retain", "hybrid"])
 def test_a_gradient_smaller_than_the_least_of_fp16(
     route: str, scale: float, backend: str, monkeypatch
 ) -> None:

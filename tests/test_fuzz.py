@@ -225,7 +225,7 @@ def routes(case: Case, scope: str | None) -> list[str]:
     if needs == {"hidden"}:
         return ["frozen"]
     early = "weight" in needs and scope not in (None, "batch")
-    return ["recompute", "retain", *(["one_pass"] * early)]
+    return ["recompute", "retain", "hybrid", *(["one_pass"] * early)]
 
 
 Answer = tuple[Tensor, Tensor, Tensor | None]  # total, log-probabilities, entropies

@@ -215,7 +215,7 @@ def test_a_confident_token_keeps_its_digits(margin: float, backend: str) -> None
 
 
 @pytest.mark.holds(2, 3)
-@pytest.mark.parametrize("route", ["frozen", "recompute", "retain"])
+@pytest.mark.parametrize("route", ["frozen", "recompute", "retain", "hybrid"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_confident_token_has_a_gradient_in_half_precision(
     route: str, dtype: torch.dtype, backend: str
@@ -254,7 +254,7 @@ def test_the_tile_does_not_change_the_answer(seed: int, rows: int, cols: int) ->
 @pytest.mark.holds(7)
 @pytest.mark.interpreted(every=3, each="route")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("route", ["frozen", "recompute", "retain", "one_pass"])
+@pytest.mark.parametrize("route", ["frozen", "recompute", "retain", "hybrid", "one_pass"])
 def test_the_error_does_not_grow_with_the_number_of_tiles(
     dtype: torch.dtype, route: str, backend: str
 ) -> None:
@@ -281,7 +281,7 @@ def test_the_error_does_not_grow_with_the_number_of_tiles(
         assert error <= max(1.1 * errors[1][name], floor), (name, errors)
 
 
-@pytest.mark.parametrize("route", ["frozen", "recompute", "retain", "one_pass"])
+@pytest.mark.parametrize("route", ["frozen", "recompute", "retain", "hybrid", "one_pass"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_routes_agree_on_the_log_probability_to_the_last_bit(
     route: str, dtype: torch.dtype, backend: str
@@ -295,7 +295,7 @@ def test_all_routes_agree_on_the_log_probability_to_the_last_bit(
 @pytest.mark.holds(10)
 @pytest.mark.fault(23)
 @pytest.mark.parametrize("kind", ["nan", "inf", "huge"])
-@pytest.mark.parametrize("route", ["frozen", "recompute", "retain", "one_pass"])
+@pytest.mark.parametrize("route", ["frozen", "recompute", "retain", "hybrid", "one_pass"])
 def test_what_stands_in_ignored_rows_does_not_matter(kind: str, route: str, backend: str) -> None:
     """Bit for bit, and their gradient is exactly 0."""
     g = torch.Generator().manual_seed(2)
@@ -341,7 +341,7 @@ def test_a_banned_token_has_probability_zero(backend: str) -> None:
     bias[[0, 1, 2, 5]] = -torch.inf
     labels = torch.tensor([3, 4, 6, 7, 8, 5])
     upstream = torch.tensor([1.0, -1, 2, 1, 0.5, 0])
-    for route in ("retain", "recompute", "frozen", "one_pass"):
+    for route in ("retain", "recompute", "hybrid", "frozen", "one_pass"):
         needs = ("hidden",) if route == "frozen" else ("hidden", "weight", "bias")
         case = Case("banned", hidden, weight, labels, upstream, bias=bias, needs=needs)
         result = run(case, plan_of(case, route, 4, 3), starts=[0, 2, 5, 6])

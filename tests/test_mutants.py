@@ -35,7 +35,7 @@ from fusedpo.kernels.tile_operations import tile_operations
 from fusedpo.vocab_shards import VocabShard
 
 Patch = pytest.MonkeyPatch
-ROUTES = ("recompute", "retain", "one_pass")
+ROUTES = ("recompute", "retain", "hybrid", "one_pass")
 FULL = (torch.float64, torch.float32)
 BACKENDS = ("torch", "triton")
 

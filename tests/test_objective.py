@@ -128,7 +128,7 @@ def check(loss: PreferenceLoss, data: dict, factor: float = 1.0, **options) -> N
 @every_loss
 @pytest.mark.parametrize("pairs", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("route", ["recompute", "retain", "one_pass"])
+@pytest.mark.parametrize("route", ["recompute", "retain", "hybrid", "one_pass"])
 def test_equals_the_naive_program(
     loss: PreferenceLoss, pairs: int, dtype: torch.dtype, route: str
 ) -> None:
@@ -550,7 +550,7 @@ def test_logprobs_are_those_of_linear_logprobs() -> None:
 
 
 @pytest.mark.holds(36)
-@pytest.mark.parametrize("route", ["recompute", "retain", "one_pass"])
+@pytest.mark.parametrize("route", ["recompute", "retain", "hybrid", "one_pass"])
 def test_head_options_reach_the_loss(route: str) -> None:
     """No option of the head is dead, in the policy or in the reference."""
     data = batch(7, 2)
@@ -616,7 +616,7 @@ def test_a_new_loss_needs_nothing_but_its_formula() -> None:
     mean = (log_p * (args[2] >= 0)).sum(-1) / (args[2] >= 0).sum(-1)
     truth = (pair_weight * torch.exp(mean[3:] - mean[:3])).mean()
     exact = torch.autograd.grad(truth, (h, w))
-    for route in ("recompute", "retain", "one_pass"):
+    for route in ("recompute", "retain", "hybrid", "one_pass"):
         count = int((args[2] >= 0).sum())
         chosen = plan(count, VOCAB, WIDTH, scope="pair", groups=3, route=route)
         chosen = with_tile(chosen, 7, 16)
@@ -666,7 +666,7 @@ def test_a_long_response_gives_the_same_gradient_on_every_route(loss: Preference
     data = batch(3, 2, length=60, dtype=torch.float64, roles=len(loss.roles))
     count = int((data["labels"] >= 0).sum())
     found = []
-    for route in ("recompute", "retain", "one_pass"):
+    for route in ("recompute", "retain", "hybrid", "one_pass"):
         structure = loss.gradient_structure
         if route == "one_pass" and structure.scope == "batch":
             continue

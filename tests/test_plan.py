@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pickle
 from types import SimpleNamespace
@@ -36,11 +37,12 @@ def test_a_frozen_head_takes_two_products() -> None:
         ("1GiB", None, 1, "retain", 3),
         ("256MiB", "pair", 1, "one_pass", 3),
         ("16MiB", "pair", 1, "recompute", 4),
-        ("256MiB", "batch", 1, "recompute", 4),
+        ("32MiB", "batch", 1, "recompute", 4),
+        ("256MiB", "batch", 1, "hybrid", 3.75),
     ],
 )
 def test_a_trainable_head_takes_the_fewest_products_that_fit(
-    budget: str, scope: str | None, groups: int, route: str, products: int
+    budget: str, scope: str | None, groups: int, route: str, products: float
 ) -> None:
     chosen = plan(4096, 50_000, 512, budget=budget, scope=scope, groups=groups, gathered=False)
     assert (chosen.route, chosen.products) == (route, products)
@@ -113,6 +115,79 @@ def test_a_plan_keeps_its_budget_or_names_the_least_that_would_do(
     assert chosen.bytes <= budget
     assert 1 <= chosen.rows <= max(1, tokens) and 1 <= chosen.cols <= vocab
     assert chosen.products <= make(2**50).products + 2
+
+
+@given(
+    tokens=st.integers(1, 20_000),
+    vocab=st.integers(1, 200_000),
+    hidden=st.integers(1, 4096),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    weight=st.sampled_from([torch.float32, torch.bfloat16]),
+    softcap=st.booleans(),
+    gathered=st.booleans(),
+    place=st.sampled_from(["cpu", "cuda"]),
+    backend=st.sampled_from(["torch", "triton"]),
+    shards=st.sampled_from([1, 1, 2]),
+    budgets=st.lists(st.floats(16, 34), min_size=2, max_size=6),
+)
+def test_products_never_rise_with_the_budget(
+    tokens, vocab, hidden, dtype, weight, softcap, gathered, place, backend, shards, budgets
+) -> None:
+    """Of a loss of which nothing is known early: all of J, a part of it, or none is retained."""
+    found = []
+    for bits in sorted(budgets):
+        with contextlib.suppress(BudgetTooSmall):
+            chosen = plan(
+                tokens,
+                vocab,
+                hidden,
+                dtype=dtype,
+                weight_dtype=weight,
+                softcap=softcap,
+                gathered=gathered,
+                device=place,
+                backend=backend,
+                shards=shards,
+                budget=2**bits,
+            )
+            found.append(chosen)
+            assert chosen.bytes <= chosen.budget
+            part = chosen.kept / tokens if chosen.route == "hybrid" else chosen.route == "retain"
+            assert chosen.products == 4 - part
+            assert not chosen.kept % chosen.rows or chosen.kept == tokens
+    products = [chosen.products for chosen in found]
+    assert products == sorted(products, reverse=True), list(map(str, found))
+
+
+def test_a_hybrid_retains_as_many_rows_as_fit() -> None:
+    """Each row of J that is retained saves its part of a product, block by block."""
+    few, more = (
+        plan(8192, 50_000, 512, gathered=False, budget=size) for size in ("256MiB", "1GiB")
+    )
+    assert few.route == more.route == "hybrid" and few.rows == 512
+    assert (few.kept, more.kept) == (1024, 5120)
+    assert (few.products, more.products) == (3.875, 3.375)
+    assert more.bytes + 512 * 50_000 * 4 > more.budget
+    assert str(more).startswith("hybrid: 3.38 products of 8192 x 50000 x 512, tile 512 x 4096, ")
+    whole = plan(8192, 50_000, 512, gathered=False, budget="2GiB")
+    assert (whole.route, whole.kept, whole.products) == ("retain", 0, 3)
+
+
+def test_nothing_is_retained_where_a_larger_tile_is_worth_more() -> None:
+    for budget in ("1MiB", "4MiB", "8MiB"):
+        chosen = plan(8192, 50_000, 512, budget=budget)
+        assert chosen.route == "recompute" and chosen.rows * chosen.cols < 512 * 4096
+
+
+def test_a_hybrid_costs_no_precision() -> None:
+    """More rows would fit if the hidden gradient, which waits for the backward, were rounded."""
+    routes = []
+    for budget in ("192MiB", "256MiB", "512MiB", "2GiB", "3GiB"):
+        options = {"dtype": torch.bfloat16, "device": "cuda", "backend": "triton", "budget": budget}
+        chosen = plan(8192, 128_256, 4096, **options)
+        assert chosen.wide or (chosen.route, budget) == ("recompute", "192MiB")
+        routes.append(chosen.route)
+    assert routes == ["recompute", "recompute", "hybrid", "hybrid", "retain"]
 
 
 @given(small=st.integers(2**20, 2**28), factor=st.integers(1, 64))

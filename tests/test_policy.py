@@ -148,7 +148,7 @@ def check(loss: PolicyLoss, data: dict, factor: float = 1.0, **options) -> None:
 @pytest.mark.interpreted(every=3, each="loss")
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("route", ["recompute", "retain", "one_pass"])
+@pytest.mark.parametrize("route", ["recompute", "retain", "hybrid", "one_pass"])
 def test_equals_the_naive_program(loss: PolicyLoss, dtype: torch.dtype, route: str) -> None:
     # a gradient through the entropy is formed in recompute
     by_entropy = loss.entropy_bonus and route != "recompute"

@@ -181,6 +181,7 @@ def routes_of(loss: Loss) -> list[str]:
     return [
         "recompute",
         "retain",
+        "hybrid",
         *([] if loss.gradient_structure.scope == "batch" else ["one_pass"]),
     ]
 
@@ -213,7 +214,7 @@ def plain_case(
 @every_loss
 def test_a_loss_takes_every_route_or_the_planner_refuses(loss: Loss) -> None:
     problem = Problem.of(loss)
-    for route in ("recompute", "retain", "one_pass"):
+    for route in ("recompute", "retain", "hybrid", "one_pass"):
         if route in routes_of(loss):
             assert problem.plan(route).route == route
             continue
@@ -301,7 +302,7 @@ UPSTREAM = {
 
 @pytest.mark.holds(5)
 @pytest.mark.interpreted(every=4, each="kind")
-@pytest.mark.parametrize("route", ["frozen", "recompute", "retain"])
+@pytest.mark.parametrize("route", ["frozen", "recompute", "retain", "hybrid"])
 @pytest.mark.parametrize("kind", UPSTREAM)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_upstream_gradient_may_be_anything(
@@ -1194,7 +1195,7 @@ def test_what_is_not_wanted_is_not_computed(which: int, backend: str) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("route", ["frozen", "retain", "recompute", "one_pass"])
+@pytest.mark.parametrize("route", ["frozen", "retain", "hybrid", "recompute", "one_pass"])
 def test_a_loss_under_autocast(
     dtypes: tuple[torch.dtype, torch.dtype], route: str, backend: str
 ) -> None:
@@ -1439,7 +1440,9 @@ def test_a_hyperparameter_beside_a_choice_has_an_effect_or_is_refused(loss: Loss
 @pytest.mark.holds(36)
 @pytest.mark.parametrize("option", ["bias", "softcap", "logit_scale", "temperature"])
 @pytest.mark.parametrize("call", ["logprobs", "stats", "preference", "policy", "module"])
-@pytest.mark.parametrize("route", ["forward", "frozen", "recompute", "retain", "one_pass"])
+@pytest.mark.parametrize(
+    "route", ["forward", "frozen", "recompute", "retain", "hybrid", "one_pass"]
+)
 def test_no_option_of_a_head_is_without_effect(option: str, call: str, route: str) -> None:
     """Value and gradient are those of full logits with that option, and not those without."""
     alone = call in ("logprobs", "stats")

@@ -39,7 +39,7 @@ def test_parts_of_a_buffer_are_counted_together() -> None:
         space.take("tile", 8, dtype=torch.float32, part=2)
 
 
-@pytest.mark.parametrize("name", ["forward", "frozen", "retain", "one_pass", "recompute"])
+@pytest.mark.parametrize("name", ["forward", "frozen", "retain", "hybrid", "one_pass", "recompute"])
 def test_a_plan_has_the_buffers_that_its_route_declares(name: str) -> None:
     needs = {"forward": (), "frozen": ("hidden",)}.get(name, ("hidden", "weight"))
     chosen = plan(100, 1000, 16, needs=needs, scope="pair", groups=3, route=name)

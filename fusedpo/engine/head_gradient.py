@@ -104,11 +104,15 @@ def scaled_output(t: Tiles, head: HeadGradient, factor: Tensor) -> HeadGradient:
 # slices of the vocabulary
 
 
-def weighted(t: Tiles, hidden: Tensor, coefficient: Tensor | None) -> Tensor:
-    """c h [n, H] in the operands' dtype, computed in full precision; without c, h as it is."""
+def weighted(t: Tiles, hidden: Tensor, coefficient: Tensor | None, part: int = 0) -> Tensor:
+    """c h [n, H] in the operands' dtype, computed in full precision; without c, h as it is.
+
+    Args:
+        part: of the buffer, where more than one block is in use.
+    """
     if coefficient is None:
         return hidden
-    out = t.take("weighted rows", *hidden.shape, dtype=hidden.dtype)
+    out = t.take("weighted rows", *hidden.shape, dtype=hidden.dtype, part=part)
     return torch.mul(hidden, coefficient[:, None], out=out)
 
 
@@ -172,22 +176,31 @@ def write_slice(
 
 
 def row_operands(
-    t: Tiles, first: int, last: int, coefficient: Tensor | None
+    t: Tiles, first: int, last: int, coefficient: Callable[[Range], Tensor | None], border: int = 0
 ) -> Callable[[], Iterator[tuple[Range, Tensor, Tensor]]]:
     """The backward's row blocks: (range, h [n, H], c h [n, H]), as often as they are asked for.
 
     A single block is gathered and weighted once for all slices of the vocabulary.
+
+    Args:
+        coefficient: c [n] of a block, or None.
+        border: a row over which no block reaches.
     """
+    border = max(first, border)
 
     def every() -> Iterator[tuple[Range, Tensor, Tensor]]:
-        for r in blocks(first, last, t.plan.back_rows):
-            hidden = t.hidden_rows(*r)
-            c = None if coefficient is None else coefficient[slice(*r)]
-            yield r, hidden, weighted(t, hidden, c)
+        for start, stop in ((first, border), (border, last)):
+            for r in blocks(start, stop, t.plan.back_rows):
+                hidden = t.hidden_rows(*r)
+                yield r, hidden, weighted(t, hidden, coefficient(r))
 
     if last - first > t.plan.back_rows:
         return every
-    only = list(every())
+    hidden, only = t.hidden_rows(first, last), []
+    for part, r in enumerate(((first, border), (border, last))):
+        if r[0] < r[1]:
+            rows = hidden[r[0] - first : r[1] - first]
+            only.append((r, rows, weighted(t, rows, coefficient(r), part)))
     return lambda: iter(only)
 
 
@@ -198,12 +211,17 @@ class RowCoefficients:
     Attributes:
         entry, factor, tilt: as the kernel ``jacobian`` takes them.
         missing: the factor that J still lacks; None: nothing.
+        of_retained: the factor that J lacks where it was stored in the forward.
     """
 
     entry: Tensor
     factor: Tensor | None
     tilt: Tensor | None
     missing: Tensor | None
+
+    @property
+    def of_retained(self) -> Tensor | None:
+        return self.factor if self.missing is None else self.missing
 
     def of(self, rows: slice | Tensor) -> RowCoefficients:
         def some(values: Tensor | None) -> Tensor | None:

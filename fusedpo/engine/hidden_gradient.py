@@ -100,11 +100,25 @@ def forward_pass(
     """Statistics of all rows; dlogp/dhidden into ``unscaled``, column sums into ``sums``, if they
     are given."""
     all_stats = t.start_stats()
+    partial = new_partial(t, unscaled)
+    fold_rows(t, unscaled, partial, all_stats, (0, t.count), sums)
+    add_slices(t, partial, unscaled)
+    return t.finish_stats(all_stats)
+
+
+def fold_rows(
+    t: Tiles,
+    unscaled: Tensor | None,
+    partial: Tensor | None,
+    all_stats: RowStats,
+    rows: Range,
+    sums: ColumnSums | None = None,
+) -> None:
+    """Statistics of these rows, merged; their dlogp/dhidden into ``unscaled``, if that is given, or
+    this slice's part of it into ``partial``; their column sums into ``sums``."""
     exponentials = unscaled is not None or sums is not None
     buffer, narrow = t.tile(), t.narrow_tile() if exponentials else None
-    # rows that have to wait for the statistics of the whole vocabulary
-    partial = new_partial(t, unscaled)
-    for r in t.row_blocks():
+    for r in t.row_blocks(*rows):
         hidden, n = t.hidden_rows(*r), r[1] - r[0]
         stats = all_stats.of(slice(*r))
         # sum over non-target entries of exp(z - shift) slope W, relative to the shift so far
@@ -123,15 +137,29 @@ def forward_pass(
                 sums.add(r, c, stats, e)
         if unscaled is not None and products is not None and partial is None:
             _finish(t, unscaled, products, stats, r)
-    rescale = t.merge(all_stats)
+    # rows of a slice have to wait for the statistics of the whole vocabulary
+    rescale = t.merge(all_stats.of(slice(*rows)))
     if sums is not None:
         sums.finish(all_stats, rescale)
     if partial is not None and rescale is not None:
-        for r in t.row_blocks():
-            of_slice = all_stats.of(slice(*r))
-            _finish_partial(t, partial[slice(*r)], of_slice, r, rescale[slice(*r)])
-        add_slices(t, partial, unscaled)
-    return t.finish_stats(all_stats)
+        for r in t.row_blocks(*rows):
+            of_rows = rescale[r[0] - rows[0] : r[1] - rows[0]]
+            _finish_partial(t, partial[slice(*r)], all_stats.of(slice(*r)), r, of_rows)
+
+
+def multiply_rows(
+    t: Tiles, unscaled: Tensor, partial: Tensor | None, jacobian: Tensor, factor: Tensor, b: Range
+) -> None:
+    """dlogp/dhidden of rows b from their J [n, V], which lacks ``factor`` [n], into ``unscaled``;
+    or this slice's part of it into ``partial``."""
+    for r in t.row_blocks(*b):
+        within = slice(r[0] - b[0], r[1] - b[0])
+        products = t.jacobian_products(jacobian[within])
+        products.mul_(t.scaled(-factor[within], *r)[:, None])
+        if partial is not None:
+            partial[slice(*r)] = products
+        else:
+            write_unscaled(t, unscaled, r, products)
 
 
 def _finish(t: Tiles, unscaled: Tensor, products: Tensor, stats: RowStats, r: Range) -> None:

@@ -18,6 +18,7 @@ RouteName = Literal[
     "one_pass",
     "recompute",
     "compact",
+    "hybrid",
 ]
 
 
@@ -26,12 +27,14 @@ class Plan:
     """The way the engine will take for one call.
 
     Attributes:
-        route: ``forward``, ``frozen``, ``retain``, ``one_pass``, ``recompute`` or ``compact``.
+        route: ``forward``, ``frozen``, ``retain``, ``one_pass``, ``recompute``,
+            ``compact`` or ``hybrid``.
         rows, cols: the tile of logits that exists at a time in the forward, [rows, cols].
         back_rows, back_cols: likewise in the backward. Taller on a GPU: each slice of the head's
             gradient is summed over the row blocks in memory.
         slab: rows of J that ``one_pass`` holds to add to the head's gradient at once; rows for
             which ``compact`` chooses columns together.
+        kept: the first rows, whose J ``hybrid`` retains.
         products: matrix products of size N x V x H, forward and backward together; a fraction
             where a route makes one of some rows only.
         wide: the unscaled hidden gradient of half-precision inputs waits for the backward in fp32,
@@ -54,6 +57,7 @@ class Plan:
     back_rows: int
     back_cols: int
     slab: int
+    kept: int
     products: float
     wide: bool
     split: bool

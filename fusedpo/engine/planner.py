@@ -17,23 +17,18 @@ import torch
 from fusedpo.checks import bad_choice, bad_value
 from fusedpo.devices import Device, as_device
 from fusedpo.engine.cost import Backend, Buffers, Cost, Needs, Problem
+from fusedpo.engine.ladder import Step, ladder
 from fusedpo.engine.plan import BudgetTooSmall, Plan, RouteName
 from fusedpo.engine.problem import Options, problem_of
 from fusedpo.engine.routes import ROUTES, variant
 from fusedpo.engine.routes.base import Route
+from fusedpo.engine.routes.hybrid import Hybrid
 from fusedpo.engine.structure import Scope
 from fusedpo.engine.tolerance import GUESSED_SHARE
 from fusedpo.sizes import format_bytes, parse_budget
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-# The largest tile that is worth having, and the smallest the engine will work with: rows, columns.
-# CPU: the fastest of those that benchmarks/tiles.py measures. Elsewhere by arithmetic, which
-# benchmarks/roofline.py writes down: products run at full speed, and a row of a tile fits
-# registers.
-_LARGEST_TILE = {"cpu": (512, 4096), "other": (1024, 16384)}
-_SMALLEST_TILE = (16, 128)
 
 
 def plan(
@@ -146,7 +141,9 @@ def plan(
     names = list(dict.fromkeys(each.name for each in eligible))
     if route is not None and route not in names:
         raise bad_choice("route (for these needs)", route, names)
-    tile = _choose_tile(p, allowed, _LARGEST_TILE["cpu" if p.on_cpu else "other"])
+    step = _choose_tile(p, allowed)
+    tile = _tile(p, step)
+    p = replace(p, room=allowed, most=tokens if route else _most_retained(p, step))
     ways = [each for each in eligible if route in (None, each.name) and fused in (None, each.fused)]
     if not ways:
         expected = 'False, or backend="triton", no gradient wanted, and dtypes alike, not float64'
@@ -173,6 +170,7 @@ def plan(
         back_rows=back_rows,
         back_cols=back_cols,
         slab=shape.slab or rows,
+        kept=shape.kept,
         products=cost.products,
         wide=shape.wide,
         split=way.split,
@@ -199,8 +197,7 @@ _Candidate = tuple[int, Route, Problem, Cost]
 def _candidates(way: Route, p: Problem, tile: tuple[int, int]) -> Iterator[_Candidate]:
     """Every shape in which a route can run with this tile."""
     for wide in {True, p.hidden_size == p.acc}:
-        for rank, shape in enumerate(way.shapes(p, *tile)):
-            shape = replace(shape, wide=wide)
+        for rank, shape in enumerate(way.shapes(replace(p, wide=wide), *tile)):
             yield rank, way, shape, _cost(shape, way, *tile)
 
 
@@ -231,44 +228,69 @@ def _cost(p: Problem, way: Route, n: int, v: int) -> Cost:
     return replace(cost, forward=whole(cost.forward), backward=whole(cost.backward))
 
 
-def _choose_tile(p: Problem, budget: int, largest: tuple[int, int]) -> tuple[int, int]:
+def _choose_tile(p: Problem, budget: int) -> Step:
     """The tile, from the shapes, the head, the budget and what is asked of the entropy.
 
     It depends neither on the route nor on the gradients that are wanted, so that a policy and its
     reference, or a loss and the log-probabilities it logs, are summed in the same order and agree
     to the last bit. The entropy takes another tile's worth of memory: to count it always would
     halve the tile of every call whose budget cuts it.
+
+    A larger tile is not taken as long as it costs the room for all of J that a smaller budget had
+    with a smaller tile, so that more memory costs no products.
     """
-    rows, cols = largest
+    steps = ladder(p.on_cpu)
     # the costliest tile any caller with these shapes can ask for decides, not this caller's needs
     widest = replace(p, needs=frozenset({"hidden", "weight"}), entropy=p.of_entropy)
-    while True:
-        n, v = max(1, min(rows, p.tokens)), min(cols, p.vocab)
-        if _least(widest, n, v) <= budget or (rows, cols) == _SMALLEST_TILE:
-            return n, v
-        rows, cols = _shrink(rows, cols)
+    fits = (i for i, step in enumerate(steps) if _threshold(widest, step) <= budget)
+    fitting = steps[next(fits, -1) :]
+    if p.of_entropy or _least(widest, "retain", steps[-1]) > budget:
+        return fitting[0]
+    retaining = [step for step in fitting if _least(widest, "retain", step) <= budget]
+    larger = dict(zip(fitting[1:], fitting, strict=False))
+    for step in retaining:
+        if step == fitting[0] or _least(widest, "retain", step) < _threshold(widest, larger[step]):
+            return retaining[0]
+    return fitting[0]
 
 
-def _least(p: Problem, n: int, v: int) -> int:
-    """Bytes with which any need can be served with this tile.
+def _tile(p: Problem, step: Step) -> tuple[int, int]:
+    return max(1, min(step.rows, p.tokens)), min(step.cols, p.vocab)
+
+
+def _threshold(p: Problem, step: Step) -> int:
+    """Bytes from which on a tile is taken: with it any need can be served.
 
     Those of recompute, which holds at least what frozen and forward do; retain or one_pass may hold
     less on a small vocabulary, but do not serve every need.
     """
-    narrow = replace(p, wide=False)
+    return step.share * _least(p, "recompute", step)
+
+
+def _least(p: Problem, route: RouteName, step: Step) -> int:
+    """Bytes with which a route can do, whatever its variant and shape."""
+    narrow, tile = replace(p, wide=False), _tile(p, step)
     return p.row_bytes() + min(
-        sum(way.cost(shape, n, v).worst.values())
+        sum(way.cost(shape, *tile).worst.values())
         for way in ROUTES
-        if way.name == "recompute" and (p.entropy or not way.split)
-        for shape in way.shapes(narrow, n, v)
+        if way.name == route and (p.entropy or not way.split)
+        for shape in way.shapes(narrow, *tile)
     )
 
 
-def _shrink(rows: int, cols: int) -> tuple[int, int]:
-    """The next smaller tile; rows are kept longest, because each row block reads the whole head."""
-    if cols > 4 * rows and cols > _SMALLEST_TILE[1]:
-        return rows, max(_SMALLEST_TILE[1], cols // 2)
-    return max(_SMALLEST_TILE[0], rows // 2), cols
+def _most_retained(p: Problem, step: Step) -> int:
+    """Rows of J that hybrid may retain with this tile: no more than a larger one leaves room for,
+    once that is taken, or more memory would cost a part of a product."""
+    steps, hybrid = ladder(p.on_cpu), Hybrid()
+    widest = replace(p, needs=frozenset({"hidden", "weight"}), entropy=p.of_entropy)
+    most = p.tokens
+    for larger in reversed(steps[: steps.index(step)]):
+        if not most:
+            break
+        room = _threshold(widest, larger)
+        tile = _tile(p, larger)
+        most = min(most, hybrid.rows_that_fit(replace(p, room=room, most=most), *tile))
+    return most
 
 
 def replan(chosen: Plan, route: RouteName, *sizes: int, **options: Unpack[Options]) -> Plan | None:
@@ -302,7 +324,8 @@ def _retiled(chosen: Plan, route: RouteName, p: Problem) -> Plan | None:
         min(rows, max(1, p.tokens)) for rows in (chosen.rows, chosen.back_rows, chosen.slab)
     )
     cols, back_cols = min(chosen.cols, p.vocab), min(chosen.back_cols, p.vocab)
-    shape = replace(p, wide=chosen.wide, back=(back_rows, back_cols), slab=slab)
+    back, kept = (back_rows, back_cols), min(chosen.kept, p.tokens)
+    shape = replace(p, wide=chosen.wide, back=back, slab=slab, kept=kept)
     cost = _cost(shape, way, rows, cols)
     return replace(
         chosen,

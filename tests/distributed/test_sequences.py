@@ -76,7 +76,7 @@ def test_both_groups_of_two() -> None:
     with Processes(4) as four:
         for loss in losses:
             assert not four.faults("solve_loss", loss, "2x2", None, torch.float64)
-        for route in ("recompute", "retain", "one_pass"):
+        for route in ("recompute", "retain", "hybrid", "one_pass"):
             assert not four.faults("solve_loss", DPO(), "vocab", route, torch.float64)
 
 

@@ -89,18 +89,19 @@ def test_a_reference_that_is_the_policy(two: Processes, placement: str) -> None:
 # what it costs
 
 
-ROUTES = ("frozen", "recompute", "retain", "one_pass")
+ROUTES = ("frozen", "recompute", "retain", "hybrid", "one_pass")
 
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_one_collective_of_statistics_and_one_of_the_hidden_gradient(
     two: Processes, route: str
 ) -> None:
-    """At 3 x 5 tiles; one_pass merges slab by slab, of which there are 2."""
+    """At 3 x 5 tiles; one_pass merges slab by slab, of which there are 2, and hybrid the rows of
+    which it retains J, then the others."""
     forward, backward, (tokens, width) = two.run("collectives", route)[0]
     merged = [n for kind, n in forward if kind == "gather"]
     assert sum(merged) == 4 * tokens
-    assert len(merged) == (2 if route == "one_pass" else 1)
+    assert len(merged) == (2 if route in ("one_pass", "hybrid") else 1)
     added = [("reduce", tokens * width)]
     assert [c for c in forward if c[0] == "reduce"] == ([] if route == "retain" else added)
     assert backward == (added if route == "retain" else [])
@@ -117,7 +118,7 @@ def test_labels_are_compared_once_a_weight(two: Processes) -> None:
 @pytest.mark.holds(20)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("route", ["recompute", "retain", "entropy"])
+@pytest.mark.parametrize("route", ["recompute", "retain", "hybrid", "entropy"])
 def test_holds_what_the_plan_says(
     two: Processes, route: str, dtype: torch.dtype, masked: bool
 ) -> None:
@@ -131,7 +132,8 @@ def test_holds_what_the_plan_says(
 @pytest.mark.holds(32)
 @pytest.mark.parametrize("loss", LOSSES, ids=name_of)
 def test_losses(two: Processes, loss) -> None:
-    routes = ["recompute"] if getattr(loss, "entropy_bonus", 0) else ["recompute", "retain"]
+    by_entropy = getattr(loss, "entropy_bonus", 0)
+    routes = ["recompute"] if by_entropy else ["recompute", "retain", "hybrid"]
     if loss.gradient_structure.scope != "batch":
         routes.append("one_pass")
     found = [
@@ -225,6 +227,6 @@ def test_a_slice_that_does_not_fit_the_others_is_named(
 # the tests of the tests
 
 
-@pytest.mark.parametrize("route", ["recompute", "retain"])
+@pytest.mark.parametrize("route", ["recompute", "retain", "hybrid"])
 def test_wrong_engines_are_caught(two: Processes, route: str) -> None:
     assert not two.faults("survivors", route)

@@ -171,7 +171,7 @@ def named(name: str, dtype: torch.dtype, backend: str = "torch") -> list[str]:
     """A case of cases.extreme by every route."""
     with mock.patch.object(engine, "BACKEND", backend):
         case, sizes = extreme(name, dtype)
-        routes = ["recompute", "retain", "one_pass"]
+        routes = ["recompute", "retain", "hybrid", "one_pass"]
         if case.needs == ("hidden",):
             routes = ["frozen"]
         if case.upstream_entropy is not None:
@@ -280,7 +280,7 @@ def no_tokens() -> list[str]:
     weight = torch.randn(6, 4, generator=g)[own((4, 2))].clone().requires_grad_()
     labels = torch.full((5,), -100)
     found = []
-    for route in ("recompute", "retain"):
+    for route in ("recompute", "retain", "hybrid"):
         chosen = plan(0, 4, 4, route=route, shards=2)
         out = linear_logprobs(hidden, weight, labels, vocab_group=world(), memory_budget=chosen)
         for t in torch.autograd.grad(out.sum(), (hidden, weight)):

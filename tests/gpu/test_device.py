@@ -22,7 +22,7 @@ from fusedpo.engine.plan import Plan
 
 pytestmark = needs_device
 
-ROUTES = ("forward", "frozen", "retain", "one_pass", "recompute")
+ROUTES = ("forward", "frozen", "retain", "hybrid", "one_pass", "recompute")
 PAIRS, LENGTH, VOCAB, WIDTH = (4, 100, 5000, 128) if ON_GPU else (2, 6, 120, 16)
 MASKED = LENGTH // 3
 COUNTS = [LENGTH - MASKED] * (2 * PAIRS)

@@ -135,7 +135,7 @@ def test_more_logits_than_31_bits_can_number() -> None:
     exact = naive_by_rows(case, torch.float64, block)
     same = naive_by_rows(case, torch.bfloat16, block)
     whole = {"rows": positions, "back_rows": positions, "slab": positions}
-    for route in ("retain", "recompute", "one_pass"):
+    for route in ("retain", "hybrid", "recompute", "one_pass"):
         chosen = plan_there(case, route, "triton")
         chosen = dataclasses.replace(chosen, **whole, cols=vocab, back_cols=vocab)
         result = run(case, chosen, backend="triton")
@@ -206,7 +206,7 @@ def test_equal_policies_give_log_two_to_the_last_bit(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("route", ["forward", "frozen", "retain", "recompute"])
+@pytest.mark.parametrize("route", ["forward", "frozen", "retain", "hybrid", "recompute"])
 def test_ignored_rows_are_left_out(route: str, backend: str) -> None:
     """Bit for bit what the scored rows alone give; NaN in the others does not matter."""
     positions, vocab, width = (600, 2000, 64) if ON_GPU else (24, 90, 16)

@@ -82,7 +82,7 @@ def use(dtype: torch.dtype, vocab: int) -> None:
     )
     (stats.logprob.sum() + stats.entropy.sum()).backward()
     count = int((labels >= 0).sum())
-    for route in ("retain", "recompute", "frozen", "forward"):
+    for route in ("retain", "hybrid", "recompute", "frozen", "forward"):
         needs = {"forward": (), "frozen": ("hidden",)}.get(route, ("hidden", "weight"))
         shapes = {"dtype": dtype, "needs": needs, "backend": "triton", "device": "cuda"}
         chosen = plan(count, vocab, 64, **shapes, route=route, budget="1GiB")

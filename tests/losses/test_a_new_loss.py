@@ -96,7 +96,7 @@ def test_there_are_shared_checks() -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("route", ["recompute", "retain", "one_pass"])
+@pytest.mark.parametrize("route", ["recompute", "retain", "hybrid", "one_pass"])
 def test_it_takes_every_route(
     toy: PreferenceLoss, backend: str, route: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@
     recompute   as frozen, and J^T (g s h) in the backward from recomputed logits, a slice of the
                 head at a time
     retain      J is stored in the forward; both products in the backward
+    hybrid      retain for as many rows as fit the budget, recompute for the rest
     one_pass    both products in the forward: g is known within a group of tokens up to one factor,
                 computed when the group's last token has been scored
     compact     gradients of the columns that matter, within a tolerance
@@ -20,6 +21,7 @@ from fusedpo.engine.plan import Plan, RouteName
 from fusedpo.engine.routes.base import Route
 from fusedpo.engine.routes.compact import Compact
 from fusedpo.engine.routes.frozen import ForwardOnly, Frozen, FusedForward
+from fusedpo.engine.routes.hybrid import Hybrid
 from fusedpo.engine.routes.one_pass import OnePass
 from fusedpo.engine.routes.recompute import Recompute
 from fusedpo.engine.routes.retain import Retain
@@ -31,6 +33,7 @@ ROUTES: Sequence[Route] = (
     Recompute(split=False),
     Recompute(split=True),
     Retain(),
+    Hybrid(),
     OnePass(),
     Compact(),
 )

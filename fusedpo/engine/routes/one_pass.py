@@ -126,7 +126,7 @@ class _Pass:
             stats = self.all_stats.of(slice(*b))
             factor = t.row_factor(stats.logprob, stats.total / residual)
             if self.unscaled is not None:
-                self._hidden(self.unscaled, rows, factor, b)
+                hidden_gradient.multiply_rows(t, self.unscaled, self.partial, rows, factor, b)
             for first, last, start, stop, ends in _pieces(self.groups.starts, *b):
                 within = slice(start - b[0], stop - b[0])
                 piece = rows[within], hidden[within], factor[within]
@@ -137,18 +137,6 @@ class _Pass:
         self.head.fill_empty()
         hidden_gradient.add_slices(t, self.partial, self.unscaled)
         return t.finish_stats(self.all_stats)
-
-    def _hidden(self, unscaled: Tensor, rows: Tensor, factor: Tensor, b: Range) -> None:
-        """Write dlogp/dhidden of a slab."""
-        t = self.t
-        for r in t.row_blocks(*b):
-            within = slice(r[0] - b[0], r[1] - b[0])
-            products = t.jacobian_products(rows[within])
-            products.mul_(t.scaled(-factor[within], *r)[:, None])
-            if self.partial is not None:
-                self.partial[slice(*r)] = products
-            else:
-                hidden_gradient.write_unscaled(t, unscaled, r, products)
 
     def _wait(self, piece: Range, rows: Tensor, hidden: Tensor, factor: Tensor) -> None:
         """Accumulate rows of a group that goes on, each run by itself."""

@@ -15,6 +15,7 @@ from fusedpo.engine import hidden_gradient
 from fusedpo.engine.cost import Cost, Problem
 from fusedpo.engine.head_gradient import (
     HeadGradient,
+    RowCoefficients,
     add_slice,
     new_output,
     row_coefficients,
@@ -124,46 +125,79 @@ def backward_pass(
     out: HeadGradient,
     hidden_grad: Tensor | None = None,
     rows: Range | None = None,
+    retained: Tensor | None = None,
 ) -> None:
-    """Recompute the logits, a slice of the vocabulary at a time, and write the gradients.
+    """Make J anew, a slice of the vocabulary at a time, and write the gradients.
 
     Each slice of out.weight is written once. hidden_grad [rows, H] is accumulated over the slices;
     it is wanted here only where both gradients are formed in the backward, and for the given rows
     only.
+
+    Args:
+        retained: [k, V], J of the first k rows, which is not to be made again.
     """
     if not t.count:
         return
-    buffer, narrow = t.tile(), t.narrow_tile()
     scratch = slice_scratch(t, out)
     first, last = rows or (0, t.count)
+    kept = 0 if retained is None else retained.shape[0]
+    memory = None if kept == last else (t.tile(), t.narrow_tile())
     j, gain = row_coefficients(t, b.stats, b.g, b.e)
-    operands = row_operands(t, first, last, j.missing if out.weight is not None else None)
-    shift = b.stats["shift"]
+
+    def missing(r: Range) -> Tensor | None:
+        values = j.of_retained if r[1] <= kept else j.missing
+        return None if values is None else values[slice(*r)]
+
+    coefficient = missing if out.weight is not None else lambda r: None
+    operands = row_operands(t, first, last, coefficient, kept)
     for c in blocks(0, t.vocab, t.plan.back_cols):
         part, bias_part = out.slices(c, scratch)
-        weight = t.weight_rows(*c)
+        weight = None if memory is None else t.weight_rows(*c)
         for r, hidden, weighted in operands():
-            n, v = r[1] - r[0], c[1] - c[0]
-            x = buffer[:n, :v]
-            z = x if narrow is None else narrow[:n, :v]
-            of_rows = j.of(slice(*r))
-            multiply(x, hidden, weight.T, add=False)
-            t.kernels.jacobian(
-                x,
-                t.logit_map(r, c),
-                t.targets[slice(*r)],
-                c[0],
-                shift[slice(*r)],
-                of_rows.entry,
-                factor=of_rows.factor,
-                tilt=of_rows.tilt,
-                out=z,
-            )
-            add_slice(t, part, bias_part, z, weighted, of_rows.missing, r[0] > first)
-            if hidden_grad is not None:
+            if memory is None or weight is None or r[1] <= kept:
+                assert retained is not None, "memory is wanted where a row is not retained"
+                z = retained[slice(*r), slice(*c)]
+            else:
+                of_rows = j.of(slice(*r)), b.stats["shift"][slice(*r)]
+                z = _jacobian(t, memory, *of_rows, hidden, weight, r, c)
+            add_slice(t, part, bias_part, z, weighted, missing(r), r[0] > first)
+            if hidden_grad is not None and weight is not None:
                 multiply(hidden_grad[r[0] - first : r[1] - first], z, weight, add=c[0] > 0)
         write_slice(out, c, part, bias_part, gain)
     if hidden_grad is not None:
         if j.missing is not None:
             hidden_grad.mul_(j.missing[first:last, None])
         divide_(gain, hidden_grad)
+
+
+def _jacobian(
+    t: Tiles,
+    memory: tuple[Tensor, Tensor | None],
+    of_rows: RowCoefficients,
+    shift: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    r: Range,
+    c: Range,
+) -> Tensor:
+    """J of one tile [n, v], from its logits made anew.
+
+    Args:
+        memory: of a tile, and of its narrow copy.
+    """
+    (x, narrow), within = memory, (slice(r[1] - r[0]), slice(c[1] - c[0]))
+    x = x[within]
+    z = x if narrow is None else narrow[within]
+    multiply(x, hidden, weight.T, add=False)
+    t.kernels.jacobian(
+        x,
+        t.logit_map(r, c),
+        t.targets[slice(*r)],
+        c[0],
+        shift,
+        of_rows.entry,
+        factor=of_rows.factor,
+        tilt=of_rows.tilt,
+        out=z,
+    )
+    return z

@@ -5,24 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fusedpo.engine import hidden_gradient, jacobian
 from fusedpo.engine.cost import Cost, Problem, padded
-from fusedpo.engine.head_gradient import (
-    HeadGradient,
-    add_slice,
-    new_output,
-    row_operands,
-    slice_scratch,
-    write_slice,
-)
+from fusedpo.engine.head_gradient import HeadGradient, new_output
 from fusedpo.engine.plan import RouteName
-from fusedpo.engine.precision import largest, unit_gain
 from fusedpo.engine.routes.base import Backward, Forward, tall_shapes
-from fusedpo.engine.rows import blocks
+from fusedpo.engine.routes.recompute import backward_pass
 from fusedpo.engine.tiles import Tiles
+from fusedpo.kernels.row_stats import RowStats
 
 
 class Retain:
@@ -54,14 +46,9 @@ class Retain:
 
     def forward(self, t: Tiles) -> Forward:
         """Of a slice of a vocabulary, the shift and the total are those of its J."""
-        rows = jacobian.new_rows(t, "retained jacobian", t.count)
         all_stats = t.start_stats()
-        residual = jacobian.rows_of_jacobian(t, rows, (0, t.count), t.hidden_rows, all_stats)
-        stats = t.finish_stats(all_stats)
-        if isinstance(residual, Tensor):
-            stats["shift"] = all_stats.shift + residual.log()
-            stats["total"] = all_stats.total / residual
-        return Forward(stats, saved=(rows,))
+        rows, residual = retained_rows(t, t.count, all_stats)
+        return Forward(stats_of_rows(t, all_stats, residual), saved=(rows,))
 
     def backward(self, t: Tiles, b: Backward) -> tuple[Tensor | None, HeadGradient]:
         needs, (rows,) = t.call.needs, b.saved
@@ -69,8 +56,7 @@ class Retain:
         factor = t.row_factor(b.stats["logprob"], b.stats["total"])
         coefficient = -t.scaled(b.g * factor)
         hidden = self._hidden(t, rows, coefficient) if "hidden" in needs else None
-        if t.count:
-            self._head(t, rows, coefficient, head)
+        backward_pass(t, b, head, retained=rows)
         return hidden, head
 
     def _hidden(self, t: Tiles, rows: Tensor, coefficient: Tensor) -> Tensor:
@@ -86,16 +72,21 @@ class Retain:
         hidden_gradient.add_slices(t, partial, out)
         return out
 
-    def _head(self, t: Tiles, rows: Tensor, coefficient: Tensor, head: HeadGradient) -> None:
-        gain = None
-        if t.operand == torch.float16:
-            gain = unit_gain(largest(coefficient))
-            coefficient = coefficient * gain
-        scratch = slice_scratch(t, head)
-        operands = row_operands(t, 0, t.count, coefficient if head.weight is not None else None)
-        for c in blocks(0, t.vocab, t.plan.back_cols):
-            part, bias_part = head.slices(c, scratch)
-            for r, _, weighted in operands():
-                tile, of_rows = rows[slice(*r), slice(*c)], coefficient[slice(*r)]
-                add_slice(t, part, bias_part, tile, weighted, of_rows, r[0] > 0)
-            write_slice(head, c, part, bias_part, gain)
+
+def retained_rows(t: Tiles, count: int, all_stats: RowStats) -> tuple[Tensor, Tensor | float]:
+    """J [count, V] of the first rows, over a residual, and that; their statistics are merged."""
+    rows = jacobian.new_rows(t, "retained jacobian", count)
+    return rows, jacobian.rows_of_jacobian(t, rows, (0, count), t.hidden_rows, all_stats)
+
+
+def stats_of_rows(t: Tiles, all_stats: RowStats, residual: Tensor | float) -> dict[str, Tensor]:
+    """Statistics of all rows. Of a slice of a vocabulary, the shift and the total of the retained
+    ones are those of their J."""
+    stats = t.finish_stats(all_stats)
+    if isinstance(residual, Tensor):
+        kept = residual.shape[0]
+        shift, total = all_stats.shift.clone(), all_stats.total.clone()
+        shift[:kept] += residual.log()
+        total[:kept] /= residual
+        stats |= {"shift": shift, "total": total}
+    return stats
