@@ -57,7 +57,6 @@ class Plan:
     back_rows: int
     back_cols: int
     slab: int
-    kept: int
     products: float
     wide: bool
     split: bool
@@ -71,6 +70,7 @@ class Plan:
     entropy: bool
     fused: bool = False
     shards: int = 1
+    kept: int = field(default=0, kw_only=True)
     tolerance: float = field(default=0.0, kw_only=True)
     # all that decides the bytes, so that they can be counted for other tiles
     _problem: Problem | None = field(default=None, repr=False, compare=False)
