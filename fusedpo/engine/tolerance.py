@@ -107,7 +107,7 @@ class Record:
             if left_out[name] > 0 and math.isfinite(error):
                 seen = max(error**2 / left_out[name], 1e-6)
                 # up at once, down slowly: too much kept costs time, too little a backward
-                self.coherence[name] = max(seen, 0.5 * (self.coherence[name] + seen))
+                self.coherence[name] = max(seen, math.sqrt(self.coherence[name] * seen))
         within = all(error <= self.tolerance for error in errors.values())
         self.breaches += not within
         return within

@@ -17,7 +17,7 @@ estimates the error of what it did: above the tolerance, the gradients are made 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -33,6 +33,7 @@ from fusedpo.engine.plan import RouteName
 from fusedpo.engine.precision import divide_, multiply
 from fusedpo.engine.routes.base import Backward, Forward
 from fusedpo.engine.routes.recompute import Recompute, both_gradients
+from fusedpo.engine.rows import blocks
 from fusedpo.engine.tiles import Tiles
 from fusedpo.engine.tolerance import record_of
 
@@ -182,7 +183,7 @@ def _write(
         scaled = hidden if head.weight is None else weighted(t, hidden, missing)
         of_rows = None if hidden_grad is None else hidden_grad[rows].zero_()
         left = products[:, -1].clone()
-        for columns in torch.split(kept.of_head[i], t.plan.back_cols):
+        for columns in _chunks(t, kept.of_head[i]):
             weight = _kept_weight(t, columns)
             z = entries.tile(rows, hidden, columns, weight)
             left -= z.sum(1, dtype=t.acc)
@@ -194,7 +195,7 @@ def _write(
             pulls[i, :-1] = pull @ hidden.to(t.acc)
             pulls[i, -1] = pull.sum()
         if of_rows is not None and others is not None:
-            for columns in torch.split(kept.of_hidden[i], t.plan.back_cols):
+            for columns in _chunks(t, kept.of_hidden[i]):
                 weight = _kept_weight(t, columns)
                 z = entries.tile(rows, hidden, columns, weight)
                 left -= z.sum(1, dtype=t.acc)
@@ -208,6 +209,11 @@ def _write(
     _add_others(t, kept, head, pulls)
     divide_(entries.gain, hidden_grad, head.weight, head.bias, lost)
     return lost
+
+
+def _chunks(t: Tiles, columns: Tensor) -> Iterator[Tensor]:
+    for start, stop in blocks(0, columns.shape[0], t.plan.back_cols):
+        yield columns[start:stop]
 
 
 def _kept_weight(t: Tiles, columns: Tensor) -> Tensor:
