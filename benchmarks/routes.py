@@ -151,8 +151,7 @@ def predicted_ratio(name: str, chosen: Plan, setting: Setting) -> float | None:
     about = (roofline.TOKENS, roofline.VOCAB, roofline.HIDDEN, torch.bfloat16)
     if setting.dry or (chosen.tokens, chosen.vocab, chosen.hidden, chosen.dtype) != about:
         return None
-    products, rest = roofline.predicted(chosen)
-    return 1 + rest / products
+    return roofline.predicted(chosen).ratio
 
 
 @dataclass(frozen=True)
@@ -487,7 +486,7 @@ def held_bytes(
     out = way.forward(chosen, shape, inputs)
     forward = _peak(setting) - before
     # of full precision, or for want of room, the hidden gradient waits where it will be returned
-    waits_in_output = way.route in ("frozen", "recompute", "one_pass") and (
+    waits_in_output = way.route in ("frozen", "recompute", "hybrid", "one_pass") and (
         setting.dtype.itemsize >= 4 or not chosen.wide
     )
     if waits_in_output:

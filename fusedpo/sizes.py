@@ -87,5 +87,5 @@ def format_bytes(size: int) -> str:
 
 
 def format_products(count: float) -> str:
-    """``"1 product"``, ``"3 products"``, ``"3.55 products"``: with three digits at most."""
-    return f"{count:.3g} product{'s' * (count != 1)}"
+    """``"1 product"``, ``"3 products"``, ``"3.547 products"``: with four digits at most."""
+    return f"{count:.4g} product{'s' * (count != 1)}"

@@ -76,7 +76,7 @@ def test_nothing_is_larger_than_it_may_be() -> None:
 
 # of the engine, lowest first
 ENGINE = (
-    ("structure", "precision", "workspace", "stats", "rows", "matmul_settings"),
+    ("structure", "precision", "workspace", "stats", "rows", "matmul_settings", "ladder"),
     ("cost",),
     ("plan", "ladder"),
     ("tiles", "tolerance"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pickle
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from fusedpo import Plan, devices, linear_logprobs, plan
 from fusedpo.devices import Device
+from fusedpo.engine.ladder import ladder, product_tile
 from fusedpo.engine.plan import BudgetTooSmall
 from fusedpo.sizes import DEFAULT_BUDGET, default_budget, format_bytes, parse_budget
 
@@ -168,7 +170,7 @@ def test_a_hybrid_retains_as_many_rows_as_fit() -> None:
     assert (few.kept, more.kept) == (1024, 5120)
     assert (few.products, more.products) == (3.875, 3.375)
     assert more.bytes + 512 * 50_000 * 4 > more.budget
-    assert str(more).startswith("hybrid: 3.38 products of 8192 x 50000 x 512, tile 512 x 4096, ")
+    assert str(more).startswith("hybrid: 3.375 products of 8192 x 50000 x 512, tile 512 x 4096, ")
     whole = plan(8192, 50_000, 512, gathered=False, budget="2GiB")
     assert (whole.route, whole.kept, whole.products) == ("retain", 0, 3)
 
@@ -182,10 +184,10 @@ def test_nothing_is_retained_where_a_larger_tile_is_worth_more() -> None:
 def test_a_hybrid_costs_no_precision() -> None:
     """More rows would fit if the hidden gradient, which waits for the backward, were rounded."""
     routes = []
-    for budget in ("192MiB", "256MiB", "512MiB", "2GiB", "3GiB"):
+    for budget in ("128MiB", "256MiB", "1GiB", "2GiB", "3GiB"):
         options = {"dtype": torch.bfloat16, "device": "cuda", "backend": "triton", "budget": budget}
         chosen = plan(8192, 128_256, 4096, **options)
-        assert chosen.wide or (chosen.route, budget) == ("recompute", "192MiB")
+        assert chosen.wide or (chosen.route, budget) == ("recompute", "128MiB")
         routes.append(chosen.route)
     assert routes == ["recompute", "recompute", "hybrid", "hybrid", "retain"]
 
@@ -195,6 +197,51 @@ def test_more_memory_never_costs_more_products(small: int, factor: int) -> None:
     few = plan(8192, 32_000, 256, budget=small, scope="pair")
     many = plan(8192, 32_000, 256, budget=small * factor, scope="pair")
     assert many.products <= few.products
+
+
+@pytest.mark.parametrize(
+    ("gpu", "multiprocessors", "cols", "waves"),
+    [
+        ("H100", 132, 8448, 2),
+        ("H200", 132, 8448, 2),
+        ("B200", 148, 9472, 2),
+        ("A100", 108, 13824, 4),
+        ("MI300X", 304, 9728, 1),
+    ],
+)
+def test_a_tile_on_a_gpu_is_whole_waves(
+    gpu: str, multiprocessors: int, cols: int, waves: int
+) -> None:
+    """Products of half precision are cut into 128 x 256."""
+    assert 1024 // 128 * (cols / 256) == waves * multiprocessors
+    tiles = set()
+    for budget in ("256MiB", "512MiB", "1GiB"):
+        place = Device("cuda", 141 * 10**9, multiprocessors)
+        for needs in ((), ("hidden",), ("hidden", "weight")):
+            options = {"dtype": torch.bfloat16, "backend": "triton", "device": place}
+            chosen = plan(8192, 128_256, 4096, budget=budget, needs=needs, **options)
+            tiles.add((chosen.rows, chosen.cols))
+    assert tiles == {(1024, cols)}
+    # they grow with room for all of J, or for many of them
+    for tokens, budget, rows in ((8192, None, 4096), (2**17, None, 1024), (2**17, "12GiB", 4096)):
+        chosen = plan(tokens, 128_256, 4096, budget=budget, **options)
+        assert (chosen.rows, chosen.cols) == (rows, cols)
+
+
+@pytest.mark.parametrize(("operand", "acc"), [(2, 4), (4, 4), (8, 8)])
+@pytest.mark.parametrize("multiprocessors", [1, 7, 56, 108, 114, 128, 132, 142, 148, 304])
+def test_a_row_of_every_tile_fits_registers_and_starts_at_whole_vectors(
+    multiprocessors: int, operand: int, acc: int
+) -> None:
+    steps = ladder(multiprocessors, operand, acc)
+    assert steps[0].rows == 4096 and steps[-1] == (16, 128, False)
+    for step, smaller in pairwise(steps):
+        assert step.cols <= 16384 and not step.cols % 128 and not step.rows % 16
+        assert step.rows * step.cols > smaller.rows * smaller.cols
+        assert step.tall or step.rows * step.cols * acc <= 64 * MIB
+    high, wide = product_tile(operand)
+    programs = 1024 // high * (steps[2].cols // wide)
+    assert programs / (-(-programs // multiprocessors) * multiprocessors) > 0.96
 
 
 @pytest.mark.holds(34)
@@ -222,9 +269,9 @@ def test_a_plan_prints_as_one_readable_line() -> None:
 
 @pytest.mark.parametrize(
     ("products", "text"),
-    [(1, "1 product"), (3, "3 products"), (3.0, "3 products"), (3.5467, "3.55 products")],
+    [(1, "1 product"), (3, "3 products"), (3.0, "3 products"), (3.5467, "3.547 products")],
 )
-def test_products_are_told_in_three_digits(products: float, text: str) -> None:
+def test_products_are_told_in_four_digits(products: float, text: str) -> None:
     chosen = dataclasses.replace(plan(64, 50, 8), products=products)
     assert str(chosen).startswith(f"{chosen.route}: {text} of 64 x 50 x 8, ")
 

@@ -31,7 +31,7 @@ def test_the_tables_have_routes_outputs_and_other_programs(capsys) -> None:
     assert run(BIG) == 0
     text = capsys.readouterr().out
     assert "simpo on llama-3.1-8b (V 128256, H 4096): 262144 scored tokens" in text
-    assert "recompute is the cheapest that fits, 4 products; one_pass takes 3 with 4.28" in text
+    assert "recompute is the cheapest that fits, 4 products; one_pass takes 3 with 4.25 GiB" in text
     for word in ("recompute (chosen)", "retain", "gradient of the head", *footprint.PEERS):
         assert word in text
 

@@ -224,7 +224,7 @@ def _print(given: argparse.Namespace, work: Workload, found: dict[str, Any]) -> 
         fits = "yes" if cost["fits"] else f"with {format_bytes(cost['needed_budget'])}"
         name = f"{route} (chosen)" if route == chosen else route
         tile = " x ".join(map(str, cost["tile"]))
-        routes.append((name, f"{cost['products']:.3g}", format_bytes(cost["bytes"]), tile, fits))
+        routes.append((name, f"{cost['products']:.4g}", format_bytes(cost["bytes"]), tile, fits))
     columns = ("route", "products", "beyond the outputs", "tile", "fits the budget")
     tables.show(f"routes of fusedpo, with a budget of {format_bytes(work.budget)}", columns, routes)
     print(_why(costs, chosen))
@@ -247,7 +247,7 @@ def _why(costs: dict[str, Any], chosen: str | None) -> str:
     for route, cost in costs.items():  # the cheapest first
         if cost["products"] < products:
             needed = format_bytes(cost["needed_budget"])
-            return f"{text}; {route} takes {cost['products']:.3g} with {needed}."
+            return f"{text}; {route} takes {cost['products']:.4g} with {needed}."
     return f"{text}."
 
 

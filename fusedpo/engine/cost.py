@@ -63,6 +63,7 @@ class Problem:
         reordered: whether ``one_pass`` would put the rows into another order.
         backend: whose temporaries count.
         on_cpu: the device.
+        multiprocessors: of a GPU.
         shards: ranks that share the vocabulary.
         wide: whether what waits for the backward waits in full precision.
         back: the backward's tile; None: the forward's.
@@ -96,6 +97,7 @@ class Problem:
     reordered: bool
     backend: Backend
     on_cpu: bool
+    multiprocessors: int
     shards: int = 1
     wide: bool = True
     back: tuple[int, int] | None = None

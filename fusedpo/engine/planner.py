@@ -8,6 +8,7 @@ asks the routes what they would hold with it, and takes the cheapest that fits.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ import torch
 
 from fusedpo.checks import bad_choice, bad_value
 from fusedpo.devices import Device, as_device
-from fusedpo.engine.cost import Backend, Buffers, Cost, Needs, Problem
+from fusedpo.engine.cost import Backend, Buffers, Cost, Needs, Problem, padded
 from fusedpo.engine.ladder import Step, ladder
 from fusedpo.engine.plan import BudgetTooSmall, Plan, RouteName
 from fusedpo.engine.problem import Options, problem_of
@@ -29,6 +30,9 @@ from fusedpo.sizes import format_bytes, parse_budget
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+# a tall tile takes little if this many would fit the budget, and there are this many row blocks
+_TALL_SHARE, _TALL_BLOCKS = 8, 16
 
 
 def plan(
@@ -239,7 +243,7 @@ def _choose_tile(p: Problem, budget: int) -> Step:
     A larger tile is not taken as long as it costs the room for all of J that a smaller budget had
     with a smaller tile, so that more memory costs no products.
     """
-    steps = ladder(p.on_cpu)
+    steps = _ladder(p)
     # the costliest tile any caller with these shapes can ask for decides, not this caller's needs
     widest = replace(p, needs=frozenset({"hidden", "weight"}), entropy=p.of_entropy)
     fits = (i for i, step in enumerate(steps) if _threshold(widest, step) <= budget)
@@ -254,6 +258,10 @@ def _choose_tile(p: Problem, budget: int) -> Step:
     return fitting[0]
 
 
+def _ladder(p: Problem) -> tuple[Step, ...]:
+    return ladder(None if p.on_cpu else p.multiprocessors, p.operand, p.acc)
+
+
 def _tile(p: Problem, step: Step) -> tuple[int, int]:
     return max(1, min(step.rows, p.tokens)), min(step.cols, p.vocab)
 
@@ -262,11 +270,22 @@ def _threshold(p: Problem, step: Step) -> int:
     """Bytes from which on a tile is taken: with it any need can be served.
 
     Those of recompute, which holds at least what frozen and forward do; retain or one_pass may hold
-    less on a small vocabulary, but do not serve every need.
+    less on a small vocabulary, but do not serve every need. A tall tile saves less than a product
+    does, and J is held by row blocks, by one_pass too: it is taken if all of J has room beside it,
+    or if it takes little of the budget, full rows included, and few blocks are not enough.
     """
-    return step.share * _least(p, "recompute", step)
+    least = _least(p, "recompute", step)
+    if not step.tall:
+        return least
+    full_rows = _tile(p, step)[0] * padded(p.vocab) * p.operand
+    little = _TALL_SHARE * (least + full_rows)
+    if p.entropy:
+        return little
+    with_all = max(least, _least(p, "retain", step))
+    return min(little, with_all) if p.tokens >= _TALL_BLOCKS * step.rows else with_all
 
 
+@functools.lru_cache(maxsize=64)  # a policy and its reference ask the same
 def _least(p: Problem, route: RouteName, step: Step) -> int:
     """Bytes with which a route can do, whatever its variant and shape."""
     narrow, tile = replace(p, wide=False), _tile(p, step)
@@ -281,15 +300,16 @@ def _least(p: Problem, route: RouteName, step: Step) -> int:
 def _most_retained(p: Problem, step: Step) -> int:
     """Rows of J that hybrid may retain with this tile: no more than a larger one leaves room for,
     once that is taken, or more memory would cost a part of a product."""
-    steps, hybrid = ladder(p.on_cpu), Hybrid()
+    steps, hybrid = _ladder(p), Hybrid()
     widest = replace(p, needs=frozenset({"hidden", "weight"}), entropy=p.of_entropy)
     most = p.tokens
     for larger in reversed(steps[: steps.index(step)]):
         if not most:
             break
         room = _threshold(widest, larger)
-        tile = _tile(p, larger)
-        most = min(most, hybrid.rows_that_fit(replace(p, room=room, most=most), *tile))
+        if p.entropy or room < _least(widest, "retain", larger):
+            there = replace(p, room=room, most=p.tokens)
+            most = min(most, hybrid.rows_that_fit(there, *_tile(p, larger)))
     return most
 
 

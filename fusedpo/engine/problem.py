@@ -11,6 +11,7 @@ import torch
 from fusedpo.checks import FLOATS, bad_choice, bad_type, bad_value
 from fusedpo.devices import Device, as_device
 from fusedpo.engine.cost import Backend, Needs, Problem
+from fusedpo.engine.ladder import MULTIPROCESSORS
 from fusedpo.engine.precision import accumulated_dtype
 from fusedpo.engine.structure import GradientStructure, Scope
 from fusedpo.engine.tolerance import GUESSED_SHARE, check_tolerance
@@ -69,7 +70,8 @@ def problem_of(tokens: int, vocab: int, hidden: int, **options: Unpack[Options])
     if backend not in get_args(Backend):
         raise bad_choice("backend", backend, get_args(Backend))
     groups, borders = _groups(options.get("groups", 1), tokens)
-    on_cpu = as_device(options.get("device", "cpu")).type == "cpu"
+    place = as_device(options.get("device", "cpu"))
+    on_cpu = place.type == "cpu"
     acc, entropy = accumulated_dtype(dtype), options.get("entropy", False)
     operand = acc if on_cpu else operand_dtype
     return Problem(
@@ -95,6 +97,7 @@ def problem_of(tokens: int, vocab: int, hidden: int, **options: Unpack[Options])
         reordered=options.get("reordered", False),
         backend=backend,
         on_cpu=on_cpu,
+        multiprocessors=place.multiprocessors or MULTIPROCESSORS,
         shards=shards,
         tolerance=check_tolerance(options.get("gradient_tolerance", 0.0), dtype),
         share=_share(options.get("kept_share", GUESSED_SHARE)),

@@ -1302,6 +1302,11 @@ _CORE = (
         "test_plan.py",
         ("        if size < 1024:", "        if size <= 1024:", "1024 B"),
         ("if not 1 <= size < float", "if not 0 <= size < float", "a budget of nothing"),
+        (
+            'if device == "cpu" or memory is None:',
+            "if memory is None:",
+            "a CPU's budget by its memory",
+        ),
     ),
     *_in(
         "fusedpo/engine/plan.py",
@@ -1496,7 +1501,7 @@ _PROGRAMS = (
         "test_tables.py",
         ("if about.default is not None]", "]", "what is needed is called optional"),
         (
-            '"3 or 4" if loss.gradient_structure.scope == "batch" else "3"',
+            '"3 to 4" if loss.gradient_structure.scope == "batch" else "3"',
             '"3"',
             "too few products",
         ),
@@ -1516,6 +1521,15 @@ _PROGRAMS = (
             "if not graph_is_kept():\n            return self.held.pop(name)",
             "if True:\n            return self.held.pop(name)",
             "what waits is given up though the graph is kept",
+        ),
+    ),
+    *_in(
+        "fusedpo/engine/routes/hybrid.py",
+        "test_plan.py",
+        (
+            "max(0, min(left // row, most) // n * n)",
+            "max(0, min(left // row, most))",
+            "row blocks of the forward that are cut anew",
         ),
     ),
     *_in(

@@ -15,8 +15,9 @@ from fusedpo.engine.head_gradient import HeadGradient
 from fusedpo.engine.plan import RouteName
 from fusedpo.engine.tiles import Tiles
 
-# columns of a backward tile on a GPU: as few as products at full speed take, for it to be tall
-_TALL_COLUMNS = 1024
+# of a backward tile on a GPU: columns at least, for products at full speed, and rows at most; and
+# how many times the forward's tile it may be, where there is memory for it
+_TALL_COLUMNS, _TALL_ROWS, _TALL_AREA = 1024, 8192, 4
 
 
 def graph_is_kept() -> bool:
@@ -124,11 +125,12 @@ def tall_shapes(p: Problem, n: int, v: int) -> Iterator[Problem]:
     On the CPU, and as the last resort, tiles stay as they are in the forward.
     """
     last = None
-    area = 0 if p.on_cpu else n * v
+    area = 0 if p.on_cpu else _TALL_AREA * n * v
     while area and area >= n * _TALL_COLUMNS:
         # whole vectors of rows, but for the last
-        rows = max(1, min(p.tokens, area // min(p.vocab, _TALL_COLUMNS) // 16 * 16))
-        cols = min(p.vocab, max(_TALL_COLUMNS, area // rows // 128 * 128))
+        rows = area // min(p.vocab, _TALL_COLUMNS) // 16 * 16
+        rows = max(1, min(p.tokens, _TALL_ROWS, rows))
+        cols = min(v, max(_TALL_COLUMNS, area // rows // 128 * 128))
         if (rows, cols) not in ((n, v), last):
             last = rows, cols
             yield replace(p, back=last)
