@@ -67,9 +67,13 @@ def errors(
 
 
 def _relative(squares: Tensor) -> float:
-    """The largest relative error, of squares [n, 2] of errors and of gradients."""
+    """The largest relative error, of squares [n, 2] of errors and of gradients.
+
+    NaN where a gradient is not finite: no sample tells anything of it.
+    """
     wrong, whole = squares.unbind(1)
-    return float(torch.where(wrong == 0, 0.0, wrong / whole).amax().sqrt())
+    relative = torch.where(wrong == 0, 0.0, wrong / whole)
+    return float(torch.where(whole.isfinite(), relative, torch.nan).amax().sqrt())
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def _of_rows(t: Tiles, entries: Entries, dropped: Tensor, hidden: Tensor) -> Ten
 
 def _of_columns(t: Tiles, entries: Entries, kept: Kept, head: HeadGradient) -> list[Tensor]:
     """[2] for each gradient of the head, squares of its error and of itself."""
-    sample = _Sample.of(kept.left_out["head"], min(_COLUMNS, t.vocab))
+    sample = _Sample.of(kept.left_out["head"], min(_COLUMNS, t.vocab, t.plan.back_cols))
     count = sample.chosen.shape[0]
     rows = t.weight[sample.chosen]
     weight = t.take("audited weight rows", *rows.shape, dtype=t.operand).copy_(rows)

@@ -9,7 +9,7 @@ the head's needs fewer columns for the same error, as the rows' errors partly ca
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fusedpo.engine.rows import blocks
 from fusedpo.engine.tiles import Range, Tiles
-from fusedpo.engine.tolerance import Record
 
 # importances are told apart by quarters of a power of two, from 2^-64 up to 2^16
 _PER_OCTAVE, _LOWEST, _HIGHEST = 4, -64, 16
@@ -29,28 +28,29 @@ class Kept:
     """The kept columns of each slab, and the direction that stands for the others.
 
     Attributes:
-        of_head: those that the head's gradient takes, and so does the hidden states'; a slab's, [C]
-            int64 in order.
-        of_hidden: those that the hidden states' gradient takes besides.
         left_out: of "hidden" and "head", the squared importances [V] where a column is left out,
             summed over the slabs.
     """
 
-    of_head: tuple[Tensor, ...]
-    of_hidden: tuple[Tensor, ...]
     left_out: dict[str, Tensor]
     _sums: Tensor
     _kept: dict[str, Tensor]
     _lost: dict[str, Tensor]
 
-    def share(self, hidden: bool, head: bool) -> float:
-        """The share of columns that a product takes, a mean over the products and the slabs."""
-        slabs, vocab = self._sums.shape
-        of_head, of_hidden = (
-            sum(each.shape[0] for each in columns) / max(1, slabs * vocab)
-            for columns in (self.of_head, self.of_hidden)
-        )
-        return of_head + of_hidden * (1 + hidden) / (1 + hidden + head)
+    @property
+    def slabs(self) -> int:
+        return self._sums.shape[0]
+
+    def columns(self, slab: int) -> tuple[Tensor, Tensor]:
+        """The columns that the head's gradient takes, and so does the hidden states', and those
+        that the hidden states' takes besides; of a slab, [C] int64 in order."""
+        of_head, of_hidden = (self._kept[name][slab] for name in ("head", "hidden"))
+        return of_head.nonzero()[:, 0], (of_hidden & ~of_head).nonzero()[:, 0]
+
+    def taken(self, hidden: bool, head: bool) -> Tensor:
+        """How many columns a product takes, a mean over the products, a sum over the slabs."""
+        of_head, of_both = (self._kept[name].sum() for name in ("head", "hidden"))
+        return of_head + (of_both - of_head) * ((1 + hidden) / (1 + hidden + head))
 
     def directions(self, gradient: str, c: Range) -> Tensor:
         """[slabs, v] of vocabulary block c: column sums where left out, 0 where kept; the whole
@@ -65,22 +65,25 @@ def slabs(t: Tiles) -> Iterator[Range]:
     return blocks(0, t.count, t.plan.slab)
 
 
-def choose(t: Tiles, g: Tensor, logprob: Tensor, sums: Tensor, record: Record) -> Kept:
+def choose(
+    t: Tiles, g: Tensor, logprob: Tensor, sums: Tensor, allowed: Mapping[str, float]
+) -> Kept:
     """The columns to keep.
 
     Args:
         g, logprob: [N], the gradient with respect to the log-probabilities, and these.
         sums: [slabs, V], column sums.
+        allowed: of "hidden" and "head", the sum of squares that may be left out, relative to the
+            gradient's own.
     """
     weights = _slab_weights(t, g, logprob)
-    least = _thresholds(t, sums, weights, record)
+    least = _thresholds(t, sums, weights, allowed)
     kept = {
         name: t.take(f"kept for {name}", *sums.shape, dtype=torch.bool)
         for name in ("hidden", "head")
     }
     lost = {name: torch.empty_like(weights) for name in kept}
     left_out = {name: torch.zeros_like(sums[0]) for name in kept}
-    of_head, of_hidden = [], []
     for i, r in enumerate(slabs(t)):
         importance = _importance(sums[i], weights[i])
         targets = t.targets[slice(*r)]
@@ -90,11 +93,9 @@ def choose(t: Tiles, g: Tensor, logprob: Tensor, sums: Tensor, record: Record) -
             keep[targets] = True
             left_out[name] += importance.square().masked_fill_(keep, 0.0)
             lost[name][i] = sums[i].masked_fill(keep, 0.0).sum()
-        of_head.append(kept["head"][i].nonzero()[:, 0])
-        of_hidden.append((kept["hidden"][i] & ~kept["head"][i]).nonzero()[:, 0])
     for sizes in lost.values():
         sizes.clamp_(min=torch.finfo(sums.dtype).tiny)
-    return Kept(tuple(of_head), tuple(of_hidden), left_out, sums, kept, lost)
+    return Kept(left_out, sums, kept, lost)
 
 
 def _slab_weights(t: Tiles, g: Tensor, logprob: Tensor) -> Tensor:
@@ -111,7 +112,9 @@ def _importance(sums: Tensor, weight: Tensor) -> Tensor:
     return (sums * weight).nan_to_num(2.0**_HIGHEST, 2.0**_HIGHEST)
 
 
-def _thresholds(t: Tiles, sums: Tensor, weights: Tensor, record: Record) -> dict[str, float]:
+def _thresholds(
+    t: Tiles, sums: Tensor, weights: Tensor, allowed: Mapping[str, float]
+) -> dict[str, float]:
     """The least importance that each gradient keeps: all below it add up to what it may leave out.
 
     Of a gradient that is not wanted, what the other keeps.
@@ -126,7 +129,7 @@ def _thresholds(t: Tiles, sums: Tensor, weights: Tensor, record: Record) -> dict
     reached = energy.cumsum(0)
 
     def least(gradient: str) -> float:
-        below = int((reached <= record.allowed(gradient)).sum())
+        below = int((reached <= allowed[gradient]).sum())
         return 2.0 ** (_LOWEST + below / _PER_OCTAVE) if below else 0.0
 
     if "hidden" not in t.call.needs:

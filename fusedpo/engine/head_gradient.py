@@ -196,11 +196,12 @@ def row_operands(
 
     if last - first > t.plan.back_rows:
         return every
-    hidden, only = t.hidden_rows(first, last), []
-    for part, r in enumerate(((first, border), (border, last))):
+    hidden = t.hidden_rows(first, last)
+    only: list[tuple[Range, Tensor, Tensor]] = []
+    for r in ((first, border), (border, last)):
         if r[0] < r[1]:
             rows = hidden[r[0] - first : r[1] - first]
-            only.append((r, rows, weighted(t, rows, coefficient(r), part)))
+            only.append((r, rows, weighted(t, rows, coefficient(r), len(only))))
     return lambda: iter(only)
 
 

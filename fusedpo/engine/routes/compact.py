@@ -35,7 +35,7 @@ from fusedpo.engine.routes.base import Backward, Forward
 from fusedpo.engine.routes.recompute import Recompute, both_gradients
 from fusedpo.engine.rows import blocks
 from fusedpo.engine.tiles import Tiles
-from fusedpo.engine.tolerance import record_of
+from fusedpo.engine.tolerance import Record, record_of
 
 # Rows of a slab, on the CPU and elsewhere: few keep few columns, many multiply faster, and fill a
 # GPU. From one size to twice that the kept share grows by 1.2 (benchmarks/compact.py).
@@ -88,7 +88,7 @@ class Compact:
             "main directions": of_sums["main directions"],
             **dict.fromkeys(("kept for hidden", "kept for head"), count * p.vocab),
             **audit.buffers(p),
-            "hidden gradient": whole * p.hidden * p.acc,
+            "hidden gradient": max(whole * p.hidden * p.acc, exact.get("hidden gradient", 0)),
             "kept weight rows": chunk * p.hidden * p.operand,
             "kept gradient rows": chunk * (p.hidden + 1) * p.acc,
             "slab directions": 2 * count * (p.hidden + 1) * p.acc,
@@ -103,7 +103,10 @@ class Compact:
     def forward(self, t: Tiles) -> Forward:
         sums = ColumnSums(t)
         stats = hidden_gradient.forward_pass(t, None, sums)
-        return Forward(stats, saved=(sums.values, sums.directions, sums.row_products))
+        # what is aimed at is settled here: a second backward of the graph repeats the first
+        allowed = {name: _record(t).allowed(name) for name in ("hidden", "head")}
+        saved = sums.values, sums.directions, sums.row_products
+        return Forward(stats, saved=saved, held={"allowed": allowed})
 
     def backward(self, t: Tiles, b: Backward) -> tuple[Tensor | None, HeadGradient]:
         needs = t.call.needs
@@ -114,6 +117,8 @@ class Compact:
             whole = out if in_place else t.take("hidden gradient", t.count, t.width)
         head = _accumulators(t)
         if t.count and not _by_columns(t, b, head, whole):
+            # not beside those that take their place
+            del out, whole, head
             head = new_output(t, weight="weight" in needs, bias="bias" in needs)
             return both_gradients(t, b, head, "hidden" in needs), head
         if out is not None and whole is not None and whole is not out:
@@ -138,9 +143,9 @@ def _accumulators(t: Tiles) -> HeadGradient:
     return HeadGradient(weight, bias)
 
 
-def kind_of(t: Tiles) -> tuple[object, ...]:
-    """All that tells kinds of calls apart, for their record."""
-    return t.hidden.device.type, t.plan.vocab, t.width
+def _record(t: Tiles) -> Record:
+    """Of calls like this one, by all that tells kinds apart."""
+    return record_of(t.plan.tolerance, t.hidden.device.type, t.plan.vocab, t.width)
 
 
 def _by_columns(t: Tiles, b: Backward, head: HeadGradient, hidden: Tensor | None) -> bool:
@@ -151,14 +156,20 @@ def _by_columns(t: Tiles, b: Backward, head: HeadGradient, hidden: Tensor | None
         hidden: [N, H].
     """
     sums, directions, row_products = b.saved
-    record = record_of(t.plan.tolerance, *kind_of(t))
-    kept = choose(t, b.g, b.stats["logprob"], sums, record)
+    kept = choose(t, b.g, b.stats["logprob"], sums, b.held["allowed"])
     entries = Entries(t, b.stats, b.g)
     lost = _write(t, entries, kept, directions, row_products, head, hidden)
     errors = audit.errors(t, entries, kept, lost, head, hidden)
-    share = kept.share(hidden is not None, head.wanted)
-    share /= _growth(t.hidden.device.type == "cpu", t.plan.slab)
-    return record.note(share, {k: float(v.sum()) for k, v in kept.left_out.items()}, errors)
+    seen = torch.stack(
+        [kept.taken(hidden is not None, head.wanted), *(v.sum() for v in kept.left_out.values())]
+    )
+    columns = t.vocab
+    if t.shard is not None:  # records decide the route, which all ranks have to share
+        t.shard.add_up(seen)
+        columns = t.shard.total
+    taken, *left_out = seen.tolist()
+    share = taken / (len(sums) * columns * _growth(t.hidden.device.type == "cpu", t.plan.slab))
+    return _record(t).note(share, dict(zip(kept.left_out, left_out, strict=True)), errors)
 
 
 def _write(
@@ -174,7 +185,7 @@ def _write(
     [N]."""
     lost = t.vector(t.count)
     others = _others(t, kept) if hidden_grad is not None else None
-    pulls = t.take("slab directions", len(kept.of_head), t.width + 1, part=1)
+    pulls = t.take("slab directions", kept.slabs, t.width + 1, part=1)
     for i, r in enumerate(slabs(t)):
         rows, hidden = slice(*r), t.hidden_rows(*r)
         missing = None if entries.missing is None else entries.missing[rows]
@@ -183,7 +194,8 @@ def _write(
         scaled = hidden if head.weight is None else weighted(t, hidden, missing)
         of_rows = None if hidden_grad is None else hidden_grad[rows].zero_()
         left = products[:, -1].clone()
-        for columns in _chunks(t, kept.of_head[i]):
+        of_head, of_hidden = kept.columns(i)
+        for columns in _chunks(t, of_head):
             weight = _kept_weight(t, columns)
             z = entries.tile(rows, hidden, columns, weight)
             left -= z.sum(1, dtype=t.acc)
@@ -195,7 +207,7 @@ def _write(
             pulls[i, :-1] = pull @ hidden.to(t.acc)
             pulls[i, -1] = pull.sum()
         if of_rows is not None and others is not None:
-            for columns in _chunks(t, kept.of_hidden[i]):
+            for columns in _chunks(t, of_hidden):
                 weight = _kept_weight(t, columns)
                 z = entries.tile(rows, hidden, columns, weight)
                 left -= z.sum(1, dtype=t.acc)
@@ -247,8 +259,8 @@ def _add_columns(
 
 def _others(t: Tiles, kept: Kept) -> Tensor:
     """q W [slabs, H] of what the hidden gradient leaves out, in full precision."""
-    out = t.take("slab directions", len(kept.of_head), t.width).zero_()
-    for c in t.col_blocks():
+    out = t.take("slab directions", kept.slabs, t.width).zero_()
+    for c in blocks(0, t.vocab, t.plan.back_cols):
         out.addmm_(kept.directions("hidden", c), t.weight_rows(*c).to(t.acc))
     return out
 
@@ -257,7 +269,7 @@ def _add_others(t: Tiles, kept: Kept, head: HeadGradient, pulls: Tensor) -> None
     """Add what the head's gradient leaves out: its direction times the sum of the rows."""
     if not head.wanted:
         return
-    for c in t.col_blocks():
+    for c in blocks(0, t.vocab, t.plan.back_cols):
         directions = kept.directions("head", c).T
         if head.weight is not None:
             head.weight[slice(*c)].addmm_(directions, pulls[:, :-1])
