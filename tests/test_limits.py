@@ -78,7 +78,7 @@ def test_nothing_is_larger_than_it_may_be() -> None:
 ENGINE = (
     ("structure", "precision", "workspace", "stats", "rows", "matmul_settings", "ladder"),
     ("cost",),
-    ("plan", "ladder"),
+    ("plan",),
     ("tiles", "tolerance"),
     ("column_sums", "columns"),
     ("hidden_gradient", "head_gradient", "jacobian"),
