@@ -167,7 +167,14 @@ class LossOutput:
             policy loss [B], the mean of its tokens' losses for each response, KL term and
             importance weights included: not times the length (LUSPO), nor over a constant (DrGRPO),
             and without the entropy bonus.
-        metrics: detached scalars by the names that TRL logs.
+        metrics: detached scalars by the names that TRL logs. With a ``gradient_tolerance`` also
+            ``head/columns_kept``, the share of the vocabulary that a product of the head's
+            gradients took, ``head/dropped_mass``, the mean probability of a row that was left out,
+            ``head/gradient_error``, the largest relative error that was estimated, and
+            ``head/breaches``, how often that was above the tolerance and the gradients were made
+            again, exactly. They are known in a backward only: these are of the **last backward** of
+            a call of this kind (tolerance, device, V and H) in this process; 1, 0 and 0 of an exact
+            one, and before the first. Not where no gradient is wanted, nor in torch.compile.
         logprobs: log-probability of each scored token, shaped like labels, 0 elsewhere, detached.
             Aligned with hidden also under ``shift=True``: position t holds the token that hidden[t]
             predicts.

@@ -13,7 +13,7 @@ from fusedpo.engine.cost import Backend, Needs
 from fusedpo.engine.precision import accumulated_dtype, operand_dtype
 from fusedpo.engine.problem import Options
 from fusedpo.engine.rows import Rows, gathers
-from fusedpo.engine.tolerance import check_tolerance
+from fusedpo.engine.tolerance import Record, check_tolerance, record_of
 from fusedpo.head import Head
 
 
@@ -75,6 +75,11 @@ class Batch:
     def sizes(self) -> tuple[int, int, int]:
         """Tokens, vocabulary (of the largest slice) and hidden size, as plan() takes them."""
         return self.rows.count, self.head.widest, self.head.weight.shape[1]
+
+    @property
+    def record(self) -> Record:
+        """What earlier calls of this kind have shown about their gradients."""
+        return record_of(self.tolerance, self.device.type, *self.sizes[1:])
 
     @property
     def fusable(self) -> bool:

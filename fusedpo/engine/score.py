@@ -33,7 +33,6 @@ from fusedpo.engine.problem import Options
 from fusedpo.engine.stats import DIFFERENTIABLE, TokenStats
 from fusedpo.engine.structure import Groups, Scope
 from fusedpo.engine.tiles import Call
-from fusedpo.engine.tolerance import record_of
 from fusedpo.sizes import parse_budget
 
 
@@ -82,7 +81,7 @@ def plan_for(
         if tiled is not None and tiled.bytes <= like.budget:
             return tiled
     budget = parse_budget(memory_budget, default=as_device(batch.device).budget)
-    record = record_of(batch.tolerance, batch.device.type, *sizes[1:])
+    record = batch.record
     options["kept_share"] = record.expected_share()
     chosen = plan(*sizes, budget=budget, **options, fused=fused)
     if options["needs"] and chosen.route != "compact":

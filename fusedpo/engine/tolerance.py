@@ -73,6 +73,8 @@ class Record:
         errors: of a gradient, its relative error as estimated in the last backward.
         breaches: backwards whose estimate was above the tolerance, and that were done exactly.
         skipped: calls since the last one by ``compact``.
+        kept: the share of columns that a product of the last backward took; 1 of an exact one.
+        dropped: the probability that its rows left out, a mean.
     """
 
     tolerance: float
@@ -81,6 +83,8 @@ class Record:
     errors: dict[str, float] = field(default_factory=dict)
     breaches: int = 0
     skipped: int = 0
+    kept: float = 1.0
+    dropped: float = 0.0
 
     def allowed(self, gradient: str) -> float:
         """The sum of squares that a gradient may leave out, relative to its own."""
@@ -91,18 +95,30 @@ class Record:
         return min(self.share, GUESSED_SHARE) if self.skipped >= _PATIENCE else self.share
 
     def skip(self) -> None:
-        """Note a call that went another way."""
+        """Note a call that went another way, whose gradients are exact."""
         self.skipped += 1
+        self.kept, self.dropped, self.errors = 1.0, 0.0, {}
 
-    def note(self, share: float, left_out: dict[str, float], errors: dict[str, float]) -> bool:
+    def note(
+        self,
+        share: float,
+        left_out: dict[str, float],
+        errors: dict[str, float],
+        *,
+        kept: float,
+        dropped: float,
+    ) -> bool:
         """Note a backward; whether its gradients are within the tolerance.
 
         Args:
-            share: of the columns, that a product took.
+            share: of the columns, that a product would have taken with the smallest slabs.
             left_out: the sum of squares that a gradient left out, relative to its own.
             errors: of each gradient, relative, as estimated.
+            kept: of the columns, the share that a product took.
+            dropped: the probability that a row left out, a mean.
         """
         self.share, self.errors, self.skipped = share, errors, 0
+        self.kept, self.dropped = kept, dropped
         for name, error in errors.items():
             if left_out[name] > 0 and math.isfinite(error):
                 seen = max(error**2 / left_out[name], 1e-6)
@@ -111,6 +127,15 @@ class Record:
         within = all(error <= self.tolerance for error in errors.values())
         self.breaches += not within
         return within
+
+    def metrics(self) -> dict[str, float]:
+        """What the last backward left out, by the names that are logged."""
+        return {
+            "head/columns_kept": self.kept,
+            "head/dropped_mass": self.dropped,
+            "head/gradient_error": max(self.errors.values(), default=0.0),
+            "head/breaches": float(self.breaches),
+        }
 
 
 _records: dict[tuple[object, ...], Record] = {}

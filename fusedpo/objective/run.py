@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from fusedpo.engine.plan import Plan
@@ -138,4 +139,8 @@ def finish(
     if states is not None and parts is not None:
         states = parts.of_last(states)
     total, per_example, metrics = problem.output(stats, states)
+    batch = layout.batch
+    if run.plan is not None and run.plan.needs and batch.tolerance:
+        seen = batch.record.metrics()
+        metrics |= {name: torch.full_like(total.detach(), value) for name, value in seen.items()}
     return total, per_example, metrics, layout.rows.scatter(stats["logprob"].detach())

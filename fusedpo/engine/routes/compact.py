@@ -160,16 +160,31 @@ def _by_columns(t: Tiles, b: Backward, head: HeadGradient, hidden: Tensor | None
     entries = Entries(t, b.stats, b.g)
     lost = _write(t, entries, kept, directions, row_products, head, hidden)
     errors = audit.errors(t, entries, kept, lost, head, hidden)
-    seen = torch.stack(
-        [kept.taken(hidden is not None, head.wanted), *(v.sum() for v in kept.left_out.values())]
+    taken, dropped, *left_out = _noted(t, b.g, kept, lost, hidden is not None, head.wanted)
+    share = taken / (kept.slabs * (t.vocab if t.shard is None else t.shard.total))
+    return _record(t).note(
+        min(1.0, share / _growth(t.hidden.device.type == "cpu", t.plan.slab)),
+        dict(zip(kept.left_out, left_out, strict=True)),
+        errors,
+        kept=share,
+        dropped=dropped,
     )
-    columns = t.vocab
-    if t.shard is not None:  # records decide the route, which all ranks have to share
-        t.shard.add_up(seen)
-        columns = t.shard.total
-    taken, *left_out = seen.tolist()
-    share = taken / (len(sums) * columns * _growth(t.hidden.device.type == "cpu", t.plan.slab))
-    return _record(t).note(share, dict(zip(kept.left_out, left_out, strict=True)), errors)
+
+
+def _noted(
+    t: Tiles, g: Tensor, kept: Kept, lost: Tensor, of_hidden: bool, of_head: bool
+) -> list[float]:
+    """How many columns a product took, a sum over the slabs; the mean probability that a row with
+    a gradient lost; and the squared importances that the gradients left out. Of the whole
+    vocabulary: records decide the route, which all ranks have to share."""
+    scaled = t.scaled(g).abs()
+    dropped = torch.where(scaled > 0, lost.abs() / scaled, 0.0).sum()
+    dropped /= (scaled > 0).sum().clamp(min=1)
+    taken = kept.taken(of_hidden, of_head).to(dropped.dtype)
+    noted = torch.stack((taken, dropped, *(v.sum() for v in kept.left_out.values())))
+    if t.shard is not None:
+        t.shard.add_up(noted)
+    return noted.tolist()
 
 
 def _write(
