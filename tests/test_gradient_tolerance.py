@@ -3,20 +3,39 @@ on."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
+import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from oracles import relative
 from torch import Tensor
 
-from fusedpo import FusedLoss, linear_logprobs, policy_loss, preference_loss
+from fusedpo import (
+    FusedLoss,
+    add_fused_head,
+    at_head,
+    lazy_logits,
+    linear_logprobs,
+    linear_token_stats,
+    policy_loss,
+    preference_loss,
+)
+from fusedpo.cli import main
 from fusedpo.engine import tolerance
 from fusedpo.engine.columns import Kept
 from fusedpo.engine.routes import compact
+from fusedpo.engine.routes.compact import Compact
+from fusedpo.lazy.at_head import with_lazy_logits
+from fusedpo.lazy.everywhere import VARIABLE
 from fusedpo.losses import GRPO, SimPO
+from fusedpo.model_head import Score, aligned_labels
 
 V, H, B, T = 2048, 32, 4, 64
 WITHIN = 2e-3
@@ -167,3 +186,164 @@ def test_there_are_none_without_a_tolerance_or_a_gradient() -> None:
     with torch.no_grad():
         out = preference_loss(SimPO(), hidden, weight, labels, gradient_tolerance=WITHIN)
     assert not shown(out.metrics)
+
+
+# the doors
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The tolerances of the calls that took the route ``compact``."""
+    found: list[float] = []
+
+    def forward(self: Compact, t: Any) -> Any:
+        found.append(t.plan.tolerance)
+        return original(self, t)
+
+    original = Compact.forward
+    monkeypatch.setattr(Compact, "forward", forward)
+    return found
+
+
+WRONG = {
+    "a small one": (1e-6, ValueError),
+    "one": (1.0, ValueError),
+    "below 0": (-1e-3, ValueError),
+    "no number": (float("nan"), ValueError),
+    "a text": ("2e-3", TypeError),
+    "True": (True, TypeError),
+}
+wrong = pytest.mark.parametrize(("value", "error"), WRONG.values(), ids=WRONG)
+REFUSED = "^gradient_tolerance: expected"
+
+
+def step_of_pairs(**options: Any) -> None:
+    hidden, weight, labels = confident()
+    preference_loss(SimPO(), hidden, weight, labels, **options).loss.backward()
+
+
+def step_of_groups(**options: Any) -> None:
+    hidden, weight, labels = confident()
+    advantages = torch.linspace(-1, 1, B)
+    policy_loss(GRPO(), hidden, weight, labels, advantages=advantages, **options).loss.backward()
+
+
+def step_of_a_module(**options: Any) -> None:
+    FusedLoss(SimPO(), **options)(*confident()).loss.backward()
+
+
+def step_of_logprobs(**options: Any) -> None:
+    linear_logprobs(*confident(), **options).sum().backward()
+
+
+def step_of_stats(**options: Any) -> None:
+    stats = linear_token_stats(*confident(), differentiable=("logprob",), **options)
+    assert stats.logprob is not None
+    stats.logprob.sum().backward()
+
+
+def new_network() -> Any:
+    return tiny.model(vocab_size=V, hidden_size=H)
+
+
+def network() -> Any:
+    return copy.deepcopy(_network())
+
+
+_network = functools.cache(new_network)
+
+
+IDS = torch.randint(3, V, (4, 32), generator=torch.Generator().manual_seed(1))
+
+
+def step_of_a_fused_head(**options: Any) -> None:
+    model = network()
+    add_fused_head(model, **options)
+    model(input_ids=IDS, labels=IDS, fused=True).logprob.sum().backward()
+
+
+def step_of_a_score(**options: Any) -> None:
+    model = network()
+    add_fused_head(model)
+    stats, _ = at_head(model, Score(aligned_labels(IDS), **options), input_ids=IDS)
+    stats.logprob.sum().backward()
+
+
+def of_logits(logits: Tensor) -> Tensor:
+    return logits[:, :-1].log_softmax(-1).gather(-1, IDS[:, 1:, None]).sum()
+
+
+def step_of_lazy_logits(**options: Any) -> None:
+    model = network()
+    with lazy_logits(model, unknown="raise", **options):
+        of_logits(model(IDS).logits).backward()
+
+
+def step_of_lazy_logits_everywhere(**options: Any) -> None:
+    with lazy_logits(unknown="raise", **options):
+        of_logits(new_network()(IDS).logits).backward()
+
+
+def step_of_lazy_logits_at_the_head(**options: Any) -> None:
+    model = network()
+    add_fused_head(model)
+    with_lazy_logits(model, of_logits, unknown="raise", input_ids=IDS, **options).backward()
+
+
+STEPS = {
+    name.removeprefix("step_of_"): step
+    for name, step in list(globals().items())
+    if name.startswith("step_of_")
+}
+steps = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+
+
+@steps
+def test_every_door_passes_it_on(step: Any, taken: list[float]) -> None:
+    step()
+    assert not taken, "0 without the option"
+    step(gradient_tolerance=WITHIN)
+    assert set(taken) == {WITHIN}
+
+
+@steps
+@wrong
+def test_every_door_refuses_a_wrong_one(
+    step: Any, value: Any, error: type[Exception], taken: list[float]
+) -> None:
+    with pytest.raises(error, match=REFUSED):
+        step(gradient_tolerance=value)
+    assert not taken
+
+
+@wrong
+def test_it_is_refused_where_it_is_set(value: Any, error: type[Exception]) -> None:
+    """Before a model is changed."""
+    model = network()
+    for door in (add_fused_head, lazy_logits, lambda _, **given: lazy_logits(None, **given)):
+        with pytest.raises(error, match=REFUSED):
+            door(model, gradient_tolerance=value)
+    assert "forward" not in vars(model) and "forward" not in vars(model.lm_head)
+    assert type(new_network()(IDS).logits) is Tensor
+
+
+def test_double_precision_is_refused() -> None:
+    hidden, weight, labels = confident(torch.float64)
+    with pytest.raises(ValueError, match=f"{REFUSED} 0 in double precision"):
+        linear_logprobs(hidden, weight, labels, gradient_tolerance=WITHIN)
+
+
+@pytest.mark.parametrize("words", [["--gradient-tolerance=2"], ["--gradient-tolerance=much"]])
+def test_run_refuses_a_wrong_one(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        assert main(["run", *words, sys.executable]) == 2
+    said = capsys.readouterr().err
+    assert "gradient" in said and "tolerance" in said
+
+
+def test_run_hands_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, str]] = []
+    monkeypatch.setattr("os.execvpe", lambda file, words, env: started.append(env))
+    main(["run", "--gradient-tolerance", "2e-3", sys.executable])
+    (environment,) = started
+    assert json.loads(environment[VARIABLE])["gradient_tolerance"] == WITHIN

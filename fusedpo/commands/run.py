@@ -33,12 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="warn",
         help="what an operation does that needs the real logits (default: warn)",
     )
+    parser.add_argument(
+        "--gradient-tolerance",
+        type=float,
+        default=0.0,
+        metavar="FLOAT",
+        help="relative error that a gradient of the head may have: 2e-3, ... (default: 0, exact)",
+    )
     parser.add_argument("program", nargs=argparse.REMAINDER, help="the program and its arguments")
 
 
 def run(arguments: argparse.Namespace) -> int:
     program = arguments.program[arguments.program[:1] == ["--"] :]
-    check_options(arguments.memory_budget, arguments.backend)
+    check_options(arguments.memory_budget, arguments.backend, arguments.gradient_tolerance)
     if not program:
         raise bad_value("program", "a program and its arguments", "nothing")
     if shutil.which(program[0]) is None:
@@ -47,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         "memory_budget": arguments.memory_budget,
         "backend": arguments.backend,
         "unknown": arguments.unknown,
+        "gradient_tolerance": arguments.gradient_tolerance,
     }
     sys.stdout.flush()
     os.execvpe(program[0], program, environment(options))

@@ -22,6 +22,7 @@ def with_lazy_logits(
     memory_budget: int | float | str | None = None,
     backend: str = "auto",
     unknown: str = "warn",
+    gradient_tolerance: float = 0.0,
     **inputs: Any,
 ) -> Any:
     """The result of a function of a model's logits, which are lazy and never made.
@@ -33,13 +34,13 @@ def with_lazy_logits(
     Args:
         model: wrapped or not, with a fused head (see ``add_fused_head``).
         function: takes the logits [B, T, V] and returns a tree of tensors.
-        memory_budget, backend, unknown: as of ``lazy_logits``.
+        memory_budget, backend, unknown, gradient_tolerance: as of ``lazy_logits``.
         inputs: of the model's forward, without labels.
 
     Raises:
         ValueError: as ``at_head`` does.
     """
-    options = Options(memory_budget, backend, unknown)
+    options = Options(memory_budget, backend, unknown, gradient_tolerance)
 
     def task(hidden: Tensor, head: Head) -> Any:
         result = function(lazy_output(hidden, head, options))

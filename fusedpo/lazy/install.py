@@ -112,6 +112,7 @@ def lazy_logits(
     memory_budget: int | float | str | None = None,
     backend: str = "auto",
     unknown: Literal["warn", "raise"] = "warn",
+    gradient_tolerance: float = 0.0,
 ) -> LazyLogits | NewModels:
     """Let ``model(...).logits`` be a tensor that is not there, for code that is not to be changed.
 
@@ -135,6 +136,8 @@ def lazy_logits(
         memory_budget: bytes or a text, as of ``linear_logprobs``.
         backend: as of ``linear_logprobs``.
         unknown: what an operation does that needs the real logits: "warn", or "raise" an error.
+        gradient_tolerance: as of ``linear_logprobs``, for gradients through log-probabilities;
+            those through entropies are exact, and what is evaluated a few rows at a time is.
 
     Returns:
         An object with a method ``remove``, and a context manager that calls it. Calling this again
@@ -145,10 +148,10 @@ def lazy_logits(
             wrapper frees the weight after the head's call (FSDP with the head in a unit of its own,
             ZeRO-3), the first operation that needs it raises.
     """
-    check_options(memory_budget, backend)
+    check_options(memory_budget, backend, gradient_tolerance)
     if unknown not in ("warn", "raise"):
         raise bad_choice("unknown", unknown, ("warn", "raise"))
-    options = Options(memory_budget, backend, unknown)
+    options = Options(memory_budget, backend, unknown, gradient_tolerance)
     if model is None:
         return NewModels(functools.partial(_install, options))
     return _install(options, model)

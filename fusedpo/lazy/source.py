@@ -39,6 +39,7 @@ class Options:
     memory_budget: int | float | str | None = None
     backend: str = "auto"
     unknown: str = "warn"
+    gradient_tolerance: float = 0.0
 
 
 @dataclass
@@ -275,6 +276,7 @@ class Source:
                 temperature=temperature,
                 memory_budget=self.options.memory_budget,
                 backend=self.options.backend,
+                gradient_tolerance=self.options.gradient_tolerance,
             )
 
     def _mean_logit(self, logits: Logits, *, grad: bool) -> Tensor:

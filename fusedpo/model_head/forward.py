@@ -42,7 +42,7 @@ class FusedForward:
     Args:
         model: the causal language model (see ``causal_model``).
         original: the ``forward`` in the model's ``__dict__``; None for its class's forward.
-        memory_budget, backend, unsupported: as of ``add_fused_head``.
+        memory_budget, backend, unsupported, gradient_tolerance: as of ``add_fused_head``.
 
     Attributes:
         known: ``AfterHead`` by the state of the head, for at most eight states.
@@ -56,6 +56,7 @@ class FusedForward:
         memory_budget: int | float | str | Plan | None = None,
         backend: str = "auto",
         unsupported: str = "raise",
+        gradient_tolerance: float = 0.0,
     ) -> None:
         _keep_compiler_out()
         self.model = model
@@ -63,6 +64,7 @@ class FusedForward:
         self.memory_budget = memory_budget
         self.backend = backend
         self.unsupported = unsupported
+        self.gradient_tolerance = gradient_tolerance
         self.known: dict[Any, AfterHead] = {}
         self.reason = ""
 
@@ -128,7 +130,14 @@ class FusedForward:
             decoder = decoder_input(self.model, shift_labels, self._by_name(args, kwargs))
             kwargs = {**kwargs, **decoder}
         aligned = shift_labels if labels is None else aligned_labels(labels)
-        task = Score(aligned, tuple(stats), temperature, self.memory_budget, self.backend)
+        task = Score(
+            aligned,
+            tuple(stats),
+            temperature,
+            self.memory_budget,
+            self.backend,
+            gradient_tolerance=self.gradient_tolerance,
+        )
         if self.reason:
             scores, aux_loss = self._by_logits(task, args, kwargs)
         else:

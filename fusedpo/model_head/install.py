@@ -7,6 +7,7 @@ from typing import Any, Literal
 from fusedpo.checks import bad_choice, bad_value
 from fusedpo.engine.backend import check_name
 from fusedpo.engine.plan import Plan
+from fusedpo.engine.tolerance import check_tolerance
 from fusedpo.model_head.forward import FusedForward, forward_function, fused_forward
 from fusedpo.model_head.modules import causal_model
 from fusedpo.sizes import parse_budget
@@ -18,6 +19,7 @@ def add_fused_head(
     memory_budget: int | float | str | Plan | None = None,
     backend: str = "auto",
     unsupported: Literal["raise", "fallback"] = "raise",
+    gradient_tolerance: float = 0.0,
 ) -> None:
     """Let ``model(..., labels=labels, fused=True)`` return statistics of the labels, not logits.
 
@@ -42,7 +44,8 @@ def add_fused_head(
     Args:
         model: a causal language model or an encoder-decoder of transformers, or one wrapped by
             PEFT, DDP or the like.
-        memory_budget, backend: as of ``linear_token_stats``.
+        memory_budget, backend, gradient_tolerance: as of ``linear_token_stats``. With a
+            differentiable entropy among the statistics, gradients are exact.
         unsupported: if the head turns out not to be a weight, a bias, a soft cap and a scale:
             "raise" an ``UnsupportedHead`` at the first call, or "fallback": make the model's own
             logits, with one warning.
@@ -50,7 +53,7 @@ def add_fused_head(
     Raises:
         ValueError, TypeError: if the model has no output embedding, or for an unknown option.
     """
-    check_options(memory_budget, backend)
+    check_options(memory_budget, backend, gradient_tolerance)
     if unsupported not in ("raise", "fallback"):
         raise bad_choice("unsupported", unsupported, ("raise", "fallback"))
     causal = causal_model(model)
@@ -60,10 +63,15 @@ def add_fused_head(
         raise bad_value(
             "model", "a causal language model with an output embedding", type(model).__name__
         )
-    install_forward(causal, FusedForward, memory_budget, backend, unsupported)
+    options = (memory_budget, backend, unsupported, gradient_tolerance)
+    install_forward(causal, FusedForward, *options)
 
 
-def check_options(memory_budget: int | float | str | Plan | None, backend: str) -> None:
+def check_options(
+    memory_budget: int | float | str | Plan | None,
+    backend: str,
+    gradient_tolerance: float = 0.0,
+) -> None:
     """Refuse options before the first call; whether the backend can run is known only there.
 
     Raises:
@@ -72,6 +80,7 @@ def check_options(memory_budget: int | float | str | Plan | None, backend: str) 
     if not isinstance(memory_budget, Plan):
         parse_budget(memory_budget)
     check_name(backend)
+    check_tolerance(gradient_tolerance)
 
 
 def install_forward(causal: Any, kind: type[FusedForward], *options: Any) -> None:

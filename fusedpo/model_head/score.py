@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Score:
             nothing is scored.
         stats: names of ``fusedpo.engine.stats.STATS``.
         temperature: divides the logits; above 0, a number or [B, T].
-        memory_budget, backend: as of ``linear_token_stats``.
+        memory_budget, backend, gradient_tolerance: as of ``linear_token_stats``.
     """
 
     labels: Tensor
@@ -33,6 +33,7 @@ class Score:
     temperature: float | Tensor = 1.0
     memory_budget: int | float | str | Plan | None = None
     backend: str = "auto"
+    gradient_tolerance: float = field(default=0.0, kw_only=True)
 
     def __call__(self, hidden: Tensor, head: Head) -> TokenStats:
         return linear_token_stats(
@@ -43,6 +44,7 @@ class Score:
             temperature=self.temperature,
             memory_budget=self.memory_budget,
             backend=self.backend,
+            gradient_tolerance=self.gradient_tolerance,
             **head.options(),
         )
 

@@ -4,7 +4,7 @@
     swift rlhf --rlhf_type dpo ... --external_plugins $PLUGIN
 
 Its trainers go on as they are, on lazy logits (see ``fusedpo.lazy_logits``). So they do under
-``fusedpo run swift rlhf ...``, which takes a memory budget. Of ms-swift 4.6.
+``fusedpo run swift rlhf ...``, which takes its options. Of ms-swift 4.6.
 """
 
 # ms-swift puts the folder of a plugin on Python's path: there may be no transformers.py beside it
