@@ -380,7 +380,8 @@ def gemma() -> tuple[Any, dict[str, Any], Truth]:
 
 def packed(family: str) -> tuple[str, str]:
     """Whether a family mixes packed rows, "apart" or "mixed", and by how much."""
-    from fusedpo.trainers.transformers import PreferenceCollator, packing_gap
+    from fusedpo.trainers.packing import packing_gap
+    from fusedpo.trainers.transformers import PreferenceCollator
 
     ids = torch.randint(3, 90, (4, 7), generator=torch.Generator().manual_seed(5)).tolist()
     row = {"prompt_ids": ids[0], "chosen_ids": ids[1], "rejected_ids": ids[2]}

@@ -28,8 +28,8 @@ EXCEPTIONS = {
     "fusedpo/trainers/job.py: run": 83,
     "fusedpo/trainers/methods.py": 409,
     "fusedpo/trainers/rows.py": 642,
-    "fusedpo/trainers/transformers.py": 922,
-    "fusedpo/trainers/trl.py": 980,
+    "fusedpo/trainers/transformers.py": 813,
+    "fusedpo/trainers/trl.py": 878,
     "fusedpo/trainers/trl_losses.py": 585,
     "kernels/product_fold.py: product_fold_kernel": 94,
 }

@@ -37,6 +37,7 @@ from transformers import (
 from fusedpo.losses import DPO, SimPO
 from fusedpo.model_head import aligned_labels, causal_model
 from fusedpo.recipes.short_to_long import ShortToLongCollator
+from fusedpo.trainers.packing import packing_gap
 from fusedpo.trainers.transformers import (
     FusedTrainer,
     PreferenceCollator,
@@ -44,7 +45,6 @@ from fusedpo.trainers.transformers import (
     PreferenceTrainerMixin,
     _check_new_adapters,
     add_fused_head,
-    packing_gap,
     padding_token,
     remove_fused_head,
 )
