@@ -166,6 +166,17 @@ def test_an_exact_call_in_between_is_shown_as_one() -> None:
     assert found == {**EXACT, "head/breaches": found["head/breaches"]}
 
 
+def test_of_a_few_flat_rows_all_columns_may_be_kept(kept: Columns) -> None:
+    """And the next call is planned all the same."""
+    g = torch.Generator().manual_seed(0)
+    hidden = (0.1 * torch.randn(2, 12, H, generator=g)).requires_grad_()
+    weight = torch.randn(V, H, generator=g).requires_grad_()
+    labels = torch.randint(V, (2, 12), generator=g)
+    for _ in range(3):
+        linear_logprobs(hidden, weight, labels, gradient_tolerance=WITHIN).sum().backward()
+    assert kept and tolerance.record_of(WITHIN, "cpu", V, H).share == 1
+
+
 def test_metrics_are_scalars_like_the_others() -> None:
     hidden, weight, labels = confident(torch.bfloat16)
     advantages = torch.ones(B)
