@@ -52,6 +52,7 @@ class Batch:
         labels: [B, T] as Hugging Face gives them, -100 where not scored.
         ref_logprobs: [B] sums under the reference, or None.
         memory_budget: bytes the fused loss may hold.
+        gradient_tolerance: the relative error that its gradients may have.
     """
 
     loss: PreferenceLoss
@@ -60,6 +61,7 @@ class Batch:
     labels: Tensor
     ref_logprobs: Tensor | None = None
     memory_budget: int | float | str | None = None
+    gradient_tolerance: float = 0.0
 
     @property
     def scored(self) -> int:
@@ -118,6 +120,7 @@ def fused(batch: Batch) -> Tensor:
         shift=True,
         ref_logprobs=batch.ref_logprobs,
         memory_budget=batch.memory_budget,
+        gradient_tolerance=batch.gradient_tolerance,
         **batch.head.options(),
     ).loss
 
@@ -295,6 +298,7 @@ def _pack(name: str, batch: Batch) -> dict[str, Any]:
         "labels": batch.labels,
         "ref_logprobs": batch.ref_logprobs,
         "memory_budget": batch.memory_budget,
+        "gradient_tolerance": batch.gradient_tolerance,
         "threads": torch.get_num_threads(),
     }
 
@@ -306,14 +310,8 @@ def _worker(path: Path) -> int:
     loss = losses.get(packed["loss"], **packed["hyperparameters"])
     assert is_comparable(loss), "compare() lets nothing else through"
     head = Head(packed["weight"], packed["bias"], packed["softcap"], packed["logit_scale"])
-    batch = Batch(
-        loss,
-        packed["hidden"],
-        head,
-        packed["labels"],
-        packed["ref_logprobs"],
-        packed["memory_budget"],
-    )
+    names = ("labels", "ref_logprobs", "memory_budget", "gradient_tolerance")
+    batch = Batch(loss, packed["hidden"], head, *(packed[name] for name in names))
     way = WAYS[packed["way"]]
     # thread pools, lazy imports, and what the linear algebra library keeps for itself
     _step(way, _small(batch))

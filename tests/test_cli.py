@@ -290,6 +290,8 @@ MISTAKES = {
     ),
     "budget": (["--memory-budget", "lots"], "memory_budget: expected a number of bytes"),
     "budget too small": (["--memory-budget", "100"], "memory_budget: expected at least"),
+    "tolerance": (["--gradient-tolerance", "1e-6"], "gradient_tolerance: expected 0 .exact.,"),
+    "tolerance that is none": (["--gradient-tolerance", "x"], "invalid float value: 'x'"),
     "no steps": (["--max-steps", "0"], "max_steps: expected at least 1, got 0"),
     "no file": (["--dataset", "none.jsonl"], "dataset: expected a file, .*, which does not exist"),
     "no model": (["--model", "./none"], "model: expected a folder .*, which is not a folder"),

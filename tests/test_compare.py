@@ -96,6 +96,23 @@ def test_small_budget_is_the_fraction_or_the_least_that_will_do():
         fused(replace(problem, memory_budget=least // 2))
 
 
+def test_the_fused_loss_has_the_tolerance_also_in_a_process_of_its_own(tmp_path, monkeypatch):
+    problem = replace(batch(SimPO()), gradient_tolerance=2e-3)
+    noted = []
+    original = compare_module.preference_loss
+
+    def preference_loss(*arguments, **options):
+        noted.append(options["gradient_tolerance"])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(compare_module, "preference_loss", preference_loss)
+    fused(problem)
+    path = tmp_path / "batch.pt"
+    torch.save(compare_module._pack(FUSED, problem), path)
+    compare_module._worker(path)
+    assert len(noted) > 2 and {*noted} == {2e-3}
+
+
 def test_comparison_measures_what_it_says():
     """Sizes at which the logits stand out of the noise of a process: 48 MiB of them."""
     generator = torch.Generator().manual_seed(0)

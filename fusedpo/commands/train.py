@@ -245,6 +245,13 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         "its memory, 4GiB at most)",
     )
     group.add_argument(
+        "--gradient-tolerance",
+        type=float,
+        metavar="FLOAT",
+        help="the relative error that a gradient of the head may have, for less time: 2e-3 is what "
+        "rounding to bfloat16 costs (default: 0, exact)",
+    )
+    group.add_argument(
         "--dtype",
         choices=typing.get_args(jobs.Dtype),
         help=f"of the weights ({_default('dtype')})",

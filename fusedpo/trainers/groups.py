@@ -60,7 +60,7 @@ class GroupTrainer(FusedTrainer):
             longer the one that sampled, which is what ratios and their gates are for.
         temperature: of sampling, and of the log-probabilities that are trained on.
         eval_prompts: how many held-out prompts evaluation samples for.
-        ref_model, memory_budget, options: as in PreferenceTrainer.
+        ref_model, memory_budget, options: as in PreferenceTrainer, ``gradient_tolerance`` too.
 
     Each of several processes samples for its own prompts, and differently; metrics and rewards are
     means over all of them, and evaluation shares the held-out prompts out. Weights have to be

@@ -31,7 +31,7 @@ from torch import Tensor
 from fusedpo.checks import bad_choice, bad_value, in_range, positive
 from fusedpo.compare import Batch, Comparison, compare, is_comparable
 from fusedpo.losses import Loss
-from fusedpo.model_head import Score, aligned_labels, at_head, hidden_and_head
+from fusedpo.model_head import Score, aligned_labels, at_head, check_options, hidden_and_head
 from fusedpo.recipes import stdlib_pairs
 from fusedpo.report import (
     History,
@@ -40,7 +40,6 @@ from fusedpo.report import (
     draw_training,
     training_table,
 )
-from fusedpo.sizes import parse_budget
 from fusedpo.trainers.methods import (
     TUNED,
     Defaults,
@@ -229,6 +228,7 @@ class TrainJob:
         eval_fraction: share of the rows to hold out, if the dataset holds out none itself.
         evaluations: how many times to evaluate after the start.
         memory_budget: what the head may hold at a time, in bytes or as "512MiB".
+        gradient_tolerance: the relative error that a gradient of the head may have; 0 is exact.
         dtype: of the weights; ``auto`` as they were saved.
         autocast: compute dtype over float32 weights; ``auto``: bfloat16 where a GPU has it.
         gradient_checkpointing: recompute the layers in the backward pass.
@@ -258,6 +258,7 @@ class TrainJob:
     eval_fraction: float = 0.05
     evaluations: int = 8
     memory_budget: str | None = None
+    gradient_tolerance: float = 0.0
     dtype: Dtype = "float32"
     autocast: Autocast = "auto"
     gradient_checkpointing: bool = False
@@ -281,7 +282,7 @@ class TrainJob:
         in_range("warmup", self.warmup, 0.0, 1.0)
         if not 0 < self.eval_fraction < 1:
             raise bad_value("eval_fraction", "a number between 0 and 1", f"{self.eval_fraction:g}")
-        parse_budget(self.memory_budget)
+        check_options(self.memory_budget, "auto", self.gradient_tolerance)
         if isinstance(self.report_to, str):
             got = repr(self.report_to)
             raise bad_value("report_to", "a sequence of names", got, f"write [{got}]")
@@ -642,6 +643,7 @@ def _make_trainer(
         train,
         held_out,
         memory_budget=job.memory_budget,
+        gradient_tolerance=job.gradient_tolerance,
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
@@ -680,14 +682,8 @@ def _comparison_batch(job: TrainJob, trainer: FusedTrainerMixin, rows: list[Any]
         reference = None
         if trainer.ref_model is not None:
             reference = _sequence_logprobs(trainer.ref_model, inputs, batch["labels"])
-    return Batch(
-        job.loss,
-        hidden.to(head.weight.dtype),
-        head,
-        batch["labels"],
-        reference,
-        job.memory_budget,
-    )
+    options = (job.memory_budget, job.gradient_tolerance)
+    return Batch(job.loss, hidden.to(head.weight.dtype), head, batch["labels"], reference, *options)
 
 
 def _sequence_logprobs(

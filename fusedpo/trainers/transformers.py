@@ -37,6 +37,7 @@ from fusedpo.model_head import (
     aligned_labels,
     at_head,
     causal_model,
+    check_options,
     evaluating,
     fused_forward,
     hidden_and_head,
@@ -235,9 +236,11 @@ class FusedTrainerMixin(_Base):
         loss: Loss,
         ref_model: Any = None,
         memory_budget: int | float | str | None = None,
+        gradient_tolerance: float | None = None,
         **options: Any,
     ) -> None:
         args = args or TrainingArguments()
+        check_options(memory_budget, "auto", gradient_tolerance or 0.0)
         _check(model, loss, ref_model, options)
         _check_arguments(args, loss)
         _check_sampling(args, options.get("train_dataset"))
@@ -249,8 +252,10 @@ class FusedTrainerMixin(_Base):
             config: Any = args.accelerator_config
             config.dispatch_batches = False
         self.loss = loss
-        self._budget = memory_budget
+        given = {"memory_budget": memory_budget, "gradient_tolerance": gradient_tolerance}
+        self._head_options = {name: value for name, value in given.items() if value is not None}
         self.memory_budget: int | float | str | Plan | None = memory_budget
+        self.gradient_tolerance = gradient_tolerance or 0.0
         self.ref_model: Any = None
         self._own_reference = ref_model
         self._forget()
@@ -290,10 +295,15 @@ class FusedTrainerMixin(_Base):
         if self.loss.needs_reference and reference is None:
             reference = _frozen_copy(model)
         for each in (model, reference):
-            if each is not None and (self._budget is not None or fused_forward(each) is None):
-                add_fused_head(each, memory_budget=self._budget)
+            fused = None if each is None else fused_forward(each)
+            if each is not None and (self._head_options or fused is None):
+                names = ("memory_budget", "gradient_tolerance") if fused is not None else ()
+                earlier = {name: getattr(fused, name) for name in names}
+                add_fused_head(each, **{**earlier, **self._head_options})
         fused = fused_forward(model)
-        self.memory_budget = self._budget if fused is None else fused.memory_budget
+        assert fused is not None, "it has just got one"
+        self.memory_budget = fused.memory_budget
+        self.gradient_tolerance = fused.gradient_tolerance
         self.ref_model = reference
 
     def _place_reference(self, model: Any) -> None:
@@ -387,6 +397,7 @@ class FusedTrainerMixin(_Base):
                 hidden,
                 head,
                 memory_budget=self.memory_budget,
+                gradient_tolerance=self.gradient_tolerance,
                 **head.options(),
                 **moved(given, hidden.device),
             )
@@ -487,9 +498,12 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
             over the same frozen weights; under FSDP and DeepSpeed it is ``model`` without them,
             which new adapters are equal to, and others are refused.
         memory_budget: what the head may hold at a time, in bytes or as "512MiB".
-        options: as of ``transformers.Trainer``. The datasets have rows as ``rows.tokenize`` makes
-            them. Arguments of Trainer and TrainingArguments that change a loss of logits are
-            refused.
+        gradient_tolerance: the relative error that a gradient of the head may have, as of
+            ``linear_logprobs``; if not given that of the model's head, which is 0 unless
+            ``add_fused_head`` was told another.
+        options: ``gradient_tolerance``, and as of ``transformers.Trainer``. The datasets have rows
+            as ``rows.tokenize`` makes them. Arguments of Trainer and TrainingArguments that change
+            a loss of logits are refused.
 
     The metrics of the loss (``rewards/chosen``, ``rewards/margins``, ...) are logged beside
     ``loss`` as means over all pairs since the last time, with the prefix ``eval_`` in evaluation.

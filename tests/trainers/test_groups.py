@@ -387,3 +387,11 @@ def test_a_reference_is_compared_with(tmp_path: Path) -> None:
 def test_bad_settings_are_refused(tmp_path: Path, options: dict, error: type, text: str) -> None:
     with pytest.raises(error, match=text):
         trainer(tmp_path, **options)
+
+
+def test_a_gradient_tolerance_reaches_the_head_and_is_logged(tmp_path):
+    subject = trainer(tmp_path, gradient_tolerance=2e-3, args={"max_steps": 2})
+    subject.train()
+    logged = [entry for entry in subject.state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    assert all("head/columns_kept" in entry for entry in logged)

@@ -205,10 +205,11 @@ def test_a_sampling_method_gets_all_settings(tmp_path: Path, monkeypatch) -> Non
     noted: dict = {}
     monkeypatch.setattr("fusedpo.trainers.groups.GroupTrainer", lambda *a, **k: noted.update(k))
     settings = {"group_size": 3, "max_new_tokens": 5, "updates": 4, "temperature": 0.5}
-    methods.Sampled(**settings).trainer(None, None, losses.GRPO(), [1], [2], memory_budget="1MiB")
+    options = {"memory_budget": "1MiB", "gradient_tolerance": 2e-3}
+    methods.Sampled(**settings).trainer(None, None, losses.GRPO(), [1], [2], **options)
     assert {name: noted[name] for name in settings} == settings
     assert (noted["train_dataset"], noted["eval_dataset"]) == ([1], [2])
-    assert noted["memory_budget"] == "1MiB"
+    assert {name: noted[name] for name in options} == options
     row = {"prompt_ids": [5, 6], "chosen_ids": [1, 2]}
     assert noted["reward"](row, [2, 1]) == 1.0 and noted["reward"](row, [5, 6]) == 0.0
 

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from fusedpo.losses import DPO, SimPO
-from fusedpo.model_head import aligned_labels, causal_model
+from fusedpo.model_head import aligned_labels, causal_model, fused_forward
 from fusedpo.recipes.short_to_long import ShortToLongCollator
 from fusedpo.trainers.packing import packing_gap
 from fusedpo.trainers.transformers import (
@@ -235,6 +235,31 @@ def test_evaluation_does_not_depend_on_the_batch_size(tmp_path):
 def test_memory_budget_reaches_the_head(tmp_path):
     with pytest.raises(ValueError, match="memory_budget: expected at least"):
         trainer(tmp_path, memory_budget=64).train()
+
+
+def test_a_gradient_tolerance_reaches_the_head_and_is_logged(tmp_path):
+    # sure of what comes next, so that few columns matter
+    model = tiny.model(vocab_size=4096, initializer_range=1.0, hidden_size=64)
+    subject = trainer(tmp_path, model, gradient_tolerance=2e-3, max_steps=3, learning_rate=1e-4)
+    subject.train()
+    first, *later = (entry for entry in subject.state.log_history if "loss" in entry)
+    assert first["head/columns_kept"] == 1 and first["head/dropped_mass"] == 0
+    for entry in later:
+        assert 0 < entry["head/columns_kept"] < 1 and entry["head/dropped_mass"] > 0
+        assert entry["head/breaches"] >= (entry["head/gradient_error"] > 2e-3)
+    without = trainer(tmp_path)
+    without.train()
+    assert not any(n.startswith("head/") for entry in without.state.log_history for n in entry)
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(1e-6, ValueError), ("2e-3", TypeError), (True, TypeError)], ids=str
+)
+def test_a_wrong_gradient_tolerance_is_refused_at_once(tmp_path, value, error):
+    model = tiny.model()
+    with pytest.raises(error, match=r"^gradient_tolerance: expected"):
+        trainer(tmp_path, model, gradient_tolerance=value)
+    assert fused_forward(model) is None
 
 
 @pytest.mark.holds(27)
@@ -980,6 +1005,11 @@ def test_options_of_the_fused_head_stay(tmp_path):
     add_fused_head(model, memory_budget="1MiB", unsupported="fallback")
     assert trainer(tmp_path, model).memory_budget == "1MiB"
     assert trainer(tmp_path, model, memory_budget="2MiB").memory_budget == "2MiB"
+    both = trainer(tmp_path, model, gradient_tolerance=2e-3)
+    assert (both.memory_budget, both.gradient_tolerance) == ("2MiB", 2e-3)
+    assert trainer(tmp_path, model, memory_budget="1MiB").gradient_tolerance == 2e-3
+    assert trainer(tmp_path, model).gradient_tolerance == 2e-3
+    assert trainer(tmp_path, model, gradient_tolerance=0.0).gradient_tolerance == 0.0
 
 
 def test_streams_are_not_cut_between_chosen_and_rejected(tmp_path):
