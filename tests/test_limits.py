@@ -84,6 +84,7 @@ ENGINE = (
     ("hidden_gradient", "head_gradient", "jacobian"),
     ("entries",),
     ("audit",),
+    ("by_columns",),
     ("routes",),
     ("problem", "backend"),
     ("planner",),

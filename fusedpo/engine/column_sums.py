@@ -12,6 +12,9 @@ gradient, the largest part lies in them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -22,26 +25,24 @@ from fusedpo.engine.tiles import Range, Tiles, row_factor
 from fusedpo.kernels.logit_map import LogitMap
 from fusedpo.kernels.row_stats import RowStats, power_of_two
 
-# Main directions of the weight, found from this many of its rows by so many multiplications. More
-# take more of the error away, but little: 8 take a third, 16 two fifths, 64 half
-# (benchmarks/compact.py).
-_DIRECTIONS, _SAMPLE, _ROUNDS = 16, 2048, 4
+# Products of a row with the weight's main directions, and one place for the sum of its J. More
+# directions take more of the error away, but little: 8 take a third, 16 two fifths, 64 half; and
+# for 16 columns a product is faster than for 12, or 17.
+_PRODUCTS = 16
+
+# they are found from this many rows of the weight, by so many multiplications
+_SAMPLE, _ROUNDS = 2048, 4
 
 
 def buffers(p: Problem, slab: int, v: int) -> Buffers:
     """The memory of the sums, with slabs of so many rows and tiles of v columns, in bytes."""
     slabs, tiles = -(-p.tokens // slab), -(-p.vocab // v)
-    count = _count(p.hidden) + 1
     return {
         "column sums": slabs * p.vocab * p.acc,
         "column weights": 2 * tiles * p.tokens * p.acc,
-        "main directions": (p.tokens + p.hidden) * count * p.acc,
-        "main products": p.vocab * count * p.operand,
+        "row products": p.tokens * _PRODUCTS * p.acc,
+        "main products": p.vocab * _PRODUCTS * p.operand,
     }
-
-
-def _count(hidden: int) -> int:
-    return min(_DIRECTIONS, hidden)
 
 
 class ColumnSums:
@@ -50,7 +51,8 @@ class ColumnSums:
     Attributes:
         values: [slabs, V].
         directions: [H, K], orthonormal.
-        row_products: [N, K + 1], J times the weight's products with the directions, and J's sums.
+        row_products: [N, 16], J times the weight's products with the directions, then zeros; and
+            in the last place the sums of J, unless these are 0 and all places are the directions'.
     """
 
     def __init__(self, t: Tiles) -> None:
@@ -59,14 +61,12 @@ class ColumnSums:
         self.values = t.take("column sums", slabs, t.vocab).zero_()
         self._weights, self._steps = t.take("column weights", 2, tiles, t.count)
         self._targets = _target_logits(t)
-        self.directions = main_directions(t)
-        count = self.directions.shape[1]
-        self._of_weight = t.take("main products", t.vocab, count + 1, dtype=t.operand)
-        self._of_weight[:, count] = 1.0
-        for c in t.col_blocks():
-            rows = t.weight_rows(*c)
-            self._of_weight[slice(*c), :count] = rows @ self.directions.to(rows.dtype)
-        self.row_products = t.take("main directions", t.count, count + 1).zero_()
+        # a softcap's slope, or a part of a vocabulary, takes a row's sum away from 0
+        self._sums_rows = t.call.softcap is not None or t.shard is not None
+        self.directions = main_directions(t, min(_PRODUCTS - 1 + (not self._sums_rows), t.width))
+        self._of_weight = t.take("main products", t.vocab, _PRODUCTS, dtype=t.operand).zero_()
+        self._of_weight[:, -1] = float(self._sums_rows)
+        self.row_products = t.take("row products", t.count, _PRODUCTS).zero_()
 
     def add(self, r: Range, c: Range, stats: RowStats, exponentials: Tensor) -> None:
         """Add a tile, of row block r and vocabulary block c, right after its fold."""
@@ -77,12 +77,28 @@ class ColumnSums:
             moved = power_of_two(self._steps[i - 1, rows] - stats.steps)
             self.row_products[rows] *= moved[:, None]
         self._weights[i, rows], self._steps[i, rows] = weights, stats.steps
+        if r[0] == 0:  # its weight has just been read
+            weight, count = t.weight_rows(*c), self.directions.shape[1]
+            self._of_weight[slice(*c), :count] = weight @ self.directions.to(weight.dtype)
         multiply(self.row_products[rows], exponentials, self._of_weight[slice(*c)], add=True)
-        first, last = r[0] // t.plan.slab, -(-r[1] // t.plan.slab)
-        slab = torch.arange(*r, device=weights.device) // t.plan.slab
-        member = slab == torch.arange(first, last, device=weights.device)[:, None]
-        of_rows = (member * (weights / t.gain)).to(exponentials.dtype)
-        multiply(self.values[first:last, slice(*c)], of_rows, exponentials, add=True)
+        self._sum_columns(r, c, weights / t.gain, exponentials)
+
+    def _sum_columns(self, r: Range, c: Range, weights: Tensor, exponentials: Tensor) -> None:
+        slab = self.t.plan.slab
+        for start, stop in self._parts(r):
+            rows, part = slice(start - r[0], stop - r[0]), self.values[:, slice(*c)]
+            count = -(-(stop - start) // slab)
+            of_slabs = weights[rows].to(exponentials.dtype).view(count, 1, -1)
+            sums = part[start // slab : start // slab + count]
+            tiles = exponentials[rows].view(count, -1, exponentials.shape[1])
+            sums += torch.bmm(of_slabs, tiles)[:, 0]
+
+    def _parts(self, r: Range) -> Iterator[Range]:
+        """A row block as one run of whole slabs, and parts of slabs before and after."""
+        slab = self.t.plan.slab
+        first, last = -(-r[0] // slab) * slab, r[1] // slab * slab
+        edges = sorted({r[0], min(first, r[1]), max(last, min(first, r[1])), r[1]})
+        return pairwise(edges)
 
     def finish(self, stats: RowStats, rescale: Tensor | None) -> None:
         """Bring the sums to complete statistics.
@@ -110,14 +126,14 @@ def _sum_slabs(values: Tensor, slab: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, missing)).view(values.shape[0], -1, slab).sum(2)
 
 
-def main_directions(t: Tiles) -> Tensor:
+def main_directions(t: Tiles, count: int) -> Tensor:
     """[H, K], an orthonormal basis that holds most of the weight's rows, by subspace iteration."""
     # in the memory of the tile, as much as there is
-    count = max(1, min(_SAMPLE, t.vocab, t.tile().numel() // t.width))
-    sample = t.weight[:: t.vocab // count][:count]
+    most = max(1, min(_SAMPLE, t.vocab, t.tile().numel() // t.width))
+    sample = t.weight[:: t.vocab // most][:most]
     rows = t.take("tile", *sample.shape).copy_(sample)
-    basis = torch.zeros(t.width, _count(t.width), dtype=t.acc, device=rows.device)
-    first = rows[: basis.shape[1]].T
+    basis = torch.zeros(t.width, count, dtype=t.acc, device=rows.device)
+    first = rows[:count].T
     basis[:, : first.shape[1]] = first
     for _ in range(_ROUNDS):
         basis = rows.T @ (rows @ basis)

@@ -47,6 +47,11 @@ class Kept:
         of_head, of_hidden = (self._kept[name][slab] for name in ("head", "hidden"))
         return of_head.nonzero()[:, 0], (of_hidden & ~of_head).nonzero()[:, 0]
 
+    @property
+    def of_any_slab(self) -> Tensor:
+        """[C] int64 in order, the columns that the head's gradient takes in some slab."""
+        return self._kept["head"].any(0).nonzero()[:, 0]
+
     def taken(self, hidden: bool, head: bool) -> Tensor:
         """How many columns a product takes, a mean over the products, a sum over the slabs."""
         of_head, of_both = (self._kept[name].sum() for name in ("head", "hidden"))

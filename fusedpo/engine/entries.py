@@ -26,6 +26,12 @@ class Entries:
         self._rows, self.gain = row_coefficients(t, stats, g, None)
         self.missing, self.inside = self._rows.missing, self._rows.factor
 
+    def complete(self, values: Tensor) -> Tensor:
+        """Numbers [N] of J's rows, as the gradient has them."""
+        if self.missing is not None:
+            values = values * self.missing
+        return values if self.gain is None else values / self.gain
+
     def tile(
         self, rows: slice | Tensor, hidden: Tensor, columns: Range | Tensor, weight: Tensor
     ) -> Tensor:

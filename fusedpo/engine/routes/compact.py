@@ -17,23 +17,21 @@ estimates the error of what it did: above the tolerance, the gradients are made 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fusedpo.engine import audit, column_sums, hidden_gradient
+from fusedpo.engine import audit, by_columns, column_sums, hidden_gradient
 from fusedpo.engine.column_sums import ColumnSums
-from fusedpo.engine.columns import Kept, choose, slabs
+from fusedpo.engine.columns import Kept, choose
 from fusedpo.engine.cost import Cost, Problem
 from fusedpo.engine.entries import Entries
-from fusedpo.engine.head_gradient import HeadGradient, add_slice, new_output, weighted
+from fusedpo.engine.head_gradient import HeadGradient, new_output
 from fusedpo.engine.plan import RouteName
-from fusedpo.engine.precision import divide_, multiply
 from fusedpo.engine.routes.base import Backward, Forward
 from fusedpo.engine.routes.recompute import Recompute, both_gradients
-from fusedpo.engine.rows import blocks
 from fusedpo.engine.tiles import Tiles
 from fusedpo.engine.tolerance import Record, record_of
 
@@ -85,13 +83,15 @@ class Compact:
         whole = 0 if p.is_whole_output or "hidden" not in p.needs else p.tokens
         backward |= {
             "column sums": of_sums["column sums"],
-            "main directions": of_sums["main directions"],
+            "row products": of_sums["row products"],
             **dict.fromkeys(("kept for hidden", "kept for head"), count * p.vocab),
             **audit.buffers(p),
             "hidden gradient": max(whole * p.hidden * p.acc, exact.get("hidden gradient", 0)),
             "kept weight rows": chunk * p.hidden * p.operand,
             "kept gradient rows": chunk * (p.hidden + 1) * p.acc,
-            "slab directions": 2 * count * (p.hidden + 1) * p.acc,
+            "slab pulls": count * (p.hidden + 1) * p.acc,
+            "few rows": (count + audit.ROWS) * p.hidden * p.acc,
+            "few coefficients": (count + audit.ROWS) * chunk * p.operand,
         }
         if "weight" in p.needs and p.weight_size < p.acc:
             backward["weight gradient accumulators"] = p.vocab * p.hidden * p.acc
@@ -116,7 +116,7 @@ class Compact:
             in_place = out.dtype == t.acc and t.rows.positions is None
             whole = out if in_place else t.take("hidden gradient", t.count, t.width)
         head = _accumulators(t)
-        if t.count and not _by_columns(t, b, head, whole):
+        if t.count and not _within(t, b, head, whole):
             # not beside those that take their place
             del out, whole, head
             head = new_output(t, weight="weight" in needs, bias="bias" in needs)
@@ -131,16 +131,15 @@ def _growth(on_cpu: bool, slab: int) -> float:
 
 
 def _accumulators(t: Tiles) -> HeadGradient:
-    """The head's gradient in full precision, 0."""
+    """Memory of the head's gradient in full precision."""
     weight = bias = None
     if "weight" in t.call.needs and t.weight.dtype == t.acc:
-        # zeros() of a large tensor takes no pass over it on the CPU, as zero_() does
-        weight = torch.zeros_like(t.weight, memory_format=torch.contiguous_format)
+        weight = t.vector(*t.weight.shape)
     elif "weight" in t.call.needs:
-        weight = t.take("weight gradient accumulators", *t.weight.shape).zero_()
+        weight = t.take("weight gradient accumulators", *t.weight.shape)
     if "bias" in t.call.needs:
-        bias = t.vector(t.vocab).zero_()
-    return HeadGradient(weight, bias)
+        bias = t.vector(t.vocab)
+    return HeadGradient(weight, bias, empty=True)
 
 
 def _record(t: Tiles) -> Record:
@@ -148,19 +147,29 @@ def _record(t: Tiles) -> Record:
     return record_of(t.plan.tolerance, t.hidden.device.type, t.plan.vocab, t.width)
 
 
-def _by_columns(t: Tiles, b: Backward, head: HeadGradient, hidden: Tensor | None) -> bool:
+def _within(t: Tiles, b: Backward, head: HeadGradient, hidden: Tensor | None) -> bool:
     """Write the gradients by kept columns; whether they are within the tolerance.
 
     Args:
-        head: of zeros.
+        head: empty.
         hidden: [N, H].
     """
     sums, directions, row_products = b.saved
     kept = choose(t, b.g, b.stats["logprob"], sums, b.held["allowed"])
     entries = Entries(t, b.stats, b.g)
-    lost = _write(t, entries, kept, directions, row_products, head, hidden)
-    errors = audit.errors(t, entries, kept, lost, head, hidden)
-    taken, dropped, *left_out = _noted(t, b.g, kept, lost, hidden is not None, head.wanted)
+    if entries.inside is not None:
+        row_products = row_products * entries.inside[:, None]
+    main = directions, row_products[:, : directions.shape[1]]
+    # the last place is that of the sums, unless they are 0 and it is a direction's
+    row_sums = row_products[:, -1] * float(row_products.shape[1] > directions.shape[1])
+    pulls, lost = by_columns.add_kept(t, entries, kept, row_sums, head, hidden)
+    of_hidden: list[Tensor] = []
+    if hidden is not None:
+        of_hidden.append(by_columns.finish_hidden(t, entries, kept, lost, *main, hidden))
+    of_head = by_columns.finish_head(t, entries, kept, pulls, head)
+    squares = {"hidden": of_hidden, "head": of_head}
+    errors = {k: audit.relative_error(each) for k, each in squares.items() if each}
+    taken, dropped, *left_out = _noted(t, b.g, entries, kept, lost, head.wanted)
     share = taken / (kept.slabs * (t.vocab if t.shard is None else t.shard.total))
     return _record(t).note(
         min(1.0, share / _growth(t.hidden.device.type == "cpu", t.plan.slab)),
@@ -172,121 +181,16 @@ def _by_columns(t: Tiles, b: Backward, head: HeadGradient, hidden: Tensor | None
 
 
 def _noted(
-    t: Tiles, g: Tensor, kept: Kept, lost: Tensor, of_hidden: bool, of_head: bool
+    t: Tiles, g: Tensor, entries: Entries, kept: Kept, lost: Tensor, of_head: bool
 ) -> list[float]:
     """How many columns a product took, a sum over the slabs; the mean probability that a row with
     a gradient lost; and the squared importances that the gradients left out. Of the whole
     vocabulary: records decide the route, which all ranks have to share."""
     scaled = t.scaled(g).abs()
-    dropped = torch.where(scaled > 0, lost.abs() / scaled, 0.0).sum()
-    dropped /= (scaled > 0).sum().clamp(min=1)
-    taken = kept.taken(of_hidden, of_head).to(dropped.dtype)
+    of_rows = entries.complete(lost).abs() / scaled
+    dropped = torch.where(scaled > 0, of_rows, 0.0).sum() / (scaled > 0).sum().clamp(min=1)
+    taken = kept.taken("hidden" in t.call.needs, of_head).to(dropped.dtype)
     noted = torch.stack((taken, dropped, *(v.sum() for v in kept.left_out.values())))
     if t.shard is not None:
         t.shard.add_up(noted)
     return noted.tolist()
-
-
-def _write(
-    t: Tiles,
-    entries: Entries,
-    kept: Kept,
-    directions: Tensor,
-    row_products: Tensor,
-    head: HeadGradient,
-    hidden_grad: Tensor | None,
-) -> Tensor:
-    """Write the gradients; what each row of the hidden states' lost, times its upstream gradient,
-    [N]."""
-    lost = t.vector(t.count)
-    others = _others(t, kept) if hidden_grad is not None else None
-    pulls = t.take("slab directions", kept.slabs, t.width + 1, part=1)
-    for i, r in enumerate(slabs(t)):
-        rows, hidden = slice(*r), t.hidden_rows(*r)
-        missing = None if entries.missing is None else entries.missing[rows]
-        inside = 1.0 if entries.inside is None else entries.inside[rows, None]
-        products = row_products[rows] * inside
-        scaled = hidden if head.weight is None else weighted(t, hidden, missing)
-        of_rows = None if hidden_grad is None else hidden_grad[rows].zero_()
-        left = products[:, -1].clone()
-        of_head, of_hidden = kept.columns(i)
-        for columns in _chunks(t, of_head):
-            weight = _kept_weight(t, columns)
-            z = entries.tile(rows, hidden, columns, weight)
-            left -= z.sum(1, dtype=t.acc)
-            if of_rows is not None:
-                multiply(of_rows, z, weight, add=True)
-            _add_columns(t, head, columns, z, scaled, missing)
-        if head.wanted:
-            pull = left if missing is None else left * missing
-            pulls[i, :-1] = pull @ hidden.to(t.acc)
-            pulls[i, -1] = pull.sum()
-        if of_rows is not None and others is not None:
-            for columns in _chunks(t, of_hidden):
-                weight = _kept_weight(t, columns)
-                z = entries.tile(rows, hidden, columns, weight)
-                left -= z.sum(1, dtype=t.acc)
-                multiply(of_rows, z, weight, add=True)
-            of_rows.addmm_(left[:, None], others[i, None])
-            # in the main directions of the weight, nothing was left out
-            of_rows.addmm_(products[:, :-1] - of_rows @ directions, directions.T)
-            if missing is not None:
-                of_rows *= missing[:, None]
-        lost[rows] = left if missing is None else left * missing
-    _add_others(t, kept, head, pulls)
-    divide_(entries.gain, hidden_grad, head.weight, head.bias, lost)
-    return lost
-
-
-def _chunks(t: Tiles, columns: Tensor) -> Iterator[Tensor]:
-    for start, stop in blocks(0, columns.shape[0], t.plan.back_cols):
-        yield columns[start:stop]
-
-
-def _kept_weight(t: Tiles, columns: Tensor) -> Tensor:
-    """[C, H], rows of the head's weight in the operands' dtype."""
-    out = t.take("kept weight rows", columns.shape[0], t.width, dtype=t.operand)
-    if t.weight.dtype == t.operand:
-        return torch.index_select(t.weight, 0, columns, out=out)
-    return out.copy_(t.weight[columns])
-
-
-def _add_columns(
-    t: Tiles,
-    head: HeadGradient,
-    columns: Tensor,
-    z: Tensor,
-    rows: Tensor,
-    coefficient: Tensor | None,
-) -> None:
-    """Add a slab's part of the head's gradient, for some of its columns."""
-    if not head.wanted:
-        return
-    count = columns.shape[0]
-    memory = t.take("kept gradient rows", count * (t.width + 1))
-    weight = memory[: count * t.width].view(count, t.width) if head.weight is not None else None
-    bias = memory[count * t.width :] if head.bias is not None else None
-    add_slice(t, weight, bias, z, rows, coefficient, False)
-    for whole, part in ((head.weight, weight), (head.bias, bias)):
-        if whole is not None and part is not None:
-            whole.index_add_(0, columns, part)
-
-
-def _others(t: Tiles, kept: Kept) -> Tensor:
-    """q W [slabs, H] of what the hidden gradient leaves out, in full precision."""
-    out = t.take("slab directions", kept.slabs, t.width).zero_()
-    for c in blocks(0, t.vocab, t.plan.back_cols):
-        out.addmm_(kept.directions("hidden", c), t.weight_rows(*c).to(t.acc))
-    return out
-
-
-def _add_others(t: Tiles, kept: Kept, head: HeadGradient, pulls: Tensor) -> None:
-    """Add what the head's gradient leaves out: its direction times the sum of the rows."""
-    if not head.wanted:
-        return
-    for c in blocks(0, t.vocab, t.plan.back_cols):
-        directions = kept.directions("head", c).T
-        if head.weight is not None:
-            head.weight[slice(*c)].addmm_(directions, pulls[:, :-1])
-        if head.bias is not None:
-            head.bias[slice(*c)].addmv_(directions, pulls[:, -1])

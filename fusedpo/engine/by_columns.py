@@ -1,0 +1,181 @@
+"""The gradients by kept columns: what these give, and what stands for all others.
+
+A slab's kept columns are gathered from the weight, a chunk at a time; their logits are made anew,
+and both products are of them alone. What is left out is one direction a slab, and what the weight's
+main directions still lack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fusedpo.engine import audit
+from fusedpo.engine.columns import Kept, slabs
+from fusedpo.engine.entries import Entries
+from fusedpo.engine.head_gradient import HeadGradient, add_slice, weighted
+from fusedpo.engine.precision import divide_, multiply
+from fusedpo.engine.rows import blocks
+from fusedpo.engine.tiles import Tiles
+
+
+def add_kept(
+    t: Tiles,
+    entries: Entries,
+    kept: Kept,
+    row_sums: Tensor,
+    head: HeadGradient,
+    hidden_grad: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Add what the kept columns give; to the hidden gradient, without the factor that J is missing.
+
+    Args:
+        row_sums: [N], those of J.
+
+    Returns:
+        pulls [slabs, H + 1]: what each row lost in the head's gradient, times the row and times 1,
+        a sum over the slab. lost [N]: what J of each row lost in the hidden gradient.
+    """
+    lost = row_sums.clone()
+    pulls = t.take("slab pulls", kept.slabs, t.width + 1)
+    # zeros in the columns that some slab keeps: in all of them would be a pass more
+    for whole in (head.weight, head.bias):
+        if whole is not None:
+            whole.index_fill_(0, kept.of_any_slab, 0.0)
+    for i, r in enumerate(slabs(t)):
+        rows, hidden = slice(*r), t.hidden_rows(*r)
+        missing = None if entries.missing is None else entries.missing[rows]
+        scaled = hidden if head.weight is None else weighted(t, hidden, missing)
+        of_rows = None if hidden_grad is None else hidden_grad[rows].zero_()
+        of_head, of_hidden = kept.columns(i)
+        for columns in _chunks(t, of_head):
+            weight = _kept_weight(t, columns)
+            z = entries.tile(rows, hidden, columns, weight)
+            lost[rows] -= z.sum(1, dtype=t.acc)
+            if of_rows is not None:
+                multiply(of_rows, z, weight, add=True)
+            _add_columns(t, head, columns, z, scaled, missing)
+        pull = lost[rows] if missing is None else lost[rows] * missing
+        if head.weight is not None:
+            pulls[i, :-1] = pull @ hidden.to(t.acc)
+        pulls[i, -1] = pull.sum()
+        for columns in _chunks(t, of_hidden):
+            weight = _kept_weight(t, columns)
+            z = entries.tile(rows, hidden, columns, weight)
+            lost[rows] -= z.sum(1, dtype=t.acc)
+            if of_rows is not None:
+                multiply(of_rows, z, weight, add=True)
+    return pulls, lost
+
+
+def _chunks(t: Tiles, columns: Tensor) -> Iterator[Tensor]:
+    for start, stop in blocks(0, columns.shape[0], t.plan.back_cols):
+        yield columns[start:stop]
+
+
+def _kept_weight(t: Tiles, columns: Tensor) -> Tensor:
+    """[C, H], rows of the head's weight in the operands' dtype."""
+    out = t.take("kept weight rows", columns.shape[0], t.width, dtype=t.operand)
+    if t.weight.dtype == t.operand:
+        return torch.index_select(t.weight, 0, columns, out=out)
+    return out.copy_(t.weight[columns])
+
+
+def _add_columns(
+    t: Tiles,
+    head: HeadGradient,
+    columns: Tensor,
+    z: Tensor,
+    rows: Tensor,
+    coefficient: Tensor | None,
+) -> None:
+    """Add a slab's part of the head's gradient, for some of its columns."""
+    if not head.wanted:
+        return
+    count = columns.shape[0]
+    memory = t.take("kept gradient rows", count * (t.width + 1))
+    weight = memory[: count * t.width].view(count, t.width) if head.weight is not None else None
+    bias = memory[count * t.width :] if head.bias is not None else None
+    add_slice(t, weight, bias, z, rows, coefficient, False)
+    for whole, part in ((head.weight, weight), (head.bias, bias)):
+        if whole is not None and part is not None:
+            whole.index_add_(0, columns, part)
+
+
+def finish_hidden(
+    t: Tiles,
+    entries: Entries,
+    kept: Kept,
+    lost: Tensor,
+    directions: Tensor,
+    products: Tensor,
+    hidden: Tensor,
+) -> Tensor:
+    """Add what is left out to the hidden gradient [N, H], and complete it.
+
+    Args:
+        directions: [H, K], the weight's main ones.
+        products: [N, K], of J W with them.
+
+    Returns:
+        [2], squares of its error and of itself.
+    """
+    sample = audit.sample_rows(t, entries.complete(lost))
+    others, exact = _few_rows(t, entries, kept, sample.chosen)
+    for i, r in enumerate(slabs(t)):
+        hidden[slice(*r)].addmm_(lost[slice(*r), None], others[i, None])
+    # in the main directions of the weight, nothing was left out
+    hidden.addmm_(products - hidden @ directions, directions.T)
+    if entries.missing is not None:
+        hidden *= entries.missing[:, None]
+        exact *= entries.missing[sample.chosen, None]
+    divide_(entries.gain, hidden, exact)
+    return audit.of_rows(t, sample, exact, hidden)
+
+
+def _few_rows(t: Tiles, entries: Entries, kept: Kept, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """q W [slabs, H], the weight along each slab's direction; and J W [n, H] of some rows, exactly.
+
+    Together, as both read all of the weight for few products.
+    """
+    states = t.reader.some(rows).to(t.operand)
+    count = kept.slabs
+    out = t.take("few rows", count + states.shape[0], t.width)
+    for c in blocks(0, t.vocab, t.plan.back_cols):
+        weight = t.weight_rows(*c)
+        left = t.take("few coefficients", out.shape[0], weight.shape[0], dtype=t.operand)
+        # in fp16, shares of columns would be rounded to nothing
+        left[:count] = kept.directions("hidden", c) * t.gain
+        left[count:] = entries.tile(rows, states, c, weight)
+        multiply(out, left, weight, add=c[0] > 0)
+    out[:count] /= t.gain
+    return out[:count], out[count:]
+
+
+def finish_head(
+    t: Tiles, entries: Entries, kept: Kept, pulls: Tensor, head: HeadGradient
+) -> list[Tensor]:
+    """Add what is left out to the head's gradient, a slab's direction times its pull, and complete
+    it; [2] of weight and of bias, squares of its error and of itself."""
+    if not head.wanted:
+        return []
+    squares = t.vector(1).zero_()
+    kept_columns, edges = kept.of_any_slab, range(0, t.vocab, t.plan.back_cols)
+    places = torch.searchsorted(kept_columns, torch.tensor(edges, device=kept_columns.device))
+    ends = [*places.tolist(), len(kept_columns)]
+    for c, *ends_of_c in zip(blocks(0, t.vocab, t.plan.back_cols), ends, ends[1:], strict=False):
+        columns = kept_columns[slice(*ends_of_c)]
+        directions = kept.directions("head", c).T
+        for whole, pull in ((head.weight, pulls[:, :-1]), (head.bias, pulls[:, -1])):
+            if whole is None:
+                continue
+            of_columns = whole[columns]
+            block = torch.matmul(directions, pull, out=whole[slice(*c)])
+            block.index_add_(0, columns - c[0], of_columns)
+            divide_(entries.gain, block)
+            if block.dim() > 1:  # while it is in a cache
+                squares += block.norm().square()
+    head.empty = False
+    return audit.of_columns(t, entries, kept, head, squares)
