@@ -81,6 +81,8 @@ def plan_for(
         if tiled is not None and tiled.bytes <= like.budget:
             return tiled
     budget = parse_budget(memory_budget, default=as_device(batch.device).budget)
+    if not batch.tolerance:  # or exact calls would push out the records of others
+        return plan(*sizes, budget=budget, **options, fused=fused)
     record = batch.record
     options["kept_share"] = record.expected_share()
     chosen = plan(*sizes, budget=budget, **options, fused=fused)

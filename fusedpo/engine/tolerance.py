@@ -120,10 +120,14 @@ class Record:
         self.share, self.errors, self.skipped = share, errors, 0
         self.kept, self.dropped = kept, dropped
         for name, error in errors.items():
-            if left_out[name] > 0 and math.isfinite(error):
+            if not math.isfinite(error):
+                continue
+            # where nothing was left out, nothing is seen: towards the guess, or it would stay so
+            seen = min(_GUESSED_COHERENCE[name], self.coherence[name])
+            if left_out[name] > 0:
                 seen = max(error**2 / left_out[name], 1e-6)
-                # up at once, down slowly: too much kept costs time, too little a backward
-                self.coherence[name] = max(seen, math.sqrt(self.coherence[name] * seen))
+            # up at once, down slowly: too much kept costs time, too little a backward
+            self.coherence[name] = max(seen, math.sqrt(self.coherence[name] * seen))
         within = all(error <= self.tolerance for error in errors.values())
         self.breaches += not within
         return within
