@@ -36,8 +36,13 @@ class Slow:
 
 TABLE = (
     Slow(
+        "compact/test_audit.py",
+        "states of a language model",
+        none=("test_it_is_near_the_error_of_a_real_model",),
+    ),
+    Slow(
         "compact/test_promise.py",
-        "states of a language model and of a small one that is trained, all tolerances of all states",
+        "states of trained models, and all tolerances of all states",
         every={"test_it_holds_on_states_by_which_approximations_go_wrong": 3},
         none=(
             "test_it_holds_on_a_real_model",
