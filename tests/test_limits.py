@@ -29,7 +29,7 @@ EXCEPTIONS = {
     "fusedpo/trainers/methods.py": 409,
     "fusedpo/trainers/rows.py": 642,
     "fusedpo/trainers/transformers.py": 827,
-    "fusedpo/trainers/trl.py": 878,
+    "fusedpo/trainers/trl.py": 922,
     "fusedpo/trainers/trl_losses.py": 585,
     "kernels/product_fold.py: product_fold_kernel": 94,
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusedpo.checks import bad_value
 from fusedpo.engine.plan import Plan
-from fusedpo.engine.stats import TokenStats
+from fusedpo.engine.stats import DIFFERENTIABLE, TokenStats
 from fusedpo.head import Head
 from fusedpo.labels import aligned_labels
 from fusedpo.model_head.cap_and_scale import AfterHead
@@ -88,6 +88,15 @@ class FusedForward:
         return type(self.model).forward.__get__(self.model)
 
     @property
+    def options(self) -> dict[str, Any]:
+        """Those that a function of the public ones takes, called at this model's head."""
+        return {
+            "memory_budget": self.memory_budget,
+            "backend": self.backend,
+            "gradient_tolerance": self.gradient_tolerance,
+        }
+
+    @property
     def __func__(self) -> _UnboundForward:
         # accelerate wraps the functions of methods, and closures over anything else
         return _UnboundForward(self)
@@ -113,7 +122,8 @@ class FusedForward:
 
         Args:
             args: of the model's forward.
-            kwargs: the same, and labels or shift_labels, stats and temperature, which are removed.
+            kwargs: the same, and labels or shift_labels, stats, differentiable and temperature,
+                which are removed.
 
         Raises:
             ValueError: unless there is exactly one of labels and shift_labels.
@@ -121,6 +131,7 @@ class FusedForward:
         """
         labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
         stats = kwargs.pop("stats", ("logprob",))
+        differentiable = kwargs.pop("differentiable", DIFFERENTIABLE)
         temperature = kwargs.pop("temperature", 1.0)
         if (labels is None) == (shift_labels is None):
             got = "neither" if labels is None else "both"
@@ -136,6 +147,7 @@ class FusedForward:
             temperature,
             self.memory_budget,
             self.backend,
+            differentiable=tuple(differentiable),
             gradient_tolerance=self.gradient_tolerance,
         )
         if self.reason:

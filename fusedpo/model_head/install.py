@@ -30,6 +30,7 @@ def add_fused_head(
             make the decoder's input if the call has none.
         shift_labels: [B, T] instead, aligned with the hidden states already.
         stats: names of the statistics, of ``fusedpo.engine.stats.STATS``; default ("logprob",).
+        differentiable: which of log-probability and entropy pass a gradient on; default both.
         temperature: divides the logits; default 1.
 
     and returns a ``TokenStats`` of tensors [B, T - 1] ([B, T] with shift_labels, and of an

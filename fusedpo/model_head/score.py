@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fusedpo.engine.plan import Plan
-from fusedpo.engine.stats import STATS, TokenStats
+from fusedpo.engine.stats import DIFFERENTIABLE, STATS, TokenStats
 from fusedpo.functional import linear_token_stats
 from fusedpo.head import Head
 from fusedpo.labels import IGNORE_INDEX
@@ -25,7 +25,7 @@ class Score:
             nothing is scored.
         stats: names of ``fusedpo.engine.stats.STATS``.
         temperature: divides the logits; above 0, a number or [B, T].
-        memory_budget, backend, gradient_tolerance: as of ``linear_token_stats``.
+        memory_budget, backend, differentiable, gradient_tolerance: as of ``linear_token_stats``.
     """
 
     labels: Tensor
@@ -33,6 +33,7 @@ class Score:
     temperature: float | Tensor = 1.0
     memory_budget: int | float | str | Plan | None = None
     backend: str = "auto"
+    differentiable: tuple[str, ...] = field(default=DIFFERENTIABLE, kw_only=True)
     gradient_tolerance: float = field(default=0.0, kw_only=True)
 
     def __call__(self, hidden: Tensor, head: Head) -> TokenStats:
@@ -41,6 +42,7 @@ class Score:
             head.weight,
             self.labels.to(hidden.device),
             stats=self.stats,
+            differentiable=self.differentiable,
             temperature=self.temperature,
             memory_budget=self.memory_budget,
             backend=self.backend,
@@ -67,6 +69,8 @@ class Score:
             "top1": lambda: z.gather(-1, target)[..., 0] >= z.amax(-1),
         }
         values = {name: formulas[name]().masked_fill(~scored, 0) for name in self.stats}
+        for name in {*values}.difference(self.differentiable):
+            values[name] = values[name].detach()
         return TokenStats(**{name: values.get(name) for name in STATS})
 
 

@@ -18,6 +18,7 @@ def patch(
     backend: str = "auto",
     *,
     quiet: bool = False,
+    gradient_tolerance: float = 0.0,
 ) -> dict[str, str]:
     """Let the trainers that are built from now on score labels without logits: those of the
     installed TRL, and LLaMA-Factory's if it is imported.
@@ -29,6 +30,8 @@ def patch(
         memory_budget: what the head may hold at a time, as of ``linear_logprobs``.
         backend: "auto", "torch" or "triton".
         quiet: print nothing. Warnings are given all the same.
+        gradient_tolerance: the relative error that a gradient of the head may have, as of
+            ``linear_logprobs``.
 
     Returns:
         By the name of a method ("DPO", "CPO", ...), or of LLaMA-Factory, whose trainer is reached,
@@ -44,7 +47,9 @@ def patch(
 
     factory = "llamafactory" in sys.modules
     try:
-        reached = trl.patch(memory_budget, backend, quiet=quiet)
+        reached = trl.patch(
+            memory_budget, backend, quiet=quiet, gradient_tolerance=gradient_tolerance
+        )
     except RuntimeError:
         if not factory:
             raise
@@ -53,7 +58,9 @@ def patch(
     if factory:
         from fusedpo.trainers import llamafactory
 
-        llamafactory.patch(memory_budget=memory_budget, backend=backend)
+        llamafactory.patch(
+            memory_budget=memory_budget, backend=backend, gradient_tolerance=gradient_tolerance
+        )
         reached["LLaMA-Factory"] = ""
         lines.append("LLaMA-Factory without logits: DPO, SimPO, ORPO, KTO")
     lines += [

@@ -3,6 +3,7 @@
     plugins:
       - fusedpo.trainers.axolotl.FusedPlugin
     fusedpo_memory_budget: 512MiB  # optional
+    fusedpo_gradient_tolerance: 2.0e-3  # optional
 
 Its trainers go on as they are, on lazy logits (see ``fusedpo.lazy_logits``). Of axolotl 0.19.
 """
@@ -25,10 +26,13 @@ class FusedArguments(BaseModel):
     Attributes:
         fusedpo_memory_budget: what the head may hold at a time, as of ``linear_logprobs``.
         fusedpo_backend: "auto", "torch" or "triton".
+        fusedpo_gradient_tolerance: the relative error that a gradient of the head may have, as of
+            ``linear_logprobs``.
     """
 
     fusedpo_memory_budget: str | None = None
     fusedpo_backend: str = "auto"
+    fusedpo_gradient_tolerance: float = 0.0
 
 
 class FusedPlugin(BasePlugin):  # type: ignore[misc]
@@ -43,4 +47,5 @@ class FusedPlugin(BasePlugin):  # type: ignore[misc]
         lazy_logits(
             memory_budget=getattr(cfg, "fusedpo_memory_budget", None),
             backend=getattr(cfg, "fusedpo_backend", None) or "auto",
+            gradient_tolerance=getattr(cfg, "fusedpo_gradient_tolerance", None) or 0.0,
         )

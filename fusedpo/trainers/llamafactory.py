@@ -16,26 +16,35 @@ from torch import Tensor
 
 from fusedpo.engine.plan import Plan
 from fusedpo.lazy.at_head import with_lazy_logits
-from fusedpo.model_head import add_fused_head, fused_forward
+from fusedpo.model_head import add_fused_head, check_options, fused_forward
 
 _METHODS: list[tuple[Any, str, Any]] = []
 
 
-def patch(*, memory_budget: int | float | str | Plan | None = None, backend: str = "auto") -> None:
+def patch(
+    *,
+    memory_budget: int | float | str | Plan | None = None,
+    backend: str = "auto",
+    gradient_tolerance: float = 0.0,
+) -> None:
     """Replace the forwards of LLaMA-Factory's trainers. Importing this module has called it.
 
     Args:
-        memory_budget, backend: as of ``linear_logprobs``. Called again, they are changed.
+        memory_budget, backend, gradient_tolerance: as of ``linear_logprobs``. Called again, they
+            are changed.
 
     Raises:
+        ValueError, TypeError: for an unknown option.
         ImportError: without LLaMA-Factory.
     """
+    check_options(memory_budget, backend, gradient_tolerance)
     from llamafactory.train.dpo.trainer import CustomDPOTrainer
     from llamafactory.train.kto.trainer import CustomKTOTrainer
 
     unpatch()
     budget = memory_budget.budget if isinstance(memory_budget, Plan) else memory_budget
-    options = {"memory_budget": budget, "backend": backend}
+    options: dict[str, Any] = {"memory_budget": budget, "backend": backend}
+    options["gradient_tolerance"] = gradient_tolerance
     _replace(CustomDPOTrainer, "concatenated_forward", _of_pairs(options))
     _replace(CustomKTOTrainer, "forward", _of_responses(options))
 

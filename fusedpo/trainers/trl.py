@@ -43,6 +43,7 @@ import torch
 from torch import Tensor
 
 from fusedpo.engine.plan import Plan
+from fusedpo.engine.stats import DIFFERENTIABLE
 from fusedpo.head import Head
 from fusedpo.labels import IGNORE_INDEX
 from fusedpo.lazy import lazy_logits
@@ -146,13 +147,18 @@ class _Replaced:
 class _Options:
     memory_budget: Budget = None
     backend: str = "auto"
+    gradient_tolerance: float = 0.0
 
 
 _replaced: list[_Replaced] = []
 
 
 def patch(
-    memory_budget: Budget = None, backend: str = "auto", *, quiet: bool = False
+    memory_budget: Budget = None,
+    backend: str = "auto",
+    *,
+    quiet: bool = False,
+    gradient_tolerance: float = 0.0,
 ) -> dict[str, str]:
     """Let the trainers of the installed TRL that are built from now on score labels without logits.
 
@@ -165,6 +171,8 @@ def patch(
         memory_budget: what the head may hold at a time, as of ``linear_logprobs``.
         backend: "auto", "torch" or "triton".
         quiet: print nothing. Warnings are given all the same.
+        gradient_tolerance: the relative error that a gradient of the head may have, as of
+            ``linear_logprobs``. Where the loss has an entropy in it, gradients are exact.
 
     Returns:
         By the name of a method ("DPO", "CPO", ...) whose trainer is reached, under which condition:
@@ -174,10 +182,10 @@ def patch(
         ValueError, TypeError: for an unknown option.
         RuntimeError: for TRL before 0.29, and if nothing in the installed version is known here.
     """
-    check_options(memory_budget, backend)
+    check_options(memory_budget, backend, gradient_tolerance)
     _check_version()
     unpatch()
-    options = _Options(memory_budget, backend)
+    options = _Options(memory_budget, backend, gradient_tolerance)
     reached: dict[str, str] = {}
     for seam in _SEAMS:
         reached.update(seam(options))
@@ -313,12 +321,16 @@ def unpatch() -> None:
 
 @contextlib.contextmanager
 def patched(
-    memory_budget: Budget = None, backend: str = "auto", *, quiet: bool = True
+    memory_budget: Budget = None,
+    backend: str = "auto",
+    *,
+    quiet: bool = True,
+    gradient_tolerance: float = 0.0,
 ) -> Iterator[None]:
     """``patch`` for a while. What was patched before is so again afterwards."""
     before = [r for r in _replaced if r.stands()]
     try:
-        patch(memory_budget, backend, quiet=quiet)
+        patch(memory_budget, backend, quiet=quiet, gradient_tolerance=gradient_tolerance)
         yield
     finally:
         unpatch()
@@ -448,10 +460,10 @@ class _TRLForward(FusedForward):
         fp32: bool,
         outputs: tuple[str, ...],
     ) -> None:
-        super().__init__(
-            model, original, options.memory_budget, options.backend, unsupported="fallback"
-        )
+        given = (options.memory_budget, options.backend, "fallback", options.gradient_tolerance)
+        super().__init__(model, original, *given)
         self.temperature, self.fp32 = temperature, fp32
+        self.differentiable = DIFFERENTIABLE
         self.outputs = ("log_probs", *(name for name in outputs if name != "log_probs"))
 
     def __call__(self, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -466,7 +478,8 @@ class _TRLForward(FusedForward):
             kwargs.pop("labels", None)
         labels = kwargs["labels"] if "labels" in kwargs else kwargs["shift_labels"]
         stats = tuple(_STATS[name] for name in self.outputs)
-        settings = {"stats": stats, "temperature": self.temperature}
+        settings: dict[str, Any] = {"stats": stats, "temperature": self.temperature}
+        settings["differentiable"] = self.differentiable
         found = self.token_stats(args, {**kwargs, **settings})
         values = {name: getattr(found, _STATS[name]) for name in self.outputs}
         # without the first label where they were shifted
@@ -512,10 +525,34 @@ def _fused_lm_heads(options: _Options) -> dict[str, str]:
         if standing is original:
             _replace(module, "add_fused_lm_head", add_fused_lm_head)
             reached[method.upper()] = ""
+            cls = _class(method)
+            if "__init__" in vars(cls):
+                _replace(cls, "__init__", _without_entropy(cls.__init__, cls))
         elif standing is not None:
             _still_trls(standing)
     _replace(utils, "add_fused_lm_head", add_fused_lm_head)
     return reached
+
+
+def _without_entropy(original: Callable[..., None], cls: Any) -> Callable[..., None]:
+    """A trainer's constructor, after which the entropy has no gradient where TRL only logs it.
+
+    Of a gradient through the entropy, products are more, and exact. A class of somebody else's that
+    has its own part in the loss may want it.
+    """
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        below = type(self).__mro__[: type(self).__mro__.index(cls)]
+        others = [base for base in below if not _of_package(base, "trl", "fusedpo")]
+        altered = any(name in vars(base) for base in others for name in _PATH)
+        forward = fused_forward(self.model)
+        bonus = getattr(self, "_entropy_bonus_enabled", False)
+        if isinstance(forward, _TRLForward) and not (altered or bonus):
+            forward.differentiable = ("logprob",)
+
+    return init
 
 
 def _still_trls(function: Any) -> bool:
@@ -548,9 +585,8 @@ class _WithMeanLogits:
 
 def _give_fused_head(model: Any, options: _Options) -> None:
     if fused_forward(model) is None:
-        install_forward(
-            causal_model(model), FusedForward, options.memory_budget, options.backend, "raise"
-        )
+        given = (options.memory_budget, options.backend, "raise", options.gradient_tolerance)
+        install_forward(causal_model(model), FusedForward, *given)
 
 
 def _scored(
@@ -558,7 +594,7 @@ def _scored(
 ) -> tuple[Tensor, Tensor, Any]:
     """Log-probabilities of labels [B, T] and mean logits, [B, T] each; the auxiliary loss."""
     _give_fused_head(model, options)
-    score = Score(labels, memory_budget=options.memory_budget, backend=options.backend)
+    score = Score(labels, **vars(options))
     found, aux_loss = at_head(model, _WithMeanLogits(score), **inputs)
     return found["logprob"], found["mean_logit"], aux_loss
 
@@ -653,8 +689,8 @@ def _tpo_compute_loss(original: Callable[..., Any], options: _Options) -> Callab
         rest = {name: value for name, value in inputs.items() if name != "completion_mask"}
         _give_fused_head(model, options)
         names = ("logprob", "entropy", "mean_logit", "top1")
-        score = Score(labels, names, memory_budget=options.memory_budget, backend=options.backend)
-        stats, _ = at_head(model, _Looked(score), **rest, use_cache=False)
+        score = Score(labels, names, differentiable=("logprob",), **vars(options))
+        stats, _ = at_head(model, _Statistics(score), **rest, use_cache=False)
 
         branches = 3 if self.tpo_alpha != 0.0 else 2
         scored = labels != IGNORE_INDEX
@@ -688,15 +724,14 @@ def _tpo_compute_loss(original: Callable[..., Any], options: _Options) -> Callab
 
 
 @dataclass(frozen=True)
-class _Looked:
-    """At the head: statistics, of which only the log-probability has a gradient."""
+class _Statistics:
+    """At the head: statistics by name."""
 
     score: Score
 
     def __call__(self, hidden: Tensor, head: Head) -> dict[str, Tensor]:
         found = self.score(hidden, head)
-        values = {name: getattr(found, name) for name in self.score.stats}
-        return {n: v if n == "logprob" else v.detach() for n, v in values.items()}
+        return {name: getattr(found, name) for name in self.score.stats}
 
 
 def _log_tpo(
@@ -785,13 +820,14 @@ def _with_lazy_logits(original: Callable[..., None], options: _Options) -> Calla
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        budget = options.memory_budget
-        budget = budget.budget if isinstance(budget, Plan) else budget
+        given = vars(options)
+        if isinstance(options.memory_budget, Plan):
+            given = {**given, "memory_budget": options.memory_budget.budget}
         for model in (self.model, getattr(self, "ref_model", None)):
             if model is None:
                 continue
             try:
-                lazy_logits(model, memory_budget=budget, backend=options.backend)
+                lazy_logits(model, **given)
             except UnsupportedHead as error:
                 warnings.warn(f"{error}; its own logits are made instead", stacklevel=2)
 
@@ -813,10 +849,18 @@ class _Fused:
     """A trainer that is built while TRL is patched, and keeps what it got then."""
 
     def __init__(
-        self, *args: Any, memory_budget: Budget = None, backend: str = "auto", **kwargs: Any
+        self,
+        *args: Any,
+        memory_budget: Budget = None,
+        backend: str = "auto",
+        gradient_tolerance: float | None = None,
+        **kwargs: Any,
     ) -> None:
-        self._fusedpo_options = _Options(memory_budget, backend)
-        with patched(memory_budget, backend):
+        config = kwargs.get("args", args[2] if len(args) > 2 else None)
+        if gradient_tolerance is None:
+            gradient_tolerance = getattr(config, "gradient_tolerance", 0.0)
+        self._fusedpo_options = _Options(memory_budget, backend, gradient_tolerance)
+        with patched(**vars(self._fusedpo_options)):
             super().__init__(*args, **kwargs)
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fusedpo import losses
 from fusedpo.checks import bad_type, bad_value, vocabulary
+from fusedpo.engine.tolerance import check_tolerance
 from fusedpo.functional import LossOutput, policy_loss, preference_loss
 from fusedpo.head import Head
 from fusedpo.labels import IGNORE_INDEX
@@ -55,24 +56,11 @@ _OF_DPO = (
     "f_alpha_divergence_coef",
 )
 _OF_GRPO = (
-    "loss_type",
-    "epsilon",
-    "epsilon_high",
-    "delta",
-    "importance_sampling_level",
-    "sapo_temperature_neg",
-    "sapo_temperature_pos",
-    "vespo_k_pos",
-    "vespo_lambda_pos",
-    "vespo_k_neg",
-    "vespo_lambda_neg",
-    "top_entropy_quantile",
-    "off_policy_mask_threshold",
-    "entropy_coef",
-    "use_adaptive_entropy",
-    "entropy_coef_min",
-    "entropy_coef_max",
-    "entropy_coef_delta",
+    *("loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level"),
+    *("sapo_temperature_neg", "sapo_temperature_pos"),
+    *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+    *("top_entropy_quantile", "off_policy_mask_threshold", "entropy_coef"),
+    *("use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta"),
     "entropy_target",
 )
 # what of a batch is the loss's, not the model's
@@ -106,6 +94,14 @@ class _ByName:
         default=None,
         metadata={"help": "Hyperparameters of fused_loss, as a dictionary or as JSON."},
     )
+    gradient_tolerance: float = field(
+        default=0.0,
+        metadata={"help": "Relative error that a gradient of the head may have; 0 is exact."},
+    )
+
+    def __post_init__(self) -> None:
+        check_tolerance(self.gradient_tolerance)
+        super().__post_init__()  # type: ignore[misc]
 
     def the_loss(self) -> Any:
         """The loss that was named, or None.
@@ -156,6 +152,7 @@ class FusedDPOConfig(_ByName, DPOConfig):
     Attributes:
         fused_loss: see ``fusedpo losses``; takes the place of ``loss_type``.
         fused_loss_args: hyperparameters, as a dictionary or as JSON.
+        gradient_tolerance: as of ``patch``, unless the trainer is given another.
         self_augmented: whether an average of the model writes the rejected responses; with the
             loss that ``fused_loss`` names, or with DPO, at TRL's ``beta`` if ``fused_loss_args``
             has none.
@@ -172,7 +169,7 @@ class FusedDPOConfig(_ByName, DPOConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        super().__post_init__()
         if self.self_augmented_args is not None and not self.self_augmented:
             got = repr(self.self_augmented_args)
             raise bad_value("self_augmented_args", "None without self_augmented", got)
@@ -226,10 +223,11 @@ class FusedGRPOConfig(_ByName, GRPOConfig):
     Attributes:
         fused_loss: see ``fusedpo losses``; takes the place of ``loss_type``.
         fused_loss_args: hyperparameters, as a dictionary or as JSON.
+        gradient_tolerance: as of ``patch``, unless the trainer is given another.
     """
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        super().__post_init__()
         loss = self.the_loss()
         if loss is None:
             return
@@ -497,7 +495,7 @@ def _options(trainer: Any) -> dict[str, Any]:
     """What ``patch`` was told, of the head that the trainer's model has."""
     fused = fused_forward(trainer.accelerator.unwrap_model(trainer.model))
     assert fused is not None, "the trainer was built while TRL was patched"
-    return {"memory_budget": fused.memory_budget, "backend": fused.backend}
+    return fused.options
 
 
 def _note(trainer: Any, mode: str, metrics: Mapping[str, Tensor]) -> None:

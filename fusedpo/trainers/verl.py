@@ -38,7 +38,7 @@ class VerlForward(FusedForward):
             return super().__call__(*args, **kwargs)
         temperature = kwargs.pop("temperature")
         labels = _labels(kwargs)
-        options = Options(self.memory_budget, self.backend)  # type: ignore[arg-type]
+        options = Options(**self.options)
 
         def scores(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
             logits = lazy_output(hidden, head, options).float()
@@ -75,20 +75,25 @@ def patch_forward_with_backends(
     if not use_fused_kernels or fused_kernels_backend != BACKEND:
         _original(model, use_fused_kernels, fused_kernels_backend)
         return
-    budget, backend = _options.memory_budget, _options.backend
-    install_forward(causal_model(model), VerlForward, budget, backend, "raise")
+    given = (_options.memory_budget, _options.backend, "raise", _options.gradient_tolerance)
+    install_forward(causal_model(model), VerlForward, *given)
     print(f"Using fusedpo for log-probabilities and entropies in {type(model).__name__}")
 
 
-def patch(*, memory_budget: int | float | str | None = None, backend: str = "auto") -> None:
+def patch(
+    *,
+    memory_budget: int | float | str | None = None,
+    backend: str = "auto",
+    gradient_tolerance: float = 0.0,
+) -> None:
     """Add the backend, for models that are built from now on. Importing this module has called it.
 
     Args:
-        memory_budget, backend: as of ``linear_logprobs``.
+        memory_budget, backend, gradient_tolerance: as of ``linear_logprobs``.
     """
     global _options
-    check_options(memory_budget, backend)
-    _options = Options(memory_budget, backend)
+    check_options(memory_budget, backend, gradient_tolerance)
+    _options = Options(memory_budget, backend, gradient_tolerance=gradient_tolerance)
     monkey_patch.patch_forward_with_backends = patch_forward_with_backends
 
 

@@ -73,8 +73,9 @@ def test_the_plugin(monkeypatch):
     manager.register("fusedpo.trainers.axolotl.FusedPlugin")
     names = manager.get_input_args()
     assert "fusedpo.trainers.axolotl.FusedArguments" in names
-    config = FusedArguments(fusedpo_memory_budget="1MiB")
+    config = FusedArguments(fusedpo_memory_budget="1MiB", fusedpo_gradient_tolerance=2e-3)
     manager.pre_model_load(config)
     logits = trl_runs.model()(torch.zeros(2, 3, dtype=torch.long)).logits
     assert isinstance(logits, LazyTensor)
-    assert logits.recipe.source.options.memory_budget == "1MiB"
+    options = logits.recipe.source.options
+    assert (options.memory_budget, options.gradient_tolerance) == ("1MiB", 2e-3)

@@ -39,6 +39,7 @@ from trainers.trl_runs import (
 )
 
 import fusedpo.model_head.score
+from fusedpo.engine import score
 from fusedpo.trainers import trl as ours
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -428,10 +429,74 @@ def test_an_unknown_option_is_refused_before_anything_is_replaced():
     for options, error in (
         ({"memory_budget": "nonsense"}, "memory_budget: expected"),
         ({"backend": "nonsense"}, "backend: expected one of"),
+        ({"gradient_tolerance": 1e-6}, "gradient_tolerance: expected"),
     ):
         with pytest.raises(ValueError, match=error):
             ours.patch(**options)
         assert not changed(before)
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """(tolerance, whether there is a gradient through the entropy) of each call with a gradient."""
+    seen = []
+
+    def plan(*sizes, **options):
+        if options["needs"]:
+            seen.append((options["gradient_tolerance"], options["entropy"]))
+        return original(*sizes, **options)
+
+    original = score.plan
+    monkeypatch.setattr(score, "plan", plan)
+    return seen
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "grpo", "rloo", "sft", "cpo", "orpo", "tpo"])
+def test_a_gradient_tolerance_reaches_every_method(method, planned):
+    """And no gradient through an entropy that is only logged stands in its way."""
+    with ours.patched(gradient_tolerance=2e-3):
+        found = trl_runs.run(method, max_steps=1)
+    assert {*planned} == {(2e-3, False)}
+    assert found.logs[0]["loss"] == found.logs[0]["loss"]
+    planned.clear()
+    cls = getattr(ours, f"Fused{method.upper()}Trainer")
+    trl_runs.run(method, trainer_class=cls, max_steps=1, gradient_tolerance=2e-3)
+    assert {*planned} == {(2e-3, False)}
+    planned.clear()
+    trl_runs.run(method, trainer_class=cls, max_steps=1)
+    assert {*planned} == {(0.0, False)}
+
+
+def test_an_entropy_in_the_loss_has_its_gradient(planned):
+    with ours.patched(gradient_tolerance=2e-3):
+        trl_runs.run("grpo", max_steps=1, entropy_coef=0.1)
+    assert {*planned} == {(2e-3, True)}
+
+
+def test_a_class_with_its_own_part_in_the_loss_may_want_an_entropy(planned):
+    trainer, _ = trl_runs.classes("dpo")
+
+    class Mine(trainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    class Other(trainer):
+        def log(self, *args, **kwargs):
+            return super().log(*args, **kwargs)
+
+    for cls, wanted in ((Mine, True), (Other, False)):
+        planned.clear()
+        with ours.patched(gradient_tolerance=2e-3):
+            trl_runs.run("dpo", trainer_class=cls, max_steps=1)
+        assert {*planned} == {(2e-3, wanted)}
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo", "cpo"])
+def test_a_class_refuses_a_wrong_gradient_tolerance(method):
+    cls = getattr(ours, f"Fused{method.upper()}Trainer")
+    for value, error in ((1e-6, ValueError), ("2e-3", TypeError)):
+        with pytest.raises(error, match=r"^gradient_tolerance: expected"):
+            trl_runs.run(method, trainer_class=cls, gradient_tolerance=value)
 
 
 def test_it_says_so_in_one_line(capsys, monkeypatch):

@@ -960,3 +960,44 @@ def test_names_are_refused_where_trl_has_no_seam_for_them(tmp_path, monkeypatch)
     with says(ValueError, "fused_loss: expected None with TRL before 1.15, got simpo; update TRL"):
         FusedDPOConfig(str(tmp_path), **COMMON, fused_loss="simpo")
     assert FusedDPOConfig(str(tmp_path), **COMMON).the_loss() is None
+
+
+@pytest.mark.parametrize(
+    ("make", "classes", "loss"),
+    [
+        (pairs, (FusedDPOTrainer, FusedDPOConfig), "simpo"),
+        (groups, (FusedGRPOTrainer, FusedGRPOConfig), "sspo"),
+    ],
+    ids=["pairs", "groups"],
+)
+def test_a_gradient_tolerance_is_an_option_and_what_it_does_is_logged(
+    model, tmp_path, make, classes, loss
+) -> None:
+    parts = ("columns_kept", "dropped_mass", "gradient_error", "breaches")
+    options = {"fused_loss": loss, "gradient_tolerance": 2e-3}
+    logged = history(make(model(), tmp_path, *classes, **options))
+    steps = [entry for entry in logged if "loss" in entry]
+    assert len(steps) == COMMON["max_steps"]
+    assert all(f"head/{part}" in entry for entry in steps for part in parts)
+    without = history(make(model(), tmp_path, *classes, fused_loss=loss))
+    assert not any(name.startswith("head/") for entry in without for name in entry)
+
+
+def test_a_trainers_gradient_tolerance_is_used_rather_than_its_configurations(
+    model, tmp_path
+) -> None:
+    args = FusedDPOConfig(str(tmp_path), **COMMON, fused_loss="simpo", gradient_tolerance=1e-2)
+    rows = Dataset.from_list(ROWS)
+    given = {"train_dataset": rows, "processing_class": tiny.tokenizer(), "args": args}
+    for options, expected in (({}, 1e-2), ({"gradient_tolerance": 0.0}, 0.0)):
+        trainer = FusedDPOTrainer(model(), **given, **options)
+        assert vars(trainer.model)["forward"].gradient_tolerance == expected
+
+
+@pytest.mark.parametrize("config", [FusedDPOConfig, FusedGRPOConfig])
+@pytest.mark.parametrize(("value", "error"), [(1e-6, ValueError), ("2e-3", TypeError)], ids=str)
+def test_a_wrong_gradient_tolerance_is_refused_by_the_configuration(
+    tmp_path, config, value, error
+) -> None:
+    with pytest.raises(error, match=r"^gradient_tolerance: expected"):
+        config(str(tmp_path), **COMMON, gradient_tolerance=value)

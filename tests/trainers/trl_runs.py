@@ -197,7 +197,10 @@ def build(
     trainer, config = trainer_class or trainer, config or own_config
     own = {
         name: given.pop(name)
-        for name in ("peft_config", "ref_model", "compute_metrics", "memory_budget")
+        for name in (
+            *("peft_config", "ref_model", "compute_metrics"),
+            *("memory_budget", "gradient_tolerance"),
+        )
         if name in given
     }
     if method in ("dpo", "kto") and "peft_config" not in own:
