@@ -6,18 +6,19 @@
 Constructor keywords with their defaults and order, the order of a call, what is returned and what
 it means are Liger's; so are sums where this library has means, and a cross-entropy that ORPO, CPO
 and SimPO add unless told not to. Added, as keywords only, are loss types of TRL's trainers and the
-last four of the options that all or many classes have:
+last five of the options that all or many classes have:
 
-    ignore_index      label of the positions to leave out
-    compute_nll_loss  whether alpha times the cross-entropy of the chosen responses is added
-    label_smoothing   probability that a preference is recorded the wrong way round
-    use_ref_model     whether there is a reference; without, its log-probabilities are 0
-    average_log_prob  means over tokens instead of sums, of policy and reference, in any loss
-    compiled          no effect, as of chunk_size: the memory budget says how a batch is cut
-    softcap           bound of the logits, softcap tanh(z / softcap), or None
-    logit_scale       factor of the logits, after softcap; both hold for the reference too
-    memory_budget     bytes, or a text such as "512MiB", that a call may hold; 256 MiB by default
-    backend           "auto", "torch" or "triton"
+    ignore_index        label of the positions to leave out
+    compute_nll_loss    whether alpha times the cross-entropy of the chosen responses is added
+    label_smoothing     probability that a preference is recorded the wrong way round
+    use_ref_model       whether there is a reference; without, its log-probabilities are 0
+    average_log_prob    means over tokens instead of sums, of policy and reference, in any loss
+    compiled            no effect, as of chunk_size: the memory budget says how a batch is cut
+    softcap             bound of the logits, softcap tanh(z / softcap), or None
+    logit_scale         factor of the logits, after softcap; both hold for the reference too
+    memory_budget       bytes, or a text such as "512MiB", that a call may hold; 256 MiB by default
+    backend             "auto", "torch" or "triton"
+    gradient_tolerance  relative error that a gradient may have, as of ``linear_logprobs``; 0: none
 
 A wrong option raises a TypeError or ValueError that names it when the module is made, a wrong
 argument before any work; there ``_input``, ``lin_weight`` and ``target`` may be called hidden,
@@ -51,8 +52,7 @@ from fusedpo.head import Head
 from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses.base import GradientStructure, Input, Scores, Tail, flag, hyperparameter, one_of
 from fusedpo.losses.modifiers import Modifier
-from fusedpo.model_head import mean_logits
-from fusedpo.sizes import parse_budget
+from fusedpo.model_head import check_options, mean_logits
 
 __all__ = [
     "LigerFusedLinearCPOLoss",
@@ -84,12 +84,13 @@ class _Fused(torch.nn.Module):
     logit_scale: float = 1.0
     memory_budget: int | float | str | None = None
     backend: str = "auto"
+    gradient_tolerance: float = 0.0
 
     def __post_init__(self) -> None:
         super().__init__()
         if isinstance(self.memory_budget, Plan):
             raise checks.bad_type("memory_budget", "a number or a text", "a Plan, of one call")
-        parse_budget(self.memory_budget)
+        check_options(self.memory_budget, self.backend, self.gradient_tolerance)
         self._head(torch.empty(0), None).check_logits()
         self._formula()
 
@@ -106,7 +107,10 @@ class _Fused(torch.nn.Module):
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {"memory_budget": self.memory_budget, "backend": self.backend}
+        return {n: getattr(self, n) for n in ("memory_budget", "backend", "gradient_tolerance")}
+
+    def _mean_logits(self, hidden: Tensor, head: Head) -> Tensor:
+        return mean_logits(hidden, head, memory_budget=self.memory_budget, backend=self.backend)
 
 
 @dataclass(eq=False, repr=False)
@@ -179,8 +183,7 @@ class _Paired(_Preference):
         head, pairs = self._head(weight, bias), target.shape[0] // 2
         # the cross-entropy of other positions than target's is another call
         in_one_call = self.compute_nll_loss and nll_target is None
-        added = self.alpha if in_one_call else 0.0
-        out = self._call(hidden, head, target, reference, added)
+        out = self._call(hidden, head, target, reference, self.alpha if in_one_call else 0.0)
         loss, nll = out.loss, torch.zeros_like(out.loss)
         if self.compute_nll_loss:
             labels, logprobs = target[:pairs], out.logprobs[:pairs]
@@ -191,13 +194,12 @@ class _Paired(_Preference):
             nll = (-logprobs.double().sum() / (labels != self.ignore_index).sum()).to(loss.dtype)
             if not in_one_call:
                 loss = loss + self.alpha * nll
-        logits = mean_logits(hidden, head, **self._options).double().chunk(2)
+        logits = self._mean_logits(hidden, head).double().chunk(2)
         return loss, (
             *(out.metrics[name] for name in ("logps/chosen", "logps/rejected")),
             *(half.mean().to(loss.dtype) for half in logits),
             nll.detach(),
-            *(out.metrics[name] for name in ("rewards/chosen", "rewards/rejected")),
-            *(out.metrics[name] for name in self._also_logged),
+            *(out.metrics[n] for n in ("rewards/chosen", "rewards/rejected", *self._also_logged)),
         )
 
 
@@ -210,8 +212,8 @@ class LigerFusedLinearDPOLoss(_Paired):
         loss_type: Liger's, or TRL's "ipo", "aot", "aot_unpaired", "sft" or "sigmoid_norm".
         label_smoothing: of "exo_pair" (to be above 0), "robust", "aot" and "aot_unpaired".
         discopop_tau: temperature of "discopop".
-        ignore_index, alpha, compute_nll_loss, compiled, use_ref_model, average_log_prob,
-            chunk_size, softcap, logit_scale, memory_budget, backend: see the module.
+        ignore_index, alpha, compute_nll_loss, compiled, use_ref_model, average_log_prob, softcap,
+            chunk_size, logit_scale, memory_budget, backend, gradient_tolerance: see the module.
     """
 
     alpha: float = 1.0
@@ -264,7 +266,7 @@ class LigerFusedLinearCPOLoss(_Paired):
         simpo_gamma: target margin of "simpo" and "alphapo", absolute.
         alphapo_alpha: shape of the reward of "alphapo"; 0 is "simpo".
         ignore_index, alpha, compiled, average_log_prob, chunk_size, softcap, logit_scale,
-            memory_budget, backend: see the module.
+            memory_budget, backend, gradient_tolerance: see the module.
     """
 
     alpha: float = 1.0
@@ -296,7 +298,7 @@ class LigerFusedLinearSimPOLoss(_Paired):
         beta: scale of the log-probabilities per token.
         gamma: target margin, absolute.
         ignore_index, alpha, label_smoothing, compute_nll_loss, compiled, chunk_size, softcap,
-            logit_scale, memory_budget, backend: see the module.
+            logit_scale, memory_budget, backend, gradient_tolerance: see the module.
     """
 
     alpha: float = 1.0
@@ -317,7 +319,7 @@ class LigerFusedLinearORPOLoss(_Paired):
     Args:
         beta: weight of the odds-ratio term.
         ignore_index, compute_nll_loss, compiled, chunk_size, softcap, logit_scale, memory_budget,
-            backend: see the module.
+            backend, gradient_tolerance: see the module.
     """
 
     compute_nll_loss: bool = True
@@ -355,7 +357,7 @@ class LigerFusedLinearKTOLoss(_Preference):
         beta: strength of the pull towards the reference.
         loss_type: Liger's "kto", or TRL's "apo_zero_unpaired", for which ``kl`` plays no part.
         ignore_index, compiled, use_ref_model, average_log_prob, chunk_size, softcap, logit_scale,
-            memory_budget, backend: see the module.
+            memory_budget, backend, gradient_tolerance: see the module.
     """
 
     compiled: bool = True
@@ -404,7 +406,7 @@ class LigerFusedLinearKTOLoss(_Preference):
             inputs["kl"] = kl.reshape(-1).expand(target.shape[0])
         head, reference = self._head(lin_weight, bias), (ref_input, ref_weight, ref_bias)
         out = self._call(_input, head, target, reference, **inputs)
-        logits = mean_logits(_input, head, **self._options).double().sum(1) * lin_weight.shape[0]
+        logits = self._mean_logits(_input, head).double().sum(1) * lin_weight.shape[0]
         return out.loss, tuple(
             torch.where(which, values, 0).sum().to(out.loss.dtype)
             for values in (out.metrics["logps/response"], logits, out.metrics["rewards/response"])
@@ -429,8 +431,8 @@ class LigerFusedLinearGRPOLoss(_Fused):
         use_bias_correction_kl: whether the divergence is multiplied by the ratio.
         sapo_temperature_pos, sapo_temperature_neg: of "sapo".
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: of "vespo".
-        compiled, use_ref_model, chunk_size, softcap, logit_scale, memory_budget, backend: see the
-            module.
+        compiled, use_ref_model, chunk_size, softcap, logit_scale, memory_budget, backend,
+            gradient_tolerance: see the module.
     """
 
     beta: float = 0.04
@@ -491,12 +493,10 @@ class LigerFusedLinearGRPOLoss(_Fused):
     def _denominator(self, mask: Tensor, num_items: Tensor | float | None) -> Tensor | float | None:
         """What the sum over all tokens is divided by; None: the mean that the formula is."""
         kind, responses = self.loss_type, mask.shape[0]
-        if kind in ("grpo", "sapo"):
-            return None
-        if kind == "luspo":
-            return responses
-        if kind == "dr_grpo":
-            return responses * float(self.max_completion_length or 0)
+        fixed = {"grpo": None, "sapo": None, "luspo": float(responses)}
+        fixed["dr_grpo"] = responses * float(self.max_completion_length or 0)
+        if kind in fixed:
+            return fixed[kind]
         tokens = mask.sum().double()
         if kind != "bnpo":
             if num_items is not None:

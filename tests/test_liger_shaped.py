@@ -920,6 +920,28 @@ def test_one_pass_over_the_head_is_as_good(name: str, monkeypatch: pytest.Monkey
     assert not said, "\n".join(said)
 
 
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_gradient_tolerance_is_handed_on(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a cross-entropy of other positions too, which is a call of its own."""
+    seen: list[float] = []
+
+    def plan(*sizes: int, **options: Any) -> fusedpo.Plan:
+        if options["needs"]:
+            seen.append(options["gradient_tolerance"])
+        return fusedpo.plan(*sizes, **options)
+
+    monkeypatch.setattr(fusedpo.engine.score, "plan", plan)
+    call = {"KTO": of_responses, "GRPO": of_samples}.get(kind, of_pairs)
+    options = {"use_ref_model": False} if kind == "GRPO" else {}
+    rows, module = batch(24), ours(kind, gradient_tolerance=2e-3, **options)
+    run(module, rows, call)
+    if kind == "ORPO":
+        module(rows.weight, rows.hidden, rows.target, rows.bias, rows.target)[0].backward()
+    assert {*seen} == {2e-3}
+    assert len(seen) == (3 if kind == "ORPO" else 1)
+    assert "gradient_tolerance=0.002" in repr(module)
+
+
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_kernels(kind: str) -> None:
     """The formula's own included, where there is one."""
@@ -957,6 +979,11 @@ def test_kernels(kind: str) -> None:
         ("ORPO", {"softcap": 0.0}, "softcap"),
         ("SimPO", {"logit_scale": -1.0}, "logit_scale"),
         ("SimPO", {"memory_budget": "much"}, "memory_budget"),
+        ("DPO", {"backend": "jax"}, "backend"),
+        *(
+            (kind, {"gradient_tolerance": 1e-6}, "^gradient_tolerance: expected")
+            for kind in CLASSES
+        ),
     ],
 )
 def test_wrong_options_are_told_at_once(kind: str, options: dict, said: str) -> None:
