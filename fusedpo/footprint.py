@@ -20,7 +20,7 @@ import torch
 
 from fusedpo.checks import bad_choice, bad_value
 from fusedpo.devices import Device
-from fusedpo.engine.cost import Backend, Needs
+from fusedpo.engine.cost import Backend
 from fusedpo.engine.plan import Plan, RouteName
 from fusedpo.engine.planner import plan
 from fusedpo.losses import Loss, PreferenceLoss
@@ -181,7 +181,7 @@ class Workload:
         pairs: of two responses each, or as many as an example of the loss has, if these are more.
         context: tokens of the prompt before each response, which are not scored.
         dtype: of hidden states and weights; frozen: these take no gradient.
-        device, backend, budget: as in ``plan``.
+        device, backend, budget, gradient_tolerance: as in ``plan``.
     """
 
     shape: ModelShape
@@ -194,6 +194,7 @@ class Workload:
     backend: Backend = "triton"
     frozen: bool = False
     budget: int = 2**28
+    gradient_tolerance: float = 0.0
 
     @property
     def responses(self) -> int:
@@ -216,14 +217,13 @@ class Workload:
     def plan(self, *, budget: int | None = None, route: RouteName | None = None) -> Plan:
         """The plan that ``preference_loss`` or ``policy_loss`` makes of this; raises as plan()."""
         wanted = plan_options(self.loss, self.responses, [self.tokens] * self.responses)
-        needs: tuple[Needs, ...] = ("hidden",) if self.frozen else ("hidden", "weight")
         return plan(
             self.scored,
             self.shape.vocab,
             self.shape.hidden,
             dtype=self.dtype,
             budget=self.budget if budget is None else budget,
-            needs=needs,
+            needs=("hidden",) if self.frozen else ("hidden", "weight"),
             scope=wanted["scope"],
             groups=wanted["groups"],
             factors=wanted.get("factors", 1),
@@ -234,6 +234,7 @@ class Workload:
             reordered=wanted.get("reordered", False),
             device=self.device,
             backend=self.backend,
+            gradient_tolerance=self.gradient_tolerance,
             route=route,
         )
 
@@ -330,10 +331,9 @@ def trl_chunked(work: Workload) -> dict[str, int] | None:
     fp32.
     """
     hidden, vocab, b = work.shape.hidden, work.shape.vocab, work.size
-    on_gpu = work.device != "cpu"
+    on_gpu, rounded = work.device != "cpu", b != 4
     tokens = work.scored if on_gpu else work.positions
     n, v = min(tokens, _TRL_ROWS), min(vocab, _TRL_COLUMNS)
-    rounded = b != 4
     formula = n * v * (7 * 4 + 1 + 4 * (work.shape.softcap is not None))
     widened = 4 * (n * v + (v if work.frozen else max(n, v)) * hidden) if b < 4 else 0
     return {

@@ -68,6 +68,26 @@ def test_the_default_budget_goes_by_the_device(capsys) -> None:
         run(f"{model} --device cpu --device-memory 80GB")
 
 
+def test_a_gradient_tolerance_has_its_route(capsys) -> None:
+    line = "--model gemma-2-2b --tokens 8192 --budget 4GiB"
+    exact, within = answer(line, capsys), answer(f"{line} --gradient-tolerance 2e-3", capsys)
+    assert "compact" not in exact["routes"]
+    assert within["chosen"] == "compact"
+    assert 1 < within["routes"]["compact"]["products"] < 3
+    within["routes"].pop("compact")
+    assert within == {**exact, "chosen": "compact"}
+    assert run(f"{line} --gradient-tolerance 2e-3") == 0
+    text = capsys.readouterr().out
+    assert "compact (chosen)" in text and "compact's products are for 15% of the columns" in text
+    assert run(line) == 0
+    assert "compact" not in capsys.readouterr().out
+    refused = r"^--gradient-tolerance: expected 0"
+    with pytest.raises(ValueError, match=refused):
+        run(f"{line} --gradient-tolerance 2")
+    with pytest.raises(ValueError, match=f"{refused} in double precision"):
+        run(f"{line} --gradient-tolerance 2e-3 --dtype float64")
+
+
 def test_a_prompt_costs_full_logits_only(capsys) -> None:
     """But for the gradient of its hidden states, which is an output."""
     bare, prompted = (

@@ -14,6 +14,7 @@ from fusedpo import footprint, losses, tables
 from fusedpo.checks import bad_value
 from fusedpo.devices import Device, as_device
 from fusedpo.engine.cost import Backend
+from fusedpo.engine.tolerance import GUESSED_SHARE, check_tolerance
 from fusedpo.footprint import ModelShape, Workload
 from fusedpo.sizes import DEFAULT_BUDGET, format_bytes, format_products, parse_budget
 
@@ -36,6 +37,9 @@ examples:
 
   with what a call takes on another GPU if it is given no budget:
     fusedpo plan --model llama-3.1-8b --tokens 8192 --device-memory 80GB
+
+  with gradients of the head that may be off by what rounding to bfloat16 costs:
+    fusedpo plan --model gemma-2-2b --tokens 8192 --gradient-tolerance 2e-3
 
   numbers for a script, all in bytes:
     fusedpo plan --model gemma-2-2b --tokens 8192 --loss orpo --json
@@ -81,6 +85,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="of the head, as 1GiB (default: 3 %% of the GPU's memory, 4GiB at most; 256MiB on the "
         "CPU, or where that is not known)",
+    )
+    machine.add_argument(
+        "--gradient-tolerance",
+        type=float,
+        default=0.0,
+        metavar="FLOAT",
+        help="relative error that a gradient of the head may have, as 2e-3 (default: 0, exact)",
     )
     choice(machine, "--dtype", ("bfloat16", "float16", "float32", "float64"), "bfloat16")
     choice(machine, "--device", ("cuda", "cpu"), "cuda")
@@ -164,7 +175,16 @@ def _workload(given: argparse.Namespace) -> Workload:
         backend=backend,
         frozen=given.frozen,
         budget=_size("--budget", given.budget, device.budget),
+        gradient_tolerance=_tolerance(given),
     )
+
+
+def _tolerance(given: argparse.Namespace) -> float:
+    try:
+        return check_tolerance(given.gradient_tolerance, getattr(torch, given.dtype))
+    except ValueError as error:  # it has the name of the library's argument
+        text = str(error).replace("gradient_tolerance", "--gradient-tolerance", 1)
+        raise ValueError(text) from None
 
 
 def _device(given: argparse.Namespace) -> Device:
@@ -228,6 +248,11 @@ def _print(given: argparse.Namespace, work: Workload, found: dict[str, Any]) -> 
     columns = ("route", "products", "beyond the outputs", "tile", "fits the budget")
     tables.show(f"routes of fusedpo, with a budget of {format_bytes(work.budget)}", columns, routes)
     print(_why(costs, chosen))
+    if "compact" in costs:
+        print(
+            f"compact's products are for {GUESSED_SHARE:.0%} of the columns, a first guess; later "
+            "calls go by what the last one kept."
+        )
     _sizes("the outputs of any program", found["outputs"])
     held = {name: buffers and sum(buffers.values()) for name, buffers in found["peers"].items()}
     sizes = {"fusedpo": None if chosen is None else costs[chosen]["bytes"], **held}
