@@ -358,3 +358,50 @@ def test_run_hands_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
     main(["run", "--gradient-tolerance", "2e-3", sys.executable])
     (environment,) = started
     assert json.loads(environment[VARIABLE])["gradient_tolerance"] == WITHIN
+
+
+# inside torch.compile
+
+
+def preferred(hidden: Tensor, weight: Tensor, labels: Tensor, within: float) -> Tensor:
+    return preference_loss(SimPO(), hidden, weight, labels, gradient_tolerance=within).loss
+
+
+def scored(hidden: Tensor, weight: Tensor, labels: Tensor, within: float) -> Tensor:
+    return linear_logprobs(hidden, weight, labels, gradient_tolerance=within).sum()
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("call", [preferred, scored])
+def test_in_a_graph_gradients_are_exact_and_one_warning_says_so(
+    call: Any, taken: list[float]
+) -> None:
+    torch._dynamo.reset()
+    hidden, weight, labels = confident()
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    exact = torch.autograd.grad(compiled(hidden, weight, labels, 0.0), (hidden, weight))
+    with pytest.warns(UserWarning, match=r"^gradient_tolerance: inside torch\.compile") as told:
+        for _ in range(2):
+            found = torch.autograd.grad(compiled(hidden, weight, labels, WITHIN), (hidden, weight))
+            assert all(map(torch.equal, found, exact))
+    assert len(told) == 1 and not taken
+    with torch.no_grad():
+        torch.compile(call, backend="eager", fullgraph=True)(hidden, weight, labels, WITHIN)
+    torch._dynamo.reset()
+
+
+@pytest.mark.compiled
+def test_in_a_graph_there_are_no_metrics_of_it_and_a_wrong_one_is_refused() -> None:
+    torch._dynamo.reset()
+
+    states = confident()
+
+    def metrics(within: float) -> dict[str, Tensor]:
+        return preference_loss(SimPO(), *states, gradient_tolerance=within).metrics
+
+    compiled = torch.compile(metrics, backend="eager")
+    with pytest.warns(UserWarning, match=r"^gradient_tolerance: inside torch\.compile"):
+        assert not shown(compiled(WITHIN))
+    with pytest.raises(Exception, match="gradient_tolerance: expected"):
+        compiled(2.0)
+    torch._dynamo.reset()

@@ -7,7 +7,7 @@ the number of scored tokens is not known while a graph is traced.
 Nothing but vectors over the positions is kept between forward and backward, which has both
 gradients to form: 4 products of N x V x H for a trainable head, as in eager mode with the smallest
 budgets, and 3 instead of 2 for a frozen one. What needs the loss (one_pass) or hands memory on
-(frozen) stays with eager mode; torch.compiler.disable around the loss gives that.
+(frozen, compact) stays with eager mode; torch.compiler.disable around the loss gives that.
 """
 
 from __future__ import annotations

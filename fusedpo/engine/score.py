@@ -15,6 +15,7 @@ Letters: N scored tokens, V vocabulary, H hidden size.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import cast
 
@@ -188,6 +189,16 @@ def score(
     return TokenStats(**by_name), None if states is None else values[-1]
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _warn_of_exact_gradients() -> None:
+    # called while a graph is traced, and no part of it
+    warnings.warn(
+        "gradient_tolerance: inside torch.compile gradients are exact, and cost what they do; for "
+        "it call the loss outside of the graph, under torch.compiler.disable",
+        stacklevel=2,
+    )
+
+
 def score_in_graph(
     batch: Batch,
     memory_budget: int | float | str | Plan | None,
@@ -198,13 +209,16 @@ def score_in_graph(
 ) -> tuple[TokenStats, Tensor | None]:
     """score() while a graph is traced: one operator in the forward, and one in the backward.
 
-    Every position is a row then, and the plan is made when the graph runs.
+    Every position is a row then, and the plan is made when the graph runs. Gradients are exact,
+    whatever the tolerance: the sums that choose columns are of a size that the plan decides.
 
     Raises:
         TypeError: for a Plan as memory_budget.
     """
     if isinstance(memory_budget, Plan):
         raise checks.bad_type("memory_budget", "a number or a text inside torch.compile", "a Plan")
+    if batch.tolerance and batch.needs:
+        _warn_of_exact_gradients()
     hidden, head, rows, temperature = batch.hidden, batch.head, batch.rows, batch.temperature
     assert rows.scored is not None, "a traced call has every position for a row"
     row_scale, scale = None, 1.0

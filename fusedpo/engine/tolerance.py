@@ -51,13 +51,13 @@ def check_tolerance(tolerance: object, dtype: torch.dtype | None = None) -> floa
     if not LEAST_TOLERANCE <= value < 1.0:
         raise checks.bad_value(
             "gradient_tolerance",
-            f"0 (exact), or a relative error from {LEAST_TOLERANCE:g} to below 1",
-            f"{value:g}",
+            f"0 (exact), or a relative error from {LEAST_TOLERANCE} to below 1",
+            str(tolerance),
             "2e-3 is what rounding a gradient to bfloat16 costs",
         )
     if dtype == torch.float64:
         raise checks.bad_value(
-            "gradient_tolerance", "0 in double precision", f"{value:g}", "use float32 or lower"
+            "gradient_tolerance", "0 in double precision", str(value), "use float32 or lower"
         )
     return value
 
