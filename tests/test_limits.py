@@ -86,7 +86,7 @@ ENGINE = (
     ("audit",),
     ("by_columns",),
     ("routes",),
-    ("problem", "backend"),
+    ("problem", "backend", "tile_choice"),
     ("planner",),
     ("autograd", "compiled"),
     ("batch",),

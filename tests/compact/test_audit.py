@@ -20,7 +20,7 @@ from oracles import Case, relative
 
 from fusedpo.benchmarks.states import ADVERSARIAL, States
 from fusedpo.engine import entries
-from fusedpo.engine.audit import _Sample
+from fusedpo.engine.audit import Sample
 from fusedpo.engine.columns import Kept
 from fusedpo.engine.routes import compact
 from fusedpo.engine.tolerance import Record
@@ -87,7 +87,7 @@ def test_it_is_right_on_average() -> None:
 @pytest.mark.parametrize("count", [1, 5, 16])
 def test_a_sample_of_what_is_proportional_tells_the_sum(count: int) -> None:
     weights = torch.rand(100, generator=torch.Generator().manual_seed(0)) ** 8
-    sample = _Sample.of(weights, count)
+    sample = Sample.of(weights, count)
     assert torch.allclose(sample.sum(weights[sample.chosen]), weights.double().sum(), atol=0.0)
     assert torch.equal(sample.chosen, sample.chosen.unique()) and len(sample.chosen) <= count
 
@@ -95,12 +95,12 @@ def test_a_sample_of_what_is_proportional_tells_the_sum(count: int) -> None:
 def test_what_is_a_large_part_is_in_the_sample() -> None:
     weights = torch.ones(1000)
     weights[[3, 998]] = 200.0
-    assert {3, 998} <= set(_Sample.of(weights, 16).chosen.tolist())
+    assert {3, 998} <= set(Sample.of(weights, 16).chosen.tolist())
 
 
 @pytest.mark.parametrize("weights", [torch.zeros(9), torch.tensor([1.0]), torch.eye(9)[8]], ids=str)
 def test_a_sample_of_next_to_nothing(weights: torch.Tensor) -> None:
-    sample = _Sample.of(weights, 4)
+    sample = Sample.of(weights, 4)
     assert torch.isfinite(sample.sum(torch.ones_like(weights)[sample.chosen]))
     assert float(sample.sum(weights[sample.chosen])) == float(weights.sum())
 
