@@ -19,10 +19,9 @@ from compact.shared import (
 from oracles import Case, relative
 
 from fusedpo.benchmarks.states import ADVERSARIAL, States
-from fusedpo.engine import entries
+from fusedpo.engine import by_columns, entries
 from fusedpo.engine.audit import Sample
 from fusedpo.engine.columns import Kept
-from fusedpo.engine.routes import compact
 from fusedpo.engine.tolerance import Record
 
 # of the states below; of rows of a few columns each the head's may be off by more
@@ -132,12 +131,12 @@ def _no_target() -> Any:
 
 
 def _another_chunk() -> Any:
-    original = compact._kept_weight
+    original = by_columns._kept_weight
 
     def weight(t: Any, which: torch.Tensor) -> torch.Tensor:
         return original(t, (which + 1) % t.vocab)
 
-    return mock.patch.object(compact, "_kept_weight", weight)
+    return mock.patch.object(by_columns, "_kept_weight", weight)
 
 
 def _lost_columns() -> Any:
