@@ -147,7 +147,7 @@ def main_directions(t: Tiles, count: int) -> Tensor:
 def _target_logits(t: Tiles) -> Tensor:
     """[N], logits of the targets; -inf where another rank has them. Not to the last bit."""
     out = t.vector(t.count)
-    for start, stop in blocks(0, t.count, FINISHED_ROWS):
+    for start, stop in blocks(0, t.count, min(FINISHED_ROWS, t.plan.rows)):
         rows, targets = slice(start, stop), t.targets[start:stop]
         here = (targets >= 0) & (targets < t.vocab)
         safe = targets.clamp(0, t.vocab - 1)
