@@ -145,7 +145,7 @@ def main_directions(t: Tiles, count: int) -> Tensor:
 
 
 def _target_logits(t: Tiles) -> Tensor:
-    """[N], logits of the targets; -inf where another rank has them. Not to the last bit."""
+    """[N], logits of the targets, also of those that another rank has. Not to the last bit."""
     out = t.vector(t.count)
     for start, stop in blocks(0, t.count, min(FINISHED_ROWS, t.plan.rows)):
         rows, targets = slice(start, stop), t.targets[start:stop]
@@ -155,5 +155,7 @@ def _target_logits(t: Tiles) -> Tensor:
         if t.bias is not None:
             products += t.bias[safe]
         head = LogitMap(None, t.call.softcap, t.scale_rows(start, stop))
-        out[rows] = head.apply(products[:, None])[:, 0].masked_fill(~here, -torch.inf)
+        out[rows] = head.apply(products[:, None])[:, 0].masked_fill(~here, 0.0)
+    if t.shard is not None:
+        t.shard.add_up(out)
     return out

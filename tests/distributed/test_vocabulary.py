@@ -47,6 +47,11 @@ def test_half_precision_operands(two: Processes, dtype: torch.dtype) -> None:
     assert not [fault for seed in range(8) for fault in two.faults("half_operands", seed, dtype)]
 
 
+@pytest.mark.parametrize("sizes", [(1400, 648), (2000, 48)], ids=str)
+def test_gradients_within_a_tolerance(two: Processes, sizes: tuple[int, int]) -> None:
+    assert not two.faults("within_a_tolerance", sizes)
+
+
 def test_a_head_carries_its_group(two: Processes) -> None:
     assert not two.faults("options_of_a_head")
 

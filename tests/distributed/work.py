@@ -35,6 +35,7 @@ from fusedpo.engine.planner import replan
 from fusedpo.engine.rows import Rows
 from fusedpo.engine.stats import STATS
 from fusedpo.engine.tiles import Tiles
+from fusedpo.engine.tolerance import forget, record_of
 from fusedpo.head import Head
 from fusedpo.losses import Loss, PolicyLoss
 
@@ -219,6 +220,41 @@ def options_of_a_head() -> list[str]:
     found = [] if relative(mine, whole) < 1e-13 else ["another result through Head.options()"]
     if "vocab_group" in Head(case.weight).options():
         found.append("a whole head carries a group")
+    return found
+
+
+def within_a_tolerance(sizes: Sequence[int]) -> list[str]:
+    """Few columns of a confident head are kept, by ranks that have their targets or have not."""
+    g = torch.Generator().manual_seed(0)
+    vocab, width, tolerance = sum(sizes), 32, 2e-3
+    weight = torch.randn(vocab, width, generator=g)
+    labels = torch.randint(vocab, (244,), generator=g)
+    hidden = weight[labels] + 0.3 * torch.randn(244, width, generator=g)
+    hidden = (12.0 * hidden / hidden.norm(dim=-1, keepdim=True)).requires_grad_()
+    upstream, whole = torch.randn(244, generator=g), weight.requires_grad_()
+    exact = torch.autograd.grad(
+        linear_logprobs(hidden, whole, labels), (hidden, whole), grad_outputs=upstream
+    )
+    part, found = own(sizes), []
+    mine = weight.detach()[part].requires_grad_()
+    forget()
+    for step in range(3):
+        logp = linear_logprobs(
+            hidden, mine, labels, vocab_group=world(), gradient_tolerance=tolerance
+        )
+        of_hidden, of_weight = torch.autograd.grad(logp, (hidden, mine), grad_outputs=upstream)
+        record = record_of(tolerance, "cpu", max(sizes), width)
+        for name, mistake, size in (
+            ("hidden", of_hidden - exact[0], exact[0].norm()),
+            ("weight", of_weight - exact[1][part], exact[1].norm()),
+        ):
+            error = float(mistake.norm() / size)
+            if not 0 < error < tolerance:
+                found.append(f"step {step}, {name}: an error of {error:.1e}")
+        if record.breaches or not 0 < record.kept < 0.1:
+            found.append(f"step {step}: {record}")
+        if len({repr(each) for each in collect((record.share, record.metrics()))}) != 1:
+            found.append(f"step {step}: ranks that will plan another way, or log other numbers")
     return found
 
 
