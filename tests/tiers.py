@@ -41,6 +41,16 @@ TABLE = (
         none=("test_it_is_near_the_error_of_a_real_model",),
     ),
     Slow(
+        "compact/test_bytes.py",
+        "measures the memory of every need and dtype",
+        every={"test_it_holds_what_the_plan_says": 5},
+    ),
+    Slow(
+        "compact/test_options.py",
+        "every loss, and kernels in the interpreter",
+        every={"test_kernels": 5, "test_half_precision_operands_as_on_a_gpu": 2},
+    ),
+    Slow(
         "compact/test_promise.py",
         "states of trained models, and all tolerances of all states",
         every={"test_it_holds_on_states_by_which_approximations_go_wrong": 3},
@@ -49,6 +59,12 @@ TABLE = (
             "test_it_holds_on_texts_of_all_kinds",
             "test_it_holds_on_a_trained_toy",
         ),
+    ),
+    Slow(
+        "distributed/test_compact.py",
+        "every head over slices of every kind",
+        every={"test_slices_of_a_vocabulary": 4},
+        first=("test_a_breach_is_corrected_on_both",),
     ),
     Slow(
         "distributed/test_sequences.py",

@@ -1,7 +1,7 @@
 """A few processes that wait for work: one start for all the tests of a module.
 
-A test gives a function of ``work``, by name, and its arguments; every process runs it and returns
-what is wrong, in words.
+A test gives a function of ``work``, by name, or of ``compact_work`` as ``compact.NAME``, and its
+arguments; every process runs it and returns what is wrong, in words.
 """
 
 from __future__ import annotations
@@ -82,12 +82,13 @@ def _serve(rank: int, count: int, port: int, pipe: Any) -> None:
         timeout=timedelta(seconds=PATIENCE_S / 2),
     )
     # after the environment that the parent has set: Triton's interpreter is asked for there
-    from distributed import work
+    from distributed import compact_work, work
 
     while (task := pipe.recv()) is not None:
         name, args, kwargs = task
         try:
-            answer = None, getattr(work, name)(*args, **kwargs)
+            module = compact_work if name.startswith("compact.") else work
+            answer = None, getattr(module, name.removeprefix("compact."))(*args, **kwargs)
         except Exception:
             answer = f"process {rank}:\n{traceback.format_exc()}", None
         pipe.send(answer)
