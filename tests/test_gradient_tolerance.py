@@ -35,7 +35,7 @@ from fusedpo.engine.routes.compact import Compact
 from fusedpo.lazy.at_head import with_lazy_logits
 from fusedpo.lazy.everywhere import VARIABLE
 from fusedpo.losses import GRPO, SimPO
-from fusedpo.model_head import Score, aligned_labels
+from fusedpo.model_head import Score, aligned_labels, fused_forward
 
 V, H, B, T = 2048, 32, 4, 64
 WITHIN = 2e-3
@@ -358,6 +358,26 @@ def test_run_hands_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
     main(["run", "--gradient-tolerance", "2e-3", sys.executable])
     (environment,) = started
     assert json.loads(environment[VARIABLE])["gradient_tolerance"] == WITHIN
+
+
+@pytest.mark.parametrize("unsupported", [False, True], ids=["fused", "own logits"])
+def test_an_entropy_beside_it_is_exact_or_without_a_gradient(
+    unsupported: bool, taken: list[float]
+) -> None:
+    model = network()
+    add_fused_head(model, gradient_tolerance=WITHIN, unsupported="fallback")
+    if unsupported:
+        forward = fused_forward(model)
+        assert forward is not None
+        forward.reason = "as if it were not"
+    call = functools.partial(model, input_ids=IDS, labels=IDS, fused=True)
+    both = call(stats=("logprob", "entropy"))
+    (both.logprob.sum() + both.entropy.sum()).backward()
+    assert both.entropy.requires_grad and not taken
+    seen = call(stats=("logprob", "entropy"), differentiable=("logprob",))
+    assert seen.logprob.requires_grad and not seen.entropy.requires_grad
+    assert relative(seen.entropy, both.entropy) < 1e-5
+    assert bool(taken) is not unsupported
 
 
 # inside torch.compile
