@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
+import engine
 import pytest
 import torch
 from compact.shared import (
@@ -167,6 +168,50 @@ def alike(rows: int = 300, vocab: int = 3000, width: int = 64) -> Case:
     case.hidden = torch.randn(width, generator=generator) + 0.2 * case.hidden
     case.upstream = case.upstream.abs() + 0.5
     return case
+
+
+@pytest.mark.parametrize("needs", [("hidden",), ("weight",), ("hidden", "weight")], ids=str)
+def test_rows_that_agree_lose_nothing_by_leaving_columns_out(needs: tuple[str, ...]) -> None:
+    """All others together are then one direction exactly, however many are left out."""
+    case = random_case(130, 2000, 64, needs=needs)
+    case.hidden = case.hidden[:1].repeat(130, 1)
+    case.labels %= 7
+    case.upstream = case.upstream.abs() + 0.5
+    record(case, 1e-2).coherence.update(hidden=1e-6, head=1e-6)
+    solved, exact = solve(case, 1e-2), solve(case, 0.0)
+    assert record(case, 1e-2).kept < 0.02 and record(case, 1e-2).dropped > 0.1
+    assert record(case, 1e-2).breaches == 0
+    for name, gradient in exact.gradients.items():
+        assert relative(solved.gradients[name], gradient) <= 5e-6, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def test_nor_do_they_in_half_precision_as_on_a_gpu(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The direction is of shares of the vocabulary, which fp16 does not hold without a gain."""
+    engine.as_on_a_gpu(monkeypatch)
+    case = random_case(130, 2000, 64)
+    case.hidden = case.hidden[:1].repeat(130, 1).to(dtype)
+    case.weight = case.weight.to(dtype)
+    case.labels %= 7
+    case.upstream = case.upstream.abs() + 0.5
+    record(case, 1e-2).coherence.update(hidden=1e-6, head=1e-6)
+    solved, exact = solve(case, 1e-2), solve(case, 0.0)
+    assert record(case, 1e-2).kept < 0.02 and record(case, 1e-2).breaches == 0
+    for name, gradient in exact.gradients.items():
+        assert relative(solved.gradients[name], gradient) <= torch.finfo(dtype).eps, name
+
+
+def test_in_the_main_directions_of_the_weight_nothing_is_lost() -> None:
+    """A weight of as many directions as that loses nothing of the hidden gradient."""
+    case = random_case(130, 2000, 64, needs=("hidden",))
+    generator = torch.Generator().manual_seed(2)
+    case.weight = case.weight[:, :12] @ torch.randn(12, 64, generator=generator).mul_(0.2)
+    record(case, 1e-2).coherence.update(hidden=1e-6, head=1e-6)
+    solved, exact = solve(case, 1e-2), solve(case, 0.0)
+    assert record(case, 1e-2).kept < 0.1 and record(case, 1e-2).breaches == 0
+    assert relative(solved.gradients["hidden"], exact.gradients["hidden"]) <= 2e-5
 
 
 @pytest.mark.mutant

@@ -90,10 +90,21 @@ def test_a_large_vocabulary_in_a_small_budget(coherence: float) -> None:
 
 
 @pytest.mark.holds(20)
+def test_a_breached_gradient_makes_room_for_the_exact_one() -> None:
+    """Both at once would be as much again as the weight, which is most of what there is."""
+    case = random_case(64, 8000, 256)
+    chosen = planned(case, "4MiB")
+    record(case, TOLERANCE).coherence.update(hidden=1e-6, head=1e-6)
+    found = held(case, chosen)
+    assert record(case, TOLERANCE).breaches == 1
+    assert found <= allowed(case, chosen) < 8000 * 256 * 4, (str(chosen), found)
+
+
+@pytest.mark.holds(20)
 def test_small_budgets_are_kept_or_refused() -> None:
     case, fitting = random_case(300, 3000, 32), 0
     case.labels[::3] = -100
-    for kilobytes in range(200, 1000, 50):
+    for kilobytes in range(200, 1600, 50):
         try:
             chosen = planned(case, f"{kilobytes}KiB")
         except BudgetTooSmall as error:

@@ -208,6 +208,16 @@ def test_where_all_columns_matter_the_exact_route_is_taken_until_it_is_time_to_l
         assert kept.skipped == 64
 
 
+def test_after_few_rows_that_kept_every_column_there_is_a_plan() -> None:
+    """Slabs of fewer rows than usual keep less: the share of usual ones is at most all."""
+    case = random_case(30, 3000)
+    case.hidden *= 0.05
+    solve(case, 2e-3)
+    assert record(case, 2e-3).kept > 0.99 and record(case, 2e-3).share == 1.0
+    hidden = case.hidden.requires_grad_()
+    linear_logprobs(hidden, case.weight, case.labels, gradient_tolerance=2e-3).sum().backward()
+
+
 def test_what_is_no_number_teaches_a_record_nothing() -> None:
     kept = tolerance.Record(2e-3)
     before = dict(kept.coherence)

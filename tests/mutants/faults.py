@@ -1708,4 +1708,176 @@ _LAZY = (
     ),
 )
 
-FAULTS: tuple[Fault, ...] = (*_TRAINERS, *_RECIPES, *_LOSSES, *_CORE, *_PROGRAMS, *_LAZY)
+_COLUMNS = (
+    *_in(
+        "fusedpo/engine/by_columns.py",
+        "compact/test_audit.py compact/test_records.py -m 'not slow'",
+        (
+            "hidden[slice(*r)].addmm_(lost[slice(*r), None], others[i, None])",
+            "pass",
+            "what the hidden gradient leaves out is lost",
+        ),
+        (
+            "hidden[slice(*r)].addmm_(lost[slice(*r), None], others[i, None])",
+            "hidden[slice(*r)].addmm_(-lost[slice(*r), None], others[i, None])",
+            "dropped mass of the wrong sign",
+        ),
+        (
+            "block = torch.matmul(directions, pull, out=whole[slice(*c)])",
+            "block = whole[slice(*c)].zero_()",
+            "what the head's gradient leaves out is lost",
+        ),
+        (
+            "hidden.addmm_(products - hidden @ directions, directions.T)",
+            "hidden.addmm_(hidden @ directions - products, directions.T)",
+            "main directions are moved the wrong way",
+        ),
+        (
+            "torch.index_select(t.weight, 0, columns, out=out)",
+            "out.copy_(t.weight[: columns.shape[0]])",
+            "weight rows of another chunk",
+        ),
+        (
+            "for columns in _chunks(t, of_hidden):",
+            "for columns in _chunks(t, of_hidden[:-1]):",
+            "a kept column is not done",
+        ),
+        (
+            "lost = row_sums.clone()",
+            "lost = -row_sums",
+            "sums of a row of the wrong sign, which are 0 but for softcap and slices",
+            "compact/test_options.py distributed/test_compact.py -k 'softcap or slices'",
+        ),
+        (
+            'left[:count] = kept.directions("hidden", c) * t.gain',
+            'left[:count] = kept.directions("hidden", c)',
+            "shares of columns without their gain, divided by it",
+            "compact/test_audit.py -k as_on_a_gpu",
+        ),
+    ),
+    *_in(
+        "fusedpo/engine/routes/compact.py",
+        "compact/test_records.py",
+        (
+            "            # not beside those that take their place\n            del out, whole, head\n",
+            "",
+            "a breached gradient beside the one in its place",
+            "compact/test_bytes.py",
+        ),
+        (
+            'allowed = {name: _record(t).allowed(name) for name in ("hidden", "head")}',
+            "allowed = None",
+            "nothing is aimed at",
+        ),
+        (
+            "        t.shard.add_up(noted)\n",
+            "        pass\n",
+            "records of a slice of the vocabulary",
+            "distributed/test_compact.py",
+        ),
+        ("min(1.0, share / _growth", "max(0.0, share / _growth", "a share above 1"),
+    ),
+    *_in(
+        "fusedpo/engine/columns.py",
+        "compact/test_promise.py compact/test_audit.py compact/test_options.py -m 'not slow'",
+        ("            keep[targets] = True\n", "", "a target column is not kept"),
+        ("return rest.div_(self._lost[gradient][:, None])", "return rest", "not normalised"),
+        (
+            "masked_fill(self._kept[gradient][:, columns], 0.0)",
+            "clone()",
+            "kept columns stand in the direction too",
+        ),
+    ),
+    *_in(
+        "fusedpo/engine/entries.py",
+        "compact/test_promise.py compact/test_audit.py -m 'not slow'",
+        (
+            "return torch.where(columns[at] == targets, at, -1)",
+            "return torch.full_like(at, -1)",
+            "no target among kept columns",
+        ),
+        (
+            "return torch.where(columns[at] == targets, at, -1)",
+            "return at",
+            "a target in the column next to it",
+        ),
+    ),
+    *_in(
+        "fusedpo/engine/column_sums.py",
+        "compact/test_promise.py compact/test_options.py -m 'not slow'",
+        ("self.row_products -= own[:, None] * of_targets", "pass", "targets are not in the sums"),
+        ("self.row_products[rows] *= moved[:, None]", "pass", "products of an earlier shift"),
+        (
+            "min(FINISHED_ROWS, t.plan.rows)",
+            "FINISHED_ROWS",
+            "more rows than a tile has",
+            "compact/test_generated.py",
+        ),
+    ),
+    *_in(
+        "fusedpo/engine/audit.py",
+        "compact/test_audit.py compact/test_records.py compact/test_promise.py -m 'not slow'",
+        (
+            "return float(torch.where(whole.isfinite(), relative, torch.nan).amax().sqrt())",
+            "return 0.0",
+            "it always says 0",
+        ),
+        (
+            "torch.where(whole.isfinite(), relative, torch.nan)",
+            "relative",
+            "what is not finite passes",
+        ),
+        (
+            "wrong = exact - hidden[sample.chosen]",
+            "wrong = exact - hidden[: len(exact)]",
+            "other rows",
+        ),
+        (
+            "return cls(chosen, torch.where(share > 0, times / share, 0.0))",
+            "return cls(chosen, torch.ones_like(share))",
+            "a sample counts for itself",
+        ),
+    ),
+    *_in(
+        "fusedpo/engine/tolerance.py",
+        "compact/test_records.py compact/test_promise.py -m 'not slow'",
+        ("self.breaches += not within", "pass", "breaches are not counted"),
+        (
+            "within = all(error <= self.tolerance for error in errors.values())",
+            "within = not any(error > self.tolerance for error in errors.values())",
+            "NaN is within",
+        ),
+        (
+            "            if not math.isfinite(error):\n                continue\n",
+            "",
+            "NaN is learned",
+        ),
+        (
+            "seen = min(_GUESSED_COHERENCE[name], self.coherence[name])",
+            "seen = self.coherence[name]",
+            "a record that keeps everything does so for good",
+        ),
+        ("if self.skipped >= _PATIENCE else self.share", "if False else self.share", "never again"),
+        (
+            "max(seen, math.sqrt(self.coherence[name] * seen))",
+            "self.coherence[name]",
+            "no learning",
+        ),
+    ),
+    *_in(
+        "fusedpo/engine/head_gradient.py",
+        "compact/test_records.py",
+        (
+            "weighted(t, rows, coefficient(r), len(only))",
+            "weighted(t, rows, coefficient(r), len(only) + 1)",
+            "a breach finds weighted rows where they are not declared",
+        ),
+    ),
+    *_in(
+        "fusedpo/engine/score.py",
+        "compact/test_records.py",
+        ("if not batch.tolerance:", "if False:", "exact calls push records out"),
+    ),
+)
+
+FAULTS: tuple[Fault, ...] = (*_TRAINERS, *_RECIPES, *_LOSSES, *_CORE, *_PROGRAMS, *_LAZY, *_COLUMNS)
