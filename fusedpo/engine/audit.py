@@ -41,14 +41,15 @@ def products(p: Problem) -> float:
     return min(rows, 2.0) + min(columns, 2.0)
 
 
-def relative_error(squares: list[Tensor]) -> float:
-    """The largest relative error, of squares [2] of an error and of its gradient.
+def relative_error(squares: list[Tensor]) -> Tensor:
+    """The largest relative error, of squares [2] of an error and of its gradient; a number on the
+    device.
 
     NaN where a gradient is not finite: no sample tells anything of it.
     """
     wrong, whole = torch.stack(squares).unbind(1)
     relative = torch.where(wrong == 0, 0.0, wrong / whole)
-    return float(torch.where(whole.isfinite(), relative, torch.nan).amax().sqrt())
+    return torch.where(whole.isfinite(), relative, torch.nan).amax().sqrt()
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,18 @@ class Sample:
 
     @classmethod
     def of(cls, weights: Tensor, count: int) -> Sample:
-        """Places in proportion to weights [n], for an f that is nearly so; in order, each once."""
+        """Places in proportion to weights [n], for an f that is nearly so; in order."""
         reached = weights.double().cumsum(0)
         steps = torch.arange(count, device=weights.device, dtype=torch.float64) + 0.5
         at = torch.searchsorted(reached, steps * (reached[-1] / count))
-        at = at.clamp_(max=weights.shape[0] - 1)
-        chosen, times = torch.unique(at, return_counts=True)
+        chosen = at.clamp_(max=weights.shape[0] - 1)
+        # one that is met several times counts so often where it is first, and not again
+        again = torch.cat((torch.zeros_like(chosen[:1]), chosen[1:] == chosen[:-1])).bool()
+        group = (~again).cumsum(0) - 1
+        times = torch.zeros_like(steps).index_add_(0, group, torch.ones_like(steps))[group]
         share = weights[chosen].double() * count / reached[-1]
-        return cls(chosen, torch.where(share > 0, times / share, 0.0))
+        factors = torch.where(share > 0, times / share, 0.0)
+        return cls(chosen, factors.masked_fill_(again, 0.0))
 
     def sum(self, squares: Tensor) -> Tensor:
         return (squares.double() * self.factors).sum()

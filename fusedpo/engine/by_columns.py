@@ -18,7 +18,7 @@ from fusedpo.engine.entries import Entries
 from fusedpo.engine.head_gradient import HeadGradient, add_slice, weighted
 from fusedpo.engine.precision import divide_, multiply
 from fusedpo.engine.rows import blocks
-from fusedpo.engine.tiles import Tiles
+from fusedpo.engine.tiles import Range, Tiles
 
 
 def add_kept(
@@ -40,10 +40,13 @@ def add_kept(
     """
     lost = row_sums.clone()
     pulls = t.take("slab pulls", kept.slabs, t.width + 1)
-    # zeros in the columns that some slab keeps: in all of them would be a pass more
+    touched = kept.of_any_slab
     for whole in (head.weight, head.bias):
-        if whole is not None:
-            whole.index_fill_(0, kept.of_any_slab, 0.0)
+        if whole is not None and touched is None:
+            whole.zero_()
+        elif whole is not None and touched is not None:
+            # zeros in all columns would be a pass more
+            whole.index_fill_(0, touched, 0.0)
     for i, r in enumerate(slabs(t)):
         rows, hidden = slice(*r), t.hidden_rows(*r)
         missing = None if entries.missing is None else entries.missing[rows]
@@ -162,20 +165,34 @@ def finish_head(
     if not head.wanted:
         return []
     squares = t.vector(1).zero_()
-    kept_columns, edges = kept.of_any_slab, range(0, t.vocab, t.plan.back_cols)
-    places = torch.searchsorted(kept_columns, torch.tensor(edges, device=kept_columns.device))
-    ends = [*places.tolist(), len(kept_columns)]
-    for c, *ends_of_c in zip(blocks(0, t.vocab, t.plan.back_cols), ends, ends[1:], strict=False):
-        columns = kept_columns[slice(*ends_of_c)]
+    for c, touched in _touched(t, kept):
         directions = kept.directions("head", c).T
         for whole, pull in ((head.weight, pulls[:, :-1]), (head.bias, pulls[:, -1])):
             if whole is None:
                 continue
-            of_columns = whole[columns]
-            block = torch.matmul(directions, pull, out=whole[slice(*c)])
-            block.index_add_(0, columns - c[0], of_columns)
+            block = whole[slice(*c)]
+            others = directions @ pull
+            if touched is None:
+                block += others
+            else:  # nothing is in memory but where some slab keeps a column
+                others.index_add_(0, touched, block[touched])
+                block.copy_(others)
             divide_(entries.gain, block)
             if block.dim() > 1:  # while it is in a cache
                 squares += block.norm().square()
     head.empty = False
     return audit.of_columns(t, entries, kept, head, squares)
+
+
+def _touched(t: Tiles, kept: Kept) -> Iterator[tuple[Range, Tensor | None]]:
+    """The blocks of the vocabulary, and which of their columns the head's gradient takes in some
+    slab; None: any."""
+    columns = kept.of_any_slab
+    every = list(blocks(0, t.vocab, t.plan.back_cols))
+    if columns is None:
+        yield from ((c, None) for c in every)
+        return
+    starts = torch.tensor([c[0] for c in every], device=columns.device)
+    places = torch.searchsorted(columns, starts).tolist()
+    for c, first, last in zip(every, places, [*places[1:], len(columns)], strict=True):
+        yield c, columns[first:last] - c[0]

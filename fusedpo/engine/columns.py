@@ -8,7 +8,6 @@ the head's needs fewer columns for the same error, as the rows' errors partly ca
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -30,12 +29,17 @@ class Kept:
     Attributes:
         left_out: of "hidden" and "head", the squared importances [V] where a column is left out,
             summed over the slabs.
+        needed: of these, the columns that the slab with the most would have to keep, a number on
+            the device.
     """
 
     left_out: dict[str, Tensor]
+    needed: dict[str, Tensor]
     _sums: Tensor
     _kept: dict[str, Tensor]
     _lost: dict[str, Tensor]
+    # of capacities: [slabs, C], the head's first
+    _chosen: tuple[Tensor, int] | None
 
     @property
     def slabs(self) -> int:
@@ -44,12 +48,18 @@ class Kept:
     def columns(self, slab: int) -> tuple[Tensor, Tensor]:
         """The columns that the head's gradient takes, and so does the hidden states', and those
         that the hidden states' takes besides; of a slab, [C] int64 in order."""
+        if self._chosen is not None:
+            chosen, count = self._chosen
+            return chosen[slab, :count].sort().values, chosen[slab, count:].sort().values
         of_head, of_hidden = (self._kept[name][slab] for name in ("head", "hidden"))
         return of_head.nonzero()[:, 0], (of_hidden & ~of_head).nonzero()[:, 0]
 
     @property
-    def of_any_slab(self) -> Tensor:
-        """[C] int64 in order, the columns that the head's gradient takes in some slab."""
+    def of_any_slab(self) -> Tensor | None:
+        """[C] int64 in order, the columns that the head's gradient takes in some slab; None: it
+        would have to be waited for."""
+        if self._chosen is not None:
+            return None
         return self._kept["head"].any(0).nonzero()[:, 0]
 
     def taken(self, hidden: bool, head: bool) -> Tensor:
@@ -71,7 +81,12 @@ def slabs(t: Tiles) -> Iterator[Range]:
 
 
 def choose(
-    t: Tiles, g: Tensor, logprob: Tensor, sums: Tensor, allowed: Mapping[str, float]
+    t: Tiles,
+    g: Tensor,
+    logprob: Tensor,
+    sums: Tensor,
+    allowed: Mapping[str, float],
+    capacities: Mapping[str, int] | None,
 ) -> Kept:
     """The columns to keep.
 
@@ -80,6 +95,8 @@ def choose(
         sums: [slabs, V], column sums.
         allowed: of "hidden" and "head", the sum of squares that may be left out, relative to the
             gradient's own.
+        capacities: of these, how many columns to keep, so that nothing waits for the device to say
+            how many matter; the head's within the hidden states'. None: those that matter.
     """
     weights = _slab_weights(t, g, logprob)
     least = _thresholds(t, sums, weights, allowed)
@@ -89,18 +106,34 @@ def choose(
     }
     lost = {name: torch.empty_like(weights) for name in kept}
     left_out = {name: torch.zeros_like(sums[0]) for name in kept}
+    needed = {name: torch.zeros_like(weights[0]) for name in kept}
+    chosen = None
+    if capacities is not None:
+        chosen = t.take("chosen columns", len(sums), capacities["hidden"], dtype=torch.int64)
     for i, r in enumerate(slabs(t)):
         importance = _importance(sums[i], weights[i])
-        targets = t.targets[slice(*r)]
-        targets = targets[(targets >= 0) & (targets < t.vocab)]
+        ranked = _with_targets(importance, t.targets[slice(*r)])
+        if chosen is not None:
+            chosen[i] = ranked.topk(chosen.shape[1]).indices
         for name, threshold in least.items():
-            keep = torch.ge(importance, threshold, out=kept[name][i])
-            keep[targets] = True
+            keep = torch.ge(ranked, threshold, out=kept[name][i])
+            needed[name] = torch.maximum(needed[name], keep.sum())
+            if chosen is not None and capacities is not None:
+                keep.zero_().index_fill_(0, chosen[i, : capacities[name]], True)
             left_out[name] += importance.square().masked_fill_(keep, 0.0)
             lost[name][i] = sums[i].masked_fill(keep, 0.0).sum()
     for sizes in lost.values():
         sizes.clamp_(min=torch.finfo(sums.dtype).tiny)
-    return Kept(left_out, sums, kept, lost)
+    listed = None if chosen is None or capacities is None else (chosen, capacities["head"])
+    return Kept(left_out, needed, sums, kept, lost, listed)
+
+
+def _with_targets(importance: Tensor, targets: Tensor) -> Tensor:
+    """[V], in which the slab's targets come before all others."""
+    here = (targets >= 0) & (targets < importance.shape[0])
+    first = torch.where(here, torch.inf, 0.0).to(importance.dtype)
+    where = targets.clamp(0, importance.shape[0] - 1)
+    return importance.scatter_reduce(0, where, first, "amax")
 
 
 def _slab_weights(t: Tiles, g: Tensor, logprob: Tensor) -> Tensor:
@@ -119,7 +152,7 @@ def _importance(sums: Tensor, weight: Tensor) -> Tensor:
 
 def _thresholds(
     t: Tiles, sums: Tensor, weights: Tensor, allowed: Mapping[str, float]
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     """The least importance that each gradient keeps: all below it add up to what it may leave out.
 
     Of a gradient that is not wanted, what the other keeps.
@@ -133,14 +166,14 @@ def _thresholds(
         t.shard.add_up(energy)
     reached = energy.cumsum(0)
 
-    def least(gradient: str) -> float:
-        below = int((reached <= allowed[gradient]).sum())
-        return 2.0 ** (_LOWEST + below / _PER_OCTAVE) if below else 0.0
+    def least(gradient: str) -> Tensor:
+        below = (reached <= allowed[gradient]).sum()
+        return torch.where(below > 0, torch.exp2(_LOWEST + below / _PER_OCTAVE), 0.0)
 
     if "hidden" not in t.call.needs:
         return dict.fromkeys(("hidden", "head"), least("head"))
     hidden = least("hidden")
     if not t.call.needs & {"weight", "bias"}:
-        return {"hidden": hidden, "head": math.inf}
+        return {"hidden": hidden, "head": torch.full_like(hidden, torch.inf)}
     head = least("head")
-    return {"hidden": min(hidden, head), "head": head}
+    return {"hidden": torch.minimum(hidden, head), "head": head}

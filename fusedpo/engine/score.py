@@ -85,7 +85,7 @@ def plan_for(
     if not batch.tolerance:  # or exact calls would push out the records of others
         return plan(*sizes, budget=budget, **options, fused=fused)
     record = batch.record
-    options["kept_share"] = record.expected_share()
+    options["gradient_tolerance"], options["kept_share"] = record.next_call()
     chosen = plan(*sizes, budget=budget, **options, fused=fused)
     if options["needs"] and chosen.route != "compact":
         record.skip()

@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from numbers import Real
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fusedpo import checks
 
@@ -25,8 +27,15 @@ LEAST_TOLERANCE = 1e-5
 GUESSED_SHARE = 0.15
 _GUESSED_COHERENCE = {"hidden": 2.0, "head": 0.2}
 
+# coherence goes no further below the guess: what little is left out tells little of more
+_LEAST = 64
+
 # aimed at, as a part of the tolerance: the rest is for the noise of an estimate
 _AIM = 0.8
+
+# parts of the columns that are kept where nothing waits: no fewer than, and so much over what was
+# needed last, as steps differ
+_LEAST_PART, _ROOM = 1 / 16, 1.1
 
 # calls by an exact route after which the columns of a model that had too many are looked at again
 _PATIENCE = 64
@@ -63,16 +72,53 @@ def check_tolerance(tolerance: object, dtype: torch.dtype | None = None) -> floa
 
 
 @dataclass
+class Seen:
+    """What a backward has seen. Numbers, or on a device numbers yet to come.
+
+    Attributes:
+        share: of the columns, that a product took.
+        dropped: the probability that a row left out, a mean.
+        left_out: of "hidden" and "head", the sum of squares that it left out, relative to its own.
+        needed: of these, the share of columns that would be enough for the slab with the most.
+        errors: of the gradients that were wanted, relative, as estimated.
+    """
+
+    share: Any
+    dropped: Any
+    left_out: dict[str, Any]
+    needed: dict[str, Any]
+    errors: dict[str, Any]
+
+    def tensor(self) -> Tensor:
+        """All numbers in one tensor."""
+        groups = (self.left_out, self.needed, self.errors)
+        every = [self.share, self.dropped, *(v for each in groups for v in each.values())]
+        return torch.stack([value.double().reshape(()) for value in every])
+
+    def read(self, numbers: list[float]) -> Seen:
+        """The same, with the numbers of ``tensor``."""
+        left = iter(numbers)
+        share, dropped = next(left), next(left)
+        groups = (self.left_out, self.needed, self.errors)
+        return Seen(share, dropped, *({name: next(left) for name in each} for each in groups))
+
+
+@dataclass
 class Record:
     """What the calls of one kind have shown.
 
     Attributes:
         tolerance: theirs.
-        share: the share of columns that a product took last.
+        share: the share of columns that a product took last, had its slabs been the smallest.
         coherence: of a gradient, its squared error over the squares of what it left out.
+        needed: of a gradient, the share of columns that was enough for the slab with the most.
+        parts: of a gradient, the part of the columns that the next backward keeps, where it cannot
+            wait to be told how many matter: a sixteenth, or that doubled.
         errors: of a gradient, its relative error as estimated in the last backward.
-        breaches: backwards whose estimate was above the tolerance, and that were done exactly.
+        breaches: backwards whose estimate was above the tolerance. Where a backward waits for its
+            estimate, it was made again, exactly; elsewhere the next call is exact.
         skipped: calls since the last one by ``compact``.
+        known: whether any backward has been seen.
         kept: the share of columns that a product of the last backward took; 1 of an exact one.
         dropped: the probability that its rows left out, a mean.
     """
@@ -80,57 +126,102 @@ class Record:
     tolerance: float
     share: float = GUESSED_SHARE
     coherence: dict[str, float] = field(default_factory=_GUESSED_COHERENCE.copy)
+    needed: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=lambda: {"hidden": 0.5, "head": 0.5})
     errors: dict[str, float] = field(default_factory=dict)
     breaches: int = 0
     skipped: int = 0
+    known: bool = False
     kept: float = 1.0
     dropped: float = 0.0
+    _breached: bool = False
+    _coming: tuple[Seen, float, Tensor, Any] | None = None
 
     def allowed(self, gradient: str) -> float:
         """The sum of squares that a gradient may leave out, relative to its own."""
         return (_AIM * self.tolerance) ** 2 / self.coherence[gradient]
 
-    def expected_share(self) -> float:
-        """The share of columns that the next call will take."""
-        return min(self.share, GUESSED_SHARE) if self.skipped >= _PATIENCE else self.share
+    def capacities(self, vocab: int, slab: int) -> dict[str, int]:
+        """How many of V columns the next backward keeps, where it cannot wait to be told; every
+        target of a slab has room."""
+
+        def columns(gradient: str) -> int:
+            return min(vocab, max(slab, math.ceil(self.parts[gradient] * vocab)))
+
+        hidden, head = columns("hidden"), columns("head")
+        return {"hidden": max(hidden, head), "head": head}
+
+    def _change_parts(self) -> None:
+        """Up as far as needed, and down by a half, where the error leaves room for what that does:
+        it is multiplied by 2 to 3."""
+        for name, error in self.errors.items():
+            part = self.parts[name]
+            needed = _LEAST_PART
+            while needed < min(1.0, _ROOM * self.needed.get(name, 0.0)):
+                needed *= 2
+            if not error <= self.tolerance:
+                part = min(1.0, 2 * part)
+            elif error <= self.tolerance / 4:
+                part = max(_LEAST_PART, part / 2)
+            self.parts[name] = max(part, needed)
+
+    def next_call(self) -> tuple[float, float]:
+        """The tolerance of the next call, and the share of columns that it will take."""
+        self._catch_up()
+        if self._breached:
+            self._breached = False
+            return 0.0, self.share
+        rested = self.skipped >= _PATIENCE
+        return self.tolerance, min(self.share, GUESSED_SHARE) if rested else self.share
 
     def skip(self) -> None:
         """Note a call that went another way, whose gradients are exact."""
         self.skipped += 1
         self.kept, self.dropped, self.errors = 1.0, 0.0, {}
 
-    def note(
-        self,
-        share: float,
-        left_out: dict[str, float],
-        errors: dict[str, float],
-        *,
-        kept: float,
-        dropped: float,
-    ) -> bool:
+    def note(self, seen: Seen, growth: float) -> bool:
         """Note a backward; whether its gradients are within the tolerance.
 
         Args:
-            share: of the columns, that a product would have taken with the smallest slabs.
-            left_out: the sum of squares that a gradient left out, relative to its own.
-            errors: of each gradient, relative, as estimated.
-            kept: of the columns, the share that a product took.
-            dropped: the probability that a row left out, a mean.
+            growth: of the share, with the slabs of this backward over the smallest.
         """
-        self.share, self.errors, self.skipped = share, errors, 0
-        self.kept, self.dropped = kept, dropped
-        for name, error in errors.items():
+        self.share, self.kept = min(1.0, seen.share / growth), seen.share
+        self.dropped, self.errors, self.needed = seen.dropped, seen.errors, seen.needed
+        self.skipped, self.known = 0, True
+        for name, error in seen.errors.items():
             if not math.isfinite(error):
                 continue
-            # where nothing was left out, nothing is seen: towards the guess, or it would stay so
-            seen = min(_GUESSED_COHERENCE[name], self.coherence[name])
-            if left_out[name] > 0:
-                seen = max(error**2 / left_out[name], 1e-6)
+            floor = _GUESSED_COHERENCE[name] / _LEAST
+            if seen.left_out[name] > 0:
+                found = max(error**2 / seen.left_out[name], floor)
+            else:  # nothing is seen where all is kept, and it would stay so
+                found = max(min(_GUESSED_COHERENCE[name], self.coherence[name]) / 4, floor)
             # up at once, down slowly: too much kept costs time, too little a backward
-            self.coherence[name] = max(seen, math.sqrt(self.coherence[name] * seen))
-        within = all(error <= self.tolerance for error in errors.values())
+            self.coherence[name] = max(found, math.sqrt(self.coherence[name] * found))
+        self._change_parts()
+        within = all(error <= self.tolerance for error in seen.errors.values())
         self.breaches += not within
         return within
+
+    def note_later(self, seen: Seen, growth: float) -> None:
+        """Note a backward whose numbers the device has yet to make, without waiting for them."""
+        numbers = seen.tensor()
+        host, arrived = numbers, None
+        if numbers.is_cuda:
+            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            host.copy_(numbers, non_blocking=True)
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        self._coming = seen, growth, host, arrived
+
+    def _catch_up(self) -> None:
+        """Read what has arrived of the last backward."""
+        if self._coming is None:
+            return
+        seen, growth, host, arrived = self._coming
+        if arrived is None or arrived.query():
+            self._coming = None
+            self._breached = not self.note(seen.read(host.tolist()), growth)
 
     def metrics(self) -> dict[str, float]:
         """What the last backward left out, by the names that are logged."""

@@ -89,7 +89,8 @@ def test_a_sample_of_what_is_proportional_tells_the_sum(count: int) -> None:
     weights = torch.rand(100, generator=torch.Generator().manual_seed(0)) ** 8
     sample = Sample.of(weights, count)
     assert torch.allclose(sample.sum(weights[sample.chosen]), weights.double().sum(), atol=0.0)
-    assert torch.equal(sample.chosen, sample.chosen.unique()) and len(sample.chosen) <= count
+    counted = sample.chosen[sample.factors > 0]
+    assert torch.equal(counted, sample.chosen.unique()) and len(sample.chosen) == count
 
 
 def test_what_is_a_large_part_is_in_the_sample() -> None:
@@ -218,9 +219,11 @@ def test_in_the_main_directions_of_the_weight_nothing_is_lost() -> None:
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_gradient_is_noticed_and_made_anew(name: str) -> None:
     case = alike()
-    for _ in range(4):
-        solve(case, 1e-2)
+    few = {"hidden": 1e-6, "head": 1e-6}
+    record(case, 1e-2).coherence.update(few)
+    solve(case, 1e-2)
     breaches = record(case, 1e-2).breaches
+    record(case, 1e-2).coherence.update(few)
     with WRONG[name]():
         solved = solve(case, 1e-2)
     exact = solve(case, 0.0)

@@ -221,6 +221,7 @@ def test_after_few_rows_that_kept_every_column_there_is_a_plan() -> None:
 def test_what_is_no_number_teaches_a_record_nothing() -> None:
     kept = tolerance.Record(2e-3)
     before = dict(kept.coherence)
-    left_out, errors = {"hidden": 1.0, "head": math.nan}, {"hidden": math.nan}
-    assert not kept.note(0.1, left_out, errors, kept=0.1, dropped=math.nan)
+    left_out = {"hidden": 1.0, "head": math.nan}
+    seen = tolerance.Seen(0.1, math.nan, left_out, {}, {"hidden": math.nan})
+    assert not kept.note(seen, 1.0)
     assert kept.coherence == before and kept.breaches == 1

@@ -33,7 +33,7 @@ from fusedpo.engine.plan import RouteName
 from fusedpo.engine.routes.base import Backward, Forward
 from fusedpo.engine.routes.recompute import Recompute, both_gradients
 from fusedpo.engine.tiles import Tiles
-from fusedpo.engine.tolerance import Record, record_of
+from fusedpo.engine.tolerance import Record, Seen, record_of
 
 # Rows of a slab, on the CPU and elsewhere: few keep few columns, many multiply faster, and fill a
 # GPU. From one size to twice that the kept share grows by 1.2 (benchmarks/compact.py).
@@ -85,6 +85,7 @@ class Compact:
             "column sums": of_sums["column sums"],
             "row products": of_sums["row products"],
             **dict.fromkeys(("kept for hidden", "kept for head"), count * p.vocab),
+            "chosen columns": 0 if p.on_cpu else count * p.vocab * 8,
             **audit.buffers(p),
             "hidden gradient": max(whole * p.hidden * p.acc, exact.get("hidden gradient", 0)),
             "kept weight rows": chunk * p.hidden * p.operand,
@@ -104,9 +105,11 @@ class Compact:
         sums = ColumnSums(t)
         stats = hidden_gradient.forward_pass(t, None, sums)
         # what is aimed at is settled here: a second backward of the graph repeats the first
-        allowed = {name: _record(t).allowed(name) for name in ("hidden", "head")}
+        record = _record(t)
+        allowed = {name: record.allowed(name) for name in ("hidden", "head")}
+        capacities = None if _waits(t) else record.capacities(t.vocab, t.plan.slab)
         saved = sums.values, sums.directions, sums.row_products
-        return Forward(stats, saved=saved, held={"allowed": allowed})
+        return Forward(stats, saved=saved, held={"aim": (allowed, capacities)})
 
     def backward(self, t: Tiles, b: Backward) -> tuple[Tensor | None, HeadGradient]:
         needs = t.call.needs
@@ -155,7 +158,7 @@ def _within(t: Tiles, b: Backward, head: HeadGradient, hidden: Tensor | None) ->
         hidden: [N, H].
     """
     sums, directions, row_products = b.saved
-    kept = choose(t, b.g, b.stats["logprob"], sums, b.held["allowed"])
+    kept = choose(t, b.g, b.stats["logprob"], sums, *b.held["aim"])
     entries = Entries(t, b.stats, b.g)
     if entries.inside is not None:
         row_products = row_products * entries.inside[:, None]
@@ -169,28 +172,45 @@ def _within(t: Tiles, b: Backward, head: HeadGradient, hidden: Tensor | None) ->
     of_head = by_columns.finish_head(t, entries, kept, pulls, head)
     squares = {"hidden": of_hidden, "head": of_head}
     errors = {k: audit.relative_error(each) for k, each in squares.items() if each}
-    taken, dropped, *left_out = _noted(t, b.g, entries, kept, lost, head.wanted)
-    share = taken / (kept.slabs * (t.vocab if t.shard is None else t.shard.total))
-    return _record(t).note(
-        min(1.0, share / _growth(t.hidden.device.type == "cpu", t.plan.slab)),
-        dict(zip(kept.left_out, left_out, strict=True)),
-        errors,
-        kept=share,
-        dropped=dropped,
-    )
+    seen = _seen(t, b.g, entries, kept, lost, errors)
+    record, growth = _record(t), _growth(t.hidden.device.type == "cpu", t.plan.slab)
+    if _waits(t):
+        return record.note(seen.read(seen.tensor().tolist()), growth)
+    record.note_later(seen, growth)
+    # of a first call, nothing is known yet
+    return record.known
 
 
-def _noted(
-    t: Tiles, g: Tensor, entries: Entries, kept: Kept, lost: Tensor, of_head: bool
-) -> list[float]:
-    """How many columns a product took, a sum over the slabs; the mean probability that a row with
-    a gradient lost; and the squared importances that the gradients left out. Of the whole
-    vocabulary: records decide the route, which all ranks have to share."""
+def _waits(t: Tiles) -> bool:
+    """Whether a backward reads how many columns matter, and what its errors are, before it goes on.
+    Elsewhere than on a CPU it would stand still meanwhile."""
+    return t.hidden.device.type == "cpu"
+
+
+def _seen(
+    t: Tiles,
+    g: Tensor,
+    entries: Entries,
+    kept: Kept,
+    lost: Tensor,
+    errors: dict[str, Tensor],
+) -> Seen:
+    """What the record is told: the same on all ranks, as it decides the route."""
     scaled = t.scaled(g).abs()
     of_rows = entries.complete(lost).abs() / scaled
     dropped = torch.where(scaled > 0, of_rows, 0.0).sum() / (scaled > 0).sum().clamp(min=1)
-    taken = kept.taken("hidden" in t.call.needs, of_head).to(dropped.dtype)
-    noted = torch.stack((taken, dropped, *(v.sum() for v in kept.left_out.values())))
+    left_out = {name: squares.sum() for name, squares in kept.left_out.items()}
+    taken = kept.taken("hidden" in errors, "head" in errors).to(dropped.dtype)
+    parts = torch.stack((taken, dropped, *left_out.values(), *kept.needed.values()))
+    columns = t.vocab
     if t.shard is not None:
-        t.shard.add_up(noted)
-    return noted.tolist()
+        t.shard.add_up(parts)
+        columns = t.shard.total
+    taken, dropped, *rest = parts.unbind()
+    return Seen(
+        share=taken / (kept.slabs * columns),
+        dropped=dropped,
+        left_out=dict(zip(left_out, rest, strict=False)),
+        needed={k: v / columns for k, v in zip(kept.needed, rest[len(left_out) :], strict=True)},
+        errors=errors,
+    )
