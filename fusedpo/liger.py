@@ -16,7 +16,7 @@ last five of the options that all or many classes have:
     compiled            no effect, as of chunk_size: the memory budget says how a batch is cut
     softcap             bound of the logits, softcap tanh(z / softcap), or None
     logit_scale         factor of the logits, after softcap; both hold for the reference too
-    memory_budget       bytes, or a text such as "512MiB", that a call may hold; by the device if not given
+    memory_budget       bytes, or a text such as "512MiB", that a call may hold; else by the device
     backend             "auto", "torch" or "triton"
     gradient_tolerance  relative error that a gradient may have, as of ``linear_logprobs``; 0: none
 
