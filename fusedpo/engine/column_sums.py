@@ -53,6 +53,8 @@ class ColumnSums:
         directions: [H, K], orthonormal.
         row_products: [N, 16], J times the weight's products with the directions, then zeros; and
             in the last place the sums of J, unless these are 0 and all places are the directions'.
+        row_sizes, column_sizes: [N] and [V], 2-norms of the hidden rows and of the weight's over
+            their root mean square, or 1 where that is less.
     """
 
     def __init__(self, t: Tiles) -> None:
@@ -60,7 +62,8 @@ class ColumnSums:
         self.t = t
         self.values = t.take("column sums", slabs, t.vocab).zero_()
         self._weights, self._steps = t.take("column weights", 2, tiles, t.count)
-        self._targets = _target_logits(t)
+        self._targets, sizes = _targets_and_sizes(t)
+        self.row_sizes, self.column_sizes = _relative(sizes), t.vector(t.vocab)
         # a softcap's slope, or a part of a vocabulary, takes a row's sum away from 0
         self._sums_rows = t.call.softcap is not None or t.shard is not None
         self.directions = main_directions(t, min(_PRODUCTS - 1 + (not self._sums_rows), t.width))
@@ -80,6 +83,7 @@ class ColumnSums:
         if r[0] == 0:  # its weight has just been read
             weight, count = t.weight_rows(*c), self.directions.shape[1]
             self._of_weight[slice(*c), :count] = weight @ self.directions.to(weight.dtype)
+            self.column_sizes[slice(*c)] = torch.linalg.vector_norm(weight, dim=1, dtype=t.acc)
         multiply(self.row_products[rows], exponentials, self._of_weight[slice(*c)], add=True)
         self._sum_columns(r, c, weights / t.gain, exponentials)
 
@@ -107,6 +111,7 @@ class ColumnSums:
             rescale: [N], the factor that sums of this rank's columns still lack; None: nothing.
         """
         t, slab = self.t, self.t.plan.slab
+        self.column_sizes = _relative(self.column_sizes)
         lacking = torch.ones_like(stats.total) if rescale is None else rescale
         factor = row_factor(stats.logprob, stats.total) * lacking
         complete = _sum_slabs(factor * power_of_two(self._steps - stats.steps), slab)
@@ -144,18 +149,26 @@ def main_directions(t: Tiles, count: int) -> Tensor:
     return basis
 
 
-def _target_logits(t: Tiles) -> Tensor:
-    """[N], logits of the targets, also of those that another rank has. Not to the last bit."""
-    out = t.vector(t.count)
+def _relative(sizes: Tensor) -> Tensor:
+    """Sizes over their root mean square, or 1 where that is less: what is small may matter."""
+    return (sizes / sizes.square().mean().sqrt()).nan_to_num(1.0).clamp(min=1.0)
+
+
+def _targets_and_sizes(t: Tiles) -> tuple[Tensor, Tensor]:
+    """[N] each: logits of the targets, also of those that another rank has, not to the last bit;
+    and the 2-norms of the hidden rows."""
+    out, sizes = t.vector(2, t.count)
     for start, stop in blocks(0, t.count, min(FINISHED_ROWS, t.plan.rows)):
         rows, targets = slice(start, stop), t.targets[start:stop]
         here = (targets >= 0) & (targets < t.vocab)
         safe = targets.clamp(0, t.vocab - 1)
-        products = (t.hidden_rows(start, stop).to(t.acc) * t.weight[safe].to(t.acc)).sum(1)
+        hidden = t.hidden_rows(start, stop).to(t.acc)
+        sizes[rows] = hidden.norm(dim=1)
+        products = (hidden * t.weight[safe].to(t.acc)).sum(1)
         if t.bias is not None:
             products += t.bias[safe]
         head = LogitMap(None, t.call.softcap, t.scale_rows(start, stop))
         out[rows] = head.apply(products[:, None])[:, 0].masked_fill(~here, 0.0)
     if t.shard is not None:
         t.shard.add_up(out)
-    return out
+    return out, sizes

@@ -1,7 +1,8 @@
 """The columns of the vocabulary that matter to each slab of rows, by their sums of probabilities.
 
 A column's importance in a slab is its sum times the largest |g s| of the slab's rows, relative to
-the 2-norm over all rows of g s (1 - p). Importances are comparable between slabs, so that slabs of
+the 2-norm over all rows of g s (1 - p); more, where its weight or one of these rows is longer than
+others are. Importances are comparable between slabs, so that slabs of
 little gradient keep few columns, and between steps. The two gradients have thresholds of their own:
 the head's needs fewer columns for the same error, as the rows' errors partly cancel.
 """
@@ -85,6 +86,7 @@ def choose(
     g: Tensor,
     logprob: Tensor,
     sums: Tensor,
+    sizes: tuple[Tensor, Tensor],
     allowed: Mapping[str, float],
     capacities: Mapping[str, int] | None,
 ) -> Kept:
@@ -93,13 +95,14 @@ def choose(
     Args:
         g, logprob: [N], the gradient with respect to the log-probabilities, and these.
         sums: [slabs, V], column sums.
+        sizes: [N] and [V], relative ones of the rows and of the columns' weight.
         allowed: of "hidden" and "head", the sum of squares that may be left out, relative to the
             gradient's own.
         capacities: of these, how many columns to keep, so that nothing waits for the device to say
             how many matter; the head's within the hidden states'. None: those that matter.
     """
-    weights = _slab_weights(t, g, logprob)
-    least = _thresholds(t, sums, weights, allowed)
+    weights, of_columns = _slab_weights(t, g, logprob, sizes[0]), sizes[1]
+    least = _thresholds(t, sums, weights, of_columns, allowed)
     kept = {
         name: t.take(f"kept for {name}", *sums.shape, dtype=torch.bool)
         for name in ("hidden", "head")
@@ -111,7 +114,7 @@ def choose(
     if capacities is not None:
         chosen = t.take("chosen columns", len(sums), capacities["hidden"], dtype=torch.int64)
     for i, r in enumerate(slabs(t)):
-        importance = _importance(sums[i], weights[i])
+        importance = _importance(sums[i], weights[i], of_columns)
         ranked = _with_targets(importance, t.targets[slice(*r)])
         if chosen is not None:
             chosen[i] = ranked.topk(chosen.shape[1]).indices
@@ -122,8 +125,8 @@ def choose(
                 keep.zero_().index_fill_(0, chosen[i, : capacities[name]], True)
             left_out[name] += importance.square().masked_fill_(keep, 0.0)
             lost[name][i] = sums[i].masked_fill(keep, 0.0).sum()
-    for sizes in lost.values():
-        sizes.clamp_(min=torch.finfo(sums.dtype).tiny)
+    for sums_left in lost.values():
+        sums_left.clamp_(min=torch.finfo(sums.dtype).tiny)
     listed = None if chosen is None or capacities is None else (chosen, capacities["head"])
     return Kept(left_out, needed, sums, kept, lost, listed)
 
@@ -136,22 +139,23 @@ def _with_targets(importance: Tensor, targets: Tensor) -> Tensor:
     return importance.scatter_reduce(0, where, first, "amax")
 
 
-def _slab_weights(t: Tiles, g: Tensor, logprob: Tensor) -> Tensor:
-    """[slabs], the largest |g s| of each, relative to the whole gradient."""
+def _slab_weights(t: Tiles, g: Tensor, logprob: Tensor, sizes: Tensor) -> Tensor:
+    """[slabs], the largest |g s| of each times a row's size, relative to the whole gradient."""
     scaled = t.scaled(g).abs()
     norm = (scaled * -torch.expm1(logprob)).norm()
+    scaled = scaled * sizes
     missing = -t.count % t.plan.slab
     largest = torch.nn.functional.pad(scaled, (0, missing)).view(-1, t.plan.slab).amax(1)
     return torch.where(norm > 0, largest / norm, 0.0)
 
 
-def _importance(sums: Tensor, weight: Tensor) -> Tensor:
+def _importance(sums: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
     """[V]; what is no number counts as large, so that it is kept and seen."""
-    return (sums * weight).nan_to_num(2.0**_HIGHEST, 2.0**_HIGHEST)
+    return (sums * weight * sizes).nan_to_num(2.0**_HIGHEST, 2.0**_HIGHEST)
 
 
 def _thresholds(
-    t: Tiles, sums: Tensor, weights: Tensor, allowed: Mapping[str, float]
+    t: Tiles, sums: Tensor, weights: Tensor, sizes: Tensor, allowed: Mapping[str, float]
 ) -> dict[str, Tensor]:
     """The least importance that each gradient keeps: all below it add up to what it may leave out.
 
@@ -159,7 +163,7 @@ def _thresholds(
     """
     energy = torch.zeros(_LEVELS, dtype=t.acc, device=sums.device)
     for i in range(sums.shape[0]):
-        importance = _importance(sums[i], weights[i])
+        importance = _importance(sums[i], weights[i], sizes)
         level = (importance.log2().clamp(min=_LOWEST) - _LOWEST).mul_(_PER_OCTAVE).long()
         energy.index_add_(0, level.clamp_(max=_LEVELS - 1), importance.square_())
     if t.shard is not None:

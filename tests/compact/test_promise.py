@@ -136,6 +136,22 @@ def test_one_row_whose_upstream_gradient_is_a_million_times_the_others() -> None
             assert not faults(case, solve(case, tolerance_), tolerance_)
 
 
+@pytest.mark.parametrize("long", ["weight", "hidden"])
+def test_one_long_row_of_the_weight_or_of_the_hidden_states(long: str) -> None:
+    """It matters where its probability is small, or is one of many."""
+    case = random_case(300)
+    if long == "weight":
+        case.weight = torch.cat((case.weight[:-1], 200 * case.weight[-1:]))
+        direction = case.weight[-1] / case.weight[-1].square().sum()
+        logits = case.hidden @ case.weight[-1]
+        case.hidden = case.hidden - (logits + 3.0)[:, None] * direction
+    else:
+        case.weight = 0.1 * case.weight
+        case.hidden[7] *= 20
+    for tolerance_ in (1e-2, 2e-3):
+        assert not faults(case, solve(case, tolerance_), tolerance_)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, -1.0])
 def test_the_scale_of_the_upstream_gradient_does_not_matter(scale: float) -> None:
     case = random_case()

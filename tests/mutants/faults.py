@@ -1723,8 +1723,8 @@ _COLUMNS = (
             "dropped mass of the wrong sign",
         ),
         (
-            "others = directions @ pull",
-            "others = 0.0 * (directions @ pull)",
+            "torch.matmul(directions, pull, out=",
+            "torch.matmul(0.0 * directions, pull, out=",
             "what the head's gradient leaves out is lost",
         ),
         (

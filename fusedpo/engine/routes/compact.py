@@ -89,7 +89,7 @@ class Compact:
             **audit.buffers(p),
             "hidden gradient": max(whole * p.hidden * p.acc, exact.get("hidden gradient", 0)),
             "kept weight rows": chunk * p.hidden * p.operand,
-            "kept gradient rows": chunk * (p.hidden + 1) * p.acc,
+            "kept gradient rows": 2 * chunk * (p.hidden + 1) * p.acc,
             "slab pulls": count * (p.hidden + 1) * p.acc,
             "few rows": (count + audit.ROWS) * p.hidden * p.acc,
             "few coefficients": (count + audit.ROWS) * chunk * p.operand,
@@ -108,7 +108,8 @@ class Compact:
         record = _record(t)
         allowed = {name: record.allowed(name) for name in ("hidden", "head")}
         capacities = None if _waits(t) else record.capacities(t.vocab, t.plan.slab)
-        saved = sums.values, sums.directions, sums.row_products
+        sizes = sums.row_sizes, sums.column_sizes
+        saved = sums.values, sums.directions, sums.row_products, *sizes
         return Forward(stats, saved=saved, held={"aim": (allowed, capacities)})
 
     def backward(self, t: Tiles, b: Backward) -> tuple[Tensor | None, HeadGradient]:
@@ -157,8 +158,9 @@ def _within(t: Tiles, b: Backward, head: HeadGradient, hidden: Tensor | None) ->
         head: empty.
         hidden: [N, H].
     """
-    sums, directions, row_products = b.saved
-    kept = choose(t, b.g, b.stats["logprob"], sums, *b.held["aim"])
+    sums, directions, row_products, of_rows, of_columns = b.saved
+    sizes = of_rows, of_columns
+    kept = choose(t, b.g, b.stats["logprob"], sums, sizes, *b.held["aim"])
     entries = Entries(t, b.stats, b.g)
     if entries.inside is not None:
         row_products = row_products * entries.inside[:, None]
