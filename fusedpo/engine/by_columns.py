@@ -176,7 +176,7 @@ def finish_head(
             if touched is None:
                 block += others
             else:  # nothing is in memory but where some slab keeps a column
-                some = t.take("kept gradient rows", touched.shape[0], *shape[1:], part=1)
+                some = t.take("kept gradient rows", *shape, part=1)[: touched.shape[0]]
                 others.index_add_(0, touched, torch.index_select(block, 0, touched, out=some))
                 block.copy_(others)
             divide_(entries.gain, block)

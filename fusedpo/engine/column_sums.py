@@ -42,6 +42,7 @@ def buffers(p: Problem, slab: int, v: int) -> Buffers:
         "column weights": 2 * tiles * p.tokens * p.acc,
         "row products": p.tokens * _PRODUCTS * p.acc,
         "main products": p.vocab * _PRODUCTS * p.operand,
+        "sampled products": min(_SAMPLE, p.vocab) * _PRODUCTS * p.acc,
     }
 
 
@@ -141,7 +142,7 @@ def main_directions(t: Tiles, count: int) -> Tensor:
     first = rows[:count].T
     basis[:, : first.shape[1]] = first
     for _ in range(_ROUNDS):
-        basis = rows.T @ (rows @ basis)
+        basis = rows.T @ torch.mm(rows, basis, out=t.take("sampled products", len(rows), count))
         if t.shard is not None:  # the same on every rank
             t.shard.add_up(basis)
         # a number that is none would be everywhere afterwards
