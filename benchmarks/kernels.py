@@ -160,7 +160,7 @@ def kernels(setting: Setting, deadline: Deadline) -> Section:
     shape = setting.shape
     section = Section(f"kernels, {shape}, {str(setting.dtype)[6:]}", COLUMNS)
     inputs = make_inputs(routes.case_of(setting, shape))
-    bare = routes.bare_products(setting, inputs)
+    bare = routes.bare_products(inputs)
     found = [
         *_streams(setting),
         *_tile_products(setting, inputs),

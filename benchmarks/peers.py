@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,7 +118,9 @@ def cut_cross_entropy(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor
 def fusedpo_logprobs(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     import fusedpo
 
-    return fusedpo.linear_logprobs(hidden, weight, labels, memory_budget=case.budget)
+    return fusedpo.linear_logprobs(
+        hidden, weight, labels, memory_budget=case.budget, gradient_tolerance=case.tolerance
+    )
 
 
 # whole losses
@@ -212,11 +215,21 @@ def fusedpo(case: Case, inputs: Inputs) -> Tensor:
             advantages=inputs.advantages,
             old_logprobs=inputs.old_logprobs,
             memory_budget=case.budget,
+            gradient_tolerance=case.tolerance,
         ).loss
     if case.loss == "sft":
         # of all rows, as the others have it, and not of chosen ones
-        logprobs = fusedpo.linear_logprobs(hidden, weight, labels, memory_budget=case.budget)
+        logprobs = fusedpo_logprobs(case, hidden, weight, labels)
         return -logprobs.sum() / (labels != IGNORE_INDEX).sum()
+    return fusedpo_preference(case, inputs).loss
+
+
+def fusedpo_preference(case: Case, inputs: Inputs) -> Any:
+    """The whole ``LossOutput`` of a loss of pairs."""
+    import fusedpo
+    from fusedpo import losses
+
+    hidden, weight, labels = inputs[:3]
     extra = {}
     if case.loss == "kto":
         extra["desirable"] = inputs.desirable
@@ -236,8 +249,9 @@ def fusedpo(case: Case, inputs: Inputs) -> Tensor:
         ref_weight=inputs.ref_weight,
         ref_logprobs=inputs.ref_logprobs,
         memory_budget=case.budget,
+        gradient_tolerance=case.tolerance,
         **extra,
-    ).loss
+    )
 
 
 @dataclass(frozen=True)
@@ -350,7 +364,7 @@ def why_not(case: Case) -> str | None:
     peer = PEERS[case.peer]
     if (missing := peer.missing()) is not None:
         return missing
-    tiny = replace(case.at(TINY), budget=None)
+    tiny = replace(case.at(TINY), budget=None, states=None)
     try:
         step(tiny, make_inputs(tiny))
     except Unsupported as error:

@@ -16,7 +16,7 @@ from fusedpo.benchmarks.shapes import MIB
 OURS = "fusedpo"
 # apart in hue and in lightness, so that they can be told without colour too
 _COLOURS = ("#7f7f7f", "#bcbd22", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf")
-_OUR_COLOURS = ("#d62728", "#ff7f0e")
+OUR_COLOURS = ("#d62728", "#ff7f0e")
 
 
 def fingerprint(answer: dict[str, Any]) -> str:
@@ -59,11 +59,11 @@ def read_fingerprint(path: Path) -> str | None:
     return data[at + 12 : at + 76].decode() if at >= 0 else None
 
 
-def _colours(entries: Sequence[str]) -> dict[str, str]:
+def colours_of(entries: Sequence[str]) -> dict[str, str]:
     ours = [e for e in entries if e.startswith(OURS)]
     others = [e for e in entries if not e.startswith(OURS)]
     found = {e: _COLOURS[i % len(_COLOURS)] for i, e in enumerate(others)}
-    return found | {e: _OUR_COLOURS[i % 2] for i, e in enumerate(ours)}
+    return found | {e: OUR_COLOURS[i % 2] for i, e in enumerate(ours)}
 
 
 def _unique(values: Sequence[Any]) -> list[Any]:
@@ -87,7 +87,7 @@ def along(answer: dict[str, Any], wanted: Sequence[tuple[str, float, str]]) -> A
     if not any(r.get(key) for r in rows for key, _, _ in wanted):
         return None
     groups, entries = _unique([r["group"] for r in rows]), _unique([r["entry"] for r in rows])
-    colours = _colours(entries)
+    colours = colours_of(entries)
     figure = Figure(figsize=(1.2 + 4.6 * len(groups), 7.2), layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
     figure.suptitle(answer["title"])
@@ -124,11 +124,11 @@ def along(answer: dict[str, Any], wanted: Sequence[tuple[str, float, str]]) -> A
                 axes.set_title(group)
             if key == wanted[-1][0]:
                 axes.set_xlabel(answer["axis"])
-            _name_ends(axes, ends)
+            name_ends(axes, ends)
     return figure
 
 
-def _name_ends(axes: Any, ends: Sequence[tuple[tuple[float, float], str, str]]) -> None:
+def name_ends(axes: Any, ends: Sequence[tuple[tuple[float, float], str, str]]) -> None:
     """Names to the right of the panel, pushed apart where points lie at one height."""
     if not ends:
         return
@@ -172,16 +172,16 @@ def _across(answer: dict[str, Any]) -> Any:
     panels = _unique([(r["group"], r["x"]) for r in rows])
     entries = _unique([r["entry"] for r in rows])
     others = [e for e in entries if not e.startswith(OURS)]
-    colours = _colours(others)
+    colours = colours_of(others)
     figure = Figure(figsize=(1.2 + 6.2 * len(panels), 5.0), layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.96))
     figure.suptitle(answer["title"])
     for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         here = [r for r in rows if (r["group"], r["x"]) == panel]
         ours = [r for r in here if r["entry"].startswith(OURS)]
-        axes.plot(*zip(*sorted(map(_place, ours)), strict=True), lw=2.4, color=_OUR_COLOURS[0])
+        axes.plot(*zip(*sorted(map(_place, ours)), strict=True), lw=2.4, color=OUR_COLOURS[0])
         for (x, y), names in _together(ours):
-            axes.plot(x, y, marker="o", color=_OUR_COLOURS[0])
+            axes.plot(x, y, marker="o", color=OUR_COLOURS[0])
             axes.annotate(
                 names,
                 (x, y),
@@ -190,7 +190,7 @@ def _across(answer: dict[str, Any]) -> Any:
                 textcoords="offset points",
                 ha="right",
                 va="top",
-                color=_OUR_COLOURS[0],
+                color=OUR_COLOURS[0],
             )
         ends = []
         for r in here:
@@ -199,7 +199,7 @@ def _across(answer: dict[str, Any]) -> Any:
                 ends.append((_place(r), r["entry"], colours[r["entry"]]))
         if ours:
             fastest = min(map(_place, ours), key=lambda at: at[1])
-            ends.append((fastest, "fusedpo, by budget", _OUR_COLOURS[0]))
+            ends.append((fastest, "fusedpo, by budget", OUR_COLOURS[0]))
         axes.set(
             xscale="log",
             yscale="log",
@@ -209,7 +209,7 @@ def _across(answer: dict[str, Any]) -> Any:
         )
         axes.margins(0.15)
         axes.grid(True, which="major", color="0.9")
-        _name_ends(axes, ends)
+        name_ends(axes, ends)
     return figure
 
 

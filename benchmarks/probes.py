@@ -50,7 +50,7 @@ def products(setting: Setting, deadline: Deadline) -> Section:
         ("rows", "results", "beta", "by columns"),
     )
     inputs = make_inputs(routes.case_of(setting, shape))
-    full = routes.bare_products(setting, inputs)
+    full = routes.bare_products(inputs)
     tiles = _DRY_TILES if setting.dry else TILES
     call = _tile_product(setting, inputs, max(n * v for n in tiles for v in tiles[n]))
     kinds = [(dtype, add) for dtype in (torch.float32, setting.dtype) for add in (False, True)]
@@ -308,7 +308,7 @@ def experiment(setting: Setting, deadline: Deadline) -> Section:
     labels, shift = inputs.labels.flatten(), torch.full((len(states),), 5.0, device=setting.device)
     out = torch.empty(len(states), shape.vocab // 8 * 8, dtype=states.dtype, device=states.device)
     head, labels = head[: out.shape[1]], labels.clamp(max=out.shape[1] - 1)
-    bare = routes.bare_products(setting, inputs)["hidden W^T"]
+    bare = routes.bare_products(inputs)["hidden W^T"]
     functions: dict[str, Callable[[], object]] = {"hidden W^T": bare}
     for tile in tiles:
         if deadline.over:

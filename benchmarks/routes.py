@@ -121,7 +121,7 @@ def flop(shape: Shape) -> float:
     return 2.0 * shape.positions * shape.vocab * shape.hidden
 
 
-def bare_products(setting: Setting, inputs: Inputs) -> dict[str, Step]:
+def bare_products(inputs: Inputs) -> dict[str, Step]:
     """The three products, on the exponentials that a Jacobian is made of."""
     hidden, weight = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach()
     logits = hidden @ weight.T
@@ -211,7 +211,7 @@ def routes(setting: Setting, deadline: Deadline) -> Section:
     )
     inputs = make_inputs(case_of(setting, shape))
     reference = Reference.of(setting, inputs)
-    functions: dict[str, Step] = dict(bare_products(setting, inputs))
+    functions: dict[str, Step] = dict(bare_products(inputs))
     plans: dict[str, Plan] = {}
     differences: dict[str, dict[str, float]] = {}
     for way in (*KERNEL_WAYS, *OTHER_WAYS):
@@ -365,7 +365,7 @@ def _one_shape(section: Section, setting: Setting, shape: Shape, deadline: Deadl
         inputs = make_inputs(case_of(setting, shape))
         plans = {way.route: way.plan(setting, shape) for way in ways}
         functions = {way.route: way.step(setting, shape, inputs) for way in ways}
-        bare = bare_products(setting, inputs)
+        bare = bare_products(inputs)
         # large ones take long, and vary little
         rounds = max(3, min(setting.rounds, setting.rounds * 8192 // shape.positions))
         times = setting.clock.interleaved({**bare, **functions}, rounds, deadline)

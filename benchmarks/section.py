@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -115,22 +115,32 @@ class Section:
     def show(self, *, dry: bool) -> None:
         tables.show(self.title, self.columns, self.table)
         if self.verdicts:
-            tables.show("targets", ("target", "measured", "asked for", ""), self._verdicts(dry))
+            show_targets(self.verdicts, dry=dry)
         if self.ran_out:
             print(f"no time was left for: {', '.join(self.ran_out)}")
         for what in self.wrong:
             print(f"WRONG: {what}")
 
-    def _verdicts(self, dry: bool) -> list[list[str]]:
-        lines = []
-        for verdict in self.verdicts:
-            limits = [
-                *([f"<= {verdict.at_most:g}"] if verdict.at_most is not None else []),
-                *([f">= {verdict.at_least:g}"] if verdict.at_least is not None else []),
-            ]
-            shown = number(verdict.measured, 1, 3)
-            lines.append([verdict.what, shown, " and ".join(limits), verdict.word(dry=dry)])
-        return lines
+
+def show_targets(
+    verdicts: Sequence[Verdict],
+    title: str = "targets",
+    stream: TextIO | None = None,
+    *,
+    dry: bool = False,
+) -> None:
+    """A table of what was asked for: met, or missed."""
+    lines = []
+    for verdict in verdicts:
+        limits = [
+            *([f"<= {verdict.at_most:g}"] if verdict.at_most is not None else []),
+            *([f">= {verdict.at_least:g}"] if verdict.at_least is not None else []),
+        ]
+        measured = verdict.measured
+        small = measured is not None and 0 < measured < 0.01
+        shown = f"{measured:.1e}" if small else number(measured, 1, 3)
+        lines.append([verdict.what, shown, " and ".join(limits), verdict.word(dry=dry)])
+    tables.show(title, ("target", "measured", "asked for", ""), lines, stream)
 
 
 def number(value: float | None, factor: float = 1.0, digits: int = 2) -> str:

@@ -83,6 +83,9 @@ class Case:
         masked: share of each response's positions, at its start, that are not scored.
         budget: bytes for programs that take a budget; None: what they do by themselves.
         loss: a name in benchmarks/formulas.py.
+        tolerance: of gradients, for programs that take one.
+        states: a name in benchmarks/states.py, whose first rows and head the inputs are; None:
+            random ones.
     """
 
     peer: str
@@ -94,6 +97,8 @@ class Case:
     budget: int | None = None
     loss: str = "simpo"
     reference: Reference = "none"
+    tolerance: float = 0.0
+    states: str | None = None
 
     def __post_init__(self) -> None:
         assert self.reference in get_args(Reference), self.reference
@@ -175,11 +180,13 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Random inputs for the case, with logits of about unit size.
+    """Inputs for the case: of its states, or random, with logits of about unit size.
 
     The reference has the policy's head, as it has under LoRA, and states a little off the policy's.
     """
     shape = case.shape
+    if case.states is not None:
+        return _of_states(case, case.states)
     generator = torch.Generator(case.device).manual_seed(seed)
     options: dict[str, Any] = {"device": case.device, "generator": generator}
     size = (2 * shape.pairs, shape.tokens)
@@ -197,3 +204,23 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     advantages = torch.randn(size[0], **options)
     old = torch.randn(*size, **options).mul_(0.1).sub_(float(torch.tensor(shape.vocab).log()))
     return found._replace(advantages=advantages, old_logprobs=old).for_case(case)
+
+
+def _of_states(case: Case, name: str) -> Inputs:
+    """The first rows of states, cut into responses."""
+    from fusedpo.benchmarks import states
+
+    shape = case.shape
+    found = states.made(name, rows=shape.positions).first(shape.positions)
+    there = Shape(shape.pairs, len(found.labels) // (2 * shape.pairs), *found.weight.shape[::-1])
+    if there != shape or found.bias is not None or case.reference != "none":
+        raise ValueError(
+            f"states {name}: expected a shape within {there}, no bias and no "
+            f"reference, got {shape}, {case.reference}"
+        )
+    size = (2 * shape.pairs, shape.tokens)
+    # copies: the file that they may be parts of is read-only, and its pages are small
+    own = (t.to(case.device, case.torch_dtype, copy=True) for t in (found.hidden, found.weight))
+    hidden, weight = own
+    labels = found.labels.to(case.device, copy=True).view(size)
+    return Inputs(hidden.view(*size, -1), weight, labels).for_case(case)

@@ -214,8 +214,8 @@ class Question:
                 here = [_row(point, entry, reasons) for entry in wanted]
                 for row in here:
                     advance(f"{row.group} {row.x:g}: memory of {row.entry}")
-                    _measure_memory(row, options.threads)
-                _compare(here)
+                    measure_memory(row, options.threads)
+                compare(here)
                 _time([row for row in here if not row.missing], options, advance)
                 rows += here
         return {
@@ -267,6 +267,7 @@ def workload(case: Case) -> Workload:
         backend="torch" if case.device == "cpu" else "triton",
         frozen=case.frozen,
         budget=case.budget or DEFAULT_BUDGET,
+        gradient_tolerance=case.tolerance,
     )
 
 
@@ -281,7 +282,7 @@ def predicted(case: Case) -> int | None:
     return None if found is None else sum(found.values())
 
 
-def _measure_memory(row: Row, threads: int) -> None:
+def measure_memory(row: Row, threads: int) -> None:
     if row.missing:
         return
     try:
@@ -295,7 +296,7 @@ def _measure_memory(row: Row, threads: int) -> None:
         row.alone = peak.seconds
 
 
-def _compare(rows: Sequence[Row]) -> None:
+def compare(rows: Sequence[Row]) -> None:
     """No numbers of what computes another loss than full logits do."""
     truth = next((row.loss for row in rows if row.case.peer == BASELINE), None)
     if truth is None:
@@ -323,7 +324,7 @@ def _time(rows: Sequence[Row], options: Options, advance: Callable[[str], None])
     if not rows:
         return
     shared, longest = make_inputs(rows[0].case), options.seconds_a_point
-    steps = {id(row): _stepper(row.case, shared) for row in rows}
+    steps = {id(row): stepper(row.case, shared) for row in rows}
     for row in rows:
         advance(f"{row.group} {row.x:g}: time of {row.entry}")
         try:
@@ -362,7 +363,7 @@ _LONG = 1.0
 _HOPELESS = 2.0
 
 
-def _stepper(case: Case, shared: Inputs) -> Callable[[], object]:
+def stepper(case: Case, shared: Inputs) -> Callable[[], object]:
     inputs = shared.for_case(case)
 
     def run() -> None:
@@ -463,6 +464,8 @@ def report(answer: dict[str, Any], options: Options) -> None:
     tables.show(answer["title"], columns, lines, stream)
     for line in remarks(answer):
         print(line, file=stream)
+    if show_targets := getattr(own, "show_targets", None):
+        show_targets(answer, stream)
     print(f"written to {path}" + (f" and {plot}" if plot else ""), file=stream)
     if options.print_json:
         json.dump(answer, sys.stdout)
