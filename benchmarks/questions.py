@@ -19,6 +19,8 @@ NAMES = (
     "vocabulary",
     "batch",
     "kernels",
+    "compact",
+    "compact_errors",
 )
 QUICK = ("length", "budget", "precision")
 """Those of the short version."""

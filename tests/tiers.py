@@ -140,6 +140,11 @@ TABLE = (
         ),
     ),
     Slow(
+        "test_compact_benchmark.py",
+        "measures in processes of its own",
+        none=("test_every_way_has_its_numbers",),
+    ),
+    Slow(
         "test_compare.py",
         "trains by two programs in processes of their own",
         none=("test_comparison_measures_what_it_says",),
