@@ -22,6 +22,8 @@ NAMES = (
     "compact",
     "compact_errors",
 )
+LONG = ("compact_training",)
+"""Asked by their own commands alone: an hour, or more."""
 QUICK = ("length", "budget", "precision")
 """Those of the short version."""
 

@@ -124,7 +124,7 @@ def page() -> str:
         "the peak of a fresh process beyond the inputs and the gradients it returns.",
     ]
     for machine, of in answers().items():
-        for name in (*questions.NAMES, "gpu"):
+        for name in (*questions.NAMES, *questions.LONG, "gpu"):
             if name not in of or "title" not in of[name]:
                 continue
             answer = of[name]
@@ -165,7 +165,7 @@ def _pictures() -> list[tuple[Path, dict[str, Any]]]:
         (_picture(machine, name), answer)
         for machine, of in answers().items()
         for name, answer in of.items()
-        if name in questions.NAMES
+        if name in (*questions.NAMES, *questions.LONG)
     ]
 
 

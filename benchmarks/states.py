@@ -139,7 +139,7 @@ def smollm2(folder: Path = FOLDER, repository: Path = measure.ROOT, rows: int = 
     documents, licence = texts(repository)
     need_packages()
     path = folder / ("smollm2.safetensors" if rows == ROWS else f"smollm2-{rows}.safetensors")
-    made = _cached(path, [documents, licence], lambda: _smollm2(documents, licence, rows))
+    made = cached(path, [documents, licence], lambda: _smollm2(documents, licence, rows))
     return States("smollm2", **made)
 
 
@@ -237,7 +237,7 @@ def answers_to(
         yield ids[width - int(there.sum()) : end], int(there.sum()) - 1
 
 
-def _cached(
+def cached(
     path: Path, texts: Sequence[str], make: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     """Tensors of a file; made where it is not of these texts and of this module as it is."""
@@ -305,7 +305,7 @@ def toy(folder: Path = FOLDER, seed: int = 0) -> States:
 
     It is made in some twenty seconds, and kept in ``folder`` as `smollm2` is.
     """
-    return States("toy", **_cached(folder / f"toy-{seed}.safetensors", [], lambda: _toy(seed)))
+    return States("toy", **cached(folder / f"toy-{seed}.safetensors", [], lambda: _toy(seed)))
 
 
 def toy_text(vocab: int, tokens: int, generator: torch.Generator) -> Tensor:

@@ -182,7 +182,7 @@ def test_what_several_ask_for_is_made_once(tmp_path: Path) -> None:
     path, found = tmp_path / "folder" / "x.safetensors", []
 
     def ask() -> None:
-        found.append(states._cached(path, ["text"], make)["x"])
+        found.append(states.cached(path, ["text"], make)["x"])
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
@@ -196,13 +196,13 @@ def test_it_is_made_again_of_other_texts_and_after_an_interruption(tmp_path: Pat
     path = tmp_path / "x.safetensors"
 
     def asked(text: str, value: float) -> float:
-        return states._cached(path, [text], lambda: {"x": torch.tensor(value)})["x"].item()
+        return states.cached(path, [text], lambda: {"x": torch.tensor(value)})["x"].item()
 
     def interrupted() -> dict[str, torch.Tensor]:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        states._cached(path, ["a"], interrupted)
+        states.cached(path, ["a"], interrupted)
     assert [asked("a", 1.0), asked("a", 2.0), asked("b", 3.0), asked("b", 4.0)] == [1, 1, 3, 3]
 
 
