@@ -50,6 +50,11 @@ class Way:
         return "weight" in self.needs
 
     @property
+    def tolerance(self) -> float:
+        """Of the gradients: that of rounding to bf16, where there can be one."""
+        return 2e-3 if self.route == "compact" else 0.0
+
+    @property
     def needs(self) -> tuple[Any, ...]:
         return roofline.NEEDS.get(self.route, ("hidden", "weight"))
 
@@ -68,6 +73,7 @@ class Way:
             backend=self.backend,
             route=self.route,
             fused=self.fused,
+            gradient_tolerance=self.tolerance,
             budget=self.budget or roofline.BUDGETS[self.route],
         )
 
@@ -83,6 +89,7 @@ class Way:
                 inputs.labels,
                 memory_budget=chosen,
                 backend=self.backend,
+                gradient_tolerance=self.tolerance,
                 num_scored=[shape.tokens] * (2 * shape.pairs) if counted else None,
             )
 

@@ -36,9 +36,9 @@ from fusedpo.engine.tiles import Tiles
 from fusedpo.engine.tolerance import Record, Seen, record_of
 
 # Rows of a slab, on the CPU and elsewhere: few keep few columns, many multiply faster, and fill a
-# GPU. From one size to twice that the kept share grows by 1.2 (benchmarks/compact.py).
+# GPU. From one size to twice that the kept share grows by 1.36 (benchmarks/compact_errors.py).
 _SLAB = {True: 64, False: 1024}
-_GROWTH = 0.26
+_GROWTH = 0.44
 
 # kept columns that are gathered at a time
 _CHUNKS = (4096, 2048, 1024, 512)
