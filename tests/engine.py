@@ -95,7 +95,7 @@ def with_tile(chosen: Plan, rows: int, cols: int) -> Plan:
     back = {"back_rows": 2 * rows, "back_cols": -(-cols // 2), "slab": 2 * rows}
     if chosen.route == "hybrid":  # of about half of the rows
         back["kept"] = min(chosen.tokens, rows * max(1, chosen.tokens // (2 * rows)))
-        made_anew = (chosen.kept - back["kept"]) / chosen.tokens
+        made_anew = (chosen.kept - back["kept"]) / max(1, chosen.tokens)
         chosen = dataclasses.replace(chosen, products=chosen.products + made_anew)
     return dataclasses.replace(chosen, rows=rows, cols=cols, **back)
 
