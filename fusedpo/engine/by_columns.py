@@ -54,22 +54,14 @@ def add_kept(
         of_rows = None if hidden_grad is None else hidden_grad[rows].zero_()
         of_head, of_hidden = kept.columns(i)
         for columns in _chunks(t, of_head):
-            weight = _kept_weight(t, columns)
-            z = entries.tile(rows, hidden, columns, weight)
-            lost[rows] -= z.sum(1, dtype=t.acc)
-            if of_rows is not None:
-                multiply(of_rows, z, weight, add=True)
+            z = _add_rows(t, entries, rows, hidden, columns, lost, of_rows)
             _add_columns(t, head, columns, z, scaled, missing)
         pull = lost[rows] if missing is None else lost[rows] * missing
         if head.weight is not None:
             pulls[i, :-1] = pull @ hidden.to(t.acc)
         pulls[i, -1] = pull.sum()
         for columns in _chunks(t, of_hidden):
-            weight = _kept_weight(t, columns)
-            z = entries.tile(rows, hidden, columns, weight)
-            lost[rows] -= z.sum(1, dtype=t.acc)
-            if of_rows is not None:
-                multiply(of_rows, z, weight, add=True)
+            _add_rows(t, entries, rows, hidden, columns, lost, of_rows)
     return pulls, lost
 
 
@@ -84,6 +76,25 @@ def _kept_weight(t: Tiles, columns: Tensor) -> Tensor:
     if t.weight.dtype == t.operand:
         return torch.index_select(t.weight, 0, columns, out=out)
     return out.copy_(t.weight[columns])
+
+
+def _add_rows(
+    t: Tiles,
+    entries: Entries,
+    rows: slice,
+    hidden: Tensor,
+    columns: Tensor,
+    lost: Tensor,
+    of_rows: Tensor | None,
+) -> Tensor:
+    """Add a slab's part of the hidden gradient, for some of its columns, which are then not lost;
+    J of these, [n, C]."""
+    weight = _kept_weight(t, columns)
+    z = entries.tile(rows, hidden, columns, weight)
+    lost[rows] -= z.sum(1, dtype=t.acc)
+    if of_rows is not None:
+        multiply(of_rows, z, weight, add=True)
+    return z
 
 
 def _add_columns(

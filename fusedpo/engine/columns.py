@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class Kept:
         of_head, of_hidden = (self._kept[name][slab] for name in ("head", "hidden"))
         return of_head.nonzero()[:, 0], (of_hidden & ~of_head).nonzero()[:, 0]
 
-    @property
+    @cached_property
     def of_any_slab(self) -> Tensor | None:
         """[C] int64 in order, the columns that the head's gradient takes in some slab; None: it
         would have to be waited for."""
