@@ -88,7 +88,7 @@ ENGINE = (
     ("routes",),
     ("problem", "backend", "tile_choice"),
     ("planner",),
-    ("autograd", "compiled"),
+    ("autograd", "compiled", "traced"),
     ("batch",),
     ("score",),
 )

@@ -15,7 +15,6 @@ Letters: N scored tokens, V vocabulary, H hidden size.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Sequence
 from typing import cast
 
@@ -189,16 +188,6 @@ def score(
     return TokenStats(**by_name), None if states is None else values[-1]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _warn_of_exact_gradients() -> None:
-    # called while a graph is traced, and no part of it
-    warnings.warn(
-        "gradient_tolerance: inside torch.compile gradients are exact, and cost what they do; for "
-        "it call the loss outside of the graph, under torch.compiler.disable",
-        stacklevel=2,
-    )
-
-
 def score_in_graph(
     batch: Batch,
     memory_budget: int | float | str | Plan | None,
@@ -218,7 +207,10 @@ def score_in_graph(
     if isinstance(memory_budget, Plan):
         raise checks.bad_type("memory_budget", "a number or a text inside torch.compile", "a Plan")
     if batch.tolerance and batch.needs:
-        _warn_of_exact_gradients()
+        # only here: the decorator in it imports all of the compiler, for a second
+        from fusedpo.engine.traced import warn_of_exact_gradients
+
+        warn_of_exact_gradients()
     hidden, head, rows, temperature = batch.hidden, batch.head, batch.rows, batch.temperature
     assert rows.scored is not None, "a traced call has every position for a row"
     row_scale, scale = None, 1.0

@@ -57,8 +57,8 @@ def test_it_holds_on_states_by_which_approximations_go_wrong(name: str, toleranc
     assert record(case, tolerance_).breaches <= 1
 
 
-@pytest.mark.parametrize("tolerance_", [2e-3, 2e-4])
-def test_it_holds_on_a_real_model(smollm2_states: States, tolerance_: float) -> None:
+@pytest.mark.parametrize(("tolerance_", "share"), [(2e-3, 1 / 3), (2e-4, 2 / 3)])
+def test_it_holds_on_a_real_model(smollm2_states: States, tolerance_: float, share: float) -> None:
     case = case_of(smollm2_states.first(70))
     for _ in range(2):
         solved = solve(case, tolerance_)
@@ -67,7 +67,7 @@ def test_it_holds_on_a_real_model(smollm2_states: States, tolerance_: float) -> 
     rows = own_errors(solved.gradients["hidden"], solve(case, 0.0).gradients["hidden"])
     assert float(rows.quantile(0.99)) <= OF_ROWS * tolerance_
     # as few columns as that are what it is for
-    assert record(case, tolerance_).share < 0.6
+    assert record(case, tolerance_).share < share
     assert record(case, tolerance_).breaches == 0
 
 
