@@ -4,7 +4,9 @@ Gradients of hidden states and head, by the route ``compact`` in a budget of 256
 float64: of a sum of log-probabilities with the upstream gradients of the states, or random ones.
 The states are those of benchmarks/states.py, up to 1,024 rows each. Calls are repeated until their
 record has settled; the last one counts. Then, of the same states and tolerance, slabs of other
-numbers of rows, and other numbers of main directions of the weight at the same kept columns.
+numbers of rows, other numbers of main directions of the weight at the same kept columns, and these
+columns with nothing in place of the others. Last, of many random problems, how many gradients are
+beyond their tolerance though their estimate is not.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from fusedpo.benchmarks.shapes import MIB
 from fusedpo.benchmarks.states import States
 from fusedpo.benchmarks.worker import told
 from fusedpo.engine import column_sums, tolerance
+from fusedpo.engine.columns import Kept
 from fusedpo.engine.plan import Plan
 from fusedpo.engine.tolerance import Record
 
@@ -40,6 +43,7 @@ CALLS = 4
 SLABS = (64, 128, 256, 512)
 DIRECTIONS = (0, 8, 16, 32, 64)
 STUDIED = ("smollm2", "sharpened")
+DRAWN, DRAWN_TOLERANCES = 1000, (1e-2, 2e-3, 5e-4)
 _TRUTH_ELEMENTS = 2**24  # of logits at a time
 
 
@@ -121,6 +125,7 @@ class Call:
     Attributes:
         slab: rows of a slab; None: as planned, and the plan may be another route.
         directions: main directions of the weight; None: as they are.
+        alone: whether columns that are left out are dropped, with no direction in their place.
         left_out: of each gradient, the sum of squares that it may leave out, relative to its own;
             None: what the record says.
         records: what its calls have shown.
@@ -131,6 +136,7 @@ class Call:
     tolerance: float
     slab: int | None = None
     directions: int | None = None
+    alone: bool = False
     left_out: Mapping[str, float] | None = None
     records: Records = field(default_factory=Records)
 
@@ -143,7 +149,8 @@ class Call:
         for name, least in (self.left_out or {}).items():
             record = self.record
             record.coherence[name] *= record.allowed(name) / least
-        with self.records.own(), _directions(self.directions):
+        dropping = _dropping() if self.alone else contextlib.nullcontext()
+        with self.records.own(), _directions(self.directions), dropping:
             fusedpo.linear_logprobs(
                 leaves["hidden"],
                 leaves["weight"],
@@ -192,6 +199,18 @@ def _directions(count: int | None) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _dropping() -> Iterator[None]:
+    """Calls put nothing in place of the columns that they leave out."""
+    original = Kept.directions
+
+    def nothing(*arguments: Any) -> Tensor:
+        return torch.zeros_like(original(*arguments))
+
+    with mock.patch.object(Kept, "directions", nothing):
+        yield
+
+
 # the question
 
 
@@ -206,6 +225,7 @@ def _row(part: str, call: Call, exact: Mapping[str, Tensor]) -> dict[str, Any]:
         "tolerance": call.tolerance,
         "slab": call.slab,
         "directions": call.directions,
+        "alone": call.alone,
         "errors": _rounded(found),
         "missing": None,
     }
@@ -226,20 +246,48 @@ def _rounded(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _studied(given: States, upstream: Tensor, exact: Mapping[str, Tensor]) -> Iterator[Any]:
-    """Of one tolerance, slabs of other sizes, then other numbers of directions.
+    """Of one tolerance, slabs of other sizes, other numbers of directions, and columns alone.
 
-    The second with the same columns kept, and with a tolerance that none of them breaches.
+    The last two with the same columns kept, and with a tolerance that none of them breaches.
     """
     usual = Call(given, upstream, USUAL, slab=SLABS[0])
     for slab in SLABS:
         yield _row("slabs", replace(usual, slab=slab, records=Records()), exact)
     usual.settled()
     left_out = {name: usual.record.allowed(name) for name in usual.record.coherence}
-    for count in DIRECTIONS:
-        call = Call(given, upstream, 0.5, SLABS[0], count, left_out)
-        found = _row("directions", replace(call), exact)
+    wide = Call(given, upstream, 0.5, SLABS[0], left_out=left_out)
+    for part, changes in (
+        *(("directions", {"directions": count}) for count in DIRECTIONS),
+        ("alone", {}),
+        ("alone", {"directions": 0, "alone": True}),
+    ):
+        found = _row(part, replace(wide, **changes, records=Records()), exact)
         # the columns are those of the usual tolerance
         yield found | {"tolerance": USUAL, "breaches": None, "coherence": None}
+
+
+def _drawn(allowed: float, count: int) -> dict[str, Any]:
+    """Of random problems, two calls each: how many were done again, and how many were beyond the
+    tolerance unnoticed, by which factor at most."""
+    again, factors = 0, []
+    for seed in range(count):
+        given = states.drawn(seed)
+        exact = truth_of(given, upstream_of(given))
+        call = Call(given, upstream_of(given), allowed, SLABS[0])
+        for _ in range(2):
+            found = errors(call.gradients(), exact)
+            factors.append(max(found["hidden"], found["weight"]) / allowed)
+        again += call.record.breaches
+    return {
+        "part": "drawn",
+        "entry": "random problems",
+        "calls": len(factors),
+        "tolerance": allowed,
+        "breaches": again,
+        "missed": sum(factor > 1 for factor in factors),
+        "worst": float(f"{max(factors):.3g}"),
+        "missing": None,
+    }
 
 
 @dataclass(frozen=True)
@@ -249,6 +297,7 @@ class Question:
     Attributes:
         states: names in benchmarks/states.py.
         studied: those of them of which slabs and directions are.
+        drawn: random problems of each of `DRAWN_TOLERANCES`.
     """
 
     name: str = "compact_errors"
@@ -256,6 +305,7 @@ class Question:
     states: tuple[str, ...] = states.NAMES
     tolerances: tuple[float, ...] = TOLERANCES
     studied: tuple[str, ...] = STUDIED
+    drawn: int = DRAWN
 
     def ask(self, options: sweep.Options) -> dict[str, Any]:
         """Measure everything, and return what is to be saved."""
@@ -264,13 +314,16 @@ class Question:
         about = measure.machine(options.device, options.threads)
         tolerances = self.tolerances[::3] if options.quick else self.tolerances
         rows: list[dict[str, Any]] = []
-        with sweep.progress(self.title, len(self.states)) as advance:
+        drawn = self.drawn // 10 if options.quick else self.drawn
+        with sweep.progress(self.title, len(self.states) + 1) as advance:
             for name in self.states:
                 advance(f"{name}: errors")
                 try:
                     rows += self._of(name, tolerances)
                 except (ImportError, ValueError) as error:  # no packages, or no texts
                     rows.append({"part": "errors", "entry": name, "missing": told(error)})
+            advance("random problems")
+            rows += [_drawn(allowed, drawn) for allowed in DRAWN_TOLERANCES if drawn]
         return {
             "question": self.name,
             "kind": "compact_errors",
@@ -307,14 +360,19 @@ def table(answer: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     columns += ["dL/dbias", "estimated", "kept", "coherence", "breaches"]
     lines = []
     for row in answer["rows"]:
-        if row["missing"]:
+        if row["missing"] or row["part"] == "drawn":
             continue
         found, estimates = row["errors"], row.get("estimates") or {}
         coherence = row.get("coherence") or {}
-        way = {"errors": "", "slabs": f"slabs of {row['slab']}"}.get(row["part"])
+        way = {
+            "errors": "",
+            "slabs": f"slabs of {row['slab']}",
+            "directions": f"{row['directions']} directions",
+            "alone": "columns alone" if row["alone"] else "as it is",
+        }[row["part"]]
         lines.append(
             [
-                f"{row['directions']} directions" if way is None else way,
+                way,
                 row["entry"],
                 str(row["rows"]),
                 str(row["vocab"]),
@@ -380,6 +438,16 @@ def remarks(answer: dict[str, Any]) -> list[str]:
         of = {r["directions"]: r["errors"]["hidden"] for r in _part(answer, "directions", entry)}
         less = [f"{n} take {1 - e / of[0]:.0%}" for n, e in of.items() if n and of.get(0)]
         found.append(f"{entry}: of the error of dL/dhidden, main directions: {', '.join(less)}.")
+    for entry in dict.fromkeys(row["entry"] for row in _part(answer, "alone")):
+        own, alone = (row["errors"] for row in _part(answer, "alone", entry))
+        times = [f"{alone[name] / own[name]:.1f} times dL/d{name}" for name in ("hidden", "weight")]
+        found.append(f"{entry}: the same columns alone are off by {' and '.join(times)}.")
+    for row in _part(answer, "drawn"):
+        found.append(
+            f"Of {row['calls']} gradients of random problems within {row['tolerance']:g}, "
+            f"{row['breaches']} were made again, and {row['missed']} were beyond it unnoticed, "
+            f"the worst by a factor of {row['worst']:g}."
+        )
     return found
 
 

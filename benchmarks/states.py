@@ -435,6 +435,30 @@ def small(rows: int, vocab: int, seed: int = 0) -> States:
     return replace(states, name=f"{rows} x {vocab}")
 
 
+def drawn(seed: int) -> States:
+    """A problem drawn at random to be hard to estimate: rows from flat to certain, with directions
+    in common, and a few of them, flatter than the others, with up to 1e6 times the gradient."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def between(low: float, high: float) -> float:
+        place = float(torch.rand((), generator=generator))
+        return math.exp(math.log(low) + place * math.log(high / low))
+
+    rows, vocab = round(between(65, 400)), round(between(64, 8192))
+    states = _random(rows, vocab, generator, between(0.3, 12.0))
+    shared = torch.randn(64, generator=generator) * between(0.1, 3.0)
+    sizes = torch.randn(rows, 1, generator=generator).mul_(between(0.01, 1.0)).exp_()
+    few = torch.rand(rows, generator=generator) < between(0.003, 0.5)
+    sizes = torch.where(few[:, None], between(0.03, 1.0) * sizes, sizes)
+    upstream = torch.randn(rows, generator=generator) * torch.where(few, between(1.0, 1e6), 1.0)
+    return replace(
+        states,
+        name=f"drawn {seed}",
+        hidden=sizes * (states.hidden + shared),
+        upstream=upstream,
+    )
+
+
 def _random(rows: int, vocab: int, generator: torch.Generator, scale: float) -> States:
     """Logits of that standard deviation, from 64 hidden entries."""
     hidden = torch.randn(rows, 64, generator=generator)

@@ -115,6 +115,7 @@ def test_programs_in_turn_know_nothing_of_each_others_calls() -> None:
 
 def small_errors(**changes: Any) -> dict[str, Any]:
     given = {"states": ("certain", "unequal rows"), "tolerances": (1e-2, 2e-3), "studied": ()}
+    given["drawn"] = 0
     question = replace(compact_errors.QUESTION, **{**given, **changes})
     return question.ask(sweep.Options(threads=1))
 
@@ -151,7 +152,7 @@ def test_slabs_and_directions_are_of_one_tolerance(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(compact_errors, "SLABS", (32, 128))
     monkeypatch.setattr(compact_errors, "DIRECTIONS", (0, 16, 64))
     answer = small_errors(states=("unequal rows",), studied=("unequal rows",), tolerances=())
-    narrow, wide, *others = answer["rows"][1:]
+    narrow, wide, *others, own, alone = answer["rows"][1:]
     assert (narrow["slab"], wide["slab"]) == (32, 128) and narrow["kept"] < wide["kept"]
     assert compact_errors.growth(answer, "unequal rows") > 0
     # the same columns are kept: what is left out is less with more directions, and nothing with all
@@ -159,6 +160,26 @@ def test_slabs_and_directions_are_of_one_tolerance(monkeypatch: pytest.MonkeyPat
     off = [row["errors"]["hidden"] for row in others]
     assert off[0] > off[1] > 100 * off[2]
     assert any("16 take" in line for line in compact_errors.remarks(answer))
+    # with nothing in the place of what is left out, there is far more of it
+    assert own["kept"] == alone["kept"] == others[0]["kept"]
+    assert alone["errors"]["weight"] > 1.5 * own["errors"]["weight"]
+    assert any("columns alone are off by" in line for line in compact_errors.remarks(answer))
+
+
+def test_random_problems_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compact_errors, "DRAWN_TOLERANCES", (1e-2, 1e-3))
+    answer = small_errors(states=(), drawn=4)
+    loose, tight = answer["rows"]
+    assert loose["calls"] == tight["calls"] == 8 and loose["missed"] == tight["missed"] == 0
+    assert 0.01 < loose["worst"] < 1
+    assert compact_errors.table(answer)[1] == []
+    said = compact_errors.remarks(answer)
+    assert sum("8 gradients of random problems" in line for line in said) == 2
+    # an estimate that says nothing is found out
+    monkeypatch.setattr(tolerance.Record, "note", lambda *args: True)
+    monkeypatch.setattr(tolerance.Record, "allowed", lambda *args: 1e6)
+    loose, tight = small_errors(states=(), drawn=4)["rows"]
+    assert loose["missed"] and loose["worst"] > 1
 
 
 def test_a_first_call_aims_by_guesses_and_the_last_by_what_was_seen() -> None:
