@@ -8,6 +8,7 @@ import copy
 import functools
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -392,21 +393,46 @@ def scored(hidden: Tensor, weight: Tensor, labels: Tensor, within: float) -> Ten
 
 
 @pytest.mark.compiled
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("call", [preferred, scored])
-def test_in_a_graph_gradients_are_exact_and_one_warning_says_so(
-    call: Any, taken: list[float]
-) -> None:
+def test_in_a_graph_gradients_are_within_it(call: Any, frozen: bool, taken: list[float]) -> None:
     torch._dynamo.reset()
     hidden, weight, labels = confident()
-    compiled = torch.compile(call, backend="eager", fullgraph=True)
-    exact = torch.autograd.grad(compiled(hidden, weight, labels, 0.0), (hidden, weight))
-    with pytest.warns(UserWarning, match=r"^gradient_tolerance: inside torch\.compile") as told:
-        for _ in range(2):
-            found = torch.autograd.grad(compiled(hidden, weight, labels, WITHIN), (hidden, weight))
-            assert all(map(torch.equal, found, exact))
-    assert len(told) == 1 and not taken
+    weight.requires_grad_(not frozen)
+    leaves = (hidden,) if frozen else (hidden, weight)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    loss = compiled(hidden, weight, labels, 0.0)
+    exact = torch.autograd.grad(loss, leaves)
+    assert not taken
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for step in range(1, 3):
+            within = compiled(hidden, weight, labels, WITHIN)
+            assert torch.equal(within, loss)
+            found = torch.autograd.grad(within, leaves)
+            assert taken == [WITHIN] * step
+            for got, true in zip(found, exact, strict=True):
+                assert 1e-5 < relative(got, true) < WITHIN
+                assert relative(0.9 * got, true) > WITHIN
     with torch.no_grad():
         torch.compile(call, backend="eager", fullgraph=True)(hidden, weight, labels, WITHIN)
+    assert len(taken) == 2
+    torch._dynamo.reset()
+
+
+@pytest.mark.compiled
+def test_in_a_graph_a_gradient_through_the_entropy_is_exact(taken: list[float]) -> None:
+    torch._dynamo.reset()
+    hidden, weight, labels = confident()
+
+    def both(within: float) -> Tensor:
+        options: dict[str, Any] = {"stats": ("logprob", "entropy"), "gradient_tolerance": within}
+        stats = linear_token_stats(hidden, weight, labels, **options)
+        return stats.logprob.sum() + stats.entropy.sum()
+
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    exact, found = (torch.autograd.grad(compiled(w), (hidden, weight)) for w in (0.0, WITHIN))
+    assert all(map(torch.equal, found, exact)) and not taken
     torch._dynamo.reset()
 
 
@@ -420,8 +446,7 @@ def test_in_a_graph_there_are_no_metrics_of_it_and_a_wrong_one_is_refused() -> N
         return preference_loss(SimPO(), *states, gradient_tolerance=within).metrics
 
     compiled = torch.compile(metrics, backend="eager")
-    with pytest.warns(UserWarning, match=r"^gradient_tolerance: inside torch\.compile"):
-        assert not shown(compiled(WITHIN))
+    assert not shown(compiled(WITHIN))
     with pytest.raises(Exception, match="gradient_tolerance: expected"):
         compiled(2.0)
     torch._dynamo.reset()

@@ -88,7 +88,7 @@ ENGINE = (
     ("routes",),
     ("problem", "backend", "tile_choice"),
     ("planner",),
-    ("autograd", "compiled", "traced"),
+    ("autograd", "compiled"),
     ("batch",),
     ("score",),
 )

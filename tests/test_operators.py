@@ -61,6 +61,7 @@ def arguments(dtype: torch.dtype, backend: str, head: str, stats: str) -> tuple:
         2**20,
         backend,
         acc,
+        0.0,
         "hidden,weight" if bias is None else "hidden,weight,bias",
         stats,
     )

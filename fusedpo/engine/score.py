@@ -198,19 +198,13 @@ def score_in_graph(
 ) -> tuple[TokenStats, Tensor | None]:
     """score() while a graph is traced: one operator in the forward, and one in the backward.
 
-    Every position is a row then, and the plan is made when the graph runs. Gradients are exact,
-    whatever the tolerance: the sums that choose columns are of a size that the plan decides.
+    Every position is a row then, and the plan is made when the graph runs.
 
     Raises:
         TypeError: for a Plan as memory_budget.
     """
     if isinstance(memory_budget, Plan):
         raise checks.bad_type("memory_budget", "a number or a text inside torch.compile", "a Plan")
-    if batch.tolerance and batch.needs:
-        # only here: the decorator in it imports all of the compiler, for a second
-        from fusedpo.engine.traced import warn_of_exact_gradients
-
-        warn_of_exact_gradients()
     hidden, head, rows, temperature = batch.hidden, batch.head, batch.rows, batch.temperature
     assert rows.scored is not None, "a traced call has every position for a row"
     row_scale, scale = None, 1.0
@@ -231,6 +225,7 @@ def score_in_graph(
         None if memory_budget is None else parse_budget(memory_budget),
         batch.backend,
         batch.operand,
+        batch.tolerance,
         ",".join(batch.needs),
         ",".join(stats),
     )
