@@ -50,8 +50,8 @@ from fusedpo.engine.plan import Plan
 from fusedpo.functional import LossOutput, linear_logprobs, policy_loss, preference_loss
 from fusedpo.head import Head
 from fusedpo.labels import IGNORE_INDEX
-from fusedpo.losses.base import GradientStructure, Input, Scores, Tail, flag, hyperparameter, one_of
-from fusedpo.losses.modifiers import Modifier
+from fusedpo.losses.base import Input, Scores, Tail, one_of
+from fusedpo.losses.modifiers import Modifier, PerToken
 from fusedpo.model_head import check_options, mean_logits
 
 __all__ = [
@@ -140,8 +140,11 @@ class _Preference(_Fused):
             options |= _of_states("ref_input", *reference)
         elif formula.needs_reference:
             options["ref_logprobs"] = torch.zeros(target.shape[0], device=target.device)
-        shaped = _Shaped(formula, average=self.average_log_prob, added_nll=added_nll)
-        return preference_loss(shaped, hidden, head, target, **options)
+        if added_nll:
+            formula = formula + added_nll * losses.SFT()
+        if self.average_log_prob:
+            formula = PerToken(formula)
+        return preference_loss(_Logged(formula), hidden, head, target, **options)
 
 
 class _Paired(_Preference):
@@ -583,46 +586,18 @@ class LigerFusedLinearGRPOLoss(_Fused):
 
 
 @dataclass(frozen=True)
-class _Shaped(Modifier):
-    """A loss as Liger has it: of averages if it is told to, and with metrics of each response."""
-
-    average: bool = hyperparameter(False, "means over tokens rather than sums, in any loss", flag)
-    added_nll: float = hyperparameter(0.0, "weight of an added cross-entropy", checks.number)
-
-    @property
-    def nll_weight(self) -> float:
-        return self.base.nll_weight + self.added_nll
-
-    @property
-    def formula_structure(self) -> GradientStructure:
-        structure = self.base.formula_structure
-        of_means = self.average and structure.unit == "margin"
-        return replace(structure, unit="mean_margin") if of_means else structure
+class _Logged(Modifier):
+    """A loss whose logged log-probabilities and rewards are [P], one a response, not means."""
 
     @property
     def tail(self) -> Tail | None:
-        own = self.base.tail
-        return replace(own, aggregate="mean") if own is not None and self.average else own
-
-    def per_example(self, *responses: Any, **inputs: Any) -> Tensor:
-        return self.base.per_example(*map(self._seen, responses), **inputs)
-
-    def of_response(self, role: str, s: Scores, **inputs: Any) -> Tensor:
-        return self.base.of_response(role, self._seen(s), **inputs)
+        return self.base.tail
 
     def metrics(self, *responses: Any, **inputs: Any) -> dict[str, Tensor]:
-        """The base's, but logps/ and rewards/ of each role are [P], one a response."""
-        seen = [self._seen(s) for s in responses]
-        values = self.base.metrics(*seen, **inputs)
-        for role, s in zip(self.roles, seen, strict=True):
+        values = self.base.metrics(*responses, **inputs)
+        for role, s in zip(self.roles, responses, strict=True):
             values |= {f"logps/{role}": self.logged_logp(s), f"rewards/{role}": self.reward(s)}
         return values
-
-    def _seen(self, s: Scores) -> Scores:
-        if not self.average:
-            return s
-        behind = None if s.ref_logp is None else s.ref_logp / s.length
-        return Scores(s.mean, torch.ones_like(s.length), behind, s.confidence)
 
 
 @dataclass(frozen=True)

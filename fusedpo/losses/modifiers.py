@@ -1,4 +1,4 @@
-"""What changes another preference loss: f-divergences, WPO's weights, length desensitization."""
+"""What changes another preference loss: f-divergences, WPO's weights, lengths."""
 
 from __future__ import annotations
 
@@ -44,14 +44,11 @@ def _one_by_one(name: str, loss: PreferenceLoss) -> None:
     "nll_weight",
     "formula_structure",
     "is_square",
-    "per_example",
-    "of_response",
     "weights_tokens",
     "token_weight",
     "uses_states",
     "of_states",
     "reward",
-    "alignment_reward",
     "logged_logp",
     "metrics",
 )
@@ -65,6 +62,22 @@ class Modifier(PreferenceLoss):
     def tail(self) -> Tail | None:
         """None: what changes the loss is not in its tail."""
         return None
+
+    def seen(self, s: Scores) -> Scores:
+        """What the base's formula sees of a response."""
+        return s
+
+    def per_example(self, *responses: Any, **inputs: Any) -> Tensor:
+        """[P], the base's loss of what it sees."""
+        return self.base.per_example(*map(self.seen, responses), **inputs)
+
+    def of_response(self, role: str, s: Scores, **inputs: Any) -> Tensor:
+        """[P], likewise of one response."""
+        return self.base.of_response(role, self.seen(s), **inputs)
+
+    def alignment_reward(self, s: Scores) -> Tensor:
+        """[P], likewise the reward that a loss on two contexts compares."""
+        return self.base.alignment_reward(self.seen(s))
 
 
 @dataclass(frozen=True)
@@ -115,23 +128,10 @@ class FDivergence(Modifier):
     def _is_plain(self) -> bool:
         return self.divergence == "reverse_kl"
 
-    def per_example(self, *responses: Any, **inputs: Any) -> Tensor:
-        """[P], the base's loss at the transformed log-ratios."""
+    def seen(self, s: Scores) -> Scores:
+        """The transformed log-ratios."""
         if self._is_plain:
-            return self.base.per_example(*responses, **inputs)
-        return self.base.per_example(*(self._transformed(s) for s in responses), **inputs)
-
-    def of_response(self, role: str, s: Scores, **inputs: Any) -> Tensor:
-        """[P], likewise of one response."""
-        if self._is_plain:
-            return self.base.of_response(role, s, **inputs)
-        return self.base.of_response(role, self._transformed(s), **inputs)
-
-    def alignment_reward(self, s: Scores) -> Tensor:
-        """[P], the base's at the transformed log-ratio."""
-        return self.base.alignment_reward(s if self._is_plain else self._transformed(s))
-
-    def _transformed(self, s: Scores) -> Scores:
+            return s
         return replace(s, logp=self._score(s.ratio), ref_logp=torch.zeros_like(s.logp))
 
     def _score(self, a: Tensor) -> Tensor:
@@ -198,3 +198,31 @@ class LengthDesensitized(Modifier):
     def token_weight(self, position: Tensor, shortest: Tensor) -> Tensor:
         weight = pick(position < shortest, 1.0, self.alpha)
         return weight * self.base.token_weight(position, shortest)
+
+
+@dataclass(frozen=True)
+class PerToken(Modifier):
+    """Means over tokens in place of sums, of policy and reference, in any loss; logged ones too."""
+
+    @property
+    def formula_structure(self) -> GradientStructure:
+        structure = self.base.formula_structure
+        return replace(structure, unit="mean_margin") if structure.unit == "margin" else structure
+
+    @property
+    def tail(self) -> Tail | None:
+        own = self.base.tail
+        return None if own is None else replace(own, aggregate="mean")
+
+    def seen(self, s: Scores) -> Scores:
+        behind = None if s.ref_logp is None else s.ref_logp / s.length
+        return replace(s, logp=s.mean, length=torch.ones_like(s.length), ref_logp=behind)
+
+    def reward(self, s: Scores) -> Tensor:
+        return self.base.reward(self.seen(s))
+
+    def logged_logp(self, s: Scores) -> Tensor:
+        return self.base.logged_logp(self.seen(s))
+
+    def metrics(self, *responses: Any, **inputs: Any) -> dict[str, Tensor]:
+        return self.base.metrics(*map(self.seen, responses), **inputs)

@@ -11,7 +11,7 @@ from fusedpo import liger, losses
 from fusedpo.engine.structure import GradientStructure
 from fusedpo.losses import DPO, IPO, Loss, Mixture, PolicyLoss, PreferenceLoss, ShortToLong
 from fusedpo.losses.forwarding import forwards, interface
-from fusedpo.losses.modifiers import Modifier
+from fusedpo.losses.modifiers import Modifier, PerToken
 
 
 def below(cls: type) -> Iterator[type]:
@@ -33,7 +33,7 @@ def left_at_its_default(cls: type) -> set[str]:
 
 
 def test_there_are_composites() -> None:
-    assert {Modifier, Mixture, ShortToLong, liger._Shaped, losses.WPO} <= set(COMPOSITES)
+    assert {Modifier, Mixture, PerToken, ShortToLong, liger._Logged, losses.WPO} <= set(COMPOSITES)
 
 
 @every_composite

@@ -777,7 +777,7 @@ _LOSSES = (
             "desensitized once",
         ),
         (
-            "self.base.alignment_reward(s if self._is_plain else self._transformed(s))",
+            "self.base.alignment_reward(self.seen(s))",
             "self.base.alignment_reward(s)",
             "rewards of another divergence are aligned",
         ),
@@ -1250,6 +1250,15 @@ _CORE = (
         ),
     ),
     *_in(
+        "fusedpo/losses/modifiers.py",
+        "test_liger_shaped.py",
+        (
+            "None if s.ref_logp is None else s.ref_logp / s.length",
+            "s.ref_logp",
+            "a sum beside means",
+        ),
+    ),
+    *_in(
         "fusedpo/liger.py",
         "test_liger_shaped.py",
         {
@@ -1258,11 +1267,6 @@ _CORE = (
             "breaks": "alpha ignored",
             "equivalent": "other labels of the cross-entropy are ORPO's alone, whose alpha is 1",
         },
-        (
-            "None if s.ref_logp is None else s.ref_logp / s.length",
-            "s.ref_logp",
-            "a sum beside means",
-        ),
         ("ids.clamp(min=-1)", "ids", "a wrong id is ignored"),
         (
             'if kl is not None and self.loss_type == "kto":',
