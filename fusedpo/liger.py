@@ -5,40 +5,37 @@
 
 Constructor keywords with their defaults and order, the order of a call, what is returned and what
 it means are Liger's; so are sums where this library has means, and a cross-entropy that ORPO, CPO
-and SimPO add unless told not to. Added, as keywords only, are loss types of TRL's trainers and the
+and SimPO add unless told not to. Added are loss types of TRL's trainers and, as keywords only, the
 last five of the options that all or many classes have:
 
-    ignore_index        label of the positions to leave out
-    compute_nll_loss    whether alpha times the cross-entropy of the chosen responses is added
-    label_smoothing     probability that a preference is recorded the wrong way round
-    use_ref_model       whether there is a reference; without, its log-probabilities are 0
-    average_log_prob    means over tokens instead of sums, of policy and reference, in any loss
-    compiled            no effect, as of chunk_size: the memory budget says how a batch is cut
-    softcap             bound of the logits, softcap tanh(z / softcap), or None
-    logit_scale         factor of the logits, after softcap; both hold for the reference too
-    memory_budget       bytes, or a text such as "512MiB", that a call may hold; else by the device
-    backend             "auto", "torch" or "triton"
-    gradient_tolerance  relative error that a gradient may have, as of ``linear_logprobs``; 0: none
+    ignore_index             label of the positions to leave out
+    beta                     strength of the pull towards the reference; without one, scale of
+                             log-probabilities; weight of ORPO's odds ratio, of GRPO's divergence
+    compute_nll_loss, alpha  whether the chosen responses' cross-entropy is added, and times what
+    label_smoothing          probability that a preference is recorded the wrong way round
+    use_ref_model            whether there is a reference; without, its log-probabilities are 0
+    average_log_prob         means over tokens, not sums, of policy and reference, in any loss
+    compiled, chunk_size     no effect: the memory budget says how a batch is cut
+    softcap                  bound of the logits, softcap tanh(z / softcap), or None
+    logit_scale              factor of the logits, after softcap; both hold for the reference too
+    memory_budget            bytes, or a text such as "512MiB", of a call; else by the device
+    backend                  "auto", "torch" or "triton"
+    gradient_tolerance       relative error a gradient may have, as of ``linear_logprobs``; 0: none
 
 A wrong option raises a TypeError or ValueError that names it when the module is made, a wrong
 argument before any work; there ``_input``, ``lin_weight`` and ``target`` may be called hidden,
 weight and labels. Calls return the loss (a scalar in fp32; fp64 for fp64 inputs), which alone is
 differentiable, and a tuple of what to log; logits there are those of ignored positions, too.
 
-Liger's mistakes are not repeated. A response without a token to score is refused in the preference
-losses (there: NaN for averages). KTO's ``kl`` may be one number a response (there only with all in
-one chunk). "luspo" is a response's length times the mean over its tokens (there over the padding,
-too, unless beta is 0 and ratios are of whole responses). Importance weights of tokens are refused
-where the ratio is one of a whole response (there they enter sums over padding). Hyperparameters are
-checked as ``fusedpo.losses`` checks them.
+Liger's mistakes are not repeated: a response without a token to score is refused in the preference
+losses (there: NaN for averages); KTO's ``kl`` may be one number a response (there only with all in
+one chunk); neither "luspo", a response's length times the mean over its tokens, nor importance
+weights enter sums over padding; those of tokens are refused where ratios are of whole responses.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, replace
-from types import MappingProxyType
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -46,12 +43,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedpo import checks, losses
+from fusedpo.distributed import global_count
 from fusedpo.engine.plan import Plan
 from fusedpo.functional import LossOutput, linear_logprobs, policy_loss, preference_loss
 from fusedpo.head import Head
 from fusedpo.labels import IGNORE_INDEX
-from fusedpo.losses.base import Input, Scores, Tail, one_of
-from fusedpo.losses.modifiers import Modifier, PerToken
+from fusedpo.losses.base import one_of
+from fusedpo.losses.modifiers import ByResponse, ComparedWith, PerToken
 from fusedpo.model_head import check_options, mean_logits
 
 __all__ = [
@@ -64,7 +62,8 @@ __all__ = [
 ]
 
 Returned = tuple[Tensor, tuple[Tensor, ...]]
-Reference = tuple[Tensor | None, Tensor | None, Tensor | None]
+States = tuple[Tensor | None, Tensor | None, Tensor | None]
+NO_STATES: States = (None, None, None)
 
 _DPO = (
     *("sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
@@ -76,7 +75,7 @@ _CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # whose ratios may be o
 _GRPO = (*_CLIPPED, "cispo", "sapo", "vespo")
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class _Fused(torch.nn.Module):
     """Options that are attributes, as in Liger, which may be changed."""
 
@@ -85,6 +84,8 @@ class _Fused(torch.nn.Module):
     memory_budget: int | float | str | None = None
     backend: str = "auto"
     gradient_tolerance: float = 0.0
+
+    ignore_index = IGNORE_INDEX
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -98,22 +99,17 @@ class _Fused(torch.nn.Module):
         """The loss, from the options as they are now; raises if they are wrong."""
         raise NotImplementedError
 
-    def extra_repr(self) -> str:
-        names = inspect.signature(type(self)).parameters
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-
     def _head(self, weight: Tensor, bias: Tensor | None) -> Head:
         return Head(weight, bias, self.softcap, self.logit_scale)
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {n: getattr(self, n) for n in ("memory_budget", "backend", "gradient_tolerance")}
+        """What every call is given."""
+        names = ("ignore_index", "memory_budget", "backend", "gradient_tolerance")
+        return {name: getattr(self, name) for name in names}
 
-    def _mean_logits(self, hidden: Tensor, head: Head) -> Tensor:
-        return mean_logits(hidden, head, memory_budget=self.memory_budget, backend=self.backend)
 
-
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False)
 class _Preference(_Fused):
     """Modules of preference losses."""
 
@@ -124,27 +120,24 @@ class _Preference(_Fused):
     average_log_prob = False
 
     def _call(
-        self,
-        hidden: Tensor,
-        head: Head,
-        target: Tensor,
-        reference: Reference = (None, None, None),
-        added_nll: float = 0.0,
-        **inputs: Tensor,
+        self, hidden: Tensor, head: Head, target: Tensor, states: States, nll: float, **inputs: Any
     ) -> LossOutput:
         """The loss, with metrics of each response."""
-        formula = self._formula()
+        formula, options = self._formula(), {**self._options, **inputs}
         assert isinstance(formula, losses.PreferenceLoss), "its subclasses have no other"
-        options: dict[str, Any] = {"ignore_index": self.ignore_index, **self._options, **inputs}
         if formula.needs_reference and self.use_ref_model:
-            options |= _of_states("ref_input", *reference)
+            options |= _of_states("ref_input", *states)
         elif formula.needs_reference:
             options["ref_logprobs"] = torch.zeros(target.shape[0], device=target.device)
-        if added_nll:
-            formula = formula + added_nll * losses.SFT()
+        if nll:
+            formula = formula + nll * losses.SFT()
         if self.average_log_prob:
             formula = PerToken(formula)
-        return preference_loss(_Logged(formula), hidden, head, target, **options)
+        return preference_loss(ByResponse(formula), hidden, head, target, **options)
+
+    def _mean_logits(self, hidden: Tensor, head: Head) -> Tensor:
+        budget, backend = self.memory_budget, self.backend
+        return mean_logits(hidden, head, memory_budget=budget, backend=backend).double()
 
 
 class _Paired(_Preference):
@@ -169,54 +162,41 @@ class _Paired(_Preference):
             rejected_logits_mean, nll_loss (0 if it is not computed), chosen_rewards [P],
             rejected_rewards [P]. SimPO's and ORPO's logps and rewards are per token.
         """
-        return self._of_pairs(lin_weight, _input, target, bias)
+        return self._of_pairs(_input, self._head(lin_weight, bias), target, NO_STATES)
 
     def _of_pairs(
-        self,
-        weight: Tensor,
-        hidden: Tensor,
-        target: Tensor,
-        bias: Tensor | None,
-        reference: Reference = (None, None, None),
-        nll_target: Tensor | None = None,
+        self, hidden: Tensor, head: Head, target: Tensor, states: States, nll_target: Any = None
     ) -> Returned:
         _check_rows(hidden, target, "target")
         if nll_target is not None:
             checks.shaped("nll_target", nll_target, target.shape, "the shape of target")
-        head, pairs = self._head(weight, bias), target.shape[0] // 2
+        pairs = target.shape[0] // 2
         # the cross-entropy of other positions than target's is another call
         in_one_call = self.compute_nll_loss and nll_target is None
-        out = self._call(hidden, head, target, reference, self.alpha if in_one_call else 0.0)
+        out = self._call(hidden, head, target, states, self.alpha if in_one_call else 0.0)
         loss, nll = out.loss, torch.zeros_like(out.loss)
         if self.compute_nll_loss:
             labels, logprobs = target[:pairs], out.logprobs[:pairs]
             if nll_target is not None:
-                labels, options = nll_target[:pairs], self._options
-                options["ignore_index"] = self.ignore_index
-                logprobs = linear_logprobs(hidden[:pairs], head, labels, **options)
+                labels = nll_target[:pairs]
+                logprobs = linear_logprobs(hidden[:pairs], head, labels, **self._options)
             nll = (-logprobs.double().sum() / (labels != self.ignore_index).sum()).to(loss.dtype)
             if not in_one_call:
                 loss = loss + self.alpha * nll
-        logits = self._mean_logits(hidden, head).double().chunk(2)
-        return loss, (
-            *(out.metrics[name] for name in ("logps/chosen", "logps/rejected")),
-            *(half.mean().to(loss.dtype) for half in logits),
-            nll.detach(),
-            *(out.metrics[n] for n in ("rewards/chosen", "rewards/rejected", *self._also_logged)),
-        )
+        logits = (half.mean().to(loss.dtype) for half in self._mean_logits(hidden, head).chunk(2))
+        logps = (out.metrics[name] for name in ("logps/chosen", "logps/rejected"))
+        names = ("rewards/chosen", "rewards/rejected", *self._also_logged)
+        return loss, (*logps, *logits, nll.detach(), *(out.metrics[name] for name in names))
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False)
 class LigerFusedLinearDPOLoss(_Paired):
     """Liger's DPO: a loss of pairs with a reference.
 
     Args:
-        beta: strength of the pull towards the reference.
-        loss_type: Liger's, or TRL's "ipo", "aot", "aot_unpaired", "sft" or "sigmoid_norm".
-        label_smoothing: of "exo_pair" (to be above 0), "robust", "aot" and "aot_unpaired".
+        loss_type: Liger's, or TRL's "ipo", "aot", "aot_unpaired", "sft" or "sigmoid_norm". Labels
+            are smoothed in "exo_pair" (where they have to be), "robust", "aot" and "aot_unpaired".
         discopop_tau: temperature of "discopop".
-        ignore_index, alpha, compute_nll_loss, compiled, use_ref_model, average_log_prob, softcap,
-            chunk_size, logit_scale, memory_budget, backend, gradient_tolerance: see the module.
     """
 
     alpha: float = 1.0
@@ -254,22 +234,20 @@ class LigerFusedLinearDPOLoss(_Paired):
             ref_input: [B, T, H'], the reference's. Not differentiated.
             ref_weight, ref_bias: its head; the policy's own, bias included, if neither is given.
         """
-        return self._of_pairs(lin_weight, _input, target, bias, (ref_input, ref_weight, ref_bias))
+        states = (ref_input, ref_weight, ref_bias)
+        return self._of_pairs(_input, self._head(lin_weight, bias), target, states)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False)
 class LigerFusedLinearCPOLoss(_Paired):
     """Liger's CPO: a loss of pairs without a reference, plus a cross-entropy.
 
     Args:
-        beta: scale of the log-probabilities.
-        label_smoothing: see the module; under "hinge" and "ipo" 0.
         loss_type: Liger's "sigmoid", or TRL's "hinge" or, of means over tokens, as are then the
             logps and rewards, "ipo", "simpo" or "alphapo" (in TRL with compute_nll_loss=False).
+            Labels cannot be smoothed in "hinge" and "ipo".
         simpo_gamma: target margin of "simpo" and "alphapo", absolute.
         alphapo_alpha: shape of the reward of "alphapo"; 0 is "simpo".
-        ignore_index, alpha, compiled, average_log_prob, chunk_size, softcap, logit_scale,
-            memory_budget, backend, gradient_tolerance: see the module.
     """
 
     alpha: float = 1.0
@@ -293,15 +271,12 @@ class LigerFusedLinearCPOLoss(_Paired):
         return losses.CPO(nll_weight=0.0, link=kind, **shared)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False)
 class LigerFusedLinearSimPOLoss(_Paired):
     """Liger's SimPO: means over tokens with a target margin, plus a cross-entropy.
 
     Args:
-        beta: scale of the log-probabilities per token.
         gamma: target margin, absolute.
-        ignore_index, alpha, label_smoothing, compute_nll_loss, compiled, chunk_size, softcap,
-            logit_scale, memory_budget, backend, gradient_tolerance: see the module.
     """
 
     alpha: float = 1.0
@@ -315,15 +290,9 @@ class LigerFusedLinearSimPOLoss(_Paired):
         return losses.SimPO(self.beta, self.gamma, self.label_smoothing)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False)
 class LigerFusedLinearORPOLoss(_Paired):
-    """Liger's ORPO: an odds ratio of means over tokens, plus a cross-entropy.
-
-    Args:
-        beta: weight of the odds-ratio term.
-        ignore_index, compute_nll_loss, compiled, chunk_size, softcap, logit_scale, memory_budget,
-            backend, gradient_tolerance: see the module.
-    """
+    """Liger's ORPO: an odds ratio of means over tokens, plus a cross-entropy."""
 
     compute_nll_loss: bool = True
     compiled: bool = True
@@ -349,18 +318,16 @@ class LigerFusedLinearORPOLoss(_Paired):
             nll_target: [B, T], labels of the cross-entropy if it is to be of other positions than
                 target, such as the prompts' too. It costs another pass over the chosen rows.
         """
-        return self._of_pairs(lin_weight, _input, target, bias, nll_target=nll_target)
+        head = self._head(lin_weight, bias)
+        return self._of_pairs(_input, head, target, NO_STATES, nll_target)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False)
 class LigerFusedLinearKTOLoss(_Preference):
     """Liger's KTO: single responses that are desirable or not.
 
     Args:
-        beta: strength of the pull towards the reference.
         loss_type: Liger's "kto", or TRL's "apo_zero_unpaired", for which ``kl`` plays no part.
-        ignore_index, compiled, use_ref_model, average_log_prob, chunk_size, softcap, logit_scale,
-            memory_budget, backend, gradient_tolerance: see the module.
     """
 
     compiled: bool = True
@@ -372,7 +339,7 @@ class LigerFusedLinearKTOLoss(_Preference):
 
     def _formula(self) -> losses.Loss:
         one_of("kto", "apo_zero_unpaired")("loss_type", self.loss_type)
-        return _GivenKTO(self.beta, variant="apo_zero")
+        return ComparedWith(losses.KTO(self.beta, variant="apo_zero"))
 
     def forward(
         self,
@@ -386,18 +353,16 @@ class LigerFusedLinearKTOLoss(_Preference):
         ref_bias: Tensor | None = None,
         kl: Tensor | None = None,
     ) -> Returned:
-        """The loss, a mean over all responses, and sums to log.
+        """As LigerFusedLinearDPOLoss, for any B: the loss, a mean over responses, and what to log.
 
         Args:
-            _input, lin_weight, ..., ref_bias: as of LigerFusedLinearDPOLoss, for any B.
             preference_labels: [B], whether a response is desirable: bool, or 1 and 0. Not optional.
             kl: what log-ratios are compared with, a scalar, [1] or [B], which may be below 0; 0 if
                 not given. Not differentiated.
 
         Returns:
-            The loss, and sums over desirable and other responses: chosen_logps_sum,
-            rejected_logps_sum, chosen_logits_sum, rejected_logits_sum, chosen_rewards_sum,
-            rejected_rewards_sum.
+            The loss, and chosen_logps_sum, rejected_logps_sum, chosen_logits_sum,
+            rejected_logits_sum, chosen_rewards_sum, rejected_rewards_sum, chosen being desirable.
         """
         _check_rows(_input, target, "target")
         labels = checks.is_tensor("preference_labels", preference_labels)
@@ -406,10 +371,10 @@ class LigerFusedLinearKTOLoss(_Preference):
         if kl is not None and self.loss_type == "kto":
             if checks.is_tensor("kl", kl).numel() != 1:
                 checks.shaped("kl", kl, target.shape[:1], "one number, or one a response")
-            inputs["kl"] = kl.reshape(-1).expand(target.shape[0])
-        head, reference = self._head(lin_weight, bias), (ref_input, ref_weight, ref_bias)
-        out = self._call(_input, head, target, reference, **inputs)
-        logits = self._mean_logits(_input, head).double().sum(1) * lin_weight.shape[0]
+            inputs["z0"] = kl.reshape(-1).expand(target.shape[0])
+        head, states = self._head(lin_weight, bias), (ref_input, ref_weight, ref_bias)
+        out = self._call(_input, head, target, states, 0.0, **inputs)
+        logits = self._mean_logits(_input, head).sum(1) * lin_weight.shape[0]
         return out.loss, tuple(
             torch.where(which, values, 0).sum().to(out.loss.dtype)
             for values in (out.metrics["logps/response"], logits, out.metrics["rewards/response"])
@@ -417,12 +382,11 @@ class LigerFusedLinearKTOLoss(_Preference):
         )
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False)
 class LigerFusedLinearGRPOLoss(_Fused):
     """Liger's GRPO: a policy-gradient loss of sampled responses.
 
     Args:
-        beta: weight of the KL divergence from the reference, if there is one.
         epsilon_low, epsilon_high: how far below and above 1 a ratio counts; for "cispo"
             epsilon_high is the most that it counts.
         loss_type: "grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo" or "vespo".
@@ -434,8 +398,6 @@ class LigerFusedLinearGRPOLoss(_Fused):
         use_bias_correction_kl: whether the divergence is multiplied by the ratio.
         sapo_temperature_pos, sapo_temperature_neg: of "sapo".
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: of "vespo".
-        compiled, use_ref_model, chunk_size, softcap, logit_scale, memory_budget, backend,
-            gradient_tolerance: see the module.
     """
 
     beta: float = 0.04
@@ -459,14 +421,14 @@ class LigerFusedLinearGRPOLoss(_Fused):
 
     def _check_options(self) -> None:
         kind = one_of(*_GRPO)("loss_type", self.loss_type)
-        levels = ("token", "sequence") if kind in _CLIPPED else ("token",)
+        clipped = kind in _CLIPPED  # and only then of whole responses
+        levels = ("token", "sequence") if clipped else ("token",)
         one_of(*levels)(f"importance_sampling_level of {kind!r}", self.importance_sampling_level)
         if kind == "dr_grpo":
             checks.positive("max_completion_length", self.max_completion_length)
         for name in ("sapo_temperature_pos", "sapo_temperature_neg", "temperature"):
             checks.positive(name, getattr(self, name))
-        capped = self.delta is not None and checks.positive("delta", self.delta) <= 1.0
-        if capped and kind in _CLIPPED:
+        if self.delta is not None and checks.positive("delta", self.delta) <= 1 and clipped:
             raise checks.bad_value("delta", "a number above 1, or None", f"{self.delta:g}")
 
     def _formula(self) -> losses.PolicyLoss:
@@ -488,27 +450,24 @@ class LigerFusedLinearGRPOLoss(_Fused):
             above, below = (max(x, 1e-4) for x in (self.vespo_lambda_pos, self.vespo_lambda_neg))
             return losses.VESPO(lambda_pos=above, lambda_neg=below, **shared)
         shared |= {"epsilon_low": self.epsilon_low, "epsilon_high": self.epsilon_high}
-        shared["ratio_cap"] = self.delta
-        if kind == "grpo":
-            return losses.GSPO(**shared) if whole else losses.GRPO(**shared)
-        return losses.LUSPO(**shared) if whole else losses.DAPO(**shared)
+        averaged, summed = (losses.GSPO, losses.LUSPO) if whole else (losses.GRPO, losses.DAPO)
+        return (averaged if kind == "grpo" else summed)(ratio_cap=self.delta, **shared)
 
     def _denominator(self, mask: Tensor, num_items: Tensor | float | None) -> Tensor | float | None:
         """What the sum over all tokens is divided by; None: the mean that the formula is."""
         kind, responses = self.loss_type, mask.shape[0]
-        fixed = {"grpo": None, "sapo": None, "luspo": float(responses)}
-        fixed["dr_grpo"] = responses * float(self.max_completion_length or 0)
-        if kind in fixed:
-            return fixed[kind]
-        tokens = mask.sum().double()
-        if kind != "bnpo":
-            if num_items is not None:
-                tokens = torch.as_tensor(num_items, device=mask.device).detach().double()
-            if dist.is_available() and dist.is_initialized():
-                if num_items is None:
-                    dist.all_reduce(tokens)
-                tokens = tokens / dist.get_world_size()
-        return tokens.clamp(min=1.0)
+        if kind in ("grpo", "sapo"):
+            return None
+        if kind in ("luspo", "dr_grpo"):
+            length = self.max_completion_length if kind == "dr_grpo" else None
+            return float(responses * (length or 1))
+        tokens = mask.sum()
+        if kind != "bnpo" and num_items is None:
+            tokens = global_count(tokens)
+        elif kind != "bnpo":
+            ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+            tokens = torch.as_tensor(num_items, device=mask.device).detach().double() / ranks
+        return tokens.double().clamp(min=1.0)
 
     def forward(
         self,
@@ -526,10 +485,9 @@ class LigerFusedLinearGRPOLoss(_Fused):
         vllm_is_ratio: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
     ) -> Returned:
-        """The loss, and what to log.
+        """As LigerFusedLinearDPOLoss, for any B: the loss, and what to log.
 
         Args:
-            _input, lin_weight, bias, ref_input, ...: as of LigerFusedLinearDPOLoss, for any B.
             selected_token_ids, attention_mask: [B, T], what _input predicts; 1 if it counts, or 0.
             advantages: [B].
             ref_per_token_logps, old_per_token_logps: [B, T], under the reference, in place of
@@ -553,7 +511,9 @@ class LigerFusedLinearGRPOLoss(_Fused):
         checks.shaped("advantages", checks.floating("advantages", advantages), ids.shape[:1], "[B]")
         options = {"temperature": self.temperature, "advantages": advantages, **self._options}
         options["old_logprobs"] = old_per_token_logps
-        options["importance_weights"] = self._importance_weights(vllm_is_ratio, ids)
+        if vllm_is_ratio is not None:
+            whole = self.importance_sampling_level == "sequence" or self.loss_type == "vespo"
+            options["importance_weights"] = _importance_weights(vllm_is_ratio, ids.shape, whole)
         if loss.kl_weight and ref_per_token_logps is not None:
             options["ref_logprobs"] = ref_per_token_logps
         elif loss.kl_weight:
@@ -562,55 +522,13 @@ class LigerFusedLinearGRPOLoss(_Fused):
         counted = "num_tokens" if loss.aggregation == "token_mean" else "num_items"
         options[counted] = self._denominator(mask, num_items_in_batch)
         # an id that is the ignored label by chance is to be refused like any other wrong one
-        labels = ids.clamp(min=-1).masked_fill(~mask, IGNORE_INDEX)
+        labels = ids.clamp(min=-1).masked_fill(~mask, self.ignore_index)
         out = policy_loss(loss, _input, self._head(lin_weight, bias), labels, **options)
         zero = torch.zeros_like(out.loss)
         divergence = (out.metrics.get("kl", zero),) if self.beta else ()
         names = ("clip_ratio/region_mean", "cispo_clip_ratio")
         clipped = next((out.metrics[name] for name in names if name in out.metrics), zero)
         return out.loss, (*divergence, clipped)
-
-    def _importance_weights(self, ratios: Tensor | None, ids: Tensor) -> Tensor | None:
-        """[B], or [B, T] where a ratio is one of a token."""
-        if ratios is None:
-            return None
-        rows, width = ids.shape
-        shapes, reason = [[rows], [rows, 1], [rows, width]], ""
-        if self.importance_sampling_level == "sequence" or self.loss_type == "vespo":
-            shapes, reason = shapes[:2], " of ratios of whole responses"
-        shape = [*checks.floating("vllm_is_ratio", ratios).shape]
-        if shape not in shapes:
-            expected = " or ".join(map(str, shapes)) + reason
-            raise checks.bad_value("vllm_is_ratio", expected, str(shape))
-        return ratios.reshape(-1) if shape == [rows, 1] else ratios
-
-
-@dataclass(frozen=True)
-class _Logged(Modifier):
-    """A loss whose logged log-probabilities and rewards are [P], one a response, not means."""
-
-    @property
-    def tail(self) -> Tail | None:
-        return self.base.tail
-
-    def metrics(self, *responses: Any, **inputs: Any) -> dict[str, Tensor]:
-        values = self.base.metrics(*responses, **inputs)
-        for role, s in zip(self.roles, responses, strict=True):
-            values |= {f"logps/{role}": self.logged_logp(s), f"rewards/{role}": self.reward(s)}
-        return values
-
-
-@dataclass(frozen=True)
-class _GivenKTO(losses.KTO):
-    """KTO whose z0 is what it is given, one number a response."""
-
-    @property
-    def inputs(self) -> Mapping[str, Input]:
-        z0 = Input("what the log-ratio is compared with", default=0.0)
-        return MappingProxyType({**super().inputs, "kl": z0})
-
-    def of_response(self, role: str, s: Scores, **inputs: Any) -> Tensor:
-        return super().of_response(role, replace(s, ref_logp=s.given_ref + inputs["kl"]), **inputs)
 
 
 def _check_rows(hidden: object, labels: object, name: str) -> None:
@@ -624,6 +542,19 @@ def _check_rows(hidden: object, labels: object, name: str) -> None:
 def _of_states(
     expected: str, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> dict[str, Any]:
+    """The arguments of a reference by its states, which have to be there."""
     if hidden is None:
         raise checks.bad_value("reference", expected, "None", "or make use_ref_model=False")
     return {"ref_hidden": hidden, "ref_weight": weight, "ref_bias": bias}
+
+
+def _importance_weights(ratios: object, shape: torch.Size, whole: bool) -> Tensor:
+    """[B], or [B, T] unless ratios are of whole responses."""
+    weights, rows = checks.floating("vllm_is_ratio", ratios), shape[0]
+    if weights.shape in ((rows,), (rows, 1)):
+        return weights.reshape(-1)
+    if whole or weights.shape != shape:
+        expected = f"[{rows}] or [{rows}, 1]" + " of ratios of whole responses" * whole
+        expected += f" or {list(shape)}" * (not whole)
+        raise checks.bad_value("vllm_is_ratio", expected, str(list(weights.shape)))
+    return weights

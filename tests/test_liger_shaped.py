@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -241,13 +242,22 @@ def test_attributes_are_liger_s(kind: str) -> None:
             assert getattr(mine, name) == getattr(peer, name)
 
 
+def documented(of: Any, pattern: str) -> list[str]:
+    """The options that a docstring describes."""
+    return [name for names in re.findall(pattern, of.__doc__) for name in names.split(", ")]
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 def test_every_class_is_exported_and_documented(kind: str) -> None:
     cls = getattr(liger, CLASSES[kind])
     assert cls.__name__ in liger.__all__ and cls.__doc__ and cls.forward.__doc__
     assert issubclass(cls, torch.nn.Module)
-    for name in inspect.signature(cls.__init__).parameters:
-        assert name == "self" or name in cls.__doc__
+    shared, own = (
+        documented(liger, r"(?m)^    ([\w, ]+\w)  +\S"),
+        documented(cls, r"(?m)^        (\S[\w, ]*): "),
+    )
+    for name in inspect.signature(cls).parameters:
+        assert (name in shared) != (name in own), f"{name}: by the class or the module, not both"
     assert "softcap=5.0" in repr(cls(softcap=5.0))
 
 
@@ -469,8 +479,8 @@ def test_the_processes_of_a_step_share_its_tokens(monkeypatch: pytest.MonkeyPatc
     alone = float(of_samples(module, rows)[0].detach())
     tokens = int(rows.mask.sum())
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.add_(2 * tokens))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 4)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t, group: t.add_(2 * tokens))
     together = float(of_samples(module, rows)[0].detach())
     assert together == pytest.approx(alone * 4 / 3, rel=1e-6)
     given = float(of_samples(module, rows, num_items_in_batch=8 * tokens)[0].detach())

@@ -18,7 +18,7 @@ EXCEPTIONS = {
     "fusedpo/doctor.py": 393,
     "fusedpo/engine/planner.py: plan()": 23,
     "fusedpo/footprint.py": 452,
-    "fusedpo/liger.py": 629,
+    "fusedpo/liger.py": 560,
     "fusedpo/liger.py: forward()": 14,
     "fusedpo/recipes/self_augmented.py": 1034,
     "fusedpo/recipes/semantic.py": 834,

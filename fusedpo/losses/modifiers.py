@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +17,7 @@ from fusedpo.losses.forwarding import forwards
 from fusedpo.losses.gates import MAP_LIMIT
 from fusedpo.losses.hyperparameters import hyperparameter, one_of
 from fusedpo.losses.links import Tail
-from fusedpo.losses.loss import pick
+from fusedpo.losses.loss import Input, pick
 from fusedpo.losses.mixture import Mixture
 from fusedpo.losses.preference import PreferenceLoss
 from fusedpo.losses.scores import Scores
@@ -226,3 +228,41 @@ class PerToken(Modifier):
 
     def metrics(self, *responses: Any, **inputs: Any) -> dict[str, Tensor]:
         return self.base.metrics(*map(self.seen, responses), **inputs)
+
+
+@dataclass(frozen=True)
+class ComparedWith(Modifier):
+    """A loss whose log-ratios are less a number of each example, its input ``z0``.
+
+    Not those that are logged.
+    """
+
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        z0 = Input("what the log-ratios are compared with", default=0.0)
+        return MappingProxyType({**self.base.inputs, "z0": z0})
+
+    def per_example(self, *responses: Any, z0: Any = 0.0, **inputs: Any) -> Tensor:
+        return self.base.per_example(*(_less(s, z0) for s in responses), **inputs)
+
+    def of_response(self, role: str, s: Scores, z0: Any = 0.0, **inputs: Any) -> Tensor:
+        return self.base.of_response(role, _less(s, z0), **inputs)
+
+
+def _less(s: Scores, z0: Tensor | float) -> Scores:
+    return replace(s, ref_logp=s.given_ref + z0)
+
+
+@dataclass(frozen=True)
+class ByResponse(Modifier):
+    """A loss whose logged log-probabilities and rewards are [P], one a response, not means."""
+
+    @property
+    def tail(self) -> Tail | None:
+        return self.base.tail
+
+    def metrics(self, *responses: Any, **inputs: Any) -> dict[str, Tensor]:
+        values = self.base.metrics(*responses, **inputs)
+        for role, s in zip(self.roles, responses, strict=True):
+            values |= {f"logps/{role}": self.logged_logp(s), f"rewards/{role}": self.reward(s)}
+        return values

@@ -7,11 +7,11 @@ from dataclasses import fields
 
 import pytest
 
-from fusedpo import liger, losses
+from fusedpo import losses
 from fusedpo.engine.structure import GradientStructure
 from fusedpo.losses import DPO, IPO, Loss, Mixture, PolicyLoss, PreferenceLoss, ShortToLong
 from fusedpo.losses.forwarding import forwards, interface
-from fusedpo.losses.modifiers import Modifier, PerToken
+from fusedpo.losses.modifiers import ByResponse, ComparedWith, Modifier, PerToken
 
 
 def below(cls: type) -> Iterator[type]:
@@ -33,7 +33,8 @@ def left_at_its_default(cls: type) -> set[str]:
 
 
 def test_there_are_composites() -> None:
-    assert {Modifier, Mixture, PerToken, ShortToLong, liger._Logged, losses.WPO} <= set(COMPOSITES)
+    named = {ByResponse, ComparedWith, Modifier, PerToken}
+    assert named | {Mixture, ShortToLong, losses.WPO} <= set(COMPOSITES)
 
 
 @every_composite
