@@ -1,4 +1,4 @@
-"""What an addition to the engine takes, shown by small diffs on a copy of the tree."""
+"""What an addition takes, shown by small diffs on a copy of the tree."""
 
 from __future__ import annotations
 
@@ -47,17 +47,46 @@ for grad in (False, True):
     assert not stats.margin.requires_grad and stats.logprob.requires_grad == grad
 """
 
+METHOD = """
+import json, math
+from pathlib import Path
+import tiny
+from fusedpo.losses import DPO
+from fusedpo.trainers.endings import Endings
+from fusedpo.trainers.job import TrainJob, run
+
+folder = Path("trained")
+tiny.save(folder / "model")
+rows = tiny.text_rows(16)
+for row in rows:
+    row.update(chosen=" cat" + row["chosen"], rejected=" cat" + row["rejected"])
+(folder / "pairs.jsonl").write_text("\\n".join(map(json.dumps, rows)))
+options = {"max_steps": 2, "batch_size": 4, "evaluations": 1, "cpu": True}
+found = []
+for method in (None, Endings()):
+    names = [str(folder / name) for name in ("model", "pairs.jsonl")]
+    job = TrainJob(*names, folder / str(method), DPO(), method=method, **options)
+    found.append(next(e for e in run(job)["log"][::-1] if "eval_loss" in e))
+whole, ends = found
+assert whole["eval_loss"] < math.log(2)
+# what both responses begin with cancels in the margin, and is left out of either sum
+assert math.isclose(whole["eval_rewards/margins"], ends["eval_rewards/margins"], rel_tol=1e-3)
+left = [ends[f"eval_logps/{k}"] - whole[f"eval_logps/{k}"] for k in ("chosen", "rejected")]
+assert min(left) > 1 and math.isclose(*left, rel_tol=1e-4)
+"""
+
 
 @pytest.mark.parametrize(
     ("name", "most", "program"),
-    [("route", 3, ROUTE), ("statistic", 4, STATISTIC)],
-    ids=["route", "statistic"],
+    [("route", 3, ROUTE), ("statistic", 4, STATISTIC), ("method", 1, METHOD)],
+    ids=["route", "statistic", "method"],
 )
 def test_an_addition_is_a_few_files(name: str, most: int, program: str, tmp_path: Path) -> None:
     diff = ROOT / "tests" / "additions" / f"{name}.diff"
     assert len(added(diff)) <= most
     tree = copy_with(diff, tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    path = os.pathsep.join(map(str, (tree, tree / "tests")))
+    environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tree, env=environment, capture_output=True, text=True
     )
