@@ -20,7 +20,7 @@ from losses.test_a_new_loss import shared_checks
 from losses.test_a_new_loss import (
     test_it_passes_what_every_loss_passes as passes_what_every_loss_passes,
 )
-from repository import ROOT
+from repository import ROOT, files
 from torch import Tensor
 
 import fusedpo
@@ -127,7 +127,10 @@ GUIDE = "docs/guide.md"
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", page(GUIDE), re.MULTILINE | re.DOTALL))
 DISTRIBUTED = "Distributed"
 LOSS_FILE = "Savage"
-PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *("README.md", "CONTRIBUTING.md", "SECURITY.md"),
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+]
 
 
 def tables(section: str, heading: str) -> list[list[str]]:
@@ -374,8 +377,8 @@ def test_every_metric_is_explained() -> None:
 
 
 COMMANDS = {"train", "losses", "plan", "run", "bench", "doctor"}
-# names that stand for others, and what has their options
-STAND_INS = {"NAME": "simpo", "savage": "dpo"}
+# a name that stands for others, and what has its options
+STAND_INS = {"NAME": "simpo"}
 
 
 def command_lines() -> list[str]:
@@ -416,13 +419,27 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("name", PAGES)
+MARKDOWN = [path.as_posix() for path in files() if path.suffix == ".md"]
+
+
+def links(text: str) -> list[str]:
+    """Targets of links and pictures, but for those in code."""
+    text = re.sub(r"^```.*?^```$|`[^`\n]+`", "", text, flags=re.M | re.S)
+    return re.findall(r"\]\(([^)\s]+)\)", text)
+
+
+@pytest.mark.parametrize("name", MARKDOWN)
 def test_links_lead_somewhere(name: str) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", page(name)):
+    for target in links(page(name)):
         if target.startswith("http"):
             continue
         file, _, anchor = target.partition("#")
-        path = (ROOT / name).parent / file if file else ROOT / name
-        assert path.exists(), target
+        path = ((ROOT / name).parent / file).resolve() if file else ROOT / name
+        assert path.exists() and path.is_relative_to(ROOT), target
         if anchor:
             assert anchor in anchors(path.read_text(encoding="utf-8")), target
+
+
+def test_every_page_is_looked_at() -> None:
+    assert {"CHANGELOG.md", *PAGES} < set(MARKDOWN)
+    assert links("[a `b`](c.md) `[d](e)` ![f](g.png)\n```\n[h](i)\n```\n") == ["c.md", "g.png"]
