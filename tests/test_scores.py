@@ -59,7 +59,10 @@ def test_a_formula_without_the_reference_it_compares_with_says_so(loss: Preferen
     side = Scores(torch.tensor([-3.0]), torch.tensor([2.0]))
     with pytest.raises(ValueError) as error:
         loss.per_example(side, side)
-    expected = "ref_logprobs: this loss compares with a reference, and none was given"
+    expected = (
+        "ref_logprobs: expected a reference, which this loss compares with, got none; pass "
+        "ref_logprobs, or ref_hidden and ref_weight"
+    )
     assert str(error.value) == expected
 
 

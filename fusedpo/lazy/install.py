@@ -70,7 +70,7 @@ class LazyHead:
         try:
             head = HeadModule.of_module(self.module)
         except UnsupportedHead as error:  # adapters that came later
-            warnings.warn(f"{error}; its logits are made", stacklevel=2)
+            warnings.warn(f"{error.reason}; its logits are made", stacklevel=2)
             return self.plain(hidden)
         if head.module is not self.module:  # its adapters are off: the layer below is called
             return self.plain(hidden)

@@ -41,7 +41,8 @@ class Scores:
         """The reference's logp, which has to be there."""
         if self.ref_logp is None:
             raise ValueError(
-                "ref_logprobs: this loss compares with a reference, and none was given"
+                "ref_logprobs: expected a reference, which this loss compares with, got none; pass "
+                "ref_logprobs, or ref_hidden and ref_weight"
             )
         return self.ref_logp
 

@@ -158,7 +158,7 @@ class FusedForward:
             except UnsupportedHead as error:
                 if self.unsupported == "raise":
                     raise
-                warnings.warn(f"{error}; its own logits are made instead", stacklevel=3)
+                warnings.warn(f"{error.reason}; its own logits are made instead", stacklevel=3)
                 self.reason = str(error)
                 scores, aux_loss = self._by_logits(task, args, kwargs)
         if labels is not None:

@@ -613,7 +613,7 @@ def _concatenated_forward(original: Callable[..., Any], options: _Options) -> Ca
         try:
             return fused(self, model, batch)
         except UnsupportedHead as error:
-            warnings.warn(f"{error}; its own logits are made instead", stacklevel=2)
+            warnings.warn(f"{error.reason}; its own logits are made instead", stacklevel=2)
             self._fusedpo_unsupported = True
             return original(self, model, batch)
 
@@ -678,7 +678,7 @@ def _tpo_compute_loss(original: Callable[..., Any], options: _Options) -> Callab
         try:
             return fused(self, model, inputs)
         except UnsupportedHead as error:
-            warnings.warn(f"{error}; its own logits are made instead", stacklevel=2)
+            warnings.warn(f"{error.reason}; its own logits are made instead", stacklevel=2)
             self._fusedpo_unsupported = True
             return original(self, model, inputs, return_outputs)
 
@@ -829,7 +829,7 @@ def _with_lazy_logits(original: Callable[..., None], options: _Options) -> Calla
             try:
                 lazy_logits(model, **given)
             except UnsupportedHead as error:
-                warnings.warn(f"{error}; its own logits are made instead", stacklevel=2)
+                warnings.warn(f"{error.reason}; its own logits are made instead", stacklevel=2)
 
     return init
 
