@@ -129,7 +129,9 @@ def as_on_a_gpu(m: Any) -> None:
 
 def replace_everywhere(m: Any, original: Any, other: Any) -> None:
     """Another object in the place of one, in every module of the package that has it."""
-    modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "fusedpo"]
+    modules = [
+        module for name, module in sys.modules.copy().items() if name.split(".")[0] == "fusedpo"
+    ]
     places = [
         (each, name) for each in modules for name, value in vars(each).items() if value is original
     ]

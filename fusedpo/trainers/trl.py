@@ -313,7 +313,7 @@ def unpatch() -> None:
                 "patch(), and stays so"
             )
     # modules of TRL that were imported meanwhile have ours under the name they imported
-    for module in [m for name, m in sys.modules.items() if name.split(".")[0] == "trl"]:
+    for module in [m for name, m in sys.modules.copy().items() if name.split(".")[0] == "trl"]:
         for name, value in list(vars(module).items()):
             if id(value) in ours:
                 setattr(module, name, ours[id(value)])
