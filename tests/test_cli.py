@@ -320,7 +320,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(name, folder, tmp_path, capsys):
     ("content", "message"),
     [
         ("", "dataset: expected at least one row, got none in"),
-        ('{"prompt": "a", "chosen": "b"}\n', "line 1: expected the columns .*rejected is missing"),
+        ('{"prompt": "a", "chosen": "b"}\n', "columns of a layout: .*: --columns rejected=COLUMN"),
+        (
+            '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}\n',
+            "line 2: expected the columns .*rejected is missing",
+        ),
         (
             '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"pro',
             "line 2: expected a JSON object",

@@ -14,6 +14,7 @@ from fusedpo import losses
 from fusedpo.checks import bad_choice, bad_value
 from fusedpo.trainers import job as jobs
 from fusedpo.trainers import methods
+from fusedpo.trainers.layout_choice import parse_columns
 
 SUMMARY = "train a model on preferences or rewards"
 DESCRIPTION = (
@@ -73,6 +74,8 @@ def _job(given: dict[str, Any]) -> jobs.TrainJob:
     del given["loss"]
     given.pop("base", None)
     given["loss"], given["method"] = chosen.make(given)
+    if "columns" in given:
+        given["columns"] = parse_columns(given["columns"])
     given["output"] = Path(given["output"]).expanduser().resolve()
     return jobs.TrainJob(**given)
 
@@ -166,7 +169,14 @@ def _add_required(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="FILE|NAME|demo",
         help=".jsonl or .json file, a file or folder that `datasets` reads, a Hub name; "
+        "in one of the layouts of docs/training.md; "
         "demo: pairs from the standard library of Python",
+    )
+    group.add_argument(
+        "--columns",
+        metavar="NAME=COLUMN[,...]",
+        help="columns of the dataset that have other names than those that are read, such as "
+        "prompt=question,chosen=yes,rejected=no; NAME= leaves one out (docs/training.md)",
     )
     group.add_argument(
         "--loss",

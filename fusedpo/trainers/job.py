@@ -19,8 +19,8 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -40,15 +40,9 @@ from fusedpo.report import (
     draw_training,
     training_table,
 )
-from fusedpo.trainers.methods import (
-    TUNED,
-    Defaults,
-    Pairs,
-    Sampled,
-    SelfAugmented,
-    TwoContexts,
-    method_of,
-)
+from fusedpo.trainers.layout_choice import read_rows
+from fusedpo.trainers.layouts import PAIRS
+from fusedpo.trainers.methods import TUNED, Defaults, Pairs, Sampled, SelfAugmented, method_of
 from fusedpo.trainers.rows import load
 
 if TYPE_CHECKING:
@@ -62,7 +56,6 @@ Autocast = Literal["auto", "none", "bfloat16", "float16"]
 DEMO = "demo"
 # in every output folder, and so the sign of a folder that may be replaced
 METRICS = "metrics.json"
-
 
 _VOCAB = 8192
 
@@ -241,6 +234,7 @@ class TrainJob:
             pairs without further columns; None: for such a loss, if model and dataset are ``demo``.
         cpu: do not use an accelerator.
         seed: of weights, split and order.
+        columns: of the dataset, under other names; see ``layout_choice.read_rows``.
     """
 
     model: str
@@ -269,6 +263,7 @@ class TrainJob:
     compare: bool | None = None
     cpu: bool = False
     seed: int = 0
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "epochs"):
@@ -296,6 +291,8 @@ class TrainJob:
                 str(self.accumulation),
                 "set batch_size, which counts their prompts",
             )
+        if self.columns and self.dataset == DEMO:
+            raise bad_value("columns", f"none beside dataset {DEMO!r}", repr(self.columns))
         needed = [name for name, about in self.loss.inputs.items() if about.default is None]
         if needed and self.dataset == DEMO:
             raise bad_value("dataset", f"one with the columns {', '.join(needed)}", repr(DEMO))
@@ -365,7 +362,7 @@ def run(job: TrainJob, console: Console | None = None) -> dict[str, Any]:
     checkpoint = all_ranks.of_first(lambda: _check_folders(job, all_ranks.size))
     # rows before the model: a mistake in them is found in seconds
     with all_ranks.together():
-        rows = _read_rows(job)
+        rows = _read_rows(job, console)
     with _staging(job.output, all_ranks) as staging:
         torch.manual_seed(job.seed)
         with all_ranks.together():
@@ -516,16 +513,14 @@ def _demo_passages(
     return stdlib_pairs.hold_out(stdlib_pairs.read_passages(), 0.1, seed)
 
 
-def _read_rows(job: TrainJob) -> tuple[str, list[Any], list[Any] | None]:
+def _read_rows(job: TrainJob, console: Console) -> tuple[str, list[Any], list[Any] | None]:
     """The dataset's name, its rows, and those it holds out itself; every row is checked."""
     if job.dataset == DEMO:
         splits = job.way.demo(_demo_passages(job.seed), job.seed)
     else:
-        splits = load(job.dataset)
-
-    def check(rows: Sequence[Any]) -> list[Any]:
-        return job.way.checked(rows, splits, job.loss)
-
+        splits, layout = read_rows(load(job.dataset), job.way.kind, job.columns, job.loss.inputs)
+        console.print(layout, markup=False)
+    check = functools.partial(job.way.checked, splits=splits, loss=job.loss)
     held_out = None if splits.held_out is None else check(splits.held_out)
     return splits.name, check(splits.train), held_out
 
@@ -547,7 +542,7 @@ def _tokenize_rows(
     def prepare(rows: list[Any]) -> list[Any]:
         done = job.way.tokenized(rows, tokenizer, max_length, vocabulary)
         if done.dropped:
-            why = "have an empty response" if type(job.way) is not TwoContexts else "do not fit"
+            why = "have an empty response" if job.way.kind == PAIRS else "do not fit"
             console.print(
                 f"dropped: {len(done.dropped)} of {len(rows)} rows {why} "
                 f"(the first: {done.dropped[0]})"

@@ -19,7 +19,8 @@ from fusedpo.recipes import self_augmented as recipe
 from fusedpo.recipes import stdlib_pairs
 from fusedpo.recipes.groups import token_overlap
 from fusedpo.report import PAIR_SIGNALS, Signal
-from fusedpo.trainers.rows import Splits, check_plain, check_row, tokenize
+from fusedpo.trainers.layouts import CONTEXTS, PAIRS
+from fusedpo.trainers.rows import Splits, check_row, tokenize
 
 if TYPE_CHECKING:
     from fusedpo.trainers.transformers import FusedTrainerMixin
@@ -72,6 +73,7 @@ class Tokenized:
 class Pairs:
     """Pairs as they are in the dataset."""
 
+    kind: ClassVar[str] = PAIRS  # of rows, see layouts
     signals: ClassVar[tuple[Signal, ...]] = PAIR_SIGNALS
     from_scratch: ClassVar[Defaults] = Defaults(1e-3, 32, 280, 1.0)
 
@@ -81,12 +83,8 @@ class Pairs:
     def check(self, loss: Loss) -> None:
         """Whether the loss can be trained this way."""
         if not isinstance(loss, PreferenceLoss) or loss.roles != ("chosen", "rejected"):
-            raise bad_value(
-                "loss",
-                "a loss of chosen and rejected responses",
-                repr(loss),
-                "train it with fusedpo.preference_loss in a loop of your own",
-            )
+            remedy = "train it with fusedpo.preference_loss in a loop of your own"
+            raise bad_value("loss", "a loss of chosen and rejected responses", repr(loss), remedy)
 
     def demo(self, passages: Passages, seed: int) -> Splits:
         """Rows that need nothing but this machine."""
@@ -271,6 +269,7 @@ class SelfAugmented(Pairs):
 class TwoContexts(Pairs):
     """Rows with a short and a long context: context, long_context, instruction and the pair."""
 
+    kind: ClassVar[str] = CONTEXTS
     signals: ClassVar[tuple[Signal, ...]] = (
         *PAIR_SIGNALS,
         Signal(
@@ -306,8 +305,6 @@ class TwoContexts(Pairs):
         return Splits(train, held_out, "the standard library", "row")
 
     def checked(self, rows: Sequence[Mapping[str, Any]], splits: Splits, loss: Loss) -> list[Any]:
-        for i, row in enumerate(rows):
-            check_plain(row, splits.where(i))
         return list(rows)
 
     def tokenized(

@@ -1,6 +1,6 @@
 """Preference rows: from a file or a dataset to token ids, with every row checked on the way.
 
-A row is either of text or of chat messages::
+A row is either of text or of chat messages, see ``layouts`` for what becomes such a row::
 
     {"prompt": "2 + 2 = ", "chosen": "4", "rejected": "5"}
     {"prompt": [{"role": "user", "content": "2 + 2?"}],
@@ -31,7 +31,7 @@ Ids: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int32]]"
 
 COLUMNS = ("prompt", "chosen", "rejected")
 # what the chat template takes beside messages, and what no model of text alone can be given
-_OF_TEMPLATE = ("tools", "documents", "chat_template_kwargs")
+OF_TEMPLATE = ("tools", "documents", "chat_template_kwargs")
 _NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 # arguments of apply_chat_template that are decided here
 _DECIDED = (
@@ -261,9 +261,8 @@ def check_row(row: Mapping[str, Any], where: str, inputs: Sequence[str] = ()) ->
         where: the row's place, for the error.
         inputs: further columns that the loss takes, one number a row.
 
-    Columns that nothing here reads are left alone; ``tools``, ``documents``,
-    ``chat_template_kwargs`` and those of images, sound and video, which decide the prompt, are
-    read or refused.
+    Other columns are left alone, but for ``tools``, ``documents``, ``chat_template_kwargs`` and
+    those of images, sound and video, which decide the prompt: these are read or refused.
 
     Raises:
         ValueError, TypeError: naming the place, the column, what was expected and what came.
@@ -271,11 +270,11 @@ def check_row(row: Mapping[str, Any], where: str, inputs: Sequence[str] = ()) ->
     for column in ("chosen", "rejected", *inputs):
         if row.get(column) is None:
             _missing(row, column, where)
-    chosen, rejected = (_text(row[column], column, where) for column in ("chosen", "rejected"))
+    chosen, rejected = (text_of(row[column], column, where) for column in ("chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
         got = f"chosen of {_kind(chosen)} and rejected of {_kind(rejected)}"
         raise bad_type(where, "chosen and rejected of one kind, text or messages", got)
-    prompt = None if row.get("prompt") is None else _text(row["prompt"], "prompt", where)
+    prompt = None if row.get("prompt") is None else text_of(row["prompt"], "prompt", where)
     if isinstance(chosen, str):
         if prompt is None:
             _missing(row, "prompt", where)
@@ -305,7 +304,7 @@ def _missing(row: Mapping[str, Any], column: str, where: str) -> None:
 def _template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What the chat template takes beside the messages."""
     _refuse(row, _NOT_TEXT, where, "none, as models are of text")
-    columns = {name: _decoded(row.get(name), f"{where}, {name}") for name in _OF_TEMPLATE}
+    columns = {name: _decoded(row.get(name), f"{where}, {name}") for name in OF_TEMPLATE}
     columns = {name: None if _absent(value) else value for name, value in columns.items()}
     options = columns.pop("chat_template_kwargs")
     options = {} if options is None else options
@@ -327,7 +326,7 @@ def _template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def check_plain(row: Mapping[str, Any], where: str) -> None:
     """Refuse a row of text with columns that only a chat template writes."""
-    _refuse(row, (*_OF_TEMPLATE, *_NOT_TEXT), where, "none beside text, but beside messages")
+    _refuse(row, (*OF_TEMPLATE, *_NOT_TEXT), where, "none beside text, but beside messages")
 
 
 def _refuse(row: Mapping[str, Any], columns: Sequence[str], where: str, expected: str) -> None:
@@ -373,12 +372,13 @@ def _kind(text: Text) -> str:
     return "text" if isinstance(text, str) else "messages"
 
 
-def _text(value: object, column: str, where: str) -> Text:
+def text_of(value: object, column: str, where: str) -> Text:
+    """A column's text, or its messages with their contents as text; a TypeError for others."""
     place = f"{where}, {column}"
     _check_written(value, place)
     if isinstance(value, str):
         return value
-    if isinstance(value, Sequence) and all(isinstance(message, Mapping) for message in value):
+    if isinstance(value, Sequence) and all(isinstance(each, Mapping) for each in value):
         return [_message(message, place) for message in value]
     raise bad_type(place, 'text, or a list of {"role": ..., "content": ...}', type(value).__name__)
 
@@ -432,7 +432,7 @@ def _split_messages(
         if left != right:
             break
         common += 1
-    # equal responses share their last message too, and it is still a response
+    # the last message is a response, of equal responses too
     common = min(common, len(chosen) - 1, len(rejected) - 1)
     if common <= 0:
         if isinstance(prompt, str) and prompt:

@@ -109,6 +109,32 @@ _TRAINERS = (
         ('"test", "validation"', '"validation", "test"', "another split is held out"),
     ),
     *_in(
+        "fusedpo/trainers/layouts.py",
+        "trainers/test_layouts.py -k 'not trained and not command'",
+        (r"(?:\A\s*|\n\n)(Human", r"(?:\A\s*|\n+)(Human", "a line of a turn begins another"),
+        ("== [*_SPEAKERS]", "", "any text is one of turns"),
+        ('f"{where}, system"), *turns]', 'f"{where}, system")]', "turns lost"),
+        ("messages[-1:]", "messages[1:]", "the prompt in the response"),
+        ("{**further, **self.read(row, where)}", "self.read(row, where)", "no further columns"),
+        ("calls if isinstance(calls, list) and calls else [calls]", "[calls]", "one call only"),
+        ('"\\n".join(filter(None, texts))', '"\\n".join(texts)', "an empty input is a line"),
+        ('for text in row["output"])', 'for text in row["output"][::-1])', "rejected is chosen"),
+        (
+            'prompt") is not None or _is_list(row["chosen"], row["rejected"])',
+            'prompt") is not None',
+            "messages without a prompt are unknown",
+        ),
+    ),
+    *_in(
+        "fusedpo/trainers/layout_choice.py",
+        "trainers/test_layouts.py -k 'not trained and not command'",
+        ("if len(fitting) == 1:", "if fitting:", "the first of two layouts is taken"),
+        ("if layout.kind == kind]\n    if len", "]\n    if len", "rows of another kind are taken"),
+        ("{*columns, *taken.values()}", "{*taken.values()}", "a column left out is read"),
+        ("{first[each] + 1}", "{first[each]}", "rows counted from 0"),
+        ("if value is not None:", "if True:", "a null tells what a column holds"),
+    ),
+    *_in(
         "fusedpo/trainers/transformers.py",
         "trainers/test_transformers.py -k 'not two_processes and not accumulation and not resuming and not saved'",
         (

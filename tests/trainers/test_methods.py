@@ -324,12 +324,6 @@ def test_a_column_that_some_rows_have_is_missed_in_the_others() -> None:
             method.checked(rows, Splits(rows, None, "pairs"), loss)
 
 
-def test_two_contexts_have_no_tools() -> None:
-    rows = [{"context": "red"}, {"context": "red", "tools": [{}]}]
-    with pytest.raises(ValueError, match="pairs row 2, tools: expected none beside text"):
-        methods.TwoContexts().checked(rows, Splits(rows, None, "pairs"), losses.ShortToLong())
-
-
 def test_every_loss_has_a_method() -> None:
     found = {name: method_of(cls) for name, cls in losses.available().items()}
     assert found["dpo"] is Pairs and found["shorttolong"] is methods.TwoContexts
