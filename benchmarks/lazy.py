@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -244,12 +243,10 @@ def main() -> None:
     if options.trainer:
         work(options)
         return
-    import torch
+    from fusedpo.machine import host
 
     results: dict[str, Any] = {
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "machine": host(),
         "shape": {n: getattr(options, n) for n in ("pairs", "tokens", "prompt", "vocab", "hidden")},
         "budget": options.budget,
         "trainers": {},

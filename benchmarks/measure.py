@@ -7,26 +7,25 @@ import ctypes
 import gc
 import json
 import os
-import platform
 import re
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from fusedpo.machine import ROOT, host
+
 T = TypeVar("T")
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
-PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+# whose versions stand above a table
+MEASURED = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
 
 # With these, glibc hands every large block back to the system the moment it is freed. By default it
 # learns to keep blocks of up to 32 MiB, and a peak then counts memory that nobody holds.
@@ -159,17 +158,13 @@ def available_bytes() -> int:
 
 
 def machine(device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
-    """What a number depends on besides the code: processor, threads, versions, commit."""
+    """What a number depends on besides the code: the host, the GPU, the load, the day."""
+    found = host()
     cuda = torch.device(device).type == "cuda"
     return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": threads or torch.get_num_threads(),
+        **found,
+        "threads": threads or found["threads"],
         "gpu": torch.cuda.get_device_name(device) if cuda else None,
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
-        **_commit(),
         # of others, as nothing has been measured yet: timings on a busy machine are worth little
         "load": os.getloadavg()[0],
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -179,7 +174,7 @@ def machine(device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
 def describe(machine: Mapping[str, Any]) -> str:
     """The machine in one line, to stand above every table."""
     processor = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
-    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
+    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v and k in MEASURED)
     commit = (machine["commit"] or "no commit")[:12] + (" with changes" if machine["dirty"] else "")
     parts = (
         processor,
@@ -189,43 +184,6 @@ def describe(machine: Mapping[str, Any]) -> str:
         f"load {machine['load']:.1f} at the start",
     )
     return "; ".join(parts)
-
-
-def _cpu_model() -> str:
-    """Name and, because virtual machines hide it, the numbers that tell generations apart."""
-    try:
-        fields = dict(
-            (part.strip() for part in line.split(":", 1))
-            for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-        )
-    except OSError:
-        return platform.processor() or platform.machine()
-    name = fields.get("model name", platform.machine())
-    numbers = [f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields]
-    return f"{name} ({', '.join(numbers)})" if numbers else name
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> dict[str, Any]:
-    """Commit, and whether the tree differs from it, apart from results the benchmarks write."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True
-            )
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    changes = git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
 
 def file_name(about: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import fusedpo
-from fusedpo.commands import bench, doctor, losses, plan, run, train
+from fusedpo.commands import bench, doctor, env, losses, plan, run, train
 from fusedpo.trainers import job as jobs
 
 COMMANDS: dict[str, Any] = {
@@ -26,6 +26,7 @@ COMMANDS: dict[str, Any] = {
     "run": run,
     "bench": bench,
     "doctor": doctor,
+    "env": env,
 }
 
 _USER_ERROR = 2

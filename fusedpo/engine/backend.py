@@ -38,10 +38,10 @@ def resolve(backend: str, hidden: Tensor, *others: Tensor | None) -> Backend:
     check_name(backend)
     if backend == "torch" or (backend == "auto" and not hidden.is_cuda):
         return "torch"
-    obstacle = _obstacle(hidden, *others)
-    if obstacle is None:
+    missing = obstacle(hidden, *others)
+    if missing is None:
         return "triton"
-    expected, got = obstacle
+    expected, got = missing
     if backend == "auto":
         if hidden.dtype != torch.float64:  # which is PyTorch's on any GPU
             _warn_once(expected, got)
@@ -58,7 +58,7 @@ def _warn_once(expected: str, got: str) -> None:
     )
 
 
-def _obstacle(hidden: Tensor, *others: Tensor | None) -> tuple[str, str] | None:
+def obstacle(hidden: Tensor, *others: Tensor | None) -> tuple[str, str] | None:
     """What the kernels lack for these tensors: (what is expected, what there is), or None."""
     found = _triton_version()
     if found is None or found < _LEAST_TRITON:

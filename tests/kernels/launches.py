@@ -102,7 +102,7 @@ def main() -> None:
     driver.set_active(Driver(target_named(sys.argv[1]).gpu))
     compile_only()
     # neither a GPU nor the interpreter: say that there is one, and take products as it would
-    fusedpo.engine.backend._obstacle = lambda *tensors: None
+    fusedpo.engine.backend.obstacle = lambda *tensors: None
     fusedpo.engine.batch.operand_dtype = lambda dtype, device: dtype
     fusedpo.engine.problem.as_device = lambda device: Device("cuda")
     torch.set_num_threads(1)

@@ -1398,6 +1398,38 @@ _PROGRAMS = (
         ),
     ),
     *_in(
+        "fusedpo/machine.py",
+        "test_machine.py",
+        (
+            "max(1, math.ceil(int(quota) / int(period)))",
+            "int(quota) // int(period)",
+            "half a core is none",
+        ),
+        ("known[:2][-1]", "known[0]", "the CPU before a GPU"),
+        ("for d in reversed(known)", "for d in known", "the last GPU is the one meant"),
+        (
+            'if not (ROOT / ".git").exists():',
+            "if False:",
+            "the commit of somebody else's repository",
+        ),
+        (
+            "None if torch.version.hip else f",
+            "f",
+            "a compute capability of AMD's",
+        ),
+        (
+            "if name.startswith(_PREFIXES) or name in _VARIABLES",
+            "if name",
+            "secrets in a bug report",
+        ),
+        ("(name, *_ALSO.get(name, ()))", "(name,)", "Triton by another name is missing"),
+    ),
+    *_in(
+        "fusedpo/commands/env.py",
+        "test_machine.py",
+        ('if found["dirty"] else', 'if not found["dirty"] else', "changes of a clean checkout"),
+    ),
+    *_in(
         "fusedpo/doctor.py",
         "test_doctor.py",
         (
