@@ -72,7 +72,9 @@ def sspo(t: Tokens, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Tensor:
     """Soft sequence policy optimization, gates arctan(tau d) / tau under a geometric mean."""
     old, advantages = t.inputs.old_logprobs, t.inputs.advantages
     assert old is not None and advantages is not None
-    tau = torch.where(advantages > 0, tau_pos, tau_neg)[:, None]
+    # in the dtype of log-probabilities: of two numbers, torch.where would make one in float32
+    positive = torch.full_like(advantages, tau_pos, dtype=t.logprobs.dtype)
+    tau = torch.where(advantages > 0, positive, tau_neg)[:, None]
     gated = torch.atan(tau * (t.logprobs - old)) / tau * t.scored
     weights = (gated.sum(-1) / t.scored.sum(-1)).exp()
     return -(advantages * weights).mean()

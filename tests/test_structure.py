@@ -38,7 +38,7 @@ LAYERS = (
     ("model_head",),
     ("lazy",),
     ("fusedpo",),  # the package's face, fusedpo/__init__.py
-    ("catalogue", "compare", "doctor", "footprint", "liger", "machine", "recipes"),
+    ("catalogue", "compare", "footprint", "liger", "machine", "recipes"),
     ("report",),
     ("trainers",),
     ("benchmarks",),
