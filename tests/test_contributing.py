@@ -88,7 +88,7 @@ def test_a_form_asks_for_what_it_needs(name: str) -> None:
         assert field["type"] in ("textarea", "dropdown", "checkboxes")
         assert field["attributes"]["label"]
     asked = [f["attributes"]["label"] for f in fields if f.get("validations", {}).get("required")]
-    assert asked and (name != "bug" or "Output of `fusedpo doctor`" in asked)
+    assert asked and (name != "bug" or "Output of `fusedpo env`" in asked)
 
 
 def test_the_changelog_has_a_section_a_version() -> None:
