@@ -28,7 +28,7 @@ def global_count(count: int | float | Tensor, group: ProcessGroup | None = None)
 
     DistributedDataParallel, FSDP and their like average gradients over ranks. For the loss to be
     the sum over all ranks divided by the count of all ranks, each divides its own sum by the mean
-    of the counts::
+    of the counts:
 
         items = global_count(len(labels) // 2)
         loss = preference_loss(DPO(), ..., num_items=items).loss

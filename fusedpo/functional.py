@@ -47,7 +47,7 @@ def linear_logprobs(
 ) -> Tensor:
     """Log-probability of each label under a language-model head, without holding the logits.
 
-    Equal to, and differentiable like::
+    Equal to, and differentiable like:
 
         z = hidden @ weight.T + bias
         z = softcap * tanh(z / softcap) * logit_scale / temperature

@@ -20,7 +20,7 @@ last five of the options that all or many classes have:
     logit_scale              factor of the logits, after softcap; both hold for the reference too
     memory_budget            bytes, or a text such as "512MiB", of a call; else by the device
     backend                  "auto", "torch" or "triton"
-    gradient_tolerance       relative error a gradient may have, as of ``linear_logprobs``; 0: none
+    gradient_tolerance       relative error a gradient may have, as of linear_logprobs; 0: none
 
 A wrong option raises a TypeError or ValueError that names it when the module is made, a wrong
 argument before any work; there ``_input``, ``lin_weight`` and ``target`` may be called hidden,

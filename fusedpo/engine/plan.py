@@ -29,9 +29,11 @@ class Plan:
     Attributes:
         route: ``forward``, ``frozen``, ``retain``, ``one_pass``, ``recompute``,
             ``compact`` or ``hybrid``.
-        rows, cols: the tile of logits that exists at a time in the forward, [rows, cols].
-        back_rows, back_cols: likewise in the backward. Taller on a GPU: each slice of the head's
-            gradient is summed over the row blocks in memory.
+        rows: of the tile of logits that exists at a time in the forward, [rows, cols].
+        cols: its columns.
+        back_rows: likewise in the backward. More on a GPU: each slice of the head's gradient is
+            summed over the row blocks in memory.
+        back_cols: its columns.
         slab: rows of J that ``one_pass`` holds to add to the head's gradient at once; rows for
             which ``compact`` chooses columns together.
         kept: the first rows, whose J ``hybrid`` retains.
@@ -43,7 +45,12 @@ class Plan:
             the hidden gradient of a gradient through the entropy did not fit in full precision.
         buffers: name -> bytes of everything held beyond the outputs at the worst moment.
         budget: bytes that were allowed.
-        tokens, vocab, hidden, dtype, needs, entropy: the problem this plan is for.
+        tokens: N of the problem that this plan is for; the next five are of it too.
+        vocab: V.
+        hidden: H.
+        dtype: of hidden states and weight.
+        needs: the gradients that are wanted.
+        entropy: whether a gradient passes through the entropy.
         fused: the one product of ``forward`` and the fold of its tiles are one kernel, and the
             logits are nowhere in memory.
         shards: ranks that share the vocabulary. ``vocab`` is then that of the largest slice, and

@@ -27,7 +27,8 @@ class Input:
     Attributes:
         meaning: what it says.
         default: its value for every example where it is not given; None: it has to be given.
-        low, high: what its values lie in.
+        low: its values are not below it,
+        high: nor above this.
         per: one number an ``example``, or ``any`` number of them.
         binary: whether they are 0 or 1, and nothing between.
     """

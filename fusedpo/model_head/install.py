@@ -29,7 +29,7 @@ def add_fused_head(
             encoder-decoder they are aligned with the decoder's positions, as in Hugging Face, and
             make the decoder's input if the call has none.
         shift_labels: [B, T] instead, aligned with the hidden states already.
-        stats: names of the statistics, of ``fusedpo.engine.stats.STATS``; default ("logprob",).
+        stats: names of the statistics, of fusedpo.engine.stats.STATS; default ("logprob",).
         differentiable: which of log-probability and entropy pass a gradient on; default both.
         temperature: divides the logits; default 1.
 

@@ -25,7 +25,10 @@ class Score:
             nothing is scored.
         stats: names of ``fusedpo.engine.stats.STATS``.
         temperature: divides the logits; above 0, a number or [B, T].
-        memory_budget, backend, differentiable, gradient_tolerance: as of ``linear_token_stats``.
+        memory_budget: as of ``linear_token_stats``, and so are the next.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        differentiable: which of log-probability and entropy pass a gradient on.
+        gradient_tolerance: the relative error that a gradient may have.
     """
 
     labels: Tensor

@@ -272,7 +272,7 @@ def _tensors(module: nn.Module, prefix: str) -> dict[str, Tensor]:
 def _saved_weights(
     module: nn.Module, prefix: str, path: Path, tensors: Mapping[str, Tensor]
 ) -> Restore:
-    """The weights that :func:`_tensors` has of a module, in a file."""
+    """The weights that ``_tensors`` has of a module, in a file."""
     own = _tensors(module, prefix)
     theirs = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     if {name: t.shape for name, t in theirs.items()} != {name: t.shape for name, t in own.items()}:
@@ -922,7 +922,7 @@ def pack_rows(rows: Sequence[PairRow] | deque[PairRow], prefix: str) -> Stored:
 def unpack_rows(
     tensors: Mapping[str, Tensor], meta: Mapping[str, Any], prefix: str
 ) -> list[PairRow]:
-    """Rows from what :func:`pack_rows` made of them.
+    """Rows from what ``pack_rows`` made of them.
 
     Raises:
         KeyError: if something of this prefix is missing.
@@ -969,7 +969,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any
 
 
 def read_file(path: Path) -> Stored:
-    """What :func:`write_file` wrote: tensors by name, and the rest.
+    """What ``write_file`` wrote: tensors by name, and the rest.
 
     Raises:
         FileNotFoundError: if there is no such file.

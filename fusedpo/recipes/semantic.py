@@ -5,8 +5,8 @@ responses that were sampled for the same prompt, P_i = 1/K sum_j P_ij. In the pa
 what a model of pairs says of i against j, which need not be transitive; in the authors' code it
 comes from one score s a response, and the two can be far apart:
 
-    P_ij = sigmoid(s(y_i, y_j))    :func:`win_rates_of_pairs`
-    P_ij = sigmoid(s_i - s_j)      :func:`win_rates`
+    P_ij = sigmoid(s(y_i, y_j))    win_rates_of_pairs
+    P_ij = sigmoid(s_i - s_j)      win_rates
 
 S-SPPO (arXiv 2606.01561) moves that target towards 1/2 where responses mean the same. What follows
 is a reconstruction from the abstract and third-party accounts, as the paper's text could not be
@@ -16,7 +16,7 @@ read: a linear gate, by the cosine of frozen sentence embeddings.
     P'_i = 1/2 + 1/K sum_j (1 - sim_ij) (P_ij - 1/2)
 
 Nothing here is trained or differentiated: rows go in, and the same rows come out with the columns
-``similarity``, ``win_rate_chosen`` and ``win_rate_rejected``::
+``similarity``, ``win_rate_chosen`` and ``win_rate_rejected``:
 
     rows = add_columns(
         rows, encode=sentence_encoder(), scores=scores, cache=SimilarityCache("similarity.json")
@@ -105,8 +105,8 @@ def softened_win_rates(scores: Any, similarity: Any) -> Any:
     the gate is linear and acts on pairs is a reconstruction, see the module.)
 
     Args:
-        scores: [..., K], see :func:`win_rates`.
-        similarity: [..., K, K] in [0, 1], symmetric, see :func:`similarity_matrix`.
+        scores: [..., K], see ``win_rates``.
+        similarity: [..., K, K] in [0, 1], symmetric, see ``similarity_matrix``.
 
     Returns:
         [..., K] float64, numpy or torch as ``scores``.
@@ -135,14 +135,14 @@ def win_rates_of_pairs(probabilities: Any, similarity: Any = None) -> Any:
     Args:
         probabilities: [..., K, K] in [0, 1], numpy (or lists) or torch: P_ij that i wins against j,
             with P_ij + P_ji = 1 to 1e-6, and so 1/2 on the diagonal.
-        similarity: [..., K, K], see :func:`softened_win_rates`; not given, nothing is softened.
+        similarity: [..., K, K], see ``softened_win_rates``; not given, nothing is softened.
 
     Returns:
         [..., K] float64, numpy or torch as ``probabilities``; the K of a prompt have the mean 1/2.
 
     Raises:
         ValueError: if the shapes do not fit, a probability is outside [0, 1], or two do not add up
-            to 1; for a similarity as :func:`softened_win_rates`.
+            to 1; for a similarity as ``softened_win_rates``.
         TypeError: if they are no real numbers.
     """
     wins = _real("probabilities", probabilities)
@@ -203,7 +203,7 @@ def best_and_worst(scores: Any) -> tuple[Any, Any]:
     never one response for both.
 
     Args:
-        scores: [..., K], K at least 2, see :func:`win_rates`.
+        scores: [..., K], K at least 2, see ``win_rates``.
 
     Returns:
         Two of [...] int64, numpy or torch as ``scores``.
@@ -274,7 +274,7 @@ def cosine_similarities(
     exactly 1, even where the encoder has no vector for them; else a vector of length 0 gives 0.
 
     Args:
-        encode: texts to vectors, such as :func:`sentence_encoder`; no text is encoded twice within
+        encode: texts to vectors, such as ``sentence_encoder``; no text is encoded twice within
             1024 pairs.
         chosen, rejected: P texts each.
         batch_size: texts handed to ``encode`` at a time.
@@ -307,7 +307,7 @@ def cosine_similarities(
 
 
 def similarity_matrix(encode: Encoder, texts: Sequence[str], *, batch_size: int = 64) -> Array:
-    """The similarity of each of K texts with each other, for :func:`softened_win_rates`.
+    """The similarity of each of K texts with each other, for ``softened_win_rates``.
 
     Returns:
         [K, K] float64 in [0, 1], exactly symmetric, 1 on the diagonal.
@@ -395,7 +395,7 @@ class SimilarityCache:
         return self._found[key]
 
     def update(self, similarities: Mapping[str, float]) -> None:
-        """Add similarities by :func:`similarity_key`, and write the file."""
+        """Add similarities by ``similarity_key``, and write the file."""
         for key, value in similarities.items():
             if not _is_entry(key, value):
                 raise bad_value("similarities", "numbers in [0, 1] by key", f"{key!r}: {value!r}")
@@ -489,13 +489,13 @@ def add_columns(
     Args:
         rows: P of them with ``chosen`` and ``rejected``, each a text or a list of messages. The
             messages of the prompt are not compared.
-        encode: see :func:`cosine_similarities`; or give ``similarity``.
+        encode: see ``cosine_similarities``; or give ``similarity``.
         similarity: [P] in [0, 1], if it is known already.
         scores: of each row the scores of its K responses, chosen's first and rejected's second; K
             may differ between rows. If not given, win rates that a row has are kept, and a row
             without any gets 1 and 0: an oracle without doubt, as in TRL's ``sppo_hard``.
-        probabilities: in place of scores, of each row the matrix of :func:`win_rates_of_pairs`.
-        cache, batch_size: see :func:`cosine_similarities`.
+        probabilities: in place of scores, of each row the matrix of ``win_rates_of_pairs``.
+        cache, batch_size: see ``cosine_similarities``.
 
     Raises:
         ValueError, TypeError: naming the row, the column, what was expected and what came.
@@ -618,7 +618,7 @@ def _content(messages: Sequence[Mapping[str, Any]]) -> str:
 
 @dataclass(frozen=True)
 class LexicalEncoder:
-    """Hashed counts of n-grams: see :func:`lexical_encoder`."""
+    """Hashed counts of n-grams: see ``lexical_encoder``."""
 
     n: int
     unit: Literal["character", "word"]
@@ -655,7 +655,7 @@ def lexical_encoder(
     """An encoder that needs no model: it compares spelling and wording, not meaning.
 
     For demonstrations and tests without a network. A paraphrase in other words looks different to
-    it, and a negation looks much the same; S-SPPO means :func:`sentence_encoder`. The vectors are
+    it, and a negation looks much the same; S-SPPO means ``sentence_encoder``. The vectors are
     the same on every machine and in every process.
 
     Args:

@@ -8,7 +8,7 @@ distractors too:
     L = L_PO(x_short, y_w, y_l) + alpha |r(x_short, y_w) - r(x_long, y_w)|
 
 This is a reconstruction from the abstract and third-party accounts that agree with each other, as
-the paper's formulas could not be read first-hand. From documents to a batch::
+the paper's formulas could not be read first-hand. From documents to a batch:
 
     contexts = build_contexts(relevant, distractors, question, count=tokenizer, ratio=0.15)
     texts.append(contexts.row(chosen=answer, rejected=wrong_answer))
@@ -69,11 +69,13 @@ class Contexts:
     """A short and a long context for one instruction.
 
     Attributes:
-        short, long: passages, each followed by the separator; the instruction comes next.
+        short: passages, each followed by the separator; the instruction comes next.
+        long: likewise.
         instruction: the end of both prompts.
         passages: of the long context, in order.
         relevant: places of the relevant ones among them.
-        short_tokens, long_tokens: tokens of context and instruction.
+        short_tokens: tokens of the short context and the instruction.
+        long_tokens: likewise of the long one.
     """
 
     short: str
@@ -90,7 +92,7 @@ class Contexts:
         return self.short_tokens / self.long_tokens
 
     def row(self, chosen: str, rejected: str) -> TextRow:
-        """With two responses, a row for :func:`tokenize_rows`."""
+        """With two responses, a row for ``tokenize_rows``."""
         return TextRow(
             context=self.short,
             long_context=self.long,
@@ -134,22 +136,20 @@ def build_contexts(
 
     Distractors are taken in a random order, skipping those that no longer fit, until eight in a row
     did not. So the long context ends less than one passage below its target, or has all of them. A
-    passage is never cut. Lengths are those of context and instruction, each tokenized by itself, as
-    :func:`tokenize_rows` does.
+    passage is never cut. Context and instruction are counted apart, as by ``tokenize_rows``.
 
     Args:
         relevant: what the question needs, in an order that is kept; in both contexts.
         distractors: those equal to a relevant passage are left out.
         instruction: the end of both prompts.
-        count: see :func:`token_counter`.
+        count: see ``token_counter``.
         ratio: rho, the short prompt's part of the long one, in (0, 1); or give ``long_tokens``.
             Third-party accounts of the paper have about 1.1K and 7.5K tokens, a ratio of 0.15.
         long_tokens: what the long prompt is to have.
         max_length: what neither prompt may exceed, whatever the target is. Leave room for the
             response and for special tokens.
         short_distractors: how many distractors the short context has too.
-        depth: where the relevant passages are, from 0 (first) to 1 (last); if not given, each is at
-            a random place.
+        depth: where the relevant passages are, 0 (first) to 1 (last); not given, each at random.
         separator: follows each passage.
         seed: of the order and the places; nothing else is random.
 
@@ -292,7 +292,7 @@ def needle_rows(
     Args:
         passages: such as of ``stdlib_pairs.read_passages``; those that are too short for an opening
             and a response are left out.
-        count, ratio, long_tokens, max_length, short_distractors, depth: see :func:`build_contexts`.
+        count, ratio, long_tokens, max_length, short_distractors, depth: see ``build_contexts``.
         rows: as many as there are excerpts if not given; each is asked for once.
         opening_chars, response_chars, passage_chars: about how long the first words, the responses
             and the excerpts are; cuts fall between words.
@@ -409,7 +409,7 @@ def tokenize_rows(
     distractor.
 
     Args:
-        rows: see :class:`TextRow`.
+        rows: see ``TextRow``.
         tokenizer: of transformers.
         max_length: tokens of prompt and response together.
         chat: write each prompt as a user's message, and each response as the assistant's, with the
@@ -481,7 +481,7 @@ def _plain(row: TextRow) -> list[str]:
 
 
 def _rendered(row: TextRow, tokenizer: Any, where: str) -> list[str]:
-    """As :func:`_plain`, of messages; the end includes what the template writes after a prompt."""
+    """As ``_plain``, of messages; the end includes what the template writes after a prompt."""
 
     def render(context: str, response: str | None = None) -> str:
         messages = [{"role": "user", "content": context + row["instruction"]}]
@@ -567,7 +567,7 @@ def check_aligned(labels: Tensor, *, both: bool = False) -> None:
     """Check that a response is scored on the same tokens after the short context and the long one.
 
     Args:
-        labels: [3 P, T], or [4 P, T] with ``both``, in the order of :class:`ShortToLongCollator`.
+        labels: [3 P, T], or [4 P, T] with ``both``, in the order of ``ShortToLongCollator``.
 
     Raises:
         ValueError: naming the pair. Besides other tokens it can be that there are none, or that the
@@ -602,10 +602,10 @@ class ShortToLongCollator:
     has to be given the first 2 P rows by themselves, cut to their own length.
 
     Attributes:
-        pad_token_id: see :func:`pad_sequences`.
+        pad_token_id: see ``pad_sequences``.
         both: with rejected-long too, for an alignment of both responses; the paper's practical form
             has the chosen one only.
-        pad_to_multiple_of: see :func:`pad_sequences`.
+        pad_to_multiple_of: see ``pad_sequences``.
         vocab_size: rows of the model's embedding, which no token may be beyond; not looked at if
             None.
     """

@@ -212,9 +212,10 @@ class TrainJob:
         output: folder to make. It appears when the run is complete.
         loss: one of ``fusedpo.losses``.
         method: how the loss gets its batches; None: as the loss has it. See ``trainers.methods``.
-        learning_rate, batch_size: see ``Defaults`` where None. A batch is of pairs, or of prompts
-            where responses are sampled, on each device.
-        epochs, max_steps: how long; max_steps wins. See ``Defaults`` where both are None.
+        learning_rate: see ``Defaults`` where None.
+        batch_size: likewise; pairs, or prompts where responses are sampled, on each device.
+        epochs: how long, unless max_steps says so. See ``Defaults`` where both are None.
+        max_steps: how long.
         accumulation: batches to an optimizer step; 1 where responses are sampled.
         warmup: share of the steps in which the learning rate rises; it then falls as a cosine.
         max_length: tokens of prompt and response.
@@ -227,8 +228,7 @@ class TrainJob:
         gradient_checkpointing: recompute the layers in the backward pass.
         save_steps: steps between checkpoints, 0 for none. They go beside ``output``.
         resume: go on from the last checkpoint, with as many processes as wrote it.
-        report_to: trackers that transformers knows, such as "wandb"; what they write beside their
-            own places goes beside ``output`` too, see ``logs``.
+        report_to: trackers that transformers knows, such as "wandb"; for their files see ``logs``.
         run_name: how trackers are to call the run; None: the name of ``output``.
         compare: afterwards run one batch with full logits too, for a loss of the dataset's own
             pairs without further columns; None: for such a loss, if model and dataset are ``demo``.

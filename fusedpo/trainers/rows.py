@@ -1,6 +1,6 @@
 """Preference rows: from a file or a dataset to token ids, with every row checked on the way.
 
-A row is either of text or of chat messages, see ``layouts`` for what becomes such a row::
+A row is either of text or of chat messages, see ``layouts`` for what becomes such a row:
 
     {"prompt": "2 + 2 = ", "chosen": "4", "rejected": "5"}
     {"prompt": [{"role": "user", "content": "2 + 2?"}],

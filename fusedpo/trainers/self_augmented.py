@@ -11,7 +11,7 @@
     trainer.train()
 
 TRL tokenizes its dataset when a trainer is made, and wants one of ``datasets``; it gets one that
-stands in, and the true one afterwards::
+stands in, and the true one afterwards:
 
     trainer = DPOTrainer(model, ref_model, args, train_dataset=Dataset.from_list(STAND_IN), ...)
     trainer.train_dataset = dataset
