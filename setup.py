@@ -21,6 +21,8 @@ demo = [
 bench = ["matplotlib>=3.8", "rich>=13", *peers]
 # encoders that are more than a transformer with mean pooling
 semantic = ["sentence-transformers>=3", "transformers>=5.0"]
+# `make docs`
+docs = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
 dev = [
     "pytest>=8,!=9.2.*",  # pytest-xdist 3.8 does not keep its groups together with 9.2
     "pytest-xdist>=3.5",
@@ -69,7 +71,14 @@ setup(
     },
     package_data={"fusedpo": ["py.typed"]},
     install_requires=["torch>=2.6", "numpy>=1.24", "triton; platform_system == 'Linux'"],
-    extras_require={"trl": trl, "demo": demo, "bench": bench, "semantic": semantic, "dev": dev},
+    extras_require={
+        "trl": trl,
+        "demo": demo,
+        "bench": bench,
+        "semantic": semantic,
+        "docs": docs,
+        "dev": dev,
+    },
     entry_points={"console_scripts": ["fusedpo=fusedpo.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

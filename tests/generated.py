@@ -1,8 +1,8 @@
 """The lists of losses that type checkers and readers see, made from the losses that there are.
 
 ``python tests/generated.py`` (``make losses``) writes them: the imports for type checkers in
-fusedpo/losses/__init__.py, the README's table, and the guide's table of the losses that it says
-nothing more about.
+fusedpo/losses/__init__.py, the README's table, the guide's table of the losses that it says nothing
+more about, and the API reference.
 """
 
 from __future__ import annotations
@@ -13,9 +13,16 @@ from pathlib import Path
 from repository import ROOT
 
 from fusedpo import catalogue, losses
+from fusedpo.losses import PolicyLoss
 
-PACKAGE, README, GUIDE = (
-    Path(name) for name in ("fusedpo/losses/__init__.py", "README.md", "docs/guide.md")
+PACKAGE, README, GUIDE, REFERENCE = (
+    Path(name)
+    for name in (
+        "fusedpo/losses/__init__.py",
+        "README.md",
+        "docs/guide.md",
+        "docs/reference/losses.md",
+    )
 )
 BEGIN, END = "<!-- made by `make losses`; a test holds it -->\n", "\n<!-- end of the losses -->"
 
@@ -37,15 +44,30 @@ def others(guide: str) -> str:
     return "\n".join(["| defaults | from |", "|---|---|", *rows])
 
 
+def reference(text: str) -> str:
+    """The reference with its losses, those of pairs first."""
+    heads = ("## Of pairs and single responses\n", "## Of sampled responses\n")
+    for head, of_samples in zip(heads, (False, True), strict=True):
+        classes = [
+            c for c in losses.available().values() if issubclass(c, PolicyLoss) == of_samples
+        ]
+        part = "\n\n".join(f"::: fusedpo.losses.{cls.__name__}" for cls in classes)
+        before, after = text[: text.index(head)], text[text.index(head) :]
+        text = before + _renewed(after, BEGIN, END, f"\n{part}\n")
+    return text
+
+
 def made() -> dict[Path, str]:
-    """The texts of the three files with these parts renewed."""
-    texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in (PACKAGE, README, GUIDE)}
+    """The texts of the files with these parts renewed."""
+    places = (PACKAGE, README, GUIDE, REFERENCE)
+    texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in places}
     heading = re.search(r"^if TYPE_CHECKING:.*\n", texts[PACKAGE], re.MULTILINE)
     assert heading is not None, "the imports for type checkers stand below TYPE_CHECKING"
     return {
         PACKAGE: _renewed(texts[PACKAGE], heading[0], "\n\n# what losses", imports()),
         README: _renewed(texts[README], BEGIN, END, "\n".join(catalogue.table())),
         GUIDE: _renewed(texts[GUIDE], BEGIN, END, others(texts[GUIDE])),
+        REFERENCE: reference(texts[REFERENCE]),
     }
 
 

@@ -246,6 +246,7 @@ TABLE = (
         "a reference of thousands of tokens, in the interpreter too",
         none=("test_a_long_reference_that_equals_its_policy_leaves_nothing",),
     ),
+    Slow("test_site.py", "builds the docs site", using=("site",)),
     Slow(
         "test_states.py",
         "samples from a language model, trains a small one, and has a head of 262,144 columns",
