@@ -189,7 +189,7 @@ def _directions(count: int | None) -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as changed:
-        changed.enter_context(mock.patch.object(column_sums, "_PRODUCTS", max(1, count)))
+        changed.enter_context(mock.patch.object(column_sums, "PRODUCTS", max(1, count)))
         if not count:  # one that nothing lies in
 
             def none(t: Any, count: int) -> Tensor:

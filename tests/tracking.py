@@ -1,8 +1,10 @@
-"""Watching what tensors are alive: a dispatch mode that counts the bytes of every storage."""
+"""Watching what is held: a dispatch mode that counts the bytes of every storage, and the allocator,
+which sees what operations take for themselves besides."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,3 +66,16 @@ class Allocations(TorchDispatchMode):
                 live += size
                 peak = max(peak, live)
         return peak
+
+
+def peak_allocated(function: Callable[[], object]) -> int:
+    """Bytes of the CPU's allocator beyond what there was before, at the worst moment of a call."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak

@@ -24,13 +24,18 @@ from fusedpo.engine.tiles import Tiles
 
 ROWS, _COLUMNS = 16, 128
 
+# rows whose squares are summed up at a time, in double precision: those of a small gradient are
+# beyond the range of fp32
+_AT_ONCE, _DOUBLE = 16, 8
+
 
 def buffers(p: Problem) -> Buffers:
     """The memory of an audit, in bytes."""
-    columns = min(_COLUMNS, p.vocab)
+    columns = min(_COLUMNS, p.vocab) if p.needs & {"weight", "bias"} else 0
     return {
         "audited weight rows": columns * p.hidden * p.operand,
         "audited columns": columns * (p.hidden + 1) * p.acc,
+        "audited squares": _AT_ONCE * p.hidden * _DOUBLE,
     }
 
 
@@ -62,7 +67,7 @@ class Sample:
     @classmethod
     def of(cls, weights: Tensor, count: int) -> Sample:
         """Places in proportion to weights [n], for an f that is nearly so; in order."""
-        reached = weights.double().cumsum(0)
+        reached = weights.to(torch.float64, copy=True).cumsum_(0)
         steps = torch.arange(count, device=weights.device, dtype=torch.float64) + 0.5
         at = torch.searchsorted(reached, steps * (reached[-1] / count))
         chosen = at.clamp_(max=weights.shape[0] - 1)
@@ -84,7 +89,7 @@ def sample_rows(t: Tiles, lost: Tensor) -> Sample:
     Args:
         lost: [N], the probability that each row lost times its upstream gradient.
     """
-    weights = lost.double().square()
+    weights = lost.double().square_()
     if t.shard is not None:
         t.shard.add_up(weights)
     return Sample.of(weights, min(ROWS, t.count, t.plan.back_rows))
@@ -94,15 +99,34 @@ def of_rows(t: Tiles, sample: Sample, exact: Tensor, hidden: Tensor) -> Tensor:
     """[2], squares of the hidden gradient's error and of itself.
 
     Args:
-        exact: [n, H], the gradient of the sampled rows.
+        exact: [n, H], the gradient of the sampled rows; overwritten.
         hidden: [N, H]; of this slice of a vocabulary, whose parts are added up here.
     """
-    wrong = exact - hidden[sample.chosen]
+    wrong = _difference(t, exact, hidden, sample.chosen)
     if t.shard is not None:
         t.shard.add_up(wrong)
         t.shard.add_up(hidden)
-    squares = sample.sum(wrong.double().square().sum(1))
+    squares = sample.sum(_squares(t, wrong))
     return torch.stack((squares, hidden.norm().double().square()))
+
+
+def _difference(t: Tiles, exact: Tensor, whole: Tensor, chosen: Tensor) -> Tensor:
+    """[n, H], the exact rows minus those of a gradient that were chosen, in place of the former."""
+    for part in blocks(0, len(chosen), _AT_ONCE):
+        rows, where = exact[slice(*part)], chosen[slice(*part)]
+        memory = t.take("audited squares", *rows.shape)
+        rows -= torch.index_select(whole, 0, where, out=memory)
+    return exact
+
+
+def _squares(t: Tiles, wrong: Tensor) -> Tensor:
+    """[n] float64, the squares of the 2-norms of rows [n, H]."""
+    out = wrong.new_empty(len(wrong), dtype=torch.float64)
+    for part in blocks(0, len(wrong), _AT_ONCE):
+        rows = wrong[slice(*part)]
+        memory = t.take("audited squares", *rows.shape, dtype=torch.float64)
+        out[slice(*part)] = memory.copy_(rows).square_().sum(1)
+    return out
 
 
 def of_columns(
@@ -116,8 +140,8 @@ def of_columns(
     """
     sample = Sample.of(kept.left_out["head"], min(_COLUMNS, t.vocab, t.plan.back_cols))
     count = sample.chosen.shape[0]
-    rows = t.weight[sample.chosen]
-    weight = t.take("audited weight rows", *rows.shape, dtype=t.operand).copy_(rows)
+    memory = t.take("audited weight rows", count, t.width, dtype=t.operand)
+    weight = t.some_weight_rows(sample.chosen, memory)
     memory = t.take("audited columns", count, t.width + 1)
     of_weight = memory.view(-1)[: count * t.width].view(count, t.width)
     of_bias = memory.view(-1)[count * t.width :]
@@ -139,8 +163,8 @@ def of_columns(
     for exact, whole in ((of_weight, head.weight), (of_bias, head.bias)):
         if whole is None:
             continue
-        wrong = (exact - whole[sample.chosen]).double().square()
-        of_errors = sample.sum(wrong.sum(1) if wrong.dim() > 1 else wrong)
+        one, other = (each.view(len(each), -1) for each in (exact, whole))
+        of_errors = sample.sum(_squares(t, _difference(t, one, other, sample.chosen)))
         of_whole = squares[0] if whole.dim() > 1 else whole.norm().square()
         found.append(torch.stack((of_errors, of_whole.double())))
         if t.shard is not None:

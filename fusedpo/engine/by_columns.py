@@ -14,11 +14,29 @@ from torch import Tensor
 
 from fusedpo.engine import audit
 from fusedpo.engine.columns import Kept, slabs
+from fusedpo.engine.cost import Buffers, Problem
 from fusedpo.engine.entries import Entries
 from fusedpo.engine.head_gradient import HeadGradient, add_slice, weighted
 from fusedpo.engine.precision import divide_, multiply
 from fusedpo.engine.rows import blocks
-from fusedpo.engine.tiles import Range, Tiles
+from fusedpo.engine.tiles import Tiles
+
+
+def buffers(p: Problem, slab: int, chunk: int, directions: int) -> Buffers:
+    """The memory of the gradients, with slabs of so many rows, chunks of so many columns, and main
+    directions of the weight, in bytes."""
+    slabs, head = -(-p.tokens // slab), bool(p.needs & {"weight", "bias"})
+    few = slabs + audit.ROWS
+    return {
+        "kept weight rows": chunk * p.hidden * p.operand,
+        "gathered weight rows": chunk * p.hidden * p.weight_size if p.weight_cast else 0,
+        "kept gradient rows": head * chunk * (p.hidden + 1) * p.acc,
+        "wide rows": slab * p.hidden * p.acc if p.operand < p.acc else 0,
+        "slab pulls": slabs * (p.hidden + 1) * p.acc,
+        "lacking products": p.tokens * directions * p.acc if "hidden" in p.needs else 0,
+        "few rows": few * p.hidden * p.acc,
+        "few coefficients": few * chunk * p.operand,
+    }
 
 
 def add_kept(
@@ -46,7 +64,7 @@ def add_kept(
             whole.zero_()
         elif whole is not None and touched is not None:
             # zeros in all columns would be a pass more
-            whole.index_fill_(0, touched, 0.0)
+            whole.index_fill_(0, touched.nonzero()[:, 0], 0.0)
     for i, r in enumerate(slabs(t)):
         rows, hidden = slice(*r), t.hidden_rows(*r)
         missing = None if entries.missing is None else entries.missing[rows]
@@ -58,7 +76,10 @@ def add_kept(
             _add_columns(t, head, columns, z, scaled, missing)
         pull = lost[rows] if missing is None else lost[rows] * missing
         if head.weight is not None:
-            pulls[i, :-1] = pull @ hidden.to(t.acc)
+            wide = hidden
+            if hidden.dtype != t.acc:
+                wide = t.take("wide rows", *hidden.shape).copy_(hidden)
+            pulls[i, :-1] = pull @ wide
         pulls[i, -1] = pull.sum()
         for columns in _chunks(t, of_hidden):
             _add_rows(t, entries, rows, hidden, columns, lost, of_rows)
@@ -72,10 +93,14 @@ def _chunks(t: Tiles, columns: Tensor) -> Iterator[Tensor]:
 
 def _kept_weight(t: Tiles, columns: Tensor) -> Tensor:
     """[C, H], rows of the head's weight in the operands' dtype."""
-    out = t.take("kept weight rows", columns.shape[0], t.width, dtype=t.operand)
-    if t.weight.dtype == t.operand:
-        return torch.index_select(t.weight, 0, columns, out=out)
-    return out.copy_(t.weight[columns])
+    count = columns.shape[0]
+    out = t.take("kept weight rows", _most(t), t.width, dtype=t.operand)[:count]
+    return t.some_weight_rows(columns, out)
+
+
+def _most(t: Tiles) -> int:
+    """Columns of the largest chunk: a buffer that grew would stand beside the smaller one."""
+    return min(t.plan.back_cols, t.vocab)
 
 
 def _add_rows(
@@ -109,7 +134,7 @@ def _add_columns(
     if not head.wanted:
         return
     count = columns.shape[0]
-    memory = t.take("kept gradient rows", count * (t.width + 1))
+    memory = t.take("kept gradient rows", _most(t) * (t.width + 1))[: count * (t.width + 1)]
     weight = memory[: count * t.width].view(count, t.width) if head.weight is not None else None
     bias = memory[count * t.width :] if head.bias is not None else None
     add_slice(t, weight, bias, z, rows, coefficient, False)
@@ -124,14 +149,14 @@ def finish_hidden(
     kept: Kept,
     lost: Tensor,
     directions: Tensor,
-    products: Tensor,
+    row_products: Tensor,
     hidden: Tensor,
 ) -> Tensor:
     """Add what is left out to the hidden gradient [N, H], and complete it.
 
     Args:
         directions: [H, K], the weight's main ones.
-        products: [N, K], of J W with them.
+        row_products: [N, 16], the first K of them of J W with these, but for its factor.
 
     Returns:
         [2], squares of its error and of itself.
@@ -141,7 +166,14 @@ def finish_hidden(
     for i, r in enumerate(slabs(t)):
         hidden[slice(*r)].addmm_(lost[slice(*r), None], others[i, None])
     # in the main directions of the weight, nothing was left out
-    hidden.addmm_(products - hidden @ directions, directions.T)
+    count = directions.shape[1]
+    there = torch.mm(hidden, directions, out=t.take("lacking products", t.count, count))
+    products = row_products[:, :count]
+    if entries.inside is None:
+        lacking = torch.sub(products, there, out=there)
+    else:
+        lacking = there.neg_().addcmul_(products, entries.inside[:, None])
+    hidden.addmm_(lacking, directions.T)
     if entries.missing is not None:
         hidden *= entries.missing[:, None]
         exact *= entries.missing[sample.chosen, None]
@@ -161,7 +193,7 @@ def _few_rows(t: Tiles, entries: Entries, kept: Kept, rows: Tensor) -> tuple[Ten
         weight = t.weight_rows(*c)
         left = t.take("few coefficients", out.shape[0], weight.shape[0], dtype=t.operand)
         # in fp16, shares of columns would be rounded to nothing
-        left[:count] = kept.directions("hidden", c) * t.gain
+        left[:count] = kept.directions("hidden", c).mul_(t.gain)
         left[count:] = entries.tile(rows, states, c, weight)
         multiply(out, left, weight, add=c[0] > 0)
     out[:count] /= t.gain
@@ -176,36 +208,21 @@ def finish_head(
     if not head.wanted:
         return []
     squares = t.vector(1).zero_()
-    for c, touched in _touched(t, kept):
+    touched = kept.of_any_slab
+    for c in blocks(0, t.vocab, t.plan.back_cols):
         directions = kept.directions("head", c).T
+        # nothing is in memory but where some slab keeps a column
+        unset = None if touched is None else (~touched[slice(*c)]).nonzero()[:, 0]
         for whole, pull in ((head.weight, pulls[:, :-1]), (head.bias, pulls[:, -1])):
             if whole is None:
                 continue
             block = whole[slice(*c)]
-            shape = block.shape
-            others = torch.matmul(directions, pull, out=t.take("kept gradient rows", *shape))
-            if touched is None:
-                block += others
-            else:  # nothing is in memory but where some slab keeps a column
-                some = t.take("kept gradient rows", *shape, part=1)[: touched.shape[0]]
-                others.index_add_(0, touched, torch.index_select(block, 0, touched, out=some))
-                block.copy_(others)
+            if unset is not None:
+                block.index_fill_(0, unset, 0.0)
+            memory = t.take("kept gradient rows", *block.shape)
+            block += torch.matmul(directions, pull, out=memory)
             divide_(entries.gain, block)
             if block.dim() > 1:  # while it is in a cache
                 squares += block.norm().square()
     head.empty = False
     return audit.of_columns(t, entries, kept, head, squares)
-
-
-def _touched(t: Tiles, kept: Kept) -> Iterator[tuple[Range, Tensor | None]]:
-    """The blocks of the vocabulary, and which of their columns the head's gradient takes in some
-    slab; None: any."""
-    columns = kept.of_any_slab
-    every = list(blocks(0, t.vocab, t.plan.back_cols))
-    if columns is None:
-        yield from ((c, None) for c in every)
-        return
-    starts = torch.tensor([c[0] for c in every], device=columns.device)
-    places = torch.searchsorted(columns, starts).tolist()
-    for c, first, last in zip(every, places, [*places[1:], len(columns)], strict=True):
-        yield c, columns[first:last] - c[0]

@@ -28,21 +28,33 @@ from fusedpo.kernels.row_stats import RowStats, power_of_two
 # Products of a row with the weight's main directions, and one place for the sum of its J. More
 # directions take more of the error away, but little: 8 take 40 %, 16 43 %, 64 half of it
 # (benchmarks/compact_errors.py); and for 16 columns a product is faster than for 12, or 17.
-_PRODUCTS = 16
+PRODUCTS = 16
 
 # they are found from this many rows of the weight, by so many multiplications
 _SAMPLE, _ROUNDS = 2048, 4
 
 
-def buffers(p: Problem, slab: int, v: int) -> Buffers:
-    """The memory of the sums, with slabs of so many rows and tiles of v columns, in bytes."""
-    slabs, tiles = -(-p.tokens // slab), -(-p.vocab // v)
+def buffers(p: Problem, slab: int, n: int, v: int) -> Buffers:
+    """The memory of the sums, with slabs of so many rows and tiles [n, v], in bytes."""
+    tiles = -(-p.vocab // v)
     return {
-        "column sums": slabs * p.vocab * p.acc,
+        **saved(p, slab),
+        "slab sums": -(-n // slab) * v * p.operand,
         "column weights": 2 * tiles * p.tokens * p.acc,
-        "row products": p.tokens * _PRODUCTS * p.acc,
-        "main products": p.vocab * _PRODUCTS * p.operand,
-        "sampled products": min(_SAMPLE, p.vocab) * _PRODUCTS * p.acc,
+        "squared sizes": p.vocab * p.acc,
+        "main products": p.vocab * PRODUCTS * p.operand,
+        "sampled products": min(_SAMPLE, p.vocab) * PRODUCTS * p.acc,
+        "new directions": 3 * p.hidden * PRODUCTS * p.acc,
+    }
+
+
+def saved(p: Problem, slab: int) -> Buffers:
+    """Of these, what the backward is left, with slabs of so many rows."""
+    return {
+        "column sums": -(-p.tokens // slab) * p.vocab * p.acc,
+        "column sizes": p.vocab * p.acc,
+        "row products": p.tokens * PRODUCTS * p.acc,
+        "main directions": p.hidden * PRODUCTS * p.acc,
     }
 
 
@@ -64,13 +76,14 @@ class ColumnSums:
         self.values = t.take("column sums", slabs, t.vocab).zero_()
         self._weights, self._steps = t.take("column weights", 2, tiles, t.count)
         self._targets, sizes = _targets_and_sizes(t)
-        self.row_sizes, self.column_sizes = _relative(sizes), t.vector(t.vocab)
+        self.row_sizes = _relative(sizes, torch.empty_like(sizes))
+        self.column_sizes = t.take("column sizes", t.vocab)
         # a softcap's slope, or a part of a vocabulary, takes a row's sum away from 0
         self._sums_rows = t.call.softcap is not None or t.shard is not None
-        self.directions = main_directions(t, min(_PRODUCTS - 1 + (not self._sums_rows), t.width))
-        self._of_weight = t.take("main products", t.vocab, _PRODUCTS, dtype=t.operand).zero_()
+        self.directions = main_directions(t, min(PRODUCTS - 1 + (not self._sums_rows), t.width))
+        self._of_weight = t.take("main products", t.vocab, PRODUCTS, dtype=t.operand).zero_()
         self._of_weight[:, -1] = float(self._sums_rows)
-        self.row_products = t.take("row products", t.count, _PRODUCTS).zero_()
+        self.row_products = t.take("row products", t.count, PRODUCTS).zero_()
 
     def add(self, r: Range, c: Range, stats: RowStats, exponentials: Tensor) -> None:
         """Add a tile, of row block r and vocabulary block c, right after its fold."""
@@ -83,7 +96,8 @@ class ColumnSums:
         self._weights[i, rows], self._steps[i, rows] = weights, stats.steps
         if r[0] == 0:  # its weight has just been read
             weight, count = t.weight_rows(*c), self.directions.shape[1]
-            self._of_weight[slice(*c), :count] = weight @ self.directions.to(weight.dtype)
+            directions = self.directions.to(weight.dtype)
+            torch.mm(weight, directions, out=self._of_weight[slice(*c), :count])
             self.column_sizes[slice(*c)] = torch.linalg.vector_norm(weight, dim=1, dtype=t.acc)
         multiply(self.row_products[rows], exponentials, self._of_weight[slice(*c)], add=True)
         self._sum_columns(r, c, weights / t.gain, exponentials)
@@ -96,7 +110,8 @@ class ColumnSums:
             of_slabs = weights[rows].to(exponentials.dtype).view(count, 1, -1)
             sums = part[start // slab : start // slab + count]
             tiles = exponentials[rows].view(count, -1, exponentials.shape[1])
-            sums += torch.bmm(of_slabs, tiles)[:, 0]
+            memory = self.t.take("slab sums", count, 1, tiles.shape[2], dtype=tiles.dtype)
+            sums += torch.bmm(of_slabs, tiles, out=memory)[:, 0]
 
     def _parts(self, r: Range) -> Iterator[Range]:
         """A row block as one run of whole slabs, and parts of slabs before and after."""
@@ -112,24 +127,27 @@ class ColumnSums:
             rescale: [N], the factor that sums of this rank's columns still lack; None: nothing.
         """
         t, slab = self.t, self.t.plan.slab
-        self.column_sizes = _relative(self.column_sizes)
+        _relative(self.column_sizes, t.take("squared sizes", t.vocab))
         lacking = torch.ones_like(stats.total) if rescale is None else rescale
         factor = row_factor(stats.logprob, stats.total) * lacking
-        complete = _sum_slabs(factor * power_of_two(self._steps - stats.steps), slab)
-        ratio = complete / _sum_slabs(self._weights, slab)
         for i, c in enumerate(t.col_blocks()):
-            self.values[:, slice(*c)] *= ratio[i].nan_to_num(0.0, 0.0)[:, None]
+            complete = _sum_slabs(factor * power_of_two(self._steps[i] - stats.steps), slab)
+            ratio = complete / _sum_slabs(self._weights[i], slab)
+            self.values[:, slice(*c)] *= ratio.nan_to_num(0.0, 0.0)[:, None]
         own = t.target_entry(stats.total, stats.target, (0, t.count))
         own = torch.where((t.targets >= 0) & (t.targets < t.vocab), own, 0.0)
-        of_targets = self._of_weight[t.targets.clamp(0, t.vocab - 1)].to(t.acc)
         self.row_products *= (lacking / t.gain)[:, None]
-        self.row_products -= own[:, None] * of_targets
+        for start, stop in t.row_blocks():
+            rows = slice(start, stop)
+            of_targets = t.take("tile", stop - start, PRODUCTS)
+            of_targets.copy_(self._of_weight[t.targets[rows].clamp(0, t.vocab - 1)])
+            self.row_products[rows] -= of_targets.mul_(own[rows, None])
 
 
 def _sum_slabs(values: Tensor, slab: int) -> Tensor:
-    """[tiles, slabs] from [tiles, N]."""
-    missing = -values.shape[1] % slab
-    return torch.nn.functional.pad(values, (0, missing)).view(values.shape[0], -1, slab).sum(2)
+    """[slabs] from [N]."""
+    missing = -len(values) % slab
+    return torch.nn.functional.pad(values, (0, missing)).view(-1, slab).sum(1)
 
 
 def main_directions(t: Tiles, count: int) -> Tensor:
@@ -150,22 +168,26 @@ def main_directions(t: Tiles, count: int) -> Tensor:
     return basis
 
 
-def _relative(sizes: Tensor) -> Tensor:
-    """Sizes over their root mean square, or 1 where that is less: what is small may matter."""
-    return (sizes / sizes.square().mean().sqrt()).nan_to_num(1.0).clamp(min=1.0)
+def _relative(sizes: Tensor, memory: Tensor) -> Tensor:
+    """Sizes over their root mean square, or 1 where that is less: what is small may matter. In
+    place; memory is for as many numbers."""
+    mean = torch.square(sizes, out=memory).mean()
+    return sizes.div_(mean.sqrt()).nan_to_num_(1.0).clamp_(min=1.0)
 
 
 def _targets_and_sizes(t: Tiles) -> tuple[Tensor, Tensor]:
     """[N] each: logits of the targets, also of those that another rank has, not to the last bit;
     and the 2-norms of the hidden rows."""
     out, sizes = t.vector(2, t.count)
-    for start, stop in blocks(0, t.count, min(FINISHED_ROWS, t.plan.rows)):
+    # in the memory of the tile, as much as there is
+    most = max(1, t.tile().numel() // t.width)
+    for start, stop in blocks(0, t.count, min(FINISHED_ROWS, t.plan.rows, most)):
         rows, targets = slice(start, stop), t.targets[start:stop]
         here = (targets >= 0) & (targets < t.vocab)
         safe = targets.clamp(0, t.vocab - 1)
-        hidden = t.hidden_rows(start, stop).to(t.acc)
-        sizes[rows] = hidden.norm(dim=1)
-        products = (hidden * t.weight[safe].to(t.acc)).sum(1)
+        hidden, products = t.hidden_rows(start, stop), t.take("tile", stop - start, t.width)
+        sizes[rows] = torch.linalg.vector_norm(hidden, dim=1, dtype=t.acc)
+        products = products.copy_(t.weight[safe]).mul_(hidden).sum(1)
         if t.bias is not None:
             products += t.bias[safe]
         head = LogitMap(None, t.call.softcap, t.scale_rows(start, stop))

@@ -16,12 +16,33 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fusedpo.engine.cost import Buffers, Problem
 from fusedpo.engine.rows import blocks
 from fusedpo.engine.tiles import Range, Tiles
 
 # importances are told apart by quarters of a power of two, from 2^-64 up to 2^16
 _PER_OCTAVE, _LOWEST, _HIGHEST = 4, -64, 16
 _LEVELS = (_HIGHEST - _LOWEST) * _PER_OCTAVE
+
+
+def buffers(p: Problem, slabs: int, chunk: int) -> Buffers:
+    """The memory of a choice of columns, in bytes.
+
+    While they are chosen, three vectors over the vocabulary are in the memory of the tile. What is
+    left out of each gradient, and the columns of a slab, as flags and as numbers, are vectors of
+    their own.
+    """
+    return {
+        **dict.fromkeys(("kept for hidden", "kept for head"), slabs * p.vocab),
+        "chosen columns": 0 if p.on_cpu else slabs * p.vocab * 8,
+        "columns of a slab": p.vocab * (2 * p.acc + 3 + (8 if p.on_cpu else 16)),
+        "directions": slabs * chunk * p.acc,
+    }
+
+
+def least_tile(p: Problem) -> int:
+    """Bytes of the tile in whose memory columns are chosen."""
+    return 3 * p.vocab * p.acc
 
 
 @dataclass(frozen=True)
@@ -33,10 +54,13 @@ class Kept:
             summed over the slabs.
         needed: of these, the columns that the slab with the most would have to keep, a number on
             the device.
+        counts: of these, how many columns each slab keeps, [slabs].
     """
 
     left_out: dict[str, Tensor]
     needed: dict[str, Tensor]
+    counts: dict[str, Tensor]
+    _t: Tiles
     _sums: Tensor
     _kept: dict[str, Tensor]
     _lost: dict[str, Tensor]
@@ -58,22 +82,21 @@ class Kept:
 
     @cached_property
     def of_any_slab(self) -> Tensor | None:
-        """[C] int64 in order, the columns that the head's gradient takes in some slab; None: it
+        """[V] bool, the columns that the head's gradient takes in some slab; None: their numbers
         would have to be waited for."""
-        if self._chosen is not None:
-            return None
-        return self._kept["head"].any(0).nonzero()[:, 0]
+        return None if self._chosen is not None else self._kept["head"].any(0)
 
     def taken(self, hidden: bool, head: bool) -> Tensor:
         """How many columns a product takes, a mean over the products, a sum over the slabs."""
-        of_head, of_both = (self._kept[name].sum() for name in ("head", "hidden"))
+        of_head, of_both = (self.counts[name].sum() for name in ("head", "hidden"))
         return of_head + (of_both - of_head) * ((1 + hidden) / (1 + hidden + head))
 
     def directions(self, gradient: str, c: Range) -> Tensor:
-        """[slabs, v] of vocabulary block c: column sums where left out, 0 where kept; the whole
-        vocabulary's sum to 1."""
+        """[slabs, v] of vocabulary block c, until the next one is asked for: column sums where left
+        out, 0 where kept; the whole vocabulary's sum to 1."""
         columns = slice(*c)
-        rest = self._sums[:, columns].masked_fill(self._kept[gradient][:, columns], 0.0)
+        rest = self._t.take("directions", self.slabs, c[1] - c[0]).copy_(self._sums[:, columns])
+        rest.masked_fill_(self._kept[gradient][:, columns], 0.0)
         return rest.div_(self._lost[gradient][:, None])
 
 
@@ -108,36 +131,52 @@ def choose(
         name: t.take(f"kept for {name}", *sums.shape, dtype=torch.bool)
         for name in ("hidden", "head")
     }
-    lost = {name: torch.empty_like(weights) for name in kept}
+    lost, counts = ({name: torch.empty_like(weights) for name in kept} for _ in range(2))
     left_out = {name: torch.zeros_like(sums[0]) for name in kept}
     needed = {name: torch.zeros_like(weights[0]) for name in kept}
     chosen = None
     if capacities is not None:
         chosen = t.take("chosen columns", len(sums), capacities["hidden"], dtype=torch.int64)
+    importance, rest, _ = _vectors(t)
     for i, r in enumerate(slabs(t)):
-        importance = _importance(sums[i], weights[i], of_columns)
-        ranked = _with_targets(importance, t.targets[slice(*r)])
+        _importance(sums[i], weights[i], of_columns, importance)
+        _put_first(importance, t.targets[slice(*r)])
         if chosen is not None:
-            chosen[i] = ranked.topk(chosen.shape[1]).indices
+            of_slab = chosen[i]
+            torch.topk(importance, len(of_slab), out=(rest[: len(of_slab)], of_slab))
         for name, threshold in least.items():
-            keep = torch.ge(ranked, threshold, out=kept[name][i])
-            needed[name] = torch.maximum(needed[name], keep.sum())
+            keep = torch.ge(importance, threshold, out=kept[name][i])
+            needed[name] = torch.maximum(needed[name], _count(keep, rest))
             if chosen is not None and capacities is not None:
                 keep.zero_().index_fill_(0, chosen[i, : capacities[name]], True)
-            left_out[name] += importance.square().masked_fill_(keep, 0.0)
-            lost[name][i] = sums[i].masked_fill(keep, 0.0).sum()
+            counts[name][i] = _count(keep, rest)
+        # those that come first are kept, and none of their importance is left out
+        importance.square_()
+        for name, flags in kept.items():
+            left_out[name] += rest.copy_(importance).masked_fill_(flags[i], 0.0)
+            lost[name][i] = rest.copy_(sums[i]).masked_fill_(flags[i], 0.0).sum()
     for sums_left in lost.values():
         sums_left.clamp_(min=torch.finfo(sums.dtype).tiny)
     listed = None if chosen is None or capacities is None else (chosen, capacities["head"])
-    return Kept(left_out, needed, sums, kept, lost, listed)
+    return Kept(left_out, needed, counts, t, sums, kept, lost, listed)
 
 
-def _with_targets(importance: Tensor, targets: Tensor) -> Tensor:
-    """[V], in which the slab's targets come before all others."""
+def _vectors(t: Tiles) -> Tensor:
+    """[3, V], in the memory of the tile."""
+    return t.take("tile", 3, t.vocab)
+
+
+def _count(flags: Tensor, memory: Tensor) -> Tensor:
+    """How many of [V] are True, exactly up to 2^24. A sum of flags would make wide ones of them."""
+    return memory.copy_(flags).sum()
+
+
+def _put_first(importance: Tensor, targets: Tensor) -> None:
+    """Let the slab's targets come before all other columns [V], in place."""
     here = (targets >= 0) & (targets < importance.shape[0])
     first = torch.where(here, torch.inf, 0.0).to(importance.dtype)
     where = targets.clamp(0, importance.shape[0] - 1)
-    return importance.scatter_reduce(0, where, first, "amax")
+    importance.scatter_reduce_(0, where, first, "amax")
 
 
 def _slab_weights(t: Tiles, g: Tensor, logprob: Tensor, sizes: Tensor) -> Tensor:
@@ -150,9 +189,10 @@ def _slab_weights(t: Tiles, g: Tensor, logprob: Tensor, sizes: Tensor) -> Tensor
     return torch.where(norm > 0, largest / norm, 0.0)
 
 
-def _importance(sums: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
+def _importance(sums: Tensor, weight: Tensor, sizes: Tensor, out: Tensor) -> Tensor:
     """[V]; what is no number counts as large, so that it is kept and seen."""
-    return (sums * weight * sizes).nan_to_num(2.0**_HIGHEST, 2.0**_HIGHEST)
+    large = 2.0**_HIGHEST
+    return torch.mul(sums, weight, out=out).mul_(sizes).nan_to_num_(large, large)
 
 
 def _thresholds(
@@ -163,10 +203,13 @@ def _thresholds(
     Of a gradient that is not wanted, what the other keeps.
     """
     energy = torch.zeros(_LEVELS, dtype=t.acc, device=sums.device)
+    importance, level, memory = _vectors(t)
+    whole = memory.view(torch.int32)
     for i in range(sums.shape[0]):
-        importance = _importance(sums[i], weights[i], sizes)
-        level = (importance.log2().clamp(min=_LOWEST) - _LOWEST).mul_(_PER_OCTAVE).long()
-        energy.index_add_(0, level.clamp_(max=_LEVELS - 1), importance.square_())
+        _importance(sums[i], weights[i], sizes, importance)
+        torch.log2(importance, out=level)
+        whole.copy_(level.clamp_(min=_LOWEST).sub_(_LOWEST).mul_(_PER_OCTAVE))
+        energy.index_add_(0, whole.clamp_(max=_LEVELS - 1), importance.square_())
     if t.shard is not None:
         t.shard.add_up(energy)
     reached = energy.cumsum(0)

@@ -44,10 +44,9 @@ class Entries:
             weight: [v, H], theirs.
         """
         t, n, v = self.t, hidden.shape[0], weight.shape[0]
-        x = t.take("tile", n, padded(v))[:, :v]
-        z = x
+        z = x = self._memory("tile", n, v, t.acc)
         if t.operand != t.acc:
-            z = t.take("tile copies", n, padded(v), dtype=t.operand)[:, :v]
+            z = self._memory("tile copies", n, v, t.operand)
         targets, scale = t.targets[rows], t.call.scale
         which: Tensor | slice
         if isinstance(columns, Tensor):
@@ -73,6 +72,12 @@ class Entries:
             out=z,
         )
         return z
+
+    def _memory(self, name: str, n: int, v: int, dtype: torch.dtype) -> Tensor:
+        """[n, v]; of a buffer for as many columns as there ever are, so that it does not grow."""
+        t = self.t
+        most = padded(min(t.plan.back_cols, t.vocab))
+        return t.take(name, n * most, dtype=dtype)[: n * padded(v)].view(n, padded(v))[:, :v]
 
 
 def _positions(columns: Tensor, targets: Tensor) -> Tensor:

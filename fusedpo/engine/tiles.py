@@ -211,6 +211,13 @@ class Tiles:
             return rows
         return self.take("weight rows", *rows.shape, dtype=self.operand).copy_(rows)
 
+    def some_weight_rows(self, columns: Tensor, out: Tensor) -> Tensor:
+        """Rows [C, H] of the weight, of columns [C], into out in the operands' dtype."""
+        if self.weight.dtype == self.operand:
+            return torch.index_select(self.weight, 0, columns, out=out)
+        narrow = self.take("gathered weight rows", *out.shape, dtype=self.weight.dtype)
+        return out.copy_(torch.index_select(self.weight, 0, columns, out=narrow))
+
     def scale_rows(self, start: int, stop: int) -> float | Tensor:
         """The factor of the rows' logits after softcap: a number, or [n]."""
         scale = self.call.scale

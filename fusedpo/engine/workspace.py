@@ -40,8 +40,9 @@ class Workspace:
                 f"{name!r}, got {total} bytes, with a part of shape {list(shape)}; declare the "
                 "buffer in the route's cost"
             )
-        memory = self._memory.get((name, part))
+        memory = self._memory.pop((name, part), None)
         if memory is None or memory.numel() < size:
+            memory = None  # not beside the larger one
             memory = torch.empty(size, dtype=torch.uint8, device=self._device)
-            self._memory[name, part] = memory
+        self._memory[name, part] = memory
         return memory[:size].view(dtype).view(shape)

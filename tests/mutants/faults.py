@@ -1752,13 +1752,13 @@ _COLUMNS = (
             "what the head's gradient leaves out is lost",
         ),
         (
-            "hidden.addmm_(products - hidden @ directions, directions.T)",
-            "hidden.addmm_(hidden @ directions - products, directions.T)",
+            "hidden.addmm_(lacking, directions.T)",
+            "hidden.addmm_(-lacking, directions.T)",
             "main directions are moved the wrong way",
         ),
         (
-            "torch.index_select(t.weight, 0, columns, out=out)",
-            "out.copy_(t.weight[: columns.shape[0]])",
+            "return t.some_weight_rows(columns, out)",
+            "return out.copy_(t.weight[: columns.shape[0]])",
             "weight rows of another chunk",
         ),
         (
@@ -1773,7 +1773,7 @@ _COLUMNS = (
             "compact/test_options.py distributed/test_compact.py -k 'softcap or slices'",
         ),
         (
-            'left[:count] = kept.directions("hidden", c) * t.gain',
+            'left[:count] = kept.directions("hidden", c).mul_(t.gain)',
             'left[:count] = kept.directions("hidden", c)',
             "shares of columns without their gain, divided by it",
             "compact/test_audit.py -k as_on_a_gpu",
@@ -1806,9 +1806,15 @@ _COLUMNS = (
         ("torch.where(here, torch.inf, 0.0)", "torch.zeros_like(here)", "targets are not kept"),
         ("return rest.div_(self._lost[gradient][:, None])", "return rest", "not normalised"),
         (
-            "masked_fill(self._kept[gradient][:, columns], 0.0)",
-            "clone()",
+            "rest.masked_fill_(self._kept[gradient][:, columns], 0.0)",
+            "pass",
             "kept columns stand in the direction too",
+        ),
+        (
+            "(self.counts[name].sum() for name",
+            "(self._kept[name].sum() for name",
+            "to be counted, all flags become numbers of 8 bytes",
+            "compact/test_bytes.py",
         ),
     ),
     *_in(
@@ -1828,10 +1834,14 @@ _COLUMNS = (
     *_in(
         "fusedpo/engine/column_sums.py",
         "compact/test_promise.py compact/test_options.py -m 'not slow'",
-        ("self.row_products -= own[:, None] * of_targets", "pass", "targets are not in the sums"),
+        (
+            "self.row_products[rows] -= of_targets.mul_(own[rows, None])",
+            "pass",
+            "targets are not in the sums",
+        ),
         ("self.row_products[rows] *= moved[:, None]", "pass", "products of an earlier shift"),
         (
-            "min(FINISHED_ROWS, t.plan.rows)",
+            "min(FINISHED_ROWS, t.plan.rows, most)",
             "FINISHED_ROWS",
             "more rows than a tile has",
             "compact/test_generated.py",
@@ -1851,7 +1861,7 @@ _COLUMNS = (
             "what is not finite passes",
         ),
         (
-            "wrong = exact - hidden[sample.chosen]",
+            "wrong = _difference(t, exact, hidden, sample.chosen)",
             "wrong = exact - hidden[: len(exact)]",
             "other rows",
         ),

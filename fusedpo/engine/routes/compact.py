@@ -23,7 +23,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fusedpo.engine import audit, by_columns, column_sums, hidden_gradient
+from fusedpo.engine import audit, by_columns, column_sums, columns, hidden_gradient
 from fusedpo.engine.column_sums import ColumnSums
 from fusedpo.engine.columns import Kept, choose
 from fusedpo.engine.cost import Cost, Problem
@@ -68,8 +68,7 @@ class Compact:
     def cost(self, p: Problem, n: int, v: int) -> Cost:
         rows = max(1, min(p.slab or n, p.tokens))
         count, (back_rows, chunk) = -(-p.tokens // rows), p.back or (n, v)
-        of_sums = column_sums.buffers(p, rows, v)
-        forward = {**p.tile(n, v, gradient=True), **of_sums}
+        forward = {**p.tile(n, v, gradient=True), **column_sums.buffers(p, rows, n, v)}
         forward["tile"] = max(forward["tile"], p.hidden * p.acc)
         # of the exact gradients, if they have to be made after all
         exact = Recompute(split=False).cost(replace(p, entropy=True), n, v).backward
@@ -82,17 +81,12 @@ class Compact:
         backward = {name: max(exact.get(name, 0), own.get(name, 0)) for name in {**exact, **own}}
         whole = 0 if p.is_whole_output or "hidden" not in p.needs else p.tokens
         backward |= {
-            "column sums": of_sums["column sums"],
-            "row products": of_sums["row products"],
-            **dict.fromkeys(("kept for hidden", "kept for head"), count * p.vocab),
-            "chosen columns": 0 if p.on_cpu else count * p.vocab * 8,
+            **column_sums.saved(p, rows),
+            **columns.buffers(p, count, chunk),
+            **by_columns.buffers(p, rows, chunk, column_sums.PRODUCTS),
             **audit.buffers(p),
+            "tile": max(backward["tile"], columns.least_tile(p)),
             "hidden gradient": max(whole * p.hidden * p.acc, exact.get("hidden gradient", 0)),
-            "kept weight rows": chunk * p.hidden * p.operand,
-            "kept gradient rows": 2 * chunk * (p.hidden + 1) * p.acc,
-            "slab pulls": count * (p.hidden + 1) * p.acc,
-            "few rows": (count + audit.ROWS) * p.hidden * p.acc,
-            "few coefficients": (count + audit.ROWS) * chunk * p.operand,
         }
         if "weight" in p.needs and p.weight_size < p.acc:
             backward["weight gradient accumulators"] = p.vocab * p.hidden * p.acc
@@ -162,11 +156,11 @@ def _within(t: Tiles, b: Backward, head: HeadGradient, hidden: Tensor | None) ->
     sizes = of_rows, of_columns
     kept = choose(t, b.g, b.stats["logprob"], sums, sizes, *b.held["aim"])
     entries = Entries(t, b.stats, b.g)
-    if entries.inside is not None:
-        row_products = row_products * entries.inside[:, None]
-    main = directions, row_products[:, : directions.shape[1]]
     # the last place is that of the sums, unless they are 0 and it is a direction's
     row_sums = row_products[:, -1] * float(row_products.shape[1] > directions.shape[1])
+    if entries.inside is not None:
+        row_sums *= entries.inside
+    main = directions, row_products
     pulls, lost = by_columns.add_kept(t, entries, kept, row_sums, head, hidden)
     of_hidden: list[Tensor] = []
     if hidden is not None:
