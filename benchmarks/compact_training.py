@@ -448,12 +448,12 @@ def show_targets(answer: dict[str, Any], stream: Any = None) -> None:
 def table(answer: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows, in words."""
     columns = ["", "training", "first loss", "last ten", "off the exact curve"]
-    columns += ["held-out loss", "accuracy", "margin", "s a step", "columns kept", "breaches"]
+    columns += ["held-out loss", "accuracy", "margin", "columns kept", "breaches"]
     lines = []
     for group in _groups(answer):
         rows, before = _of(answer, group), answer["before"][group]
         held_out = [_fixed(before[name]) for name in ("loss", "accuracy", "margin")]
-        lines.append([group, "before", "-", "-", "-", *held_out, "-", "-", "-"])
+        lines.append([group, "before", "-", "-", "-", *held_out, "-", "-"])
         for row in rows.values():
             last = row["losses"][-10:]
             off = distance(row["losses"], rows[EXACT]["losses"])
@@ -465,7 +465,6 @@ def table(answer: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                     _fixed(sum(last) / len(last)),
                     "-" if row["entry"] == EXACT else f"{off:.1e}",
                     *(_fixed(row["held_out"][name]) for name in ("loss", "accuracy", "margin")),
-                    number(row["median_seconds"]),
                     f"{100 * row['kept']:.1f} %" if row["kept"] < 1 else "-",
                     str(row["breaches"]) if row["kept"] < 1 else "-",
                 ]
