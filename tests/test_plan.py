@@ -419,3 +419,40 @@ def test_a_refused_budget_comes_back_from_another_process_as_it_was() -> None:
     assert type(copy) is BudgetTooSmall and str(copy) == str(error.value)
     assert copy.least == error.value.least > 1024
     assert plan(4096, 50_000, 512, budget=copy.least).bytes <= copy.least
+
+
+@pytest.mark.parametrize(
+    ("route", "needs"),
+    [
+        (None, ("hidden", "weight")),
+        ("forward", ()),
+        ("frozen", ("hidden",)),
+        *((route, ("hidden", "weight")) for route in ("retain", "hybrid", "one_pass", "recompute")),
+        ("compact", ("hidden", "weight")),
+        ("compact", ("hidden",)),
+    ],
+)
+@given(
+    tokens=st.sampled_from((1, 7, 300, 1024, 5000, 30_000)),
+    vocab=st.sampled_from((1, 300, 1500, 49_152, 262_144)),
+    hidden=st.sampled_from((1, 8, 64, 576, 4096)),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+    device=st.sampled_from(("cpu", "cuda")),
+    groups=st.sampled_from((1, 3)),
+    softcap=st.booleans(),
+    gathered=st.booleans(),
+)
+def test_the_least_budget_is_enough_and_less_is_not(route, needs, tokens, vocab, hidden, **options):
+    options |= {"route": route, "needs": needs, "scope": "pair"}
+    options["gradient_tolerance"] = 2e-3 if route == "compact" else 0.0
+
+    def least(budget: int) -> int | None:
+        try:
+            assert plan(tokens, vocab, hidden, budget=budget, **options).bytes <= budget
+        except BudgetTooSmall as error:
+            return error.least
+        return None
+
+    enough = least(1)
+    assert enough is not None and least(enough) is None
+    assert least(enough - 1) == enough

@@ -8,7 +8,7 @@ asks the routes what they would hold with it, and takes the cheapest that fits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,12 +17,19 @@ import torch
 from fusedpo.checks import bad_choice, bad_value
 from fusedpo.devices import Device, as_device
 from fusedpo.engine.cost import Backend, Buffers, Cost, Needs, Problem
+from fusedpo.engine.ladder import Step
 from fusedpo.engine.plan import BudgetTooSmall, Plan, RouteName
 from fusedpo.engine.problem import Options, problem_of
 from fusedpo.engine.routes import ROUTES, variant
 from fusedpo.engine.routes.base import Route
 from fusedpo.engine.structure import Scope
-from fusedpo.engine.tile_choice import choose_step, most_retained, tile_of
+from fusedpo.engine.tile_choice import (
+    choose_step,
+    most_retained,
+    steps_of,
+    tile_of,
+    turning_points,
+)
 from fusedpo.engine.tolerance import GUESSED_SHARE
 from fusedpo.sizes import format_bytes, parse_budget
 
@@ -140,17 +147,16 @@ def plan(
     names = list(dict.fromkeys(each.name for each in eligible))
     if route is not None and route not in names:
         raise bad_choice("route (for these needs)", route, names)
-    step = choose_step(p, allowed)
-    tile = tile_of(p, step)
-    p = replace(p, room=allowed, most=tokens if route else most_retained(p, step))
     ways = [each for each in eligible if route in (None, each.name) and fused in (None, each.fused)]
     if not ways:
         expected = 'False, or backend="triton", no gradient wanted, and dtypes alike, not float64'
         raise bad_value("fused", expected, str(fused))
-    candidates = [candidate for way in ways for candidate in _candidates(way, p, tile)]
+    told = route is not None
+    step = choose_step(p, allowed)
+    candidates = _candidates(ways, p, step, allowed, told=told)
     fitting = [each for each in candidates if _total(each) <= allowed]
     if not fitting:
-        fewest = min(map(_total, candidates))
+        fewest = _least(ways, p, allowed, told=told)
         error = bad_value(
             "memory_budget",
             f"at least {format_bytes(fewest)} ({fewest} bytes) for {tokens} tokens, "
@@ -160,6 +166,7 @@ def plan(
         )
         raise BudgetTooSmall(str(error), fewest)
     _, way, shape, cost = min(fitting, key=_price)
+    tile = tile_of(p, step)
     rows, cols = tile
     back_rows, back_cols = shape.back or tile
     return Plan(
@@ -193,11 +200,37 @@ def plan(
 _Candidate = tuple[int, Route, Problem, Cost]
 
 
-def _candidates(way: Route, p: Problem, tile: tuple[int, int]) -> Iterator[_Candidate]:
-    """Every shape in which a route can run with this tile."""
-    for wide in {True, p.hidden_size == p.acc}:
-        for rank, shape in enumerate(way.shapes(replace(p, wide=wide), *tile)):
-            yield rank, way, shape, _cost(shape, way, *tile)
+def _candidates(
+    ways: Iterable[Route], p: Problem, step: Step, budget: int, *, told: bool
+) -> list[_Candidate]:
+    """Every shape in which one of the routes can run with a tile.
+
+    Args:
+        told: whether the route was asked for, so that no other is as good.
+    """
+    tile = tile_of(p, step)
+    p = replace(p, room=budget, most=p.tokens if told else most_retained(p, step))
+    return [
+        (rank, way, shape, _cost(shape, way, *tile))
+        for way in ways
+        for wide in {True, p.hidden_size == p.acc}
+        for rank, shape in enumerate(way.shapes(replace(p, wide=wide), *tile))
+    ]
+
+
+def _least(ways: Sequence[Route], p: Problem, budget: int, *, told: bool) -> int:
+    """The least budget, above one in which no route fits, in which one does.
+
+    More memory can bring a larger tile, with which a route that was asked for does not fit.
+    """
+    sizes = turning_points(p)
+    for step in steps_of(p):
+        sizes.add(min(map(_total, _candidates(ways, p, step, budget, told=told))))
+    for size in sorted(size for size in sizes if size > budget):
+        candidates = _candidates(ways, p, choose_step(p, size), size, told=told)
+        if min(map(_total, candidates)) <= size:
+            return size
+    raise AssertionError("with the largest tile, what it takes is enough")
 
 
 def _price(candidate: _Candidate) -> tuple[float, bool, int, int]:

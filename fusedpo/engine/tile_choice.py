@@ -26,9 +26,7 @@ def choose_step(p: Problem, budget: int) -> Step:
     A larger tile is not taken as long as it costs the room for all of J that a smaller budget had
     with a smaller tile, so that more memory costs no products.
     """
-    steps = _ladder(p)
-    # the costliest tile any caller with these shapes can ask for decides, not this caller's needs
-    widest = replace(p, needs=frozenset({"hidden", "weight"}), entropy=p.of_entropy)
+    steps, widest = steps_of(p), _widest(p)
     fits = (i for i, step in enumerate(steps) if _threshold(widest, step) <= budget)
     fitting = steps[next(fits, -1) :]
     if p.of_entropy or _least(widest, "retain", steps[-1]) > budget:
@@ -41,7 +39,21 @@ def choose_step(p: Problem, budget: int) -> Step:
     return fitting[0]
 
 
-def _ladder(p: Problem) -> tuple[Step, ...]:
+def turning_points(p: Problem) -> set[int]:
+    """The budgets at which the choice of a tile can change."""
+    widest = _widest(p)
+    points = {_threshold(widest, step) for step in steps_of(p)}
+    return points | {_least(widest, "retain", step) for step in steps_of(p)}
+
+
+def _widest(p: Problem) -> Problem:
+    """The costliest problem that any caller with these shapes can have: it decides on the tile, not
+    this caller's needs."""
+    return replace(p, needs=frozenset({"hidden", "weight"}), entropy=p.of_entropy)
+
+
+def steps_of(p: Problem) -> tuple[Step, ...]:
+    """Every tile, the largest first."""
     return ladder(None if p.on_cpu else p.multiprocessors, p.operand, p.acc)
 
 
@@ -83,9 +95,8 @@ def _least(p: Problem, route: RouteName, step: Step) -> int:
 def most_retained(p: Problem, step: Step) -> int:
     """Rows of J that hybrid may retain with this tile: no more than a larger one leaves room for,
     once that is taken, or more memory would cost a part of a product."""
-    steps, hybrid = _ladder(p), Hybrid()
-    widest = replace(p, needs=frozenset({"hidden", "weight"}), entropy=p.of_entropy)
-    most = p.tokens
+    steps, hybrid = steps_of(p), Hybrid()
+    widest, most = _widest(p), p.tokens
     for larger in reversed(steps[: steps.index(step)]):
         if not most:
             break

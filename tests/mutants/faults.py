@@ -1360,6 +1360,11 @@ _CORE = (
             "if _total(each) < allowed]",
             "the least budget is too small",
         ),
+        (
+            "fewest = _least(ways, p, allowed, told=told)",
+            "fewest = min(map(_total, candidates))",
+            "the least budget brings a tile that holds more",
+        ),
     ),
     *_in(
         "fusedpo/footprint.py",
