@@ -37,6 +37,7 @@ from transformers.integrations import integration_utils
 from fusedpo.cli import main
 from fusedpo.recipes.self_augmented import read_file
 from fusedpo.trainers import job as jobs
+from fusedpo.trainers import responses
 from fusedpo.trainers.transformers import PreferenceTrainer
 
 pytestmark = pytest.mark.xdist_group("launch")
@@ -83,6 +84,7 @@ METHODS = {
     "dpo": "--loss dpo",
     "s-sppo": "--loss s-sppo",
     "solopo": "--loss solopo",
+    "kto": "--loss kto",
     "sapo": "--loss sapo --base dpo --segment-length 3 --ref-every 3",
     "sspo": "--loss sspo --group-size 3 --max-new-tokens 5 --reward test_launch:parity",
 }
@@ -90,11 +92,12 @@ METHODS = {
 METHODS["dapo"] = METHODS["sspo"].replace("sspo", "dapo").replace("tokens 5", "tokens 50")
 # 2, 3 and 5 rows to hold out, by fraction: accelerate repeats some for the second process
 UNEVEN = ("0.03", "0.04", "0.06")
-ALIKE = ("simpo", "dpo", "s-sppo", "solopo")
+ALIKE = ("simpo", "dpo", "s-sppo", "solopo", "kto")
 
 
 def command(folder: Path, output: str, words: str) -> list[str]:
-    rows = "contexts.jsonl" if "solopo" in words else "pairs.jsonl"
+    files = {"solopo": "contexts.jsonl", "kto": "responses.jsonl"}
+    rows = next((file for name, file in files.items() if name in words), "pairs.jsonl")
     return [
         *("train", "--cpu", "--model", str(folder / "model")),
         *("--dataset", str(folder / rows), "--output", str(folder / output), *words.split()),
@@ -247,6 +250,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for row in rows
     ]
     (path / "contexts.jsonl").write_text("\n".join(map(json.dumps, contexts)))
+    (path / "responses.jsonl").write_text("\n".join(map(json.dumps, tiny.response_rows(80))))
     (path / "thesis").mkdir()
     (path / "thesis" / "thesis.txt").write_text("years of work")
     return path
@@ -316,7 +320,7 @@ def ended(runs: dict[str, Any], name: str) -> list[int | str]:
 def test_a_run_ends_well_and_the_first_process_alone_speaks(runs, folder, name):
     assert ended(runs, name) == [0, 0], runs[name]
     first, second = runs[name]
-    assert "saved: " in first["out"] and "2 processes" in first["out"]
+    assert "saved: " in first["out"] and "2 processes" in " ".join(first["out"].split())
     assert second["out"] == ""
     output = folder / name.split()[0]
     assert metrics(output)["processes"] == 2
@@ -325,7 +329,10 @@ def test_a_run_ends_well_and_the_first_process_alone_speaks(runs, folder, name):
 
 @pytest.mark.holds(32)
 @pytest.mark.parametrize("name", ALIKE)
-def test_two_processes_equal_one_of_twice_the_batch(runs, folder, name, tmp_path):
+def test_two_processes_equal_one_of_twice_the_batch(runs, folder, name, tmp_path, monkeypatch):
+    # each process has mismatched rows of its own batch
+    shift = responses.mismatched
+    monkeypatch.setattr(responses, "mismatched", lambda all_: shift(all_[:2]) + shift(all_[2:]))
     words = f"{METHODS[name]} --batch-size 4 {STEPS}"
     shutil.copytree(folder / "model", tmp_path / "model")
     for rows in folder.glob("*.jsonl"):

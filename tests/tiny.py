@@ -67,6 +67,17 @@ def token_rows(count: int, seed: int = 0, max_length: int = 64) -> list[TokenRow
     return tokenize(rows, tokenizer(), max_length).rows
 
 
+def response_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Single responses, of which about half are the chosen one of a pair."""
+    chooser = random.Random(seed + 1)
+    found = []
+    for row in text_rows(count, seed):
+        label = chooser.random() < 0.5
+        completion = row["chosen" if label else "rejected"]
+        found.append({"prompt": row["prompt"], "completion": completion, "label": label})
+    return found
+
+
 def save(folder: Path, **config: Any) -> Path:
     """A folder that from_pretrained loads."""
     model(**config).save_pretrained(folder)

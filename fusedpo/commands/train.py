@@ -32,6 +32,9 @@ examples:
     fusedpo train --model ./my-model --dataset pairs.jsonl --loss simpo --beta 2.5 --gamma 1.0 \\
         --memory-budget 512MiB --output ./tuned
 
+  single responses, each liked or not: {"prompt": "...", "completion": "...", "label": true}
+    fusedpo train --model ./my-model --dataset liked.jsonl --loss kto --output ./tuned
+
   a loss with a reference, checkpoints, and going on after a stop:
     fusedpo train --model owner/name --dataset pairs.jsonl --loss dpo --save-steps 100 --output out
     ... the same again, and --resume
@@ -212,7 +215,7 @@ def _add_training(parser: argparse.ArgumentParser, method: type[methods.Pairs]) 
     add(
         "--batch-size",
         int,
-        "pairs a device and batch, or prompts for a loss of sampled responses "
+        "pairs a device and batch, responses for kto, or prompts for a loss of sampled responses "
         f"({both('batch_size')})",
     )
     add(

@@ -41,7 +41,7 @@ from fusedpo.report import (
     training_table,
 )
 from fusedpo.trainers.layout_choice import read_rows
-from fusedpo.trainers.layouts import PAIRS
+from fusedpo.trainers.layouts import CONTEXTS
 from fusedpo.trainers.methods import TUNED, Defaults, Pairs, Sampled, SelfAugmented, method_of
 from fusedpo.trainers.rows import load
 
@@ -213,7 +213,8 @@ class TrainJob:
         loss: one of ``fusedpo.losses``.
         method: how the loss gets its batches; None: as the loss has it. See ``trainers.methods``.
         learning_rate: see ``Defaults`` where None.
-        batch_size: likewise; pairs, or prompts where responses are sampled, on each device.
+        batch_size: likewise; pairs, single responses, or prompts where responses are sampled, on
+            each device.
         epochs: how long, unless max_steps says so. See ``Defaults`` where both are None.
         max_steps: how long.
         accumulation: batches to an optimizer step; 1 where responses are sampled.
@@ -284,6 +285,7 @@ class TrainJob:
         if self.compare and not self._comparable:
             raise bad_value("compare", "False for a loss that is not of pairs alone", "True")
         self.way.check(self.loss)
+        self.way.check_batch(self.loss, self.batch_size or self.defaults.batch_size)
         if isinstance(self.way, Sampled) and self.accumulation != 1:
             raise bad_value(
                 "accumulation",
@@ -293,7 +295,7 @@ class TrainJob:
             )
         if self.columns and self.dataset == DEMO:
             raise bad_value("columns", f"none beside dataset {DEMO!r}", repr(self.columns))
-        needed = [name for name, about in self.loss.inputs.items() if about.default is None]
+        needed = [n for n, about in self.way.numbers(self.loss).items() if about.default is None]
         if needed and self.dataset == DEMO:
             raise bad_value("dataset", f"one with the columns {', '.join(needed)}", repr(DEMO))
 
@@ -404,7 +406,7 @@ def run(job: TrainJob, console: Console | None = None) -> dict[str, Any]:
             if all_ranks.first:
                 # a pickle with this machine's paths, of use to nobody else
                 (folder / "training_args.bin").unlink(missing_ok=True)
-                title = f"{job.loss}: {len(train)} training pairs, {len(held_out)} held out"
+                title = f"{job.loss}: {len(train)} {job.way.unit}, and {len(held_out)} held out"
                 draw_training(folder / "training.png", history, title, job.way.signals)
                 _write_json(folder / METRICS, metrics)
                 _publish(folder, job.output, staging)
@@ -432,9 +434,8 @@ def _train(
 ) -> None:
     world = trainer.args.world_size
     size = trainer.args.train_batch_size * job.accumulation * world
-    unit = "prompts" if isinstance(job.way, Sampled) else "pairs"
     console.print(
-        f"training: {job.loss}, {trainer.args.max_steps} steps of {size} {unit} "
+        f"training: {job.loss}, {trainer.args.max_steps} steps of {size} {job.way.unit} "
         f"on {trainer.args.device}" + (f", {world} processes" if world > 1 else "")
     )
     try:
@@ -518,7 +519,8 @@ def _read_rows(job: TrainJob, console: Console) -> tuple[str, list[Any], list[An
     if job.dataset == DEMO:
         splits = job.way.demo(_demo_passages(job.seed), job.seed)
     else:
-        splits, layout = read_rows(load(job.dataset), job.way.kind, job.columns, job.loss.inputs)
+        numbers = job.way.numbers(job.loss)
+        splits, layout = read_rows(load(job.dataset), job.way.kind, job.columns, numbers)
         console.print(layout, markup=False)
     check = functools.partial(job.way.checked, splits=splits, loss=job.loss)
     held_out = None if splits.held_out is None else check(splits.held_out)
@@ -542,7 +544,7 @@ def _tokenize_rows(
     def prepare(rows: list[Any]) -> list[Any]:
         done = job.way.tokenized(rows, tokenizer, max_length, vocabulary)
         if done.dropped:
-            why = "have an empty response" if job.way.kind == PAIRS else "do not fit"
+            why = "do not fit" if job.way.kind == CONTEXTS else "have an empty response"
             console.print(
                 f"dropped: {len(done.dropped)} of {len(rows)} rows {why} "
                 f"(the first: {done.dropped[0]})"
@@ -567,21 +569,16 @@ def _tokenize_rows(
             "at least one row to train on and one to hold out",
             f"{len(train)} and {len(held_out)} in {name}",
         )
-    tokens = sum(len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in train) / (2 * len(train))
+    lengths = [len(row[name]) for row in train for name in job.way.responses]
     console.print(
-        f"dataset: {name}, {len(train)} pairs to train on and {len(held_out)} held out, "
-        f"{tokens:.0f} tokens a response"
+        f"dataset: {name}, {len(train)} {job.way.unit} to train on and {len(held_out)} held out, "
+        f"{sum(lengths) / len(lengths):.0f} tokens a response"
     )
     return train, held_out
 
 
 def _make_trainer(
-    job: TrainJob,
-    model: Any,
-    tokenizer: Any,
-    train: list[Any],
-    held_out: list[Any],
-    staging: Path,
+    job: TrainJob, model: Any, tokenizer: Any, train: list[Any], held_out: list[Any], staging: Path
 ) -> FusedTrainerMixin:
     from transformers import PrinterCallback, TrainingArguments
 

@@ -12,15 +12,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from fusedpo import losses
 from fusedpo.checks import bad_value, in_range, positive, vocabulary
 from fusedpo.losses import Loss, MarginLoss, PolicyLoss, PreferenceLoss, SemanticSPPO, ShortToLong
-from fusedpo.losses.base import check_hyperparameters, flag, hyperparameter, one_of
+from fusedpo.losses.base import Input, check_hyperparameters, flag, hyperparameter, one_of
 from fusedpo.recipes import self_augmented as recipe
 from fusedpo.recipes import stdlib_pairs
 from fusedpo.recipes.groups import token_overlap
 from fusedpo.report import PAIR_SIGNALS, Signal
 from fusedpo.trainers.layouts import CONTEXTS, PAIRS
-from fusedpo.trainers.rows import Splits, check_row, tokenize
+from fusedpo.trainers.rows import Splits, Tokenized, check_row, tokenize
 
 if TYPE_CHECKING:
     from fusedpo.trainers.transformers import FusedTrainerMixin
@@ -61,19 +62,12 @@ def whole(least: int) -> Any:
 
 
 @dataclass(frozen=True)
-class Tokenized:
-    """Rows in token ids, and what was done to get them."""
-
-    rows: list[Any]
-    dropped: Sequence[str]
-    truncated: int = 0
-
-
-@dataclass(frozen=True)
 class Pairs:
     """Pairs as they are in the dataset."""
 
     kind: ClassVar[str] = PAIRS  # of rows, see layouts
+    unit: ClassVar[str] = "pairs"  # of a batch
+    responses: ClassVar[tuple[str, ...]] = ("chosen_ids", "rejected_ids")  # of a row in token ids
     signals: ClassVar[tuple[Signal, ...]] = PAIR_SIGNALS
     from_scratch: ClassVar[Defaults] = Defaults(1e-3, 32, 280, 1.0)
 
@@ -85,6 +79,13 @@ class Pairs:
         if not isinstance(loss, PreferenceLoss) or loss.roles != ("chosen", "rejected"):
             remedy = "train it with fusedpo.preference_loss in a loop of your own"
             raise bad_value("loss", "a loss of chosen and rejected responses", repr(loss), remedy)
+
+    def check_batch(self, loss: Loss, size: int) -> None:
+        """Whether a batch of so many rows can be trained on."""
+
+    def numbers(self, loss: Loss) -> Mapping[str, Input]:
+        """What the loss takes from further columns of the rows, by their names."""
+        return loss.inputs
 
     def demo(self, passages: Passages, seed: int) -> Splits:
         """Rows that need nothing but this machine."""
@@ -100,7 +101,7 @@ class Pairs:
         """The rows, each checked, with the numbers that the loss takes."""
         names = [
             name
-            for name, about in loss.inputs.items()
+            for name, about in self.numbers(loss).items()
             if about.default is None or any(row.get(name) is not None for row in rows)
         ]
         return [check_row(row, splits.where(i), names) for i, row in enumerate(rows)]
@@ -109,8 +110,7 @@ class Pairs:
         self, rows: Sequence[Any], tokenizer: Any, max_length: int, vocab_size: int | None = None
     ) -> Tokenized:
         """The rows in token ids, of which the model has rows."""
-        done = tokenize(rows, tokenizer, max_length, vocab_size)
-        return Tokenized(done.rows, done.dropped, done.truncated)
+        return tokenize(rows, tokenizer, max_length, vocab_size)
 
     def is_saved(self, checkpoint: Path, processes: int) -> bool:
         """Whether every process has written to a checkpoint what the method goes on from."""
@@ -323,21 +323,17 @@ class TwoContexts(Pairs):
 
         assert isinstance(loss, ShortToLong), "the loss decides the method"
         pad = padding_token(options["processing_class"], vocabulary(model))
-        collator = ShortToLongCollator(pad, both=loss.both)
-        return super().trainer(
-            model, args, loss, train, held_out, data_collator=collator, **options
-        )
-
-
-REWARD = Signal("held-out reward", "eval_reward", ".4f", "mean over prompts")
+        options["data_collator"] = ShortToLongCollator(pad, both=loss.both)
+        return super().trainer(model, args, loss, train, held_out, **options)
 
 
 @dataclass(frozen=True)
 class Sampled(Pairs):
     """Responses that the policy samples, with rewards; of a pair, prompt and chosen are used."""
 
+    unit: ClassVar[str] = "prompts"
     signals: ClassVar[tuple[Signal, ...]] = (
-        REWARD,
+        Signal("held-out reward", "eval_reward", ".4f", "mean over prompts"),
         Signal("training reward", "reward", ".4f", "mean over responses"),
         Signal("within groups", "reward_std", ".4f", "standard deviation of rewards"),
         Signal("ratio", "ratio/mean", ".4f", "to the policy that sampled", 1.0),
@@ -392,15 +388,18 @@ def reward_function(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise bad_value(
-            "reward", '"overlap", or module:function that can be imported', repr(name)
-        ) from error
+        expected = '"overlap", or module:function that can be imported'
+        raise bad_value("reward", expected, repr(name)) from error
 
 
 def method_of(loss: type[Loss]) -> type[Pairs]:
     """The method that serves a loss; ``SelfAugmented`` is chosen by name."""
     if issubclass(loss, PolicyLoss):
         return Sampled
+    if issubclass(loss, losses.KTO):
+        from fusedpo.trainers.kto import Responses
+
+        return Responses
     if issubclass(loss, ShortToLong):
         return TwoContexts
     return Semantic if issubclass(loss, SemanticSPPO) else Pairs

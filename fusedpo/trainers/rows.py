@@ -456,9 +456,9 @@ class Tokenized:
         truncated: how many rows were longer than ``max_length``.
     """
 
-    rows: list[TokenRow]
-    dropped: list[str]
-    truncated: int
+    rows: list[Any]
+    dropped: Sequence[str]
+    truncated: int = 0
 
 
 def tokenize(
@@ -495,7 +495,7 @@ def tokenize(
             known_tokens(row.where, (*prompt, *chosen, *rejected), vocab_size)
             longest = max(len(chosen), len(rejected))
             truncated += len(prompt) + longest > max_length
-            prompt = _keep_end(prompt, max(1, max_length - longest), tokenizer.bos_token_id)
+            prompt = keep_end(prompt, max(1, max_length - longest), tokenizer.bos_token_id)
             room = max_length - len(prompt)
             # without a prompt nothing predicts the first token
             least = 1 if prompt else 2
@@ -633,7 +633,7 @@ def _left_out(row: Preference, name: str) -> ValueError:
     )
 
 
-def _keep_end(prompt: list[int], size: int, bos: int | None) -> list[int]:
+def keep_end(prompt: list[int], size: int, bos: int | None) -> list[int]:
     """The last tokens of the prompt, and the first one if it is the start of every sequence."""
     if len(prompt) <= size:
         return prompt

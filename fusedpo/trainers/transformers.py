@@ -19,7 +19,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -73,8 +73,6 @@ if TYPE_CHECKING:
 else:  # mixins are bases of none but Trainers
     _Base = object
 
-# columns of a row in token ids
-_OF_ROWS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # what of a batch is the loss's, beside its own inputs; the rest is the model's
 _OF_LOSS = ("labels", "cu_seqlens", "advantages", "old_logprobs", "importance_weights")
 
@@ -101,6 +99,8 @@ class PreferenceCollator:
     packed: bool = False
     vocab_size: int | None = None
 
+    columns: ClassVar[tuple[str, ...]] = ("prompt_ids", "chosen_ids", "rejected_ids")
+
     def __post_init__(self) -> None:
         multiple = self.pad_to_multiple_of
         if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, int)):
@@ -119,29 +119,31 @@ class PreferenceCollator:
             ValueError: for a row without token ids, or with one beyond ``vocab_size``, or such
                 padding.
         """
-        known_tokens("pad_token_id", [self.pad_token_id], self.vocab_size)
-        for number, row in enumerate(rows, start=1):
-            where = f"row {number} of the batch"
-            _check_columns(row, _OF_ROWS, where)
-            if self.vocab_size is not None:
-                tokens = [int(token) for name in _OF_ROWS for token in row[name]]  # type: ignore[literal-required]
-                known_tokens(where, tokens, self.vocab_size)
+        self.check(rows)
         responses = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
-        prompts = [row["prompt_ids"] for row in rows] * 2
-        if self.packed:
-            batch = _pack(prompts, responses, self.pad_token_id, self.pad_to_multiple_of)
-        else:
-            batch = pad_sequences(prompts, responses, self.pad_token_id, self.pad_to_multiple_of)
+        batch = self.joined([row["prompt_ids"] for row in rows] * 2, responses)
         for name in rows[0].get("inputs", {}):
             batch[name] = torch.tensor([row["inputs"][name] for row in rows])
         return batch
 
+    def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse rows without token ids, and tokens that the model has no row for."""
+        known_tokens("pad_token_id", [self.pad_token_id], self.vocab_size)
+        for number, row in enumerate(rows, start=1):
+            where = f"row {number} of the batch"
+            _check_columns(row, self.columns, where)
+            if self.vocab_size is not None:
+                tokens = [int(token) for name in self.columns for token in row[name]]
+                known_tokens(where, tokens, self.vocab_size)
+
+    def joined(self, prompts: Sequence[Any], responses: Sequence[Any]) -> dict[str, Tensor]:
+        """Prompts, each followed by its response, padded or packed."""
+        join = _pack if self.packed else pad_sequences
+        return join(prompts, responses, self.pad_token_id, self.pad_to_multiple_of)
+
 
 def _pack(
-    prompts: Sequence[Any],
-    responses: Sequence[Any],
-    pad_token_id: int,
-    pad_to_multiple_of: int | None,
+    prompts: Sequence[Any], responses: Sequence[Any], pad_token_id: int, multiple: int | None
 ) -> dict[str, Tensor]:
     pairs = list(zip(prompts, responses, strict=True))
     lengths = torch.tensor([len(p) + len(r) for p, r in pairs])
@@ -152,7 +154,7 @@ def _pack(
         for part in (torch.full((len(prompt),), IGNORE_INDEX), torch.as_tensor(response))
     ]
     positions = [torch.arange(int(n)) for n in lengths]
-    if pad_to_multiple_of and (more := -int(lengths.sum()) % pad_to_multiple_of):
+    if multiple and (more := -int(lengths.sum()) % multiple):
         ids.append(torch.full((more,), pad_token_id))
         labels.append(torch.full((more,), IGNORE_INDEX))
         # from 0 again, as the last row may be as long as the model's positions reach
@@ -167,7 +169,7 @@ def _pack(
 
 
 @dataclass
-class _Means:
+class Means:
     """Means over pairs of the metrics of several batches, kept on the device until asked for."""
 
     pairs: int = 0
@@ -227,6 +229,7 @@ class FusedTrainerMixin(_Base):
 
     # the loss is divided by the examples of the whole step, whatever way they are split
     loss_is_scaled_for_ga: bool = True
+    means: ClassVar[type[Means]] = Means
 
     def __init__(
         self,
@@ -276,7 +279,7 @@ class FusedTrainerMixin(_Base):
 
     def _forget(self) -> None:
         """What was kept of a model, before there is another one."""
-        self._train_means, self._eval_means = _Means(), _Means()
+        self._train_means, self._eval_means = self.means(), self.means()
         self._packing: list[tuple[Any, Any]] = []  # models that do not mix packed rows
 
     def call_model_init(self, trial: Any = None) -> Any:
@@ -531,7 +534,7 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
         if checks_tokens and collator.vocab_size is None:
             options["data_collator"] = replace(collator, vocab_size=vocab)
         if isinstance(options["data_collator"], PreferenceCollator):
-            check_rows(options, _OF_ROWS)
+            check_rows(options, options["data_collator"].columns)
         self.roles = len(loss.roles)
         super().__init__(
             model, args, loss=loss, ref_model=ref_model, memory_budget=memory_budget, **options
@@ -556,11 +559,8 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
         return batches, self.accelerator.reduce(counts, "mean")
 
     def _chosen_tokens(self, batch: Mapping[str, Tensor]) -> int:
-        labels, borders = (
-            aligned_labels(batch["labels"], batch.get("cu_seqlens")),
-            batch.get("cu_seqlens"),
-        )
-        examples = self._examples(batch)
+        borders, examples = batch.get("cu_seqlens"), self._examples(batch)
+        labels = aligned_labels(batch["labels"], borders)
         chosen = labels[:examples] if borders is None else labels[0, : int(borders[examples])]
         return int((chosen != IGNORE_INDEX).sum())
 
@@ -630,7 +630,7 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As of Trainer, with the loss and its metrics as means over pairs."""
-        self._eval_means = _Means()
+        self._eval_means = self.means()
         halves = (
             (self.args.fp16_full_eval, torch.float16),
             (self.args.bf16_full_eval, torch.bfloat16),

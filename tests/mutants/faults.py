@@ -181,7 +181,7 @@ _TRAINERS = (
         ),
         ("config.dispatch_batches = False", "config.dispatch_batches = True", "batches are cut"),
         (
-            "self._eval_means = _Means()\n        halves",
+            "self._eval_means = self.means()\n        halves",
             "halves",
             "evaluations are added up",
             "trainers/test_transformers.py -k 'since_the_last or next_rows or no_part'",

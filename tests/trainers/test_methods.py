@@ -17,6 +17,7 @@ from fusedpo.cli import main
 from fusedpo.recipes.self_augmented import SelfAugmented, Settings
 from fusedpo.recipes.stdlib_pairs import hold_out, read_passages
 from fusedpo.trainers import methods
+from fusedpo.trainers.kto import Responses
 from fusedpo.trainers.methods import Pairs, method_of, reward_function
 from fusedpo.trainers.rows import COLUMNS, Splits
 from fusedpo.trainers.self_augmented import MaskSharedPrefix, SelfAugmentedCallback
@@ -24,7 +25,7 @@ from fusedpo.trainers.self_augmented import MaskSharedPrefix, SelfAugmentedCallb
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A model, pairs, and rows with two contexts."""
+    """A model, pairs, single responses, and rows with two contexts."""
     path = tmp_path_factory.mktemp("methods")
     tiny.save(path / "model", initializer_range=0.02)
     rows = tiny.text_rows(48)
@@ -40,6 +41,7 @@ def folder(tmp_path_factory) -> Path:
         for row in rows
     ]
     (path / "contexts.jsonl").write_text("\n".join(map(json.dumps, two)))
+    (path / "responses.jsonl").write_text("\n".join(map(json.dumps, tiny.response_rows(48))))
     return path
 
 
@@ -56,6 +58,7 @@ SIGNALS = {
     "s-sppo": (methods.Semantic, ()),
     "sapo": (methods.SelfAugmented, ("--segment-length", "2")),
     "solopo": (methods.TwoContexts, ("--alpha", "2", "--beta", "1.5")),
+    "kto": (Responses, ("--undesirable-weight", "1.3")),
     "sspo": (methods.Sampled, ("--max-new-tokens", "6", "--group-size", "2", "--gate", "tanh_log")),
     "grpo": (methods.Sampled, ("--max-new-tokens", "6", "--kl-weight", "0.1")),
 }
@@ -66,14 +69,15 @@ def test_every_method_trains_and_logs_its_signals(
     loss: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     method, options = SIGNALS[loss]
-    data = "contexts.jsonl" if loss == "solopo" else "pairs.jsonl"
+    data = {"solopo": "contexts.jsonl", "kto": "responses.jsonl"}.get(loss, "pairs.jsonl")
     metrics = train(folder, tmp_path / "out", "--loss", loss, *options, data=data)
     logged = set().union(*metrics["log"])
     for signal in method.signals:
         assert signal.key in logged, signal
     told = capsys.readouterr().out
     assert method.signals[0].title in told
-    assert f"4 steps of 4 {'prompts' if method is methods.Sampled else 'pairs'} on" in told
+    unit = {"sspo": "prompts", "grpo": "prompts", "kto": "responses"}.get(loss, "pairs")
+    assert f"4 steps of 4 {unit} on" in told
     assert metrics["log"][-1]["step"] == 4 or metrics["log"][-2]["step"] == 4
     if loss == "solopo":
         assert metrics["loss"].startswith("ShortToLong(base=SimPO(beta=1.5")
@@ -131,7 +135,7 @@ def test_resuming_self_augmented_goes_on(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--loss", "kto"), "loss: expected a loss of chosen and rejected responses"),
+        (("--loss", "kto"), "pairs.jsonl: expected single responses, each with a label, got TRL"),
         (("--loss", "sspo", "--reward", "nowhere:f"), 'reward: expected "overlap"'),
         (("--loss", "simpo", "--base", "dpo"), "base: expected no such option with --loss simpo"),
         (("--loss", "sapo", "--base", "kto"), "base: expected one of 'dpo', 'simpo', 'orpo'"),
