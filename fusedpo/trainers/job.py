@@ -213,8 +213,7 @@ class TrainJob:
         loss: one of ``fusedpo.losses``.
         method: how the loss gets its batches; None: as the loss has it. See ``trainers.methods``.
         learning_rate: see ``Defaults`` where None.
-        batch_size: likewise; pairs, single responses, or prompts where responses are sampled, on
-            each device.
+        batch_size: likewise; pairs, single responses, or prompts to sample from, on each device.
         epochs: how long, unless max_steps says so. See ``Defaults`` where both are None.
         max_steps: how long.
         accumulation: batches to an optimizer step; 1 where responses are sampled.
