@@ -197,17 +197,18 @@ def predicted(chosen: Plan) -> Step:
     """The modelled step of a plan of this shape."""
     step = Step(bare=_bare(chosen))
     step.kernels["small kernels"] = SMALL_OPERATIONS * SMALL
-    kept = {"retain": TOKENS, "one_pass": TOKENS, "hybrid": chosen.kept}.get(chosen.route, 0)
-    _forward(step, chosen, kept)
+    rows = {"retain": TOKENS, "one_pass": TOKENS, "hybrid": chosen.retained}
+    retained = rows.get(chosen.route, 0)
+    _forward(step, chosen, retained)
     if chosen.route == "compact":
         _by_columns(step, chosen)
         return step
     if "hidden" in chosen.needs:
         if chosen.route != "retain":
-            step.move("finish", (TOKENS - kept) * HIDDEN * (SINGLE + HALF + SINGLE))
+            step.move("finish", (TOKENS - retained) * HIDDEN * (SINGLE + HALF + SINGLE))
         step.move("scaling the hidden gradient", TOKENS * HIDDEN * (SINGLE + HALF))
     if "weight" in chosen.needs:
-        _head(step, chosen, kept)
+        _head(step, chosen, retained)
     return step
 
 
@@ -222,11 +223,11 @@ def _bare(chosen: Plan) -> float:
     return sum(wanted) + (chosen.products - len(wanted)) * logits
 
 
-def _forward(step: Step, chosen: Plan, kept: int) -> None:
-    """Statistics and, if it is wanted, the hidden gradient. kept: rows of which J is stored."""
+def _forward(step: Step, chosen: Plan, retained: int) -> None:
+    """Statistics and, if it is wanted, the hidden gradient. retained: rows of which J is stored."""
     cols = sizes(VOCAB, chosen.cols)
-    blocks = [(n, True) for n in sizes(kept, chosen.rows)]
-    blocks += [(n, False) for n in sizes(TOKENS - kept, chosen.rows)]
+    blocks = [(n, True) for n in sizes(retained, chosen.rows)]
+    blocks += [(n, False) for n in sizes(TOKENS - retained, chosen.rows)]
     stored = HALF if chosen.needs else 0
     for n, retained in blocks:
         for i, v in enumerate(cols):
@@ -264,23 +265,23 @@ def _by_columns(step: Step, chosen: Plan) -> None:
     step.move("scaling the hidden gradient", TOKENS * HIDDEN * (SINGLE + HALF))
 
 
-def _head(step: Step, chosen: Plan, kept: int) -> None:
+def _head(step: Step, chosen: Plan, retained: int) -> None:
     """The head's gradient, a slice of the vocabulary at a time."""
     slabs = chosen.route == "one_pass"
     height = chosen.slab if slabs else chosen.back_rows
-    blocks = [*sizes(kept, height), *sizes(TOKENS - kept, height)]
+    blocks = [*sizes(retained, height), *sizes(TOKENS - retained, height)]
     for v in sizes(VOCAB, chosen.cols if slabs else chosen.back_cols):
         done = 0
         for n in blocks:
-            if done >= kept:
+            if done >= retained:
                 step.multiply(n, v, HIDDEN)
                 step.move("jacobian", n * v * (SINGLE + HALF), JACOBIAN)
             step.multiply(v, HIDDEN, n, add=done > 0)
             done += n
         step.move("rounding the head's gradient", v * HIDDEN * (SINGLE + HALF))
-    if kept:  # anew for each slice, unless all rows are one block
+    if retained:  # anew for each slice, unless all rows are one block
         times = 1 if slabs or height >= TOKENS else len(sizes(VOCAB, chosen.back_cols))
-        step.move("weighted rows", times * kept * HIDDEN * 2 * HALF, launches=times)
+        step.move("weighted rows", times * retained * HIDDEN * 2 * HALF, launches=times)
 
 
 _ABOUT_ROUTES = f"""

@@ -94,8 +94,8 @@ def with_tile(chosen: Plan, rows: int, cols: int) -> Plan:
     """The plan with another tile, and a backward that is cut otherwise than the forward."""
     back = {"back_rows": 2 * rows, "back_cols": -(-cols // 2), "slab": 2 * rows}
     if chosen.route == "hybrid":  # of about a third of the rows
-        back["kept"] = min(chosen.tokens, rows * max(1, chosen.tokens // (3 * rows)))
-        made_anew = (chosen.kept - back["kept"]) / max(1, chosen.tokens)
+        back["retained"] = min(chosen.tokens, rows * max(1, chosen.tokens // (3 * rows)))
+        made_anew = (chosen.retained - back["retained"]) / max(1, chosen.tokens)
         chosen = dataclasses.replace(chosen, products=chosen.products + made_anew)
     return dataclasses.replace(chosen, rows=rows, cols=cols, **back)
 

@@ -154,9 +154,9 @@ def test_products_never_rise_with_the_budget(
             )
             found.append(chosen)
             assert chosen.bytes <= chosen.budget
-            part = chosen.kept / tokens if chosen.route == "hybrid" else chosen.route == "retain"
+            part = {"hybrid": chosen.retained / tokens, "retain": 1}.get(chosen.route, 0)
             assert chosen.products == 4 - part
-            assert not chosen.kept % chosen.rows or chosen.kept == tokens
+            assert not chosen.retained % chosen.rows or chosen.retained == tokens
     products = [chosen.products for chosen in found]
     assert products == sorted(products, reverse=True), list(map(str, found))
 
@@ -167,12 +167,12 @@ def test_a_hybrid_retains_as_many_rows_as_fit() -> None:
         plan(8192, 50_000, 512, gathered=False, budget=size) for size in ("256MiB", "1GiB")
     )
     assert few.route == more.route == "hybrid" and few.rows == 512
-    assert (few.kept, more.kept) == (1024, 5120)
+    assert (few.retained, more.retained) == (1024, 5120)
     assert (few.products, more.products) == (3.875, 3.375)
     assert more.bytes + 512 * 50_000 * 4 > more.budget
     assert str(more).startswith("hybrid: 3.375 products of 8192 x 50000 x 512, tile 512 x 4096, ")
     whole = plan(8192, 50_000, 512, gathered=False, budget="2GiB")
-    assert (whole.route, whole.kept, whole.products) == ("retain", 0, 3)
+    assert (whole.route, whole.retained, whole.products) == ("retain", 0, 3)
 
 
 def test_nothing_is_retained_where_a_larger_tile_is_worth_more() -> None:

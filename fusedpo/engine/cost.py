@@ -71,7 +71,7 @@ class Problem:
             chooses columns together.
         tolerance: relative error of a gradient tensor that is allowed.
         share: the share of the vocabulary's columns that compact is expected to keep.
-        kept: rows of which hybrid retains J.
+        retained: rows of which hybrid retains J.
         room, most: bytes that are allowed, and rows that hybrid may retain at most.
     """
 
@@ -104,7 +104,7 @@ class Problem:
     slab: int = 0
     tolerance: float = 0.0
     share: float = 0.0
-    kept: int = 0
+    retained: int = 0
     room: int = 0
     most: int = 0
 

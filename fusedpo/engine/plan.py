@@ -36,7 +36,7 @@ class Plan:
         back_cols: its columns.
         slab: rows of J that ``one_pass`` holds to add to the head's gradient at once; rows for
             which ``compact`` chooses columns together.
-        kept: the first rows, whose J ``hybrid`` retains.
+        retained: the first rows, whose J ``hybrid`` retains.
         products: matrix products of size N x V x H, forward and backward together; a fraction
             where a route makes one of some rows only.
         wide: the unscaled hidden gradient of half-precision inputs waits for the backward in fp32,
@@ -77,7 +77,7 @@ class Plan:
     entropy: bool
     fused: bool = False
     shards: int = 1
-    kept: int = field(default=0, kw_only=True)
+    retained: int = field(default=0, kw_only=True)
     tolerance: float = field(default=0.0, kw_only=True)
     # all that decides the bytes, so that they can be counted for other tiles
     _problem: Problem | None = field(default=None, repr=False, compare=False)

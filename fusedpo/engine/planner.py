@@ -176,7 +176,7 @@ def plan(
         back_rows=back_rows,
         back_cols=back_cols,
         slab=shape.slab or rows,
-        kept=shape.kept,
+        retained=shape.retained,
         products=cost.products,
         wide=shape.wide,
         split=way.split,
@@ -291,8 +291,8 @@ def _retiled(chosen: Plan, route: RouteName, p: Problem) -> Plan | None:
         min(rows, max(1, p.tokens)) for rows in (chosen.rows, chosen.back_rows, chosen.slab)
     )
     cols, back_cols = min(chosen.cols, p.vocab), min(chosen.back_cols, p.vocab)
-    back, kept = (back_rows, back_cols), min(chosen.kept, p.tokens)
-    shape = replace(p, wide=chosen.wide, back=back, slab=slab, kept=kept)
+    back, retained = (back_rows, back_cols), min(chosen.retained, p.tokens)
+    shape = replace(p, wide=chosen.wide, back=back, slab=slab, retained=retained)
     cost = _cost(shape, way, rows, cols)
     return replace(
         chosen,

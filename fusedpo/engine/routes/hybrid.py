@@ -39,40 +39,40 @@ class Hybrid:
         rounds = not p.wide and "hidden" in p.needs and p.hidden_size < p.acc
         if rounds or p.most < least:
             return []
-        return [replace(_tall(p, n, v), kept=max(least, self.rows_that_fit(p, n, v)))]
+        return [replace(_tall(p, n, v), retained=max(least, self.rows_that_fit(p, n, v)))]
 
     def rows_that_fit(self, p: Problem, n: int, v: int) -> int:
         """Rows of J that are within p.room, and no more than p.most: whole blocks, not all rows."""
         most, shape = min(p.most, p.tokens - 1), _tall(p, n, v)
         if most < n:
             return 0
-        none, one = (self.cost(replace(shape, kept=kept), n, v) for kept in (0, 1))
+        none, one = (self.cost(replace(shape, retained=retained), n, v) for retained in (0, 1))
         left = p.room - p.row_bytes() - sum(none.worst.values())
         row = sum(one.forward.values()) - sum(none.forward.values())
         return max(0, min(left // row, most) // n * n)
 
     def cost(self, p: Problem, n: int, v: int) -> Cost:
-        back, kept = p.back or (n, v), min(p.kept, p.tokens)
+        back, retained = p.back or (n, v), min(p.retained, p.tokens)
         whole = _RECOMPUTE.cost(p, n, v)
-        retained = {"retained jacobian": kept * padded(p.vocab) * p.operand}
-        forward = {**whole.forward, **retained, **p.steps(kept, v)}
+        jacobian = {"retained jacobian": retained * padded(p.vocab) * p.operand}
+        forward = {**whole.forward, **jacobian, **p.steps(retained, v)}
         if "hidden" in p.needs and p.shards > 1:
             forward["row products"] += n * p.hidden * p.acc  # J W of retained rows
-        backward = {**whole.backward, **p.weight_slice(*back, absorbed=False), **retained}
-        return Cost(whole.products - kept / max(1, p.tokens), forward, backward)
+        backward = {**whole.backward, **p.weight_slice(*back, absorbed=False), **jacobian}
+        return Cost(whole.products - retained / max(1, p.tokens), forward, backward)
 
     def forward(self, t: Tiles) -> Forward:
         """The hidden gradient of the retained rows is formed from their J."""
-        kept, all_stats = min(t.plan.kept, t.count), t.start_stats()
+        retained, all_stats = min(t.plan.retained, t.count), t.start_stats()
         wanted = "hidden" in t.call.needs
         unscaled = hidden_gradient.new_unscaled(t) if wanted else None
         partial = hidden_gradient.new_partial(t, unscaled)
-        rows, residual = retained_rows(t, kept, all_stats)
+        rows, residual = retained_rows(t, retained, all_stats)
         if unscaled is not None:
-            stats = all_stats.of(slice(0, kept))
+            stats = all_stats.of(slice(0, retained))
             factor = t.row_factor(stats.logprob, stats.total / residual)
-            hidden_gradient.multiply_rows(t, unscaled, partial, rows, factor, (0, kept))
-        hidden_gradient.fold_rows(t, unscaled, partial, all_stats, (kept, t.count))
+            hidden_gradient.multiply_rows(t, unscaled, partial, rows, factor, (0, retained))
+        hidden_gradient.fold_rows(t, unscaled, partial, all_stats, (retained, t.count))
         hidden_gradient.add_slices(t, partial, unscaled)
         held = {} if unscaled is None else {"dlogp_dhidden": unscaled}
         return Forward(stats_of_rows(t, all_stats, residual), saved=(rows,), held=held)

@@ -140,21 +140,21 @@ def backward_pass(
         return
     scratch = slice_scratch(t, out)
     first, last = rows or (0, t.count)
-    kept = 0 if retained is None else retained.shape[0]
-    memory = None if kept == last else (t.tile(), t.narrow_tile())
+    stored = 0 if retained is None else retained.shape[0]
+    memory = None if stored == last else (t.tile(), t.narrow_tile())
     j, gain = row_coefficients(t, b.stats, b.g, b.e)
 
     def missing(r: Range) -> Tensor | None:
-        values = j.of_retained if r[1] <= kept else j.missing
+        values = j.of_retained if r[1] <= stored else j.missing
         return None if values is None else values[slice(*r)]
 
     coefficient = missing if out.weight is not None else lambda r: None
-    operands = row_operands(t, first, last, coefficient, kept)
+    operands = row_operands(t, first, last, coefficient, stored)
     for c in blocks(0, t.vocab, t.plan.back_cols):
         part, bias_part = out.slices(c, scratch)
         weight = None if memory is None else t.weight_rows(*c)
         for r, hidden, weighted in operands():
-            if memory is None or weight is None or r[1] <= kept:
+            if memory is None or weight is None or r[1] <= stored:
                 assert retained is not None, "memory is wanted where a row is not retained"
                 z = retained[slice(*r), slice(*c)]
             else:

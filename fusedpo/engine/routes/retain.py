@@ -84,9 +84,9 @@ def stats_of_rows(t: Tiles, all_stats: RowStats, residual: Tensor | float) -> di
     ones are those of their J."""
     stats = t.finish_stats(all_stats)
     if isinstance(residual, Tensor):
-        kept = residual.shape[0]
+        count = residual.shape[0]
         shift, total = all_stats.shift.clone(), all_stats.total.clone()
-        shift[:kept] += residual.log()
-        total[:kept] /= residual
+        shift[:count] += residual.log()
+        total[:count] /= residual
         stats |= {"shift": shift, "total": total}
     return stats
