@@ -160,12 +160,12 @@ def test_z0_of_an_accumulation_is_each_batchs_own(tmp_path: Path) -> None:
 
 
 def test_evaluation_is_of_all_rows_and_a_row_alone_is_compared_with_zero(tmp_path: Path) -> None:
-    """Batches of desirable rows, of undesirable ones, and of one row."""
-    rows = token_rows(5, "++--+")
+    """Batches of both kinds, of one, and of one row."""
+    rows = token_rows(7, "++----+")
     model, reference = models()
-    batches = [rows[:2], rows[2:4], rows[4:]]
+    batches = [rows[:3], rows[3:6], rows[6:]]
     points = [max(0.0, reference_point(model, reference, [each])) for each in batches]
-    assert min(points[:2]) > 0.1 and points[-1] == 0
+    assert points[0] > 0.1 and points[1:] == [0, 0]
     losses = [
         loss.item()
         for each, z0 in zip(batches, points, strict=True)
@@ -176,19 +176,44 @@ def test_evaluation_is_of_all_rows_and_a_row_alone_is_compared_with_zero(tmp_pat
         for row in rows
     ]
     found = trainer(
-        tmp_path, model, rows, ref_model=reference, per_device_eval_batch_size=2
+        tmp_path, model, rows, ref_model=reference, per_device_eval_batch_size=3
     ).evaluate()
-    chosen = (rewards[0] + rewards[1] + rewards[4]) / 3
-    rejected = (rewards[2] + rewards[3]) / 2
+    chosen = (rewards[0] + rewards[1] + rewards[6]) / 3
+    rejected = sum(rewards[2:6]) / 4
     expected = {
-        "eval_loss": sum(losses) / 5,
+        "eval_loss": sum(losses) / 7,
         "eval_rewards/chosen": chosen,
         "eval_rewards/rejected": rejected,
         "eval_rewards/margins": chosen - rejected,
-        "eval_kl": (2 * points[0] + 2 * points[1]) / 5,
+        "eval_kl": 3 * (points[0] + points[1]) / 7,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-6)
     assert "eval_share" not in found and not any(map(math.isnan, found.values()))
+
+
+def test_z0_is_a_mean_over_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process brings three rows with log-ratios of 7 in all."""
+    rows = token_rows(2, "+-")
+    model, reference = models()
+    own = 2 * reference_point(model, reference, [rows])
+    subject = trainer(tmp_path, model, rows, ref_model=reference)
+    monkeypatch.setattr(subject.accelerator, "reduce", lambda sums, how: sums + others(how))
+
+    def others(how: str) -> torch.Tensor:
+        assert how == "sum"
+        return torch.tensor([7.0, 3.0])
+
+    batch = subject.data_collator(rows)
+
+    def z0() -> float:
+        return subject.compute_loss(model, dict(batch), return_outputs=True)[1]["kl"].item()
+
+    assert z0() == pytest.approx((own + 7) / 5, rel=1e-6)
+    # of rows that are there to give every process as many, none counts, or one of two
+    model.eval()
+    for kept in (0, 1):
+        monkeypatch.setattr(subject, "_not_repeated", lambda rows, kept=kept: kept)
+        assert z0() == pytest.approx((own * kept / 2 + 7) / (3 + kept), rel=1e-6)
 
 
 def test_a_kind_that_is_not_there_is_not_logged(tmp_path: Path) -> None:
