@@ -53,6 +53,7 @@ def test_opcheck(stats: str, dtype: torch.dtype, backend: str) -> None:
         "budget": 2**20,
         "backend": backend,
         "operand": dtype if ON_GPU else torch.float32,
+        "tolerance": 0.0,
         "needs": "hidden,weight",
         "stats": stats,
     }
