@@ -455,7 +455,7 @@ _TRAINERS = (
 
 _RECIPES = (
     *_in(
-        "fusedpo/recipes/self_augmented.py",
+        "fusedpo/recipes/self_augmented/__init__.py",
         "recipes/test_self_augmented.py",
         (
             "zlib.crc32(name.encode(), value)",
@@ -539,7 +539,7 @@ _RECIPES = (
         ),
     ),
     *_in(
-        "fusedpo/recipes/semantic.py",
+        "fusedpo/recipes/semantic/__init__.py",
         "recipes/test_semantic.py",
         (
             "(left * right).sum(-1).clip(0.0, 1.0)",
@@ -582,7 +582,7 @@ _RECIPES = (
         ),
     ),
     *_in(
-        "fusedpo/recipes/short_to_long.py",
+        "fusedpo/recipes/short_to_long/__init__.py",
         "recipes/test_short_to_long.py",
         (
             "            misses = 0\n        elif",
