@@ -108,7 +108,7 @@ docs: .venv/docs
 bench: .venv/bench
 	$(BIN)/fusedpo bench --quick
 
-# what it left becomes this machine's results, and the tables and plots of the README
+# what it left becomes this machine's results, and the numbers of README and docs
 bench-results: .venv/bench
 	$(BIN)/python -m fusedpo.benchmarks.readme --write --add build/bench/*.json
 

@@ -1,4 +1,4 @@
-"""The tables and plots of the README and of docs/benchmarks.md, from the files in results/.
+"""The README's numbers and the tables and plots of docs/benchmarks.md, from the files in results/.
 
     python -m fusedpo.benchmarks.readme [--write] [--add FILE ...]
 
@@ -17,13 +17,13 @@ from typing import Any
 
 from fusedpo import tables
 from fusedpo.benchmarks import measure, plots, questions, sweep
+from fusedpo.benchmarks.peers import BASELINE, OURS
 from fusedpo.benchmarks.shapes import MIB
 
 README = measure.ROOT / "README.md"
 PAGE = measure.ROOT / "docs" / "benchmarks.md"
 BEGIN = "<!-- made by `python -m fusedpo.benchmarks.readme --write`; a test holds it -->"
 END = "<!-- end of the results -->"
-HEADLINE = ("length", "precision", "training")
 
 
 def answers() -> dict[str, dict[str, Any]]:
@@ -46,70 +46,62 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
     ]
 
 
-def compact(answer: dict[str, Any]) -> list[str]:
-    """A program a line, a point a column: time over that of full logits, and MiB."""
-    rows = answer["rows"]
-    points = list(dict.fromkeys((r["group"], r["x"]) for r in rows))
-    absent = dict(sweep.missing_everywhere(answer))
-    lines = []
-    for entry in dict.fromkeys(r["entry"] for r in rows if r["entry"] not in absent):
-        cells = [f"**{entry}**" if entry.startswith("fusedpo") else entry]
-        for point in points:
-            own = [r for r in rows if (r["group"], r["x"], r["entry"]) == (*point, entry)]
-            cells.append(_cell(own[0], rows) if own else "-")
-        lines.append(cells)
-    titles = [f"{group}, {x:g}{answer['unit']}" for group, x in points]
-    return markdown(["", *titles], lines)
-
-
-def _cell(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    if row["extra_bytes"] is None:
-        return row["missing"] or "-"
-    relative, size = sweep.ratio(row, rows), f"{row['extra_bytes'] / MIB:.1f} MiB"
-    return size if relative is None else f"{relative:.2f} x, {size}"
-
-
 def _about(answer: dict[str, Any]) -> str:
     return f"{measure.describe(answer['machine'])}{'; quick' if answer['quick'] else ''}"
 
 
 def headline() -> list[str]:
-    """What the README shows, of the first machine that has it."""
-    lines: list[str] = []
+    """Three numbers and a picture, of the first machine that was asked both questions."""
     found = answers()
-    for name in HEADLINE:
-        machine = next((m for m, of in found.items() if name in of), None)
-        if machine is None:
-            continue
-        answer = found[machine][name]
-        own = sweep.kind_of(answer)
-        title = f"**{answer['title']}** {_words(name, answer)}"
-        table = compact(answer) if name == "length" else markdown(*own.table(_brief(answer)))
-        lines += [title, "", *table, ""]
-        lines += [part for line in sweep.remarks(answer) for part in (line, "")]
-        lines += [f"<sub>{_about(answer)}</sub>", ""]
-        if name == "length" and "budget" in found[machine]:
-            picture = _picture(machine, "budget").relative_to(README.parent).as_posix()
-            lines += [f"![{found[machine]['budget']['title']}]({picture})", ""]
-    return lines
+    machine = next(m for m, of in found.items() if {"length", "precision"} <= of.keys())
+    length, precision = (found[machine][name] for name in ("length", "precision"))
+    group, longest = length["rows"][0]["group"], max(row["x"] for row in length["rows"])
+    here = [row for row in length["rows"] if (row["group"], row["x"]) == (group, longest)]
+    shown = [row for row in here if row["case"]["peer"] in (BASELINE, OURS)]
+    errors = {
+        peer: max(
+            row["values"]["logp_max"]
+            for row in precision["rows"]
+            if row["group"] == "bf16" and row["case"] and row["case"]["peer"] == peer
+        )
+        for peer in (BASELINE, OURS)
+    }
+    rows = [
+        [
+            "memory beyond inputs and gradients",
+            *(f"{r['extra_bytes'] / MIB:.0f} MiB" for r in shown),
+        ],
+        ["time, forward and backward", *(f"{r['median_seconds']:.1f} s" for r in shown)],
+        [
+            "error of a log-probability in bf16, at most",
+            *(f"{errors[r['case']['peer']]:.1e}" for r in shown),
+        ],
+    ]
+    shape, dtype = shown[0]["case"]["shape"], shown[0]["case"]["dtype"]
+    picture = _picture(machine, "length").relative_to(README.parent).as_posix()
+    return [
+        *markdown([f"{group}, a pair of {longest} tokens", *(r["entry"] for r in shown)], rows),
+        "",
+        f"<sub>Vocabulary {shape['vocab']}, hidden size {shape['hidden']}, {dtype}. "
+        f"{_about(length)}</sub>",
+        "",
+        f"![{length['title']}]({picture})",
+    ]
 
 
-def _brief(answer: dict[str, Any]) -> dict[str, Any]:
-    """Of its first group alone, as bf16 of the precisions."""
-    first = answer["rows"][0]["group"]
-    return {**answer, "rows": [row for row in answer["rows"] if row["group"] == first]}
-
-
-def _words(name: str, answer: dict[str, Any]) -> str:
-    if name != "length":
-        return ""
-    shape = answer["rows"][0]["case"]["shape"]
-    dtype = answer["rows"][0]["case"]["dtype"]
-    return (
-        f"Forward and backward at {answer['axis']}, hidden size {shape['hidden']}, vocabulary "
-        f"{shape['vocab']}, {dtype}: time over that of full logits in the same run, and memory "
-        "beyond inputs and gradients."
-    )
+def _shape(answer: dict[str, Any]) -> list[str]:
+    """A sentence on the sizes that a sweep has at every point."""
+    cases = [row["case"] for row in answer["rows"] if "case" in row]
+    if "kind" in answer or not cases:
+        return []
+    sizes = {"hidden": "hidden size", "vocab": "vocabulary"}
+    fixed = [
+        f"{word} {cases[0]['shape'][key]}"
+        for key, word in sizes.items()
+        if len({c["shape"][key] for c in cases}) == 1
+    ]
+    fixed += [cases[0]["dtype"]] if len({c["dtype"] for c in cases}) == 1 else []
+    return ["", f"Forward and backward, {', '.join(fixed)}."]
 
 
 def page() -> str:
@@ -130,7 +122,7 @@ def page() -> str:
             answer = of[name]
             own = sweep.kind_of(answer)
             picture = f"../{_picture(machine, name).relative_to(measure.ROOT).as_posix()}"
-            lines += ["", f"## {answer['title']}", "", f"{_about(answer)}", ""]
+            lines += ["", f"## {answer['title']}", "", f"{_about(answer)}", *_shape(answer), ""]
             lines += [f"![{answer['title']}]({picture})", "", *markdown(*own.table(answer))]
             lines += [part for line in sweep.remarks(answer) for part in ("", line)]
     return "\n".join([*lines, "", END, ""])
@@ -141,10 +133,10 @@ def _picture(machine: str, question: str) -> Path:
 
 
 def readme() -> str:
-    """README.md with its results renewed."""
+    """README.md with its numbers renewed."""
     text = README.read_text(encoding="utf-8")
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    return text[:start] + "\n" + "\n".join(headline()).rstrip() + "\n" + text[end:]
+    return text[:start] + "\n" + "\n".join(headline()) + "\n" + text[end:]
 
 
 def stale() -> list[str]:

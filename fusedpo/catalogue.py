@@ -1,6 +1,6 @@
 """The table of all losses: what each takes and costs, and where it is from.
 
-``fusedpo losses`` prints it, and the README holds it.
+``fusedpo losses`` prints it, and docs/losses.md holds it.
 """
 
 from __future__ import annotations

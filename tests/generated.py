@@ -1,8 +1,8 @@
 """The lists of losses that type checkers and readers see, made from the losses that there are.
 
 ``python tests/generated.py`` (``make losses``) writes them: the imports for type checkers in
-fusedpo/losses/__init__.py, the README's table, the guide's table of the losses that it says nothing
-more about, and the API reference.
+fusedpo/losses/__init__.py, the table of docs/losses.md, the guide's table of those that it says
+nothing more about, and the API reference.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from repository import ROOT
 from fusedpo import catalogue, losses
 from fusedpo.losses import PolicyLoss
 
-PACKAGE, README, GUIDE, REFERENCE = (
+PACKAGE, TABLE, GUIDE, REFERENCE = (
     Path(name)
     for name in (
         "fusedpo/losses/__init__.py",
-        "README.md",
+        "docs/losses.md",
         "docs/guide.md",
         "docs/reference/losses.md",
     )
@@ -59,13 +59,13 @@ def reference(text: str) -> str:
 
 def made() -> dict[Path, str]:
     """The texts of the files with these parts renewed."""
-    places = (PACKAGE, README, GUIDE, REFERENCE)
+    places = (PACKAGE, TABLE, GUIDE, REFERENCE)
     texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in places}
     heading = re.search(r"^if TYPE_CHECKING:.*\n", texts[PACKAGE], re.MULTILINE)
     assert heading is not None, "the imports for type checkers stand below TYPE_CHECKING"
     return {
         PACKAGE: _renewed(texts[PACKAGE], heading[0], "\n\n# what losses", imports()),
-        README: _renewed(texts[README], BEGIN, END, "\n".join(catalogue.table())),
+        TABLE: _renewed(texts[TABLE], BEGIN, END, "\n".join(catalogue.table())),
         GUIDE: _renewed(texts[GUIDE], BEGIN, END, others(texts[GUIDE])),
         REFERENCE: reference(texts[REFERENCE]),
     }

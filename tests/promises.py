@@ -2,7 +2,7 @@
 
 A test says what it holds by markers: ``holds(7)`` a property below, ``fault(12)`` a row of the
 table of bad inputs and faults; ``mutant`` that it rejects a deliberately wrong program. From them
-the README's table of promises is made (``python tests/promises.py`` writes it), and the summary at
+the table of docs/testing.md is made (``python tests/promises.py`` writes it), and the summary at
 the end of a run (summary.py).
 """
 
@@ -139,7 +139,7 @@ FAULTS = {
 
 @dataclass(frozen=True)
 class Promise:
-    """A line of the README's table.
+    """A line of the table.
 
     Attributes:
         text: what is promised.
@@ -280,11 +280,12 @@ PROMISES = (
 ALSO = (
     ("The tests reject wrong programs, each by name", "tests/test_mutants.py"),
     (
-        "Every number here can be made again by one command, which runs the tests first",
+        "Every number in the docs can be made again by one command, which runs the tests first",
         "tests/test_results.py",
     ),
 )
 
+PAGE = ROOT / "docs" / "testing.md"
 BEGIN = "<!-- made by `python tests/promises.py`; a test holds it -->"
 END = "<!-- end of the promises -->"
 
@@ -333,7 +334,7 @@ def _numbers(marks: list[ast.expr], name: str) -> frozenset[int]:
 
 
 def table() -> str:
-    """The README's, in Markdown."""
+    """The table of promises, in Markdown."""
     lines = ["| promise | held by | which rejects |", "| --- | --- | --- |"]
     tests = marked()
     for promise in PROMISES:
@@ -356,12 +357,12 @@ def _where(by_file: Mapping[Path, set[str]]) -> str:
     return f"{count} test{'s' * (count > 1)} in {named}{rest}"
 
 
-def readme() -> str:
-    """README.md with its table renewed."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def page() -> str:
+    """docs/testing.md with its table renewed."""
+    text = PAGE.read_text(encoding="utf-8")
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
     return f"{text[:start]}\n{table()}\n{text[end:]}"
 
 
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")

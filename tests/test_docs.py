@@ -173,6 +173,18 @@ def naive(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     return logp.masked_fill(labels < 0, 0), (labels >= 0).sum(1)
 
 
+def test_the_readme_is_one_screen() -> None:
+    assert len(page("README.md").splitlines()) <= 80
+    assert page("README.md").index("make demo") < page("README.md").index("make test") < 250
+
+
+def test_losses_add_up_and_are_changed() -> None:
+    (source,) = blocks(page("docs/losses.md"))
+    names: dict[str, Any] = {}
+    exec(source, names)
+    assert "BCO" in repr(names["mixture"]) and "SimPO" in repr(names["weighted"])
+
+
 @of_section("Choosing a loss")
 def test_choosing_a_loss(names: dict[str, Any]) -> None:
     """Each call of the section against its formula."""

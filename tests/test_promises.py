@@ -1,4 +1,4 @@
-"""Every promise has tests, and the README says which."""
+"""Every promise has tests, and docs/testing.md says which."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from promises import ALSO, FAULTS, PROMISES, PROPERTIES
 from repository import ROOT
 
 
-def test_the_readme_has_the_table_of_promises() -> None:
-    assert promises.readme() == (ROOT / "README.md").read_text(encoding="utf-8"), (
+def test_the_docs_have_the_table_of_promises() -> None:
+    assert promises.page() == promises.PAGE.read_text(encoding="utf-8"), (
         "run python tests/promises.py"
     )
 

@@ -1,4 +1,4 @@
-"""The README's numbers are those of the committed results, and the results bear its claims out."""
+"""The docs' numbers are those of the committed results, and the results bear the claims out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def test_tables_and_plots_are_those_of_the_results():
 def test_another_number_is_noticed(tmp_path, monkeypatch):
     (machine, of), *_ = ((m, of) for m, of in ANSWERS.items() if "length" in of)
     changed = {**of, "length": {**of["length"], "rows": [dict(r) for r in of["length"]["rows"]]}}
-    changed["length"]["rows"][0]["extra_bytes"] += 10 * MIB
+    for row in changed["length"]["rows"]:
+        if row["extra_bytes"] is not None:
+            row["extra_bytes"] += 10 * MIB
     monkeypatch.setattr(readme, "answers", lambda: {**ANSWERS, machine: changed})
     picture = f"benchmarks/results/{machine}/length.png"
     assert readme.stale() == ["README.md", "docs/benchmarks.md", picture]

@@ -27,8 +27,8 @@ NAMES = [
     for page in REFERENCE
     for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
 ]
-# one is of a forge, the other is cut from the README
-OTHER_PAGES = {".github/pull_request_template.md", "index.md"}
+# of a forge
+OTHER_PAGES = {".github/pull_request_template.md"}
 
 
 def in_nav(part: Any) -> Iterator[str]:
@@ -176,10 +176,3 @@ def test_docstrings_read_as_they_are_meant(site: Path) -> None:
             page
         )
         assert "hyperparameter(</span>" not in article and "<p>Args" not in article, page
-
-
-def test_the_first_page_is_the_readmes_opening(site: Path) -> None:
-    opening = (site / "index.html").read_text(encoding="utf-8")
-    rest = (site / "readme.html").read_text(encoding="utf-8")
-    assert 'id="install"' in opening and 'id="what-it-costs"' not in opening
-    assert 'id="what-it-costs"' in rest and 'id="install"' not in rest

@@ -243,7 +243,7 @@ def test_public_loss_name_has_a_docstring(name):
 
 @pytest.mark.parametrize("path", generated.made(), ids=str)
 def test_what_lists_the_losses_has_them_all(path):
-    """As ``make losses`` writes it: imports for type checkers, tables of the README and guide."""
+    """As ``make losses`` writes it: imports for type checkers, tables of the docs."""
     assert (ROOT / path).read_text(encoding="utf-8") == generated.made()[path]
 
 

@@ -21,10 +21,6 @@ from mkdocs.structure.files import File, Files
 
 from fusedpo import losses
 
-README, HOME = "README.md", "index.md"
-SECOND = "\n## What works today\n"
-"""Where the README's opening, which is the home page, ends. What follows is a page of its own."""
-
 _CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s#:]+)(?:#[^)\s]*)?\)")
 
@@ -49,14 +45,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     of_theme = [file for file in files if file.src_dir != config.docs_dir]
     of_docs = sorted(f"docs/{file.src_uri}" for file in files if file.src_dir == config.docs_dir)
     here = Files(of_theme)
-    for path in linked(root, [README, *of_docs]):
-        if path != README:
-            here.append(File.generated(config, path, abs_src_path=str(root / path)))
-    opening, _, rest = (root / README).read_text(encoding="utf-8").partition(SECOND)
-    here.append(File.generated(config, HOME, content=opening))
-    second = File.generated(config, README, content=f"# What works, what it costs\n{SECOND}{rest}")
-    second.dest_uri = second.url = "readme.html"
-    here.append(second)
+    for path in linked(root, ["README.md", *of_docs]):
+        here.append(File.generated(config, path, abs_src_path=str(root / path)))
     return here
 
 
