@@ -51,6 +51,7 @@ setup(
     packages=[
         "fusedpo",
         "fusedpo.commands",
+        "fusedpo.data",
         "fusedpo.engine",
         "fusedpo.engine.routes",
         "fusedpo.lazy",

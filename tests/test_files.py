@@ -29,6 +29,7 @@ from transformers import TrainingArguments
 from fusedpo.benchmarks import measure
 from fusedpo.benchmarks import readme as results
 from fusedpo.cli import main
+from fusedpo.files import read_file, write_file
 from fusedpo.footprint import read_model
 from fusedpo.losses import SimPO, SoftSequence
 from fusedpo.recipes.self_augmented import (
@@ -37,8 +38,6 @@ from fusedpo.recipes.self_augmented import (
     ReplayBuffer,
     SelfAugmented,
     Settings,
-    read_file,
-    write_file,
 )
 from fusedpo.recipes.semantic import SimilarityCache, similarity_key
 from fusedpo.trainers import job as jobs

@@ -31,7 +31,7 @@ import tiny
 import torch
 
 from fusedpo.cli import main
-from fusedpo.recipes.self_augmented import read_file
+from fusedpo.files import read_file
 from fusedpo.trainers import job as jobs
 
 pytestmark = pytest.mark.xdist_group("kills")

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations import integration_utils
 
 from fusedpo.cli import main
-from fusedpo.recipes.self_augmented import read_file
+from fusedpo.files import read_file
 from fusedpo.trainers import job as jobs
 from fusedpo.trainers import responses
 from fusedpo.trainers.transformers import PreferenceTrainer

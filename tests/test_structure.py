@@ -26,7 +26,7 @@ from fusedpo import losses
 LAYERS = (
     ("kernels",),
     ("checks", "labels", "tables"),
-    ("sizes",),
+    ("files", "sizes"),
     ("devices",),
     ("distributed",),
     ("vocab_shards",),
@@ -37,6 +37,7 @@ LAYERS = (
     ("functional",),
     ("model_head",),
     ("lazy",),
+    ("data",),
     ("fusedpo",),  # the package's face, fusedpo/__init__.py
     ("catalogue", "compare", "footprint", "liger", "machine", "recipes"),
     ("report",),

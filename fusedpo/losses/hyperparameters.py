@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields
+from numbers import Integral
 from types import MappingProxyType
 from typing import Any
 
@@ -63,6 +64,15 @@ def one_of(*choices: str) -> Check:
         return value
 
     return check
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """An int of at least so much; one of numpy becomes one of Python."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise bad_type(name, "an int", type(value).__name__)
+    if value < least:
+        raise bad_value(name, f"an int of at least {least}", f"{value}")
+    return int(value)
 
 
 def flag(name: str, value: Any) -> bool:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import bad_choice, bad_type, bad_value
+from fusedpo.data.padding import pad_sequences
 from fusedpo.recipes.semantic import best_and_worst
-from fusedpo.recipes.short_to_long import pad_sequences
 
 # a group whose rewards are all alike has no advantage, rather than rounding over nothing
 _LEAST_SPREAD = 1e-6

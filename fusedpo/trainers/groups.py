@@ -20,19 +20,14 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from fusedpo.checks import bad_type, bad_value, vocabulary
+from fusedpo.data.sampling import Sampling, generate_segments
+from fusedpo.files import read_file, understood, write_file
 from fusedpo.functional import LossOutput, policy_loss
 from fusedpo.head import Head
 from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import Loss, PolicyLoss
 from fusedpo.model_head import Score, aligned_labels, at_head, evaluating
 from fusedpo.recipes.groups import sampled_batch
-from fusedpo.recipes.self_augmented import (
-    Settings,
-    generate_segments,
-    read_file,
-    understood,
-    write_file,
-)
 from fusedpo.trainers.transformers import (
     FusedTrainer,
     check_rows,
@@ -125,8 +120,8 @@ class GroupTrainer(FusedTrainer):
         self.group_size, self.max_new_tokens = group_size, max_new_tokens
         self.updates, self.eval_prompts = updates, eval_prompts
         self.temperature = temperature
-        # everything may be sampled, so that log-probabilities are those of the sampling policy
-        self.settings = Settings(top_k=0, top_p=1.0, temperature=temperature)
+        # of all tokens, so that log-probabilities are those of the sampling policy
+        self.settings = Sampling(temperature=temperature)
 
     def _forget(self) -> None:
         super()._forget()

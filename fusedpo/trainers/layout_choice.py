@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from fusedpo.checks import bad_choice, bad_value
+from fusedpo.data.reading import Splits
+from fusedpo.data.rows import OF_TEMPLATE
 from fusedpo.trainers.layouts import LAYOUTS, Layout, Row, kind_of
-from fusedpo.trainers.rows import OF_TEMPLATE, Splits
 
 
 def read_rows(

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from fusedpo.checks import bad_choice, bad_type, bad_value, written
-from fusedpo.trainers.rows import COLUMNS, Message, check_plain, text_of
+from fusedpo.data.messages import Message, text_of
+from fusedpo.data.rows import COLUMNS, check_plain
 
 Row: TypeAlias = Mapping[str, Any]
 

@@ -30,16 +30,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from fusedpo.checks import bad_value
-from fusedpo.recipes.self_augmented import (
-    PairRow,
-    SelfAugmented,
-    mask_shared_prefix,
-    pack_rows,
-    read_file,
-    understood,
-    unpack_rows,
-    write_file,
-)
+from fusedpo.files import read_file, understood, write_file
+from fusedpo.recipes.self_augmented import PairRow, SelfAugmented, mask_shared_prefix
+from fusedpo.recipes.self_augmented.buffer import pack_rows, unpack_rows
 
 try:
     from transformers import TrainerCallback

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fusedpo.checks import bad_type, bad_value, known_tokens, vocabulary
+from fusedpo.data.rows import TokenRow
 from fusedpo.engine.plan import Plan
 from fusedpo.functional import LossOutput, linear_logprobs, preference_loss
 from fusedpo.head import Head
@@ -46,7 +47,6 @@ from fusedpo.model_head import (
 )
 from fusedpo.recipes.short_to_long import ShortToLongCollator, pad_sequences
 from fusedpo.trainers.packing import packing_gap
-from fusedpo.trainers.rows import TokenRow
 
 try:
     from transformers import Trainer, TrainingArguments

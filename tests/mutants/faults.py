@@ -73,40 +73,52 @@ _TRAINERS = (
         ),
     ),
     *_in(
-        "fusedpo/trainers/rows.py",
+        "fusedpo/data/reading.py",
         "trainers/test_rows.py",
         ("{self.unit} {index + 1}", "{self.unit} {index}", "rows counted from 0"),
+        ("in data and len(data[s])", "in data", "an empty split is held out"),
+        ("enumerate(file, start=1)", "enumerate(file)", "lines counted from 0"),
+        ('"test", "validation"', '"validation", "test"', "another split is held out"),
+    ),
+    *_in(
+        "fusedpo/data/tokenizing.py",
+        "trainers/test_rows.py",
+        (
+            "shared_length(prompt, chosen[: shared_length(chosen, rejected)])",
+            "shared_length(chosen, rejected)",
+            "responses without what they share",
+        ),
         ("+ longest > max_length", "+ longest >= max_length", "a row that fits is called long"),
         ("max(1, max_length - longest)", "max_length - longest", "a prompt of no or all tokens"),
         ("longest = max(len(", "longest = min(len(", "the longer response is cut"),
         ("least = 1 if prompt else 2", "least = 1", "a response without a token to score"),
         ("np.asarray(chosen[:room]", "np.asarray(chosen[-room:]", "loses the start"),
         ("x if x[-1:] == [eos] else [*x, eos]", "[*x, eos]", "two ends of sequence"),
-        (
-            "_common(prompt, _common(chosen, rejected))",
-            "_common(chosen, rejected)",
-            "responses without what they share",
-        ),
-        (
-            "min(common, len(chosen) - 1, len(rejected) - 1)",
-            "min(common, len(chosen), len(rejected))",
-            "equal responses are all prompt",
-        ),
         ("add_special_tokens=plain", "add_special_tokens=True", "chats begin twice"),
         ("prompt[0] == bos and size > 1", "prompt[0] == bos", "a prompt that is not cut"),
-        ("in data and len(data[s])", "in data", "an empty split is held out"),
         (
             "    if chunk:\n        yield chunk",
             "    if len(chunk) == size:\n        yield chunk",
             "the last rows are lost",
         ),
+    ),
+    *_in(
+        "fusedpo/data/messages.py",
+        "trainers/test_rows.py recipes/test_semantic.py",
+        (
+            "shared_length(chosen[:-1], rejected[:-1])",
+            "shared_length(chosen, rejected)",
+            "equal responses are all prompt",
+        ),
+    ),
+    *_in(
+        "fusedpo/data/chat.py",
+        "trainers/test_rows.py",
         (
             "text(prompt, True)",
             "text(prompt, False)",
             "no start of an answer in the prompt",
         ),
-        ("enumerate(file, start=1)", "enumerate(file)", "lines counted from 0"),
-        ('"test", "validation"', '"validation", "test"', "another split is held out"),
     ),
     *_in(
         "fusedpo/trainers/layouts.py",
@@ -455,13 +467,23 @@ _TRAINERS = (
 
 _RECIPES = (
     *_in(
-        "fusedpo/recipes/self_augmented/__init__.py",
+        "fusedpo/files.py",
         "recipes/test_self_augmented.py",
         (
             "zlib.crc32(name.encode(), value)",
             'zlib.crc32(b"", value)',
             "names can be swapped in a file",
         ),
+        ("os.fsync(file.fileno())", "file.flush()", "a file that a power cut empties"),
+        (
+            "os.replace(unfinished, path)",
+            "path.unlink(missing_ok=True)\n        os.replace(unfinished, path)",
+            "a moment without a file",
+        ),
+    ),
+    *_in(
+        "fusedpo/recipes/self_augmented/source.py",
+        "recipes/test_self_augmented.py",
         (
             "[self.settings.seed, self.rank, around]",
             "[self.settings.seed, around]",
@@ -471,14 +493,6 @@ _RECIPES = (
             "SeedSequence([settings.seed, rank])",
             "SeedSequence([settings.seed])",
             "ranks write the same",
-        ),
-        ("os.fsync(file.fileno())", "file.flush()", "a file that a power cut empties"),
-        ("response_length - 3 - length", "response_length - 2 - length", "a start too late"),
-        ("        self.updates += 1\n", "", "updates are not counted"),
-        (
-            "            else:\n                own.copy_(other)",
-            "            else:\n                pass",
-            "buffers of the start",
         ),
         {
             "old": "room = self.settings.max_length - len(prompt) - length",
@@ -500,7 +514,26 @@ _RECIPES = (
             'self._totals["eos"] += self.eos_token_id in rejected',
             "ends of the response are counted",
         ),
+    ),
+    *_in(
+        "fusedpo/recipes/self_augmented/segments.py",
+        "recipes/test_self_augmented.py",
+        ("response_length - 3 - length", "response_length - 2 - length", "a start too late"),
+    ),
+    *_in(
+        "fusedpo/recipes/self_augmented/average.py",
+        "recipes/test_self_augmented.py",
+        ("        self.updates += 1\n", "", "updates are not counted"),
+        (
+            "            else:\n                own.copy_(other)",
+            "            else:\n                pass",
+            "buffers of the start",
+        ),
         ("if name in kept}", "}", "buffers that are not saved are"),
+    ),
+    *_in(
+        "fusedpo/data/sampling.py",
+        "recipes/test_self_augmented.py",
         ("        top_p=settings.top_p,\n", "", "top_p ignored"),
         ("        top_k=settings.top_k,\n", "", "top_k ignored"),
         ("        temperature=settings.temperature,\n", "", "temperature ignored"),
@@ -510,21 +543,28 @@ _RECIPES = (
             "    model.generation_config",
             "samples with dropout",
         ),
+    ),
+    *_in(
+        "fusedpo/recipes/self_augmented/loop.py",
+        "recipes/test_self_augmented.py",
         (
             "optimizer.step()\n        source.after_step(model)\n        history",
             "source.after_step(model)\n        optimizer.step()\n        history",
             "the average is a step behind",
         ),
-        (
-            "os.replace(unfinished, path)",
-            "path.unlink(missing_ok=True)\n        os.replace(unfinished, path)",
-            "a moment without a file",
-        ),
+    ),
+    *_in(
+        "fusedpo/recipes/self_augmented/prefix.py",
+        "recipes/test_self_augmented.py",
         (
             "scored = there & (targets != ignore_index) & (columns > 0)",
             "scored = there & (targets != ignore_index)",
             "a first token counts as scored",
         ),
+    ),
+    *_in(
+        "fusedpo/recipes/self_augmented/buffer.py",
+        "recipes/test_self_augmented.py",
         (
             "if counts.dtype != torch.int64 or counts.shape != (len(rows),) or (counts < 0).any():",
             "if counts.dtype != torch.int64 or counts.shape != (len(rows),):",
@@ -582,7 +622,7 @@ _RECIPES = (
         ),
     ),
     *_in(
-        "fusedpo/recipes/short_to_long/__init__.py",
+        "fusedpo/recipes/short_to_long/contexts.py",
         "recipes/test_short_to_long.py",
         (
             "            misses = 0\n        elif",
@@ -595,36 +635,52 @@ _RECIPES = (
             "a distractor too many",
         ),
         ("[round(depth * others)]", "[int(depth * others)]", "depth rounded down"),
+        ("        limit = min(limit, max_length)\n", "        pass\n", "longer than max_length"),
+        (
+            "own = set(relevant)\n    pool = [passage for passage in distractors if passage not in own]",
+            "pool = list(distractors)",
+            "a relevant passage twice",
+        ),
+        ("if total <= limit or len", "if total < limit or len", "a context that fits is cut"),
+    ),
+    *_in(
+        "fusedpo/recipes/short_to_long/tokenizing.py",
+        "recipes/test_short_to_long.py",
         (
             "length = len(long_prompt) + max",
             "length = len(prompt) + max",
             "long rows that do not fit",
         ),
         (
+            '["input_ids"][:1] == [bos] else []',
+            '["input_ids"] else []',
+            "a start that the tokenizer does not write",
+        ),
+    ),
+    *_in(
+        "fusedpo/recipes/short_to_long/needles.py",
+        "recipes/test_short_to_long.py",
+        (
             "not in other.text and other.continuation != needle.continuation",
             "not in other.text",
             "rejected may equal chosen",
         ),
         ("seed=chooser.getrandbits(64)", "seed=seed", "every row is mixed alike"),
-        ("        limit = min(limit, max_length)\n", "        pass\n", "longer than max_length"),
         (
             "found.setdefault(opening, _Excerpt(opening, continuation, text[:stop]))",
             "found[opening] = _Excerpt(opening, continuation, text[:stop])",
             "the last of passages that open alike",
         ),
-        (
-            "own = set(relevant)\n    pool = [passage for passage in distractors if passage not in own]",
-            "pool = list(distractors)",
-            "a relevant passage twice",
-        ),
         ("text not in contexts.short]", "text]", "rejected stands in the short context"),
-        ("if total <= limit or len", "if total < limit or len", "a context that fits is cut"),
-        (
-            '["input_ids"][:1] == [bos] else []',
-            '["input_ids"] else []',
-            "a start that the tokenizer does not write",
-        ),
+    ),
+    *_in(
+        "fusedpo/data/tokenizing.py",
+        "recipes/test_short_to_long.py",
         ("x if x[-1:] == [eos] else [*x, eos]", "[*x, eos]", "two ends of sequence"),
+    ),
+    *_in(
+        "fusedpo/recipes/short_to_long/collator.py",
+        "recipes/test_short_to_long.py",
         (
             "for row in labels[:, 1:].tolist()]",
             "for row in labels.tolist()]",

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusedpo import preference_loss
+from fusedpo.files import read_file, write_file
 from fusedpo.losses import DPO
 from fusedpo.recipes.self_augmented import (
     PairRow,
@@ -30,11 +31,9 @@ from fusedpo.recipes.self_augmented import (
     generate_segments,
     mask_shared_prefix,
     plain_loop,
-    read_file,
     splice,
-    unpack_rows,
-    write_file,
 )
+from fusedpo.recipes.self_augmented.buffer import unpack_rows
 from fusedpo.trainers.rows import TokenRow
 from fusedpo.trainers.transformers import PreferenceCollator
 
@@ -674,7 +673,7 @@ def test_the_share_before_the_segment_is_of_the_response(monkeypatch):
     def ended(model, prompts, lengths, **options):
         return [[EOS]] * len(prompts)
 
-    monkeypatch.setattr("fusedpo.recipes.self_augmented.generate_segments", ended)
+    monkeypatch.setattr("fusedpo.recipes.self_augmented.source.generate_segments", ended)
     subject = source()
     subject.next_batch(6)
     shares = [(len(x["rejected_ids"]) - 1) / len(x["chosen_ids"]) for x in subject.buffer.rows]
@@ -997,7 +996,7 @@ def test_a_tensor_of_another_name_is_told(tmp_path):
 @pytest.mark.holds(46)
 def test_a_file_of_another_format_is_told(tmp_path, monkeypatch):
     with monkeypatch.context() as later:
-        later.setattr("fusedpo.recipes.self_augmented._FORMAT", "fusedpo.self_augmented/2")
+        later.setattr("fusedpo.files._FORMAT", "fusedpo.self_augmented/2")
         source().save(tmp_path)
     with pytest.raises(ValueError, match=r"expected fusedpo.self_augmented/1, got fusedpo.*/2"):
         source().load(tmp_path)

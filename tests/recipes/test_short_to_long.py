@@ -15,9 +15,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from fusedpo.recipes.short_to_long import (
-    _MISSES,
     ShortToLongCollator,
-    _fitting,
     build_contexts,
     check_aligned,
     needle_rows,
@@ -25,6 +23,7 @@ from fusedpo.recipes.short_to_long import (
     token_counter,
     tokenize_rows,
 )
+from fusedpo.recipes.short_to_long.contexts import _MISSES, _fitting
 from fusedpo.recipes.stdlib_pairs import Passage, read_passages, train_tokenizer
 
 PASSAGES = read_passages(Path(sysconfig.get_path("stdlib"), "email"))
@@ -298,7 +297,7 @@ def test_every_row_is_mixed_by_a_seed_of_its_own(monkeypatch):
         seeds.append(options["seed"])
         return build_contexts(*arguments, **options)
 
-    monkeypatch.setattr("fusedpo.recipes.short_to_long.build_contexts", noted)
+    monkeypatch.setattr("fusedpo.recipes.short_to_long.needles.build_contexts", noted)
     needle_rows(PASSAGES, **NEEDLES, max_length=700)
     assert len(set(seeds)) == 40
 

@@ -12,9 +12,9 @@ from oracles import relative
 from transformers import TrainingArguments
 
 from fusedpo import linear_logprobs
+from fusedpo.data.sampling import generate_segments
 from fusedpo.losses import DAPO, DPO, GRPO, SoftSequence
 from fusedpo.model_head import evaluating, hidden_and_head
-from fusedpo.recipes.self_augmented import generate_segments
 from fusedpo.trainers.groups import GroupTrainer
 
 

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from tokenizers.processors import TemplateProcessing
 
-from fusedpo.trainers import rows as module
+from fusedpo.data import reading, tokenizing
 from fusedpo.trainers.rows import check_row, load, tokenize
 
 GOOD = {"prompt": "red", "chosen": " green", "rejected": " blue"}
@@ -79,9 +79,9 @@ def test_saved_datasets_are_read_with_their_own_held_out_split(tmp_path):
 def test_the_first_split_with_rows_is_held_out():
     data = {name: [{"prompt": name}] for name in ("eval", "validation", "test")}
     data["train"] = [GOOD]
-    assert list(module._splits(data, "here").held_out) == data["test"]
-    assert list(module._splits({**data, "test": []}, "here").held_out) == data["validation"]
-    assert module._splits({"train": [GOOD], "test": []}, "here").held_out is None
+    assert list(reading._splits(data, "here").held_out) == data["test"]
+    assert list(reading._splits({**data, "test": []}, "here").held_out) == data["validation"]
+    assert reading._splits({"train": [GOOD], "test": []}, "here").held_out is None
 
 
 def test_a_folder_of_data_files_is_read_by_the_names_of_its_splits(tmp_path, monkeypatch):
@@ -596,7 +596,7 @@ def test_rows_keep_their_order_over_chunks():
 @pytest.mark.parametrize("count", [0, 3, 4, 8])
 def test_rows_are_the_same_whatever_the_chunks_are(count, monkeypatch):
     whole = tiny.token_rows(count)
-    monkeypatch.setattr(module, "_CHUNK", 4)
+    monkeypatch.setattr(tokenizing, "_CHUNK", 4)
     found = tiny.token_rows(count)
     assert len(found) == count
     for ours, theirs in zip(found, whole, strict=True):

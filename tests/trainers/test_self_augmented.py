@@ -16,13 +16,12 @@ import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
+from fusedpo.files import read_file, write_file
 from fusedpo.losses import DPO, SimPO
 from fusedpo.recipes.self_augmented import (
     SelfAugmented,
     Settings,
     mask_shared_prefix,
-    read_file,
-    write_file,
 )
 from fusedpo.trainers import self_augmented as module
 from fusedpo.trainers.self_augmented import (

@@ -1,0 +1,1 @@
+"""Rows of text and of token ids: reading, tokenizing, padding, sampling."""
