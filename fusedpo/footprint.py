@@ -154,8 +154,8 @@ def read_model(name: str) -> ModelShape:
         if isinstance(config, dict):
             return shape_of_config(config, str(file))
         raise bad_value("--model", "a JSON object", f"something else in {file}")
-    if name.lower() in HEADS:
-        return HEADS[name.lower()]
+    if known := HEADS.get("smollm2-135m" if name == "smollm2" else name.lower()):
+        return known
     near = difflib.get_close_matches(name.lower().rpartition("/")[2], HEADS, n=3, cutoff=0.5)
     remedy = f"did you mean {' or '.join(near)}?" if near else "or give --hidden and --vocab"
     expected = f"a folder with config.json, a config.json, a Hub name, or one of {', '.join(HEADS)}"

