@@ -28,11 +28,8 @@ from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import Loss, PolicyLoss
 from fusedpo.model_head import Score, aligned_labels, at_head, evaluating
 from fusedpo.recipes.groups import sampled_batch
-from fusedpo.trainers.transformers import (
-    FusedTrainer,
-    check_rows,
-    padding_token,
-)
+from fusedpo.trainers.transformers import FusedTrainer, padding_token
+from fusedpo.trainers.transformers.arguments import check_rows
 
 Reward = Callable[[Mapping[str, Any], Sequence[int]], float]
 """From a row of the dataset and the token ids of a response to a number, larger for better."""

@@ -22,19 +22,18 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from fusedpo.checks import vocabulary
-from fusedpo.functional import LossOutput, linear_logprobs
-from fusedpo.head import Head
+from fusedpo.functional import LossOutput
 from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import Loss
-from fusedpo.model_head import aligned_labels, at_head, strip_virtual_tokens
+from fusedpo.trainers.forwards import Batch
 from fusedpo.trainers.kto import check_loss, check_size, takes_kl
 from fusedpo.trainers.rows import keep_end
 from fusedpo.trainers.transformers import (
-    Means,
     PreferenceCollator,
     PreferenceTrainerMixin,
     padding_token,
 )
+from fusedpo.trainers.transformers.means import Means
 
 __all__ = ["ResponseCollator", "ResponseTrainer", "ResponseTrainerMixin"]
 
@@ -181,33 +180,21 @@ class ResponseTrainerMixin(PreferenceTrainerMixin):
         own = {n: v for n, v in inputs.items() if not n.startswith(_MISMATCHED)}
         if takes_kl(self.loss):
             others = {n.removeprefix(_MISMATCHED): inputs[n] for n in inputs if n not in own}
-            own["kl"] = self._mean_log_ratio(model, others, self._examples(own))
+            own["kl"] = self._mean_log_ratio(model, Batch.of(others), self._examples(own))
         return super().compute_loss(model, own, return_outputs, num_items_in_batch)
 
     @torch.no_grad()
-    def _mean_log_ratio(self, model: Any, batch: dict[str, Tensor], rows: int) -> Tensor:
+    def _mean_log_ratio(self, model: Any, batch: Batch, rows: int) -> Tensor:
         """Of mismatched rows, over all processes: each has its part in the sum."""
-        borders = batch.pop("cu_seqlens", None)
-        labels = aligned_labels(batch.pop("labels"), borders)
-
-        def logprobs(hidden: Tensor, head: Head) -> Tensor:
-            hidden = hidden if borders is not None else strip_virtual_tokens(hidden, labels)
-            return linear_logprobs(
-                hidden,
-                head.weight,
-                labels.to(hidden.device),
-                memory_budget=self.memory_budget,
-                **head.options(),
-            )
-
-        policy, _ = at_head(model, logprobs, **batch)
-        reference = self._reference(model, batch, labels)
+        logprobs = self._logprobs_of(batch)
+        policy, _ = batch.at_head(model, logprobs)
+        reference = self._reference(model, batch)
         if isinstance(reference, tuple):
             reference = logprobs(*reference)
         assert reference is not None, "KTO has a reference"
         total = (policy - reference.to(policy.device)).double().sum()
         counted = rows if model.training else self._not_repeated(rows)
-        there = (labels != IGNORE_INDEX).any().to(total)
+        there = (batch.labels != IGNORE_INDEX).any().to(total)
         sums = torch.stack([total * (counted / rows), there * counted])
         total, count = self.accelerator.reduce(sums, "sum").unbind()
         return total / count.clamp(min=1)

@@ -33,7 +33,8 @@ from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import PolicyLoss, PreferenceLoss
 from fusedpo.model_head import aligned_labels, at_head, fused_forward, strip_virtual_tokens
 from fusedpo.recipes.self_augmented import Settings
-from fusedpo.trainers.transformers import moved, padding_token
+from fusedpo.trainers.forwards import moved
+from fusedpo.trainers.transformers import padding_token
 
 try:
     import trl.trainer.utils

@@ -147,13 +147,17 @@ _TRAINERS = (
         ("if value is not None:", "if True:", "a null tells what a column holds"),
     ),
     *_in(
-        "fusedpo/trainers/transformers.py",
+        "fusedpo/trainers/transformers/reference.py",
         "trainers/test_transformers.py -k 'not two_processes and not accumulation and not resuming and not saved'",
         (
             "if (own.softcap, own.logit_scale) != (head.softcap, head.logit_scale):",
             "if own.softcap != head.softcap:",
             "a reference with another scale is scored with the policy's",
         ),
+    ),
+    *_in(
+        "fusedpo/trainers/transformers/means.py",
+        "trainers/test_transformers.py -k 'not two_processes and not accumulation and not resuming and not saved'",
         ("value.double() * pairs", "value.double()", "means over batches, not pairs"),
         {
             "old": 'accelerator.reduce(totals, "sum")',
@@ -167,7 +171,11 @@ _TRAINERS = (
             "pairs counted since the start",
             "trainers/test_transformers.py -k 'since_the_last or next_rows or no_part'",
         ),
-        ("reference = _frozen_copy(model)", "reference = model", "the reference is trained too"),
+    ),
+    *_in(
+        "fusedpo/trainers/transformers/mixin.py",
+        "trainers/test_transformers.py -k 'not two_processes and not accumulation and not resuming and not saved'",
+        ("reference = frozen_copy(model)", "reference = model", "the reference is trained too"),
         ("with with_it, evaluating(subject), self", "with with_it, self", "reference with dropout"),
         (
             "weight * self._examples(batch) / step_counts[0]",
@@ -179,19 +187,21 @@ _TRAINERS = (
             "        if True:\n            of_batch",
             "evaluation in the training's means",
         ),
+        ("config.dispatch_batches = False", "config.dispatch_batches = True", "batches are cut"),
+    ),
+    *_in(
+        "fusedpo/trainers/transformers/pairs.py",
+        "trainers/test_transformers.py -k 'repeated or first_examples'",
         (
             "before = self.args.process_index * size",
             "before = 0",
             "repeated rows are counted",
-            'trainers/test_transformers.py -k "repeated or first_examples"',
         ),
         (
             "[:, :kept].flatten(0, 1)",
             "[:, -kept:].flatten(0, 1)",
             "repeated rows in the place of others",
-            'trainers/test_transformers.py -k "repeated or first_examples"',
         ),
-        ("config.dispatch_batches = False", "config.dispatch_batches = True", "batches are cut"),
         (
             "self._eval_means = self.means()\n        halves",
             "halves",
@@ -202,7 +212,6 @@ _TRAINERS = (
             'self._eval_means.add({"loss": loss, **metrics}, kept)',
             'self._eval_means.add({"loss": loss, **metrics}, count)',
             "repeated rows counted",
-            'trainers/test_transformers.py -k "repeated or first_examples"',
         ),
     ),
     *_in(

@@ -11,7 +11,8 @@ import pytest
 import tiny
 import torch
 from oracles import relative
-from transformers import AutoModelForCausalLM, TrainingArguments
+from trainers.plain import plain_sgd
+from transformers import AutoModelForCausalLM
 
 from fusedpo.cli import main
 from fusedpo.losses import DPO, KTO, SimPO
@@ -36,26 +37,10 @@ def token_rows(count: int, labels: str = "", seed: int = 0) -> list[dict[str, An
 
 
 def trainer(folder: Path, model: Any, rows: Any, loss: Any = LOSS, **options: Any) -> Any:
-    """Plain SGD, so that the update is the gradient."""
-    names = [name for name in options if name in TrainingArguments.__annotations__]
-    given = {name: options.pop(name) for name in names}
-    plain = {
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "optim": "sgd",
-        "learning_rate": 0.5,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "max_steps": 1,
-        "logging_steps": 1,
-        "train_sampling_strategy": "sequential",
-        "dataloader_pin_memory": False,
-    }
+    arguments = plain_sgd(folder, options)
     return ResponseTrainer(
         model,
-        TrainingArguments(str(folder), **{**plain, **given}),
+        arguments,
         loss=loss,
         train_dataset=rows,
         eval_dataset=rows,

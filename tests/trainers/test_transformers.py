@@ -24,6 +24,7 @@ from oracles import relative
 from packaging.version import Version
 from peft import LoraConfig, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
+from trainers.plain import plain_sgd
 from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
@@ -43,11 +44,11 @@ from fusedpo.trainers.transformers import (
     PreferenceCollator,
     PreferenceTrainer,
     PreferenceTrainerMixin,
-    _check_new_adapters,
     add_fused_head,
     padding_token,
     remove_fused_head,
 )
+from fusedpo.trainers.transformers.reference import check_new_adapters
 
 ROWS = tiny.token_rows(7)
 
@@ -55,32 +56,10 @@ ROWS = tiny.token_rows(7)
 def trainer(
     folder: Path, model: Any = None, loss: Any = None, rows: Any = ROWS, **options: Any
 ) -> PreferenceTrainer:
-    """Plain SGD in fp32, so that the update is the gradient and nothing hides its scale."""
-    arguments = {
-        name: options.pop(name)
-        for name in list(options)
-        if name in TrainingArguments.__annotations__
-    }
+    arguments = plain_sgd(folder, options)
     return PreferenceTrainer(
         tiny.model() if model is None else model,
-        TrainingArguments(
-            str(folder),
-            **{
-                "use_cpu": True,
-                "report_to": "none",
-                "disable_tqdm": True,
-                "save_strategy": "no",
-                "optim": "sgd",
-                "learning_rate": 0.5,
-                "lr_scheduler_type": "constant",
-                "max_grad_norm": 0.0,
-                "max_steps": 1,
-                "logging_steps": 1,
-                "train_sampling_strategy": "sequential",
-                "dataloader_pin_memory": False,
-                **arguments,
-            },
-        ),
+        arguments,
         loss=loss or SimPO(),
         train_dataset=rows,
         eval_dataset=rows,
@@ -275,7 +254,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
 @pytest.mark.holds(25)
 def test_autocast_holds_in_the_forward(tmp_path, monkeypatch):
     seen = []
-    from fusedpo.trainers import transformers as module
+    from fusedpo.trainers.transformers import pairs as module
 
     original = module.preference_loss
     monkeypatch.setattr(
@@ -519,7 +498,7 @@ def test_parts_of_a_module_trained_whole_are_compared(learned):
             parameter.data = torch.empty(0)
     told = pytest.raises(ValueError, match="which may") if learned else contextlib.nullcontext()
     with told:
-        _check_new_adapters(model)
+        check_new_adapters(model)
 
 
 def test_a_model_as_the_reference_is_refused_where_weights_are_sharded(tmp_path, monkeypatch):

@@ -1,0 +1,188 @@
+"""The trainer of pairs, and of other responses that a preference loss takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from fusedpo.checks import bad_type, vocabulary
+from fusedpo.functional import LossOutput, preference_loss
+from fusedpo.head import Head
+from fusedpo.labels import IGNORE_INDEX
+from fusedpo.losses import Loss, PreferenceLoss
+from fusedpo.model_head import aligned_labels
+from fusedpo.recipes.short_to_long import ShortToLongCollator
+from fusedpo.trainers.transformers.arguments import check_rows
+from fusedpo.trainers.transformers.batches import PreferenceCollator, padding_token
+from fusedpo.trainers.transformers.mixin import FusedTrainerMixin
+
+
+class PreferenceTrainerMixin(FusedTrainerMixin):
+    """What a subclass of ``transformers.Trainer`` needs for a preference loss; stands before it
+    among the bases.
+
+    Args:
+        model: a causal language model; its head is fused, see ``add_fused_head``. None with
+            ``model_init``, whose models are prepared likewise, each with its own reference.
+        args: batch sizes count pairs.
+        loss: one of ``fusedpo.losses``; for one of other responses than a chosen and a rejected
+            one, ``data_collator`` makes the batches (``ShortToLongCollator``).
+        ref_model: the reference of a loss that compares with one. If not given: a frozen copy of
+            ``model`` as it is now. With adapters it is a copy of them, and of what else is trained,
+            over the same frozen weights; under FSDP and DeepSpeed it is ``model`` without them,
+            which new adapters are equal to, and others are refused.
+        memory_budget: what the head may hold at a time, in bytes or as "512MiB".
+        gradient_tolerance: the relative error that a gradient of the head may have, as of
+            ``linear_logprobs``; if not given that of the model's head, which is 0 unless
+            ``add_fused_head`` was told another.
+        options: ``gradient_tolerance``, and as of ``transformers.Trainer``. The datasets have rows
+            as ``rows.tokenize`` makes them. Arguments of Trainer and TrainingArguments that change
+            a loss of logits are refused.
+
+    The metrics of the loss (``rewards/chosen``, ``rewards/margins``, ...) are logged beside
+    ``loss`` as means over all pairs since the last time, with the prefix ``eval_`` in evaluation.
+    A mixture of experts whose ``output_router_logits`` is set adds its load-balancing loss.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *,
+        loss: Loss,
+        ref_model: Any = None,
+        memory_budget: int | float | str | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(loss, PreferenceLoss):
+            raise bad_type("loss", "a preference loss, such as fusedpo.losses.SimPO()", repr(loss))
+        vocab = vocabulary(model)
+        if options.get("data_collator") is None:
+            pad = padding_token(options.get("processing_class"), vocab)
+            options["data_collator"] = PreferenceCollator(pad)
+        collator = options["data_collator"]
+        checks_tokens = isinstance(collator, (PreferenceCollator, ShortToLongCollator))
+        if checks_tokens and collator.vocab_size is None:
+            options["data_collator"] = replace(collator, vocab_size=vocab)
+        if isinstance(options["data_collator"], PreferenceCollator):
+            check_rows(options, options["data_collator"].columns)
+        self.roles = len(loss.roles)
+        super().__init__(
+            model, args, loss=loss, ref_model=ref_model, memory_budget=memory_budget, **options
+        )
+
+    def _examples(self, batch: Mapping[str, Tensor]) -> int:
+        borders = batch.get("cu_seqlens")
+        count = batch["labels"].shape[0] if borders is None else borders.shape[0] - 1
+        return int(count) // self.roles
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """Also count the pairs and the chosen tokens of the step, [2], averaged over the ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        pairs = sum(self._examples(batch) for batch in batches)
+        tokens = sum(self._chosen_tokens(batch) for batch in batches)
+        counts = torch.tensor([pairs, tokens], dtype=torch.float64, device=device)
+        # gradients are averaged over the ranks too
+        return batches, self.accelerator.reduce(counts, "mean")
+
+    def _chosen_tokens(self, batch: Mapping[str, Tensor]) -> int:
+        borders, examples = batch.get("cu_seqlens"), self._examples(batch)
+        labels = aligned_labels(batch["labels"], borders)
+        chosen = labels[:examples] if borders is None else labels[0, : int(borders[examples])]
+        return int((chosen != IGNORE_INDEX).sum())
+
+    def _fused_loss(
+        self,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        step_counts: Tensor | None,
+        **arguments: Any,
+    ) -> LossOutput:
+        pairs, tokens = (None, None) if step_counts is None else step_counts.unbind()
+        return preference_loss(
+            self.loss,
+            hidden,
+            head.weight,
+            labels,
+            num_items=pairs,
+            num_tokens=tokens if self.loss.nll_weight else None,
+            **arguments,
+        )
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """The loss of a batch; there are no logits to return."""
+        inputs = self._prepare_inputs(inputs)
+        count, kept = self._examples(inputs), self._not_repeated(self._examples(inputs))
+        if 0 < kept < count and "cu_seqlens" not in inputs:
+            inputs = self._first(inputs, kept, count)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, metrics = self.compute_loss(model, inputs, return_outputs=True)
+        self._eval_means.add({"loss": loss, **metrics}, kept)
+        return loss.detach(), None, None
+
+    def _not_repeated(self, count: int) -> int:
+        """How many examples of a batch are not there to give every process as many.
+
+        In the last round accelerate fills the batches with rows of the first ones.
+        """
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0 or not self.accelerator.even_batches:
+            return count
+        size = self.args.eval_batch_size
+        if self.accelerator.split_batches:
+            size //= self.args.world_size
+        before = self.args.process_index * size
+        return min(max(state.remainder - before, 0), count)
+
+    def _first(self, inputs: Mapping[str, Tensor], kept: int, count: int) -> dict[str, Tensor]:
+        """The first examples of a batch, which is of one role's rows after the other's."""
+        return {
+            name: value.view(-1, count, *value.shape[1:])[:, :kept].flatten(0, 1)
+            for name, value in inputs.items()
+        }
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As of Trainer, with the loss and its metrics as means over pairs."""
+        self._eval_means = self.means()
+        halves = (
+            (self.args.fp16_full_eval, torch.float16),
+            (self.args.bf16_full_eval, torch.bfloat16),
+        )
+        for asked, dtype in halves:
+            # the policy is cast likewise, and stays so
+            if asked and not self.is_in_train and self.ref_model is not None:
+                self.ref_model.to(dtype)
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        means = self._eval_means.take(self.accelerator)
+        found = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return output._replace(metrics={**(output.metrics or {}), **found})
+
+
+class PreferenceTrainer(PreferenceTrainerMixin, Trainer):
+    __doc__ = PreferenceTrainerMixin.__doc__
