@@ -22,8 +22,6 @@ EXCEPTIONS = {
     "fusedpo/trainers/job.py": 934,
     "fusedpo/trainers/job.py: run": 83,
     "fusedpo/trainers/methods.py": 405,
-    "fusedpo/trainers/trl.py": 922,
-    "fusedpo/trainers/trl_losses.py": 585,
     "kernels/product_fold.py: product_fold_kernel": 94,
 }
 

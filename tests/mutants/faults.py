@@ -427,7 +427,7 @@ _TRAINERS = (
         ('if "loss" in logs:', 'if "loss" not in logs:', "no training loss shown"),
     ),
     *_in(
-        "fusedpo/trainers/trl_losses.py",
+        "fusedpo/trainers/trl/groups.py",
         "trainers/test_trl_losses.py",
         (
             "tokens * share / self.args.steps_per_generation",
@@ -440,25 +440,9 @@ _TRAINERS = (
             "accumulated losses are added",
         ),
         (
-            'torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])',
-            'torch.cat([inputs["ref_rejected_logps"], inputs["ref_chosen_logps"]])',
-            "references swapped",
-        ),
-        (
-            "(self.roles - 2) * len(rows)",
-            "len(rows)",
-            "no fourth role",
-            "trainers/test_trl_losses.py -k 'those_of_the_roles or comes_with_samples'",
-        ),
-        (
             'self.current_gradient_accumulation_steps if mode == "train" else 1',
             "self.current_gradient_accumulation_steps",
             "evaluation is divided",
-        ),
-        (
-            "kl_weight=loss.kl_weight or self.beta",
-            "kl_weight=self.beta",
-            "a kl_weight of one's own is lost",
         ),
         (
             'mask * inputs["tool_mask"] if "tool_mask" in inputs else mask',
@@ -470,6 +454,34 @@ _TRAINERS = (
             'if loss.entropy_bonus:\n                counts["num_tokens"] = scored.sum().clamp(min=1) * share',
             'if loss.entropy_bonus:\n                counts["num_tokens"] = scored.sum().clamp(min=1)',
             "the entropy is accumulated",
+        ),
+    ),
+    *_in(
+        "fusedpo/trainers/trl/configs.py",
+        "trainers/test_trl_losses.py",
+        (
+            "kl_weight=loss.kl_weight or self.beta",
+            "kl_weight=self.beta",
+            "a kl_weight of one's own is lost",
+        ),
+    ),
+    *_in(
+        "fusedpo/trainers/trl/pairs.py",
+        "trainers/test_trl_losses.py",
+        (
+            'torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])',
+            'torch.cat([inputs["ref_rejected_logps"], inputs["ref_chosen_logps"]])',
+            "references swapped",
+        ),
+    ),
+    *_in(
+        "fusedpo/trainers/trl/collator.py",
+        "trainers/test_trl_losses.py",
+        (
+            "(self.roles - 2) * len(rows)",
+            "len(rows)",
+            "no fourth role",
+            "trainers/test_trl_losses.py -k 'those_of_the_roles or comes_with_samples'",
         ),
     ),
 )

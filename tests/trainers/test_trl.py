@@ -41,6 +41,7 @@ from trainers.trl_runs import (
 import fusedpo.model_head.score
 from fusedpo.engine import score
 from fusedpo.trainers import trl as ours
+from fusedpo.trainers.trl import patching, places
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -518,8 +519,8 @@ def test_it_says_so_in_one_line(capsys, monkeypatch):
 
 @pytest.mark.parametrize("method", EVERY)
 def test_what_this_version_has_not_is_left_out(method, monkeypatch, capsys):
-    before, module = everything_in_trl(), ours._module
-    monkeypatch.setattr(ours, "_module", lambda name: None if name == method else module(name))
+    before, module = everything_in_trl(), places.module_of
+    monkeypatch.setattr(places, "module_of", lambda name: None if name == method else module(name))
     with ours.patched(quiet=False):
         name = module(method).__name__
         assert changed(before) and not {key for key in changed(before) if name in key}
@@ -532,7 +533,7 @@ def test_what_this_version_has_not_is_left_out(method, monkeypatch, capsys):
 def test_a_trainer_that_this_version_has_not_says_so_when_it_is_made(method):
     """``base`` has a module, but no trainer in it."""
     name = f"{method.upper()}Trainer"
-    cls = ours._trainer(method)
+    cls = places.trainer_of(method)
     assert cls.__name__ == name
     with pytest.raises(ImportError) as caught:
         cls(model=None)
@@ -546,7 +547,7 @@ def test_a_version_in_which_nothing_is_known(monkeypatch):
     before = everything_in_trl()
     with ours.patched():
         outer = everything_in_trl()
-        monkeypatch.setattr(ours, "_SEAMS", (lambda options: [],))
+        monkeypatch.setattr(patching, "_SEAMS", (lambda options: [],))
         with pytest.raises(RuntimeError, match="expected a version from"), ours.patched():
             pass
         assert not changed(outer)

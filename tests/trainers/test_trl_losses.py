@@ -32,7 +32,7 @@ from fusedpo.trainers.trl import (
     FusedGRPOConfig,
     FusedGRPOTrainer,
 )
-from fusedpo.trainers.trl_losses import _Collator
+from fusedpo.trainers.trl.collator import Collator
 
 COMMON = {
     "max_steps": 3,
@@ -884,7 +884,7 @@ def test_long_rows_are_those_of_the_roles() -> None:
 
     rows = [{"prompt_ids": [i], "long_prompt_ids": [i + 10], "chosen_ids": [7]} for i in (1, 2)]
     for roles, long in ((3, [11, 12]), (4, [11, 12, 111, 112])):
-        batch = _Collator(plain, (), roles)([{**row, "kl": 0.5} for row in rows])
+        batch = Collator(plain, (), roles)([{**row, "kl": 0.5} for row in rows])
         assert batch["input_ids"][:, 0].tolist() == [1, 2, 101, 102, *long]
 
 

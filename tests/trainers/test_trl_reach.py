@@ -26,9 +26,12 @@ from trainers.trl_runs import build, check, plain
 
 import fusedpo
 from fusedpo.trainers import trl as ours
+from fusedpo.trainers.trl import places, reach, trainers
+from fusedpo.trainers.trl.lazy_models import NO_FLAG
+from fusedpo.trainers.trl.replace import replaced
 
 EVERY = tuple(trl_runs.KINDS)
-CPO, ORPO, DPO = (ours._class(method) for method in ("cpo", "orpo", "dpo"))
+CPO, ORPO, DPO = (places.class_of(method) for method in ("cpo", "orpo", "dpo"))
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def test_earlier_versions_are_refused_before_anything_is_replaced(monkeypatch, v
     for call in (ours.patch, fusedpo.patch):
         with pytest.raises(RuntimeError, match=text):
             call()
-    assert CPO.concatenated_forward is before and not ours._replaced
+    assert CPO.concatenated_forward is before and not replaced
     with pytest.raises(RuntimeError, match=text), trl_runs.quiet():
         build("dpo", trainer_class=ours.FusedDPOTrainer)
 
@@ -74,14 +77,14 @@ def test_what_is_reached_is_returned_and_said(capsys) -> None:
         assert fusedpo.patch(quiet=True) == reached
     finally:
         fusedpo.unpatch()
-    assert not ours._replaced and capsys.readouterr().err == ""
+    assert not replaced and capsys.readouterr().err == ""
 
 
 def test_conditions_are_said(monkeypatch) -> None:
-    words = ours._in_words({"CPO": "", "ORPO": "", "DPO": ours._NO_FLAG, "GRPO": ours._NO_FLAG})
+    words = reach.in_words({"CPO": "", "ORPO": "", "DPO": NO_FLAG, "GRPO": NO_FLAG})
     expected = "without logits: CPO, ORPO; not with use_liger_kernel=True: DPO, GRPO; as ever: "
     assert words == expected + "KTO, RLOO, SFT, TPO"
-    assert ours._in_words({"DPO": ours._NO_FLAG}).startswith("without logits: none; not with ")
+    assert reach.in_words({"DPO": NO_FLAG}).startswith("without logits: none; not with ")
 
 
 # trainers that somebody has put in the place of TRL's
@@ -109,14 +112,14 @@ def test_a_renamed_trainer_is_told_and_left_out(monkeypatch, heard) -> None:
 
 def test_beside_a_renamed_trainer_the_module_is_imported(monkeypatch) -> None:
     monkeypatch.setattr(trl.trainer.dpo_trainer, "DPOTrainer", UnslothDPOTrainer)
-    spec = importlib.util.spec_from_file_location("again", ours.__file__)
+    spec = importlib.util.spec_from_file_location("again", trainers.__file__)
     assert spec is not None and spec.loader is not None
     again = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "again", again)
     spec.loader.exec_module(again)
     assert issubclass(again.FusedCPOTrainer, CPO)
     with pytest.raises(ImportError, match=r"got .*UnslothDPOTrainer; import fusedpo.trainers.trl"):
-        again._trainer("dpo")(model=None)
+        places.trainer_of("dpo")(model=None)
 
 
 def test_a_trainer_that_inherits_from_trls_is_reached(monkeypatch, heard) -> None:
@@ -311,7 +314,7 @@ def decorated(*args: Any) -> Any:
 def test_who_calls_trls_method_in_whatever_way_is_not_told_of(monkeypatch, method) -> None:
     monkeypatch.setattr(Plain, "concatenated_forward", method, raising=False)
     own = ["concatenated_forward"] if method is of_transformers else []
-    assert ours._own_path(Plain, CPO) == own
+    assert reach.own_path(Plain, CPO) == own
 
 
 @pytest.mark.parametrize("method", ["cpo", "orpo"])

@@ -153,9 +153,9 @@ def reward(completions: list[str], **rest: Any) -> list[float]:
 
 def classes(method: str) -> tuple[Any, Any]:
     """TRL's trainer and configuration of a method."""
-    from fusedpo.trainers.trl import _module
+    from fusedpo.trainers.trl.places import module_of
 
-    module, name = _module(method), method.upper()
+    module, name = module_of(method), method.upper()
     config = getattr(module, f"{name}Config", None)
     if config is None:
         import trl

@@ -24,6 +24,8 @@ from trainers.trl_runs import Run, Tall, classes, differences, plain, update_dif
 
 from fusedpo.lazy import operations
 from fusedpo.trainers import trl as ours
+from fusedpo.trainers.trl import places
+from fusedpo.trainers.trl.replace import replaced
 
 VERSION = os.environ.get("FUSEDPO_TRL")
 if not VERSION:
@@ -132,7 +134,7 @@ def test_classes(method):
     cls = getattr(ours, f"Fused{method.upper()}Trainer")
     found = trl_runs.run(method, "granite", trainer_class=cls, memory_budget=BUDGET, **given)
     check(f"{method} class, granite", reference, found)
-    assert not ours._replaced
+    assert not replaced
 
 
 def test_kto_class_weights():
@@ -196,10 +198,10 @@ def warned(method: str, family: Any = "llama", **given: Any) -> tuple[list[str],
 def test_what_is_reached(monkeypatch):
     with ours.patched():
         reached = ours.patch(quiet=True)
-    lazy = [method.upper() for method in LAZY if ours._class(method)]
+    lazy = [method.upper() for method in LAZY if places.class_of(method)]
     assert reached == {
         **dict.fromkeys(lazy, "not with use_liger_kernel=True"),
-        **dict.fromkeys(("CPO", "ORPO", *(["TPO"] if ours._class("tpo") else [])), ""),
+        **dict.fromkeys(("CPO", "ORPO", *(["TPO"] if places.class_of("tpo") else [])), ""),
     }
 
 
