@@ -147,7 +147,7 @@ def test_each_minimum_is_the_one_that_is_documented() -> None:
     assert oldest["torch"] == ".".join(map(str, checks._LEAST_TORCH))
     newest = {name: most for name, _, most, *_ in rows("Supported")}["trl"].rpartition(".")[0]
     assert f"expected a version from {oldest['trl']} to {newest}," in page(
-        "fusedpo/trainers/trl.py"
+        "fusedpo/trainers/trl/places.py"
     )
     install = page("README.md").split("\n## Install\n")[1].split("\n## ")[0]
     assert f"torch ({oldest['torch']} or newer" in install

@@ -1392,7 +1392,7 @@ _CORE = (
         ),
     ),
     *_in(
-        "fusedpo/liger.py",
+        "fusedpo/liger/pairs.py",
         "test_liger_shaped.py",
         {
             "old": "loss = loss + self.alpha * nll",
@@ -1400,12 +1400,20 @@ _CORE = (
             "breaks": "alpha ignored",
             "equivalent": "other labels of the cross-entropy are ORPO's alone, whose alpha is 1",
         },
-        ("ids.clamp(min=-1)", "ids", "a wrong id is ignored"),
+    ),
+    *_in(
+        "fusedpo/liger/kto.py",
+        "test_liger_shaped.py",
         (
             'if kl is not None and self.loss_type == "kto":',
             "if kl is not None:",
             "kl where it plays no part",
         ),
+    ),
+    *_in(
+        "fusedpo/liger/grpo.py",
+        "test_liger_shaped.py",
+        ("ids.clamp(min=-1)", "ids", "a wrong id is ignored"),
         (
             '"kl_weight": self.beta if self.use_ref_model else 0.0',
             '"kl_weight": self.beta',

@@ -38,6 +38,7 @@ from transformers import (
 from fusedpo.losses import DPO, SimPO
 from fusedpo.model_head import aligned_labels, causal_model, fused_forward
 from fusedpo.recipes.short_to_long import ShortToLongCollator
+from fusedpo.trainers.forwards import Batch
 from fusedpo.trainers.packing import packing_gap
 from fusedpo.trainers.transformers import (
     FusedTrainer,
@@ -908,6 +909,7 @@ def test_a_reference_has_no_dropout(tmp_path, adapted):
     model = tiny.model(attention_dropout=0.5)
     batch = PreferenceCollator(0)(ROWS[:3])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    own = Batch(inputs, batch["labels"])
     with torch.no_grad():
         expected = model.eval().model(**inputs).last_hidden_state
     model.train()
@@ -915,7 +917,7 @@ def test_a_reference_has_no_dropout(tmp_path, adapted):
         config = LoraConfig(target_modules=["q_proj"], lora_dropout=0.5)
         model = get_peft_model(model, config).train()
     made = trainer(tmp_path, model, DPO())
-    hidden, _ = made._reference(made.model.train(), inputs, batch["labels"])
+    hidden, _ = made._reference(made.model.train(), own)
     assert torch.equal(hidden, expected)
     assert made.model.training
 
@@ -925,6 +927,7 @@ def test_the_model_without_its_adapters_is_a_reference_without_dropout(tmp_path)
     model = tiny.model(attention_dropout=0.5)
     batch = PreferenceCollator(0)(ROWS[:3])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    own = Batch(inputs, batch["labels"])
     with torch.no_grad():
         logits = model.eval()(**inputs).logits
     scored = logits.log_softmax(-1).gather(-1, batch["labels"].clamp(min=0)[..., None])[..., 0]
@@ -932,7 +935,7 @@ def test_the_model_without_its_adapters_is_a_reference_without_dropout(tmp_path)
     adapters = LoraConfig(target_modules=["q_proj"], lora_dropout=0.5)
     made = trainer(tmp_path, get_peft_model(model, adapters).train(), DPO())
     made.ref_model, made.is_fsdp_enabled = None, True
-    found = made._reference(made.model.train(), inputs, batch["labels"])
+    found = made._reference(made.model.train(), own)
     assert relative(found, expected) < 1e-5
     assert made.model.training
 
