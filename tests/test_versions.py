@@ -200,7 +200,7 @@ WITHOUT = {
     ),
     "sentence_transformers": (
         "from fusedpo.recipes import semantic; semantic.sentence_encoder()",
-        "pip install sentence-transformers",
+        "pip install 'fusedpo[semantic]'",
     ),
     "triton": (
         "fusedpo.linear_logprobs(*inputs, backend='triton')",

@@ -106,6 +106,11 @@ _TRAINERS = (
         "fusedpo/data/messages.py",
         "trainers/test_rows.py recipes/test_semantic.py",
         (
+            "if chosen[:size] == prompt and rejected[:size] == prompt:",
+            "if True:",
+            "messages are skipped that are no prompt",
+        ),
+        (
             "shared_length(chosen[:-1], rejected[:-1])",
             "shared_length(chosen, rejected)",
             "equal responses are all prompt",
@@ -600,7 +605,7 @@ _RECIPES = (
         ),
     ),
     *_in(
-        "fusedpo/recipes/semantic/__init__.py",
+        "fusedpo/recipes/semantic/similarity.py",
         "recipes/test_semantic.py",
         (
             "(left * right).sum(-1).clip(0.0, 1.0)",
@@ -612,30 +617,16 @@ _RECIPES = (
             "",
             "equal texts differ by rounding",
         ),
-        ("os.fsync(file.fileno())", "pass", "a cache that a power cut empties"),
-        (
-            "zip(chosen[:-1], rejected[:-1], strict=False)",
-            "zip(chosen, rejected, strict=False)",
-            "equal responses have no text",
-        ),
+    ),
+    *_in(
+        "fusedpo/recipes/semantic/encoders.py",
+        "recipes/test_semantic.py",
         ("(1 + math.log(count))", "count", "frequent pieces count too much"),
-        ("(states * mask).sum(1) / mask", "states.sum(1) / mask", "padding in the mean"),
         (
             "[path.relative_to(folder).as_posix(), content",
             "[content",
             "a file's name is no part of the model",
         ),
-        (
-            'crc32", _checksum(found)) != _checksum(found)',
-            'crc32", _checksum(found)) == ""',
-            "a changed digit is taken",
-        ),
-        (
-            "skipped = len(prompt) if both else 0",
-            "skipped = len(prompt)",
-            "messages are skipped that are no prompt",
-        ),
-        ("pooling.items() if value is True}", "pooling.items()}", "a model of means is refused"),
         (
             "if not words:\n            return []\n        line = f\" {' '.join(words)} \"",
             "line = f\" {' '.join(words)} \"",
