@@ -346,6 +346,43 @@ def test_the_reference_of_adapters_is_a_copy_of_them(tmp_path, kind):
         assert not theirs[name].requires_grad or name in trained
 
 
+@pytest.mark.parametrize("kind", ["layer", "head", "whole module"])
+def test_the_reference_of_new_adapters_is_the_model_without_them(tmp_path, kind):
+    """No copy is made, and it gives what one gives."""
+    model = ADAPTERS[kind]()
+    start = copy.deepcopy(model)
+    options = {"max_steps": 3, "per_device_train_batch_size": 7}
+    subject = trainer(tmp_path, model, DPO(), **options)
+    assert subject.ref_model is None
+    before = subject.evaluate()
+    assert before["eval_loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert before["eval_rewards/margins"] == 0
+    subject.train()
+    after = subject.evaluate()
+    assert after["eval_rewards/margins"] > 0
+    expected = trainer(tmp_path, model, DPO(), ref_model=start).evaluate()
+    for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen"):
+        assert after[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_another_adapter_below_the_trained_one_is_a_part_of_the_reference(tmp_path):
+    model = learn(adapted(["q_proj"]))
+    model.add_adapter("second", LoraConfig(target_modules=["v_proj"], r=2))
+    model.base_model.set_adapter(["default", "second"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("second" in name)
+    subject = trainer(tmp_path, model, DPO())
+    assert subject.evaluate()["eval_rewards/margins"] == 0
+    assert subject.ref_model is not None
+
+
+def test_learned_adapters_over_weights_of_8_bits_have_no_reference(tmp_path):
+    model = learn(adapted(["q_proj"]))
+    model.get_base_model().is_loaded_in_8bit = True
+    with pytest.raises(ValueError, match="model: expected new adapters over weights of 8 bits"):
+        trainer(tmp_path, model, DPO())
+
+
 @pytest.mark.parametrize("way", ["before", "in place", "away"])
 def test_adapters_merged_into_what_the_reference_shares_are_refused(tmp_path, way):
     """Else the reference follows the policy."""
@@ -1241,7 +1278,7 @@ def test_a_reference_has_ligers_layers_as_the_policy_has(tmp_path, monkeypatch):
     monkeypatch.setattr(liger_kernel.transformers, name, record)
     layers = {"rope": False}
     options = {"use_liger_kernel": True, "liger_kernel_config": layers}
-    for model in (tiny.model(), adapted(["q_proj"])):
+    for model in (tiny.model(), learn(adapted(["q_proj"]))):
         seen.clear()
         subject = trainer(tmp_path, model, DPO(), **options)
         given = subject.args.liger_kernel_config

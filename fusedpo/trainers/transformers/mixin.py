@@ -39,6 +39,7 @@ from fusedpo.trainers.transformers.reference import (
     check_adapters,
     check_new_adapters,
     frozen_copy,
+    is_its_own_reference,
     reference_arguments,
 )
 
@@ -128,7 +129,7 @@ class FusedTrainerMixin(_Base):
         """Fuse the heads of a model and its reference."""
         check_model("model", model)
         reference = self._own_reference
-        if self.loss.needs_reference and reference is None:
+        if self.loss.needs_reference and reference is None and not is_its_own_reference(model):
             reference = frozen_copy(model)
         for each in (model, reference):
             fused = None if each is None else fused_forward(each)

@@ -31,11 +31,30 @@ def reference_arguments(reference: Reference, head: Head, labels: Tensor) -> dic
 
 
 def frozen_copy(model: Any) -> Any:
-    """A copy of the model as it is now; if it has adapters, with the same frozen weights."""
+    """A copy of the model as it is now; if it has adapters, with the same frozen weights.
+
+    Raises:
+        ValueError: weights of 8 bits, whose layers keep what two of them cannot share.
+    """
     shared = {}
     if hasattr(model, "disable_adapter"):
+        if getattr(model, "is_loaded_in_8bit", False):
+            raise bad_value(
+                "model",
+                "new adapters over weights of 8 bits, which a loss with a reference has it without",
+                "adapters that have learned something",
+                "load the weights whole or in 4 bits, or take a loss without a reference",
+            )
         shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, shared)
+
+
+def is_its_own_reference(model: Any) -> bool:
+    """Whether the model without its adapters is the model as it is now, as of new ones."""
+    configs = getattr(model, "peft_config", None)
+    if configs is None or not hasattr(model, "disable_adapter") or len(configs) > 1:
+        return False
+    return _learned(model) is None
 
 
 def check_adapters(model: Any, reference: Any) -> None:
@@ -55,6 +74,19 @@ def check_adapters(model: Any, reference: Any) -> None:
 
 def check_new_adapters(model: Any) -> None:
     """Refuse adapters that the model without them may differ from."""
+    if (name := _learned(model)) is not None:
+        raise bad_value(
+            "model",
+            "new LoRA adapters under FSDP and DeepSpeed, where the reference is the model "
+            "without them",
+            f"{name}, which may have learned something",
+            "merge the adapters into the model and train new ones, or train under "
+            "DistributedDataParallel",
+        )
+
+
+def _learned(model: Any) -> str | None:
+    """The first trained weight that is not as in new LoRA adapters, if there is one."""
     weights = dict(model.named_parameters())
     for name, weight in weights.items():
         # of an adapter's low-rank product one factor is 0 at first: of embeddings the other one
@@ -64,14 +96,8 @@ def check_new_adapters(model: Any) -> None:
             continue
         equal = copied is not None and torch.equal(_own_part(weight), _own_part(copied))
         if not (equal or (starts_at_0 and not _own_part(weight).any())):
-            raise bad_value(
-                "model",
-                "new LoRA adapters under FSDP and DeepSpeed, where the reference is the model "
-                "without them",
-                f"{name}, which may have learned something",
-                "merge the adapters into the model and train new ones, or train under "
-                "DistributedDataParallel",
-            )
+            return name
+    return None
 
 
 def _own_part(weight: Tensor) -> Tensor:
