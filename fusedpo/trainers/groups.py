@@ -6,7 +6,7 @@
     )
     trainer.train()
 
-A plain loop that shows policy losses at work. TRL's GRPOTrainer has vLLM, tools and much more.
+What ``fusedpo train --loss grpo`` runs on. TRL's GRPOTrainer has vLLM, tools and much more.
 """
 
 from __future__ import annotations
@@ -223,7 +223,8 @@ class GroupTrainer(FusedTrainer):
             memory_budget=self.memory_budget,
         )
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        with evaluating(model), self.accelerator.autocast():
+        # under the autocast that accelerate wraps forward in
+        with evaluating(model):
             found, _ = at_head(model, score, **inputs)
         return found.logprob
 

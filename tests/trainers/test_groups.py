@@ -9,10 +9,12 @@ import pytest
 import tiny
 import torch
 from oracles import relative
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from fusedpo import linear_logprobs
 from fusedpo.data.sampling import generate_segments
+from fusedpo.engine.plan import BudgetTooSmall
+from fusedpo.files import read_file
 from fusedpo.losses import DAPO, DPO, GRPO, SoftSequence
 from fusedpo.model_head import evaluating, hidden_and_head
 from fusedpo.trainers.groups import GroupTrainer
@@ -105,6 +107,9 @@ def test_processes_and_steps_sample_differently(
         ids = made._sample(made.model, made.train_dataset[:2])["input_ids"]
         found.append(str(ids.tolist()))
     assert len(set(found)) == 4 and found[0] == found[-1]
+    monkeypatch.setattr(TrainingArguments, "process_index", 0)
+    made = trainer(tmp_path, args={"seed": 43})
+    assert str(made._sample(made.model, made.train_dataset[:2])["input_ids"].tolist()) != found[0]
 
 
 def test_a_low_temperature_samples_the_likeliest_response_alone(tmp_path: Path) -> None:
@@ -124,6 +129,9 @@ def test_rewards_are_of_their_prompts_and_vary_within_groups(tmp_path: Path) -> 
     rows = made.train_dataset[:3]
     made._sampled = made._sample(made.model, rows)
     groups = made._sampled["rewards"].view(3, 4)
+    apart = groups.double() - groups.double().mean(1, keepdim=True)
+    advantages = apart / (groups.double().std(1, keepdim=True) + 1e-6)
+    assert relative(made._sampled["advantages"].view(3, 4), advantages) < 1e-5
     for row, group in zip(rows, groups, strict=True):
         assert torch.all(group >= 10 * int(row["prompt_ids"][1]))
         assert torch.all(group <= 10 * int(row["prompt_ids"][1]) + 1)
@@ -321,9 +329,12 @@ def test_samples_are_of_the_policy_that_is_trained(tmp_path: Path, monkeypatch) 
     """Of its whole distribution, at the temperature of the loss, without dropout."""
     asked: list[Any] = []
 
-    def noted(*arguments: Any, **options: Any) -> Any:
+    def noted(model: Any, prompts: Any, lengths: Any, **options: Any) -> Any:
         asked.append(options["settings"])
-        return generate_segments(*arguments, **options)
+        assert lengths == [8] * 8
+        assert options["pad_token_id"] == tiny.tokenizer().pad_token_id
+        assert options["eos_token_id"] == tiny.tokenizer().eos_token_id != options["pad_token_id"]
+        return generate_segments(model, prompts, lengths, **options)
 
     monkeypatch.setattr("fusedpo.trainers.groups.generate_segments", noted)
     model = tiny.model(attention_dropout=0.5)
@@ -368,6 +379,51 @@ def test_a_reference_is_compared_with(tmp_path: Path) -> None:
     made.train()
     logged = [entry["kl"] for entry in made.state.log_history if "kl" in entry]
     assert logged[0] == 0.0 and logged[1] > 0
+    given = trainer(
+        tmp_path, GRPO(kl_weight=0.1), args={"max_steps": 1}, ref_model=tiny.model(seed=1)
+    )
+    given.train()
+    assert given.state.log_history[0]["kl"] > 0
+
+
+def test_the_first_update_is_on_policy_under_autocast_too(tmp_path: Path) -> None:
+    made = trainer(tmp_path, args={"max_steps": 2, "bf16": True})
+    made.train()
+    ratios = [e["kl_old"] for e in made.state.log_history if "kl_old" in e]
+    assert ratios[0] == 0.0 < ratios[1]
+
+
+def test_old_log_probabilities_are_made_within_the_budget(tmp_path: Path) -> None:
+    made = trainer(tmp_path, memory_budget=1)
+    with pytest.raises(BudgetTooSmall):
+        made._sample(made.model, made.train_dataset[:1])
+
+
+def test_a_checkpoint_has_the_samples_that_are_left_of_each_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(tmp_path, args={"max_steps": 2, "save_strategy": "steps", "save_steps": 1})
+    made.train()
+    tensors, meta = read_file(tmp_path / "checkpoint-1" / "samples-0.safetensors")
+    assert meta["left"] == 1 and torch.equal(tensors["rewards"], made._sampled["rewards"])
+    assert read_file(tmp_path / "checkpoint-2" / "samples-0.safetensors")[0] == {}
+    monkeypatch.setattr(TrainingArguments, "process_index", 1)
+    assert made._samples(tmp_path).name == "samples-1.safetensors"
+
+
+def test_evaluation_is_logged_and_callbacks_hear_of_it(tmp_path: Path) -> None:
+    """As one that stops early, or keeps the best checkpoint."""
+    heard: list[dict[str, float]] = []
+
+    class Listening(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            heard.append(more["metrics"])
+
+    made = trainer(tmp_path)
+    made.add_callback(Listening())
+    found = made.evaluate()
+    assert heard == [found]
+    assert found.items() <= made.state.log_history[-1].items()
 
 
 @pytest.mark.parametrize(
