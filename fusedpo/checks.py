@@ -72,7 +72,7 @@ def written(argument: str, value: object) -> str:
     except UnicodeEncodeError as error:
         half = ascii(value[error.start])
         got = f"half of a surrogate pair, {half}, at character {error.start + 1}"
-        raise bad_value(argument, "text of whole characters", got) from None
+        raise bad_value(argument, "text of whole characters", got, "mend the file") from None
     return value
 
 
@@ -212,8 +212,8 @@ def head_inputs(
     hidden = floating(f"{prefix}hidden", hidden)
     weight = floating(f"{prefix}weight", weight)
     if weight.dim() != 2 or weight.numel() == 0:
-        flat = weight.dim() == 1 or weight.numel() == 0
-        remedy = "a sharded weight has to be gathered first" if flat else ""
+        gather = "a sharded weight has to be gathered first, or run the loss by fusedpo.at_head"
+        remedy = gather if weight.dim() == 1 or weight.numel() == 0 else ""
         raise bad_value(f"{prefix}weight", "[V, H], not empty", str(list(weight.shape)), remedy)
     if hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
         transposed = hidden.dim() >= 2 and hidden.shape[-1] == weight.shape[0]
@@ -225,7 +225,7 @@ def head_inputs(
         )
     if bias is not None:
         bias = floating(f"{prefix}bias", bias)
-        shaped(f"{prefix}bias", bias, (weight.shape[0],), "[V] =", "")
+        shaped(f"{prefix}bias", bias, (weight.shape[0],), "[V] =")
     same_device(**{f"{prefix}hidden": hidden, f"{prefix}weight": weight, f"{prefix}bias": bias})
     # after the devices, as all others' are this one, a reference's too
     if hidden.is_meta and not prefix and not torch.compiler.is_compiling():
@@ -305,7 +305,7 @@ def bad_labels(labels: Tensor, vocab: int, ignore_index: int) -> ValueError:
         "labels",
         f"class numbers in [0, {vocab}) or ignore_index = {ignore_index}",
         f"{int(labels[tuple(where)])} at position {where}",
-        "the tokenizer and the head may disagree about the vocabulary",
+        "see that the tokenizer is the model's own, and that masked positions have ignore_index",
     )
 
 

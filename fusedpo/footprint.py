@@ -153,7 +153,7 @@ def read_model(name: str) -> ModelShape:
             config = None
         if isinstance(config, dict):
             return shape_of_config(config, str(file))
-        raise bad_value("--model", "a JSON object", f"something else in {file}")
+        raise bad_value("--model", "a JSON object", f"something else in {file}", "mend the file")
     if known := HEADS.get("smollm2-135m" if name == "smollm2" else name.lower()):
         return known
     near = difflib.get_close_matches(name.lower().rpartition("/")[2], HEADS, n=3, cutoff=0.5)

@@ -283,7 +283,9 @@ def preference_loss(
             looked at on the CPU only: elsewhere, and in torch.compile, reading them would wait.
     """
     if not isinstance(loss, PreferenceLoss):
-        raise checks.bad_type("loss", "a preference loss, such as fusedpo.losses.DPO()", repr(loss))
+        remedy = "call policy_loss" if isinstance(loss, PolicyLoss) else ""
+        expected = "a preference loss, such as fusedpo.losses.DPO()"
+        raise checks.bad_type("loss", expected, repr(loss), remedy)
     _check_input_names(loss, inputs)
     layout = lay_out(
         hidden,
@@ -381,7 +383,9 @@ def policy_loss(
             0 is looked at on the CPU only: elsewhere, and in torch.compile, reading would wait.
     """
     if not isinstance(loss, PolicyLoss):
-        raise checks.bad_type("loss", "a policy loss, such as fusedpo.losses.GRPO()", repr(loss))
+        remedy = "call preference_loss" if isinstance(loss, PreferenceLoss) else ""
+        expected = "a policy loss, such as fusedpo.losses.GRPO()"
+        raise checks.bad_type("loss", expected, repr(loss), remedy)
     layout = lay_out(
         hidden,
         Head.of(weight, bias, softcap, logit_scale, vocab_group).local(labels=labels),

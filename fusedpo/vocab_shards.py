@@ -126,7 +126,10 @@ def shard_of(weight: object, group: ProcessGroup, argument: str = "weight") -> V
             for rows, width, dtype in seen
         )
         raise bad_value(
-            argument, "a slice [V_local, H] of one head on each rank, none of them empty", got
+            argument,
+            "a slice [V_local, H] of one head on each rank, none of them empty",
+            got,
+            "cut the head's rows with tensor_split(world_size)[rank]",
         )
     shard = VocabShard(group, sizes, dist.get_rank(group))
     _SHARDS[weight] = shard  # a tensor, or this rank's slice would be empty
@@ -176,10 +179,12 @@ def local_head(
     """
     if not is_dtensor(weight):
         if is_dtensor(bias):
-            raise bad_type(f"{prefix}bias", "a plain tensor like weight", "a DTensor")
+            remedy = f"pass {prefix}bias.full_tensor()"
+            raise bad_type(f"{prefix}bias", "a plain tensor like weight", "a DTensor", remedy)
         return weight, bias, None if group is None else shard_of(weight, group, f"{prefix}weight")
     if bias is not None and not is_dtensor(bias):
-        raise bad_type(f"{prefix}bias", "a DTensor like weight", type(bias).__name__)
+        remedy = "pass distribute_tensor(bias, weight.device_mesh, weight.placements)"
+        raise bad_type(f"{prefix}bias", "a DTensor like weight", type(bias).__name__, remedy)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             _check_placement(prefix + name, tensor)
@@ -197,7 +202,10 @@ def local_head(
     if placements[0].is_replicate():
         if group is not None:
             raise bad_value(
-                f"{prefix}weight", "a slice, to go with vocab_group", str(placements[0])
+                f"{prefix}weight",
+                "a slice, to go with vocab_group",
+                str(placements[0]),
+                "leave vocab_group out",
             )
         return local, local_bias, None
     if group is not None and dist.get_process_group_ranks(group) != dist.get_process_group_ranks(
@@ -209,7 +217,9 @@ def local_head(
     most = -(-vocab // ranks)
     sizes = tuple(max(0, min(most, vocab - rank * most)) for rank in range(ranks))
     if min(sizes) < 1:
-        raise bad_value(f"{prefix}weight", "no empty slice", f"{vocab} entries on {ranks} ranks")
+        remedy = "cut it over fewer ranks, or pass slices of your own and vocab_group"
+        got = f"{vocab} entries on {ranks} ranks"
+        raise bad_value(f"{prefix}weight", "no empty slice", got, remedy)
     if ranks > 1 and isinstance(labels, Tensor):
         _check_alike(weight, labels, own)
     shard = VocabShard(own, sizes, dist.get_rank(own))
@@ -234,5 +244,8 @@ def _check_placement(argument: str, tensor: Any) -> None:
     (placement,) = tensor.placements
     if not (placement.is_shard(0) or placement.is_replicate()):
         raise bad_value(
-            argument, "a DTensor with Shard(0) or Replicate()", str(placement), "redistribute it"
+            argument,
+            "a DTensor with Shard(0) or Replicate()",
+            str(placement),
+            "pass it redistributed: .redistribute(placements=[Shard(0)])",
         )

@@ -741,7 +741,7 @@ PER_SEQUENCE = normal(B)
             {"loss": losses.LengthDesensitized(DPO), "ref_logprobs": PER_SEQUENCE},
             ValueError,
             r"^ref_logprobs: expected per token, as LengthDesensitized weights tokens, "
-            r"got per sequence \[4\]$",
+            r"got per sequence \[4\]; score the reference",
         ),
         "given to a loss that has none": (
             {"loss": SIMPO, "ref_logprobs": PER_SEQUENCE},
@@ -1216,7 +1216,7 @@ def test_a_refused_plan_names_the_one_to_make():
         "dtype of whole numbers": (
             {"dtype": torch.int8},
             TypeError,
-            r"^dtype: expected a floating-point dtype that the engine takes, got torch.int8$",
+            r"^dtype: expected one of torch.float64, .*, got torch.int8$",
         ),
         "backend not decided": (
             {"backend": "auto"},

@@ -407,7 +407,8 @@ def test_the_operator_looks_at_the_labels_itself(backend: str) -> None:
         token_stats(*given)
     assert str(error.value) == (
         f"labels: expected class numbers in [0, {VOCAB}) or ignore_index = -100, got {VOCAB} at "
-        "position [13]; the tokenizer and the head may disagree about the vocabulary"
+        "position [13]; see that the tokenizer is the model's own, and that masked "
+        "positions have ignore_index"
     )
 
 

@@ -159,13 +159,15 @@ def _workload(given: argparse.Namespace) -> Workload:
     by_torch = given.device == "cpu" or given.dtype == "float64"
     backend: Backend = given.backend or ("torch" if by_torch else "triton")
     if backend == "triton" and by_torch:
-        raise bad_value("--backend", "torch on the CPU and for float64", backend)
+        expected = "torch on the CPU and for float64"
+        raise bad_value("--backend", expected, backend, "leave it out, or add --device cuda")
     head = (given.hidden, given.vocab)
     known = [value is not None for value in (given.model, *head)]
     if known not in ([True, False, False], [False, True, True]):
         said = [o for o, k in zip(("--model", "--hidden", "--vocab"), known, strict=True) if k]
         got = " and ".join(said) or "none of them"
-        raise bad_value("--model", "either --model, or --hidden and --vocab", got)
+        remedy = "fusedpo plan --model llama-3.1-8b --tokens 4096, for one"
+        raise bad_value("--model", "either --model, or --hidden and --vocab", got, remedy)
     return Workload(
         footprint.read_model(given.model) if given.model else ModelShape(*head),
         loss,
@@ -192,7 +194,7 @@ def _device(given: argparse.Namespace) -> Device:
     if given.device_memory is None:
         return device
     if device.type == "cpu":
-        raise bad_value("--device-memory", "a GPU", "cpu")
+        raise bad_value("--device-memory", "a GPU", "cpu", "add --device cuda")
     return replace(device, memory=_size("--device-memory", given.device_memory))
 
 

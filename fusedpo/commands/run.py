@@ -47,9 +47,11 @@ def run(arguments: argparse.Namespace) -> int:
     program = arguments.program[arguments.program[:1] == ["--"] :]
     check_options(arguments.memory_budget, arguments.backend, arguments.gradient_tolerance)
     if not program:
-        raise bad_value("program", "a program and its arguments", "nothing")
+        remedy = "fusedpo run python train.py, for one"
+        raise bad_value("program", "a program and its arguments", "nothing", remedy)
     if shutil.which(program[0]) is None:
-        raise bad_value("program", "one on the PATH", program[0])
+        remedy = "give its path, or activate the environment that it is installed in"
+        raise bad_value("program", "one on the PATH", program[0], remedy)
     options = {
         "memory_budget": arguments.memory_budget,
         "backend": arguments.backend,

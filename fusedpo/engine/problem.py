@@ -63,7 +63,8 @@ def problem_of(tokens: int, vocab: int, hidden: int, **options: Unpack[Options])
         ("operand_dtype", operand_dtype),
     ):
         if value not in FLOATS:
-            raise bad_type(name, "a floating-point dtype that the engine takes", str(value))
+            known = ", ".join(str(dtype) for dtype in FLOATS)
+            raise bad_type(name, f"one of {known}", str(value))
     needs = _needs(options.get("needs", ("hidden", "weight")))
     if scope is not None and scope not in get_args(Scope):
         raise bad_choice("scope", scope, get_args(Scope))

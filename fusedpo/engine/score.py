@@ -204,7 +204,8 @@ def score_in_graph(
         TypeError: for a Plan as memory_budget.
     """
     if isinstance(memory_budget, Plan):
-        raise checks.bad_type("memory_budget", "a number or a text inside torch.compile", "a Plan")
+        expected = "a number or a text inside torch.compile"
+        raise checks.bad_type("memory_budget", expected, "a Plan", "pass the Plan's budget")
     hidden, head, rows, temperature = batch.hidden, batch.head, batch.rows, batch.temperature
     assert rows.scored is not None, "a traced call has every position for a row"
     row_scale, scale = None, 1.0

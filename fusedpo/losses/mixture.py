@@ -29,9 +29,15 @@ def _terms(name: str, value: Any) -> Any:
     for weight, loss in value:
         number(f"{name}, a weight", weight)
         if loss.roles != roles:
-            raise bad_value(name, f"losses of {', '.join(roles)}", repr(loss))
+            remedy = "only losses of the same rows add up"
+            raise bad_value(name, f"losses of {', '.join(roles)}", repr(loss), remedy)
         if loss.weights_tokens:
-            raise bad_value(name, "losses that count all tokens alike", repr(loss), "wrap the sum")
+            raise bad_value(
+                name,
+                "losses that count all tokens alike",
+                repr(loss),
+                "wrap the sum: LengthDesensitized(a + b)",
+            )
     return value
 
 

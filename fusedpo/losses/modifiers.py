@@ -34,7 +34,8 @@ def _loss(name: str, value: Any) -> PreferenceLoss:
 def _one_by_one(name: str, loss: PreferenceLoss) -> None:
     """An example's loss is to be its own, not that of a rank among the batch."""
     if loss.formula_structure.scope == "batch":
-        raise bad_value(name, "a loss of one example at a time", repr(loss))
+        remedy = "leave out AOT, which sorts the whole batch"
+        raise bad_value(name, "a loss of one example at a time", repr(loss), remedy)
 
 
 @forwards(

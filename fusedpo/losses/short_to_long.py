@@ -65,6 +65,7 @@ def _base(name: str, value: Any) -> PreferenceLoss:
             name,
             "a loss of chosen and rejected responses, one pair at a time and of log-probabilities",
             repr(value),
+            "take one such as SimPO(), DPO() or ORPO()",
         )
     return value
 

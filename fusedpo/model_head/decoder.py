@@ -25,6 +25,7 @@ def decoder_input(model: Any, labels: Tensor, inputs: Mapping[str, Any]) -> dict
             "decoder_input_ids",
             f"token ids, as {type(model).__name__} does not make them of labels",
             "none",
+            "pass decoder_input_ids: labels shifted right, behind the start token",
         )
     ids = make(labels)
     decoder = {"decoder_input_ids": ids}

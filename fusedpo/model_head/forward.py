@@ -135,7 +135,8 @@ class FusedForward:
         temperature = kwargs.pop("temperature", 1.0)
         if (labels is None) == (shift_labels is None):
             got = "neither" if labels is None else "both"
-            raise bad_value("labels", "either labels or shift_labels with fused=True", got)
+            remedy = "pass labels as in Hugging Face, or shift_labels aligned with the states"
+            raise bad_value("labels", "either labels or shift_labels with fused=True", got, remedy)
         if getattr(self.model.config, "is_encoder_decoder", False):
             shift_labels, labels = labels if shift_labels is None else shift_labels, None
             decoder = decoder_input(self.model, shift_labels, self._by_name(args, kwargs))

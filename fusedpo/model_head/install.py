@@ -62,7 +62,10 @@ def add_fused_head(
         unsupported == "raise" and causal.get_output_embeddings() is None
     ):
         raise bad_value(
-            "model", "a causal language model with an output embedding", type(model).__name__
+            "model",
+            "a causal language model with an output embedding",
+            type(model).__name__,
+            "load it by AutoModelForCausalLM, which has the head",
         )
     options = (memory_budget, backend, unsupported, gradient_tolerance)
     install_forward(causal, FusedForward, *options)

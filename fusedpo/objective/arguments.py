@@ -91,7 +91,9 @@ def _check_inputs(
         shape = f"a tensor [{examples}]" if about.per == "example" else "a number or a tensor"
         value = inputs.get(name, about.default)
         if value is None:
-            raise checks.bad_type(name, f"{shape} for {type(loss).__name__}", "nothing")
+            raise checks.bad_type(
+                name, f"{shape} for {type(loss).__name__}", "nothing", f"pass {name}=..."
+            )
         if isinstance(value, Real):
             value = torch.full((), float(value), dtype=torch.float64, device=device)
             values[name] = value.expand(examples) if about.per == "example" else value
@@ -219,6 +221,7 @@ def _check_per_response(
                 name,
                 f"one number a response [{layout.sequences.count}] for {type(loss).__name__}",
                 str(list(value.shape)),
+                "pass one number a response; numbers per token are for losses such as GRPO",
             )
 
 
@@ -248,7 +251,7 @@ def _policy_denominators(
             "num_tokens",
             "the scored tokens of the whole step, to go with num_items",
             "None",
-            "the entropy bonus is a mean over tokens, not over responses",
+            "the entropy bonus is a mean over tokens, not over responses: pass it too",
         )
     return items, tokens
 
@@ -299,7 +302,7 @@ def _nll_denominator(
             "num_tokens",
             "the chosen tokens of the whole step, to go with num_items",
             "None",
-            "the cross-entropy is a mean over tokens, not over pairs",
+            "the cross-entropy is a mean over tokens, not over pairs: pass it too",
         )
     tokens: int | Tensor
     if layout.counts is None:

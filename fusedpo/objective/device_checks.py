@@ -114,7 +114,10 @@ def _counted(labels: Tensor, ignore_index: int, borders: Tensor | None) -> Tenso
 def _check_promise(promised: list[int], read: list[int], ignore_index: int) -> None:
     if promised != read:
         raise checks.bad_value(
-            "num_scored", f"the number of labels that are not {ignore_index}, {read}", str(promised)
+            "num_scored",
+            f"the number of labels that are not {ignore_index}, {read}",
+            str(promised),
+            "count them in labels (after the shift, with shift=True), or leave num_scored out",
         )
 
 
@@ -151,7 +154,10 @@ def temperature_checks(
     checks.same_device(labels=labels, temperature=temperature)
     if temperature.requires_grad:
         raise checks.bad_value(
-            "temperature", "a constant", "a tensor that requires grad", "detach it"
+            "temperature",
+            "a constant",
+            "a tensor that requires grad",
+            "detach it; no gradient of it is formed",
         )
     wrong = ~((temperature > 0) & temperature.isfinite()) & (labels != ignore_index)
 

@@ -218,6 +218,7 @@ def _sequence_group(group: ProcessGroup | None, head: Head, shift: bool) -> Proc
             "sequence_group",
             "another group than vocab_group, whose ranks have the same tokens",
             "the same group",
+            "make a group of the ranks that share the sequences: torch.distributed.new_group",
         )
     return ranks
 
@@ -242,11 +243,18 @@ def _borders(
         return torch.arange(labels.shape[0] + 1, device=labels.device) * labels.shape[1], []
     cu_seqlens = checks.at_hand("cu_seqlens", cu_seqlens, labels.device)
     if cu_seqlens.dtype not in checks.LABELS:
-        raise checks.bad_type("cu_seqlens", "int32 or int64 [B + 1]", str(cu_seqlens.dtype))
+        remedy = "pass cu_seqlens.long()"
+        raise checks.bad_type("cu_seqlens", "int32 or int64 [B + 1]", str(cu_seqlens.dtype), remedy)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise checks.bad_value("cu_seqlens", "[B + 1]", str(list(cu_seqlens.shape)))
+        expected = (
+            "the first position of each of B sequences, then the number of positions, [B + 1]"
+        )
+        raise checks.bad_value("cu_seqlens", expected, str(list(cu_seqlens.shape)))
     if labels.dim() != 1 and not (labels.dim() == 2 and labels.shape[0] == 1):
-        raise checks.bad_value("labels", "[N] or [1, N] with cu_seqlens", str(list(labels.shape)))
+        remedy = "leave cu_seqlens out if rows are padded"
+        raise checks.bad_value(
+            "labels", "[N] or [1, N] with cu_seqlens", str(list(labels.shape)), remedy
+        )
     borders = to_device(cu_seqlens.long(), labels.device)
     return borders, [border_check(borders, labels.numel(), empty=empty)]
 

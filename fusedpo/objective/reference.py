@@ -89,6 +89,12 @@ def check_reference(loss: Loss, layout: Layout, arguments: ReferenceArguments) -
     return _of_record(loss, layout, reference)
 
 
+_SCORE_IT = (
+    "score the same labels by the reference model, with fusedpo.linear_logprobs, and pass that as "
+    "reference"
+)
+
+
 def _of_loose_arguments(
     loss: Loss, layout: Layout, arguments: ReferenceArguments, names: list[str]
 ) -> Reference:
@@ -97,12 +103,11 @@ def _of_loose_arguments(
     if (logprobs is None) == (hidden is None):
         got = "both" if logprobs is not None else "neither"
         expected = f"a reference for {type(loss).__name__}: either ref_logprobs or ref_hidden"
-        raise checks.bad_value("ref_logprobs", expected, got)
+        remedy = "pass one of them" if logprobs is not None else _SCORE_IT
+        raise checks.bad_value("ref_logprobs", expected, got, remedy)
     if logprobs is not None:
         if len(names) > 1:
-            raise checks.bad_value(
-                names[1], "None beside ref_logprobs", "a tensor", "it would have no effect"
-            )
+            raise checks.bad_value(names[1], "None beside ref_logprobs", "a tensor", "leave it out")
         return Reference(logprobs=_logprobs("ref_logprobs", logprobs, loss, layout))
     assert hidden is not None, "it is one of the two"
     if arguments.ref_weight is None and arguments.ref_bias is not None:
@@ -123,14 +128,15 @@ def _of_record(loss: Loss, layout: Layout, reference: Reference) -> Reference:
     if (logprobs is None) == (hidden is None):
         got = "both" if logprobs is not None else "neither"
         expected = f"a Reference for {type(loss).__name__} with either logprobs or hidden"
-        raise checks.bad_value("reference", expected, got)
+        remedy = "leave one out" if logprobs is not None else _SCORE_IT
+        raise checks.bad_value("reference", expected, got, remedy)
     if head is not None and not isinstance(head, Head):
         remedy = "pass Head(weight)" if isinstance(head, Tensor) else ""
         raise checks.bad_type("reference.head", "a fusedpo.Head", type(head).__name__, remedy)
     if logprobs is not None:
         if head is not None:
             raise checks.bad_value(
-                "reference.head", "None beside logprobs", "a Head", "it would have no effect"
+                "reference.head", "None beside logprobs", "a Head", "leave it out"
             )
         return Reference(logprobs=_logprobs("reference.logprobs", logprobs, loss, layout))
     assert hidden is not None, "it is one of the two"
@@ -153,7 +159,8 @@ def _logprobs(argument: str, logprobs: Tensor, loss: Loss, layout: Layout) -> Te
         else:
             expected = f"per token, as {type(loss).__name__} weights tokens"
             got = f"per sequence {got}"
-    raise checks.bad_value(argument, expected, got)
+    remedy = "score the reference with the same labels and shift as the policy"
+    raise checks.bad_value(argument, expected, got, remedy)
 
 
 def _states(prefix: str, hidden: Tensor, head: Head | None, layout: Layout) -> Reference:
@@ -182,6 +189,7 @@ def _states(prefix: str, hidden: Tensor, head: Head | None, layout: Layout) -> R
             f"{prefix}weight",
             f"a vocabulary of at least {layout.batch.head.vocab}, the policy's",
             str(head.vocab),
+            "a reference of another tokenizer cannot be compared with",
         )
     return Reference(hidden=hidden.detach(), head=head)
 
