@@ -186,6 +186,7 @@ class ResponseTrainerMixin(PreferenceTrainerMixin):
     @torch.no_grad()
     def _mean_log_ratio(self, model: Any, batch: Batch, rows: int) -> Tensor:
         """Of mismatched rows, over all processes: each has its part in the sum."""
+        batch = self._in_groups(batch)
         logprobs = self._logprobs_of(batch)
         policy, _ = batch.at_head(model, logprobs)
         reference = self._reference(model, batch)

@@ -264,6 +264,14 @@ _TRAINERS = (
         ),
     ),
     *_in(
+        "fusedpo/trainers/length_groups.py",
+        "trainers/test_length_groups.py -k 'not evaluation'",
+        ("order=places.argsort()", "order=places", "states in the order of the groups"),
+        ("picked[:, 0] |= ~picked.any(1)", "picked[:, 0] |= False", "a row without labels is lost"),
+        ("count = int(counts.max())", "count = len(groups)", "processes run unlike forwards"),
+        ("padded * (tokens + lengths[row])", "2 * (tokens + lengths[row])", "too much padding"),
+    ),
+    *_in(
         "fusedpo/trainers/responses.py",
         "trainers/test_responses.py -k 'not raises and not apo_zero and not resuming'",
         ("return responses[-1:] + responses[:-1]", "return responses", "z0 of matched rows"),

@@ -39,6 +39,7 @@ from fusedpo.losses import DPO, SimPO
 from fusedpo.model_head import aligned_labels, causal_model, fused_forward
 from fusedpo.recipes.short_to_long import ShortToLongCollator
 from fusedpo.trainers.forwards import Batch
+from fusedpo.trainers.length_groups import length_groups
 from fusedpo.trainers.packing import packing_gap
 from fusedpo.trainers.transformers import (
     FusedTrainer,
@@ -1115,6 +1116,17 @@ def test_two_processes_equal_one(tmp_path):
         # the cross-entropy is a mean over tokens, which a mean over pairs does not quite give
         share = 2e-2 if name == "nll_loss" else 1e-5
         assert log[name] == pytest.approx(subject.state.log_history[0][name], rel=share), name
+    for row in rows[4:6]:
+        row["prompt_ids"] = row["prompt_ids"][-1:]
+    sides = ("chosen_ids", "rejected_ids")
+    first, second = (
+        length_groups([len(row["prompt_ids"]) + len(row[side]) for row in part for side in sides])
+        for part in (rows[:4], rows[4:])
+    )
+    assert len(first) < len(second)
+    whole = tiny.model()
+    trainer(tmp_path, whole, rows=rows, per_device_train_batch_size=8).train()
+    assert same(torch.load(tmp_path / "grouped.pt"), parameters(whole) - start)
 
 
 # refusals

@@ -21,11 +21,12 @@ pytest.importorskip("trl")
 
 import peft
 import trl.trainer.utils
+from oracles import relative
 from trainers import trl_runs
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from fusedpo import losses, policy_loss, preference_loss
-from fusedpo.model_head import aligned_labels, hidden_and_head
+from fusedpo.model_head import add_fused_head, aligned_labels, hidden_and_head
 from fusedpo.trainers.trl import (
     FusedDPOConfig,
     FusedDPOTrainer,
@@ -224,6 +225,50 @@ def test_other_losses_are_those_of_the_batch(model, tmp_path, name: str) -> None
         assert found == pytest.approx(expected_of_pairs(policy, loss, batch, reference), rel=1e-5)
     if name == "solopo":
         assert "gap" in " ".join(subject.state.log_history[0])
+
+
+@pytest.mark.parametrize("loss", ["solopo", "dpo"])
+def test_length_groups_are_the_padded_batch(model, tmp_path, loss: str) -> None:
+    """In float64, on prompts of very unequal lengths; of a reference too."""
+    rows = [
+        {**row, "prompt": "cat " * (12 * (i % 2)) + row["prompt"], "long_prompt": "sun " * 15}
+        for i, row in enumerate(ROWS[:4])
+    ]
+    outcomes = []
+    for grouped in (False, None if loss == "solopo" else True):
+        subject = pairs(
+            model().double(),
+            tmp_path,
+            FusedDPOTrainer,
+            FusedDPOConfig,
+            rows,
+            fused_loss=loss,
+            length_groups=grouped,
+        )
+        if subject.ref_model is not None:
+            subject.ref_model = tiny.model(seed=1).double()
+            add_fused_head(subject.ref_model)
+        widths: list[int] = []
+        policy = subject.model.train()
+        batch = next(iter(subject.get_train_dataloader()))
+        subject.compute_loss(policy, dict(batch))
+        policy.get_input_embeddings().register_forward_hook(
+            lambda module, args, output, seen=widths: seen.append(args[0].numel())
+        )
+        value = subject.compute_loss(policy, dict(batch))
+        value.backward()
+        gradient = policy.lm_head.weight.grad
+        outcomes.append((value.detach(), gradient, sum(widths)))
+    (expected, whole, padded), (found, own, tokens) = outcomes
+    assert abs(found / expected - 1) < 1e-12 and whole.any()
+    assert relative(own, whole) < 1e-9
+    real = int(batch["attention_mask"].sum())
+    assert real <= tokens <= 1.1 * real < padded
+
+
+def test_length_groups_of_trls_own_losses_are_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"^length_groups: expected None or False without fused_"):
+        FusedDPOConfig(str(tmp_path), **COMMON, length_groups=True)
 
 
 def test_soft_sequences_are_those_of_the_batch(model, tmp_path) -> None:

@@ -34,5 +34,14 @@ if __name__ == "__main__":
         torch.save(parameters(model) - start, folder / "update.pt")
         log = next(entry for entry in subject.state.log_history if "loss" in entry)
         (folder / "log.json").write_text(json.dumps(log))
+    # the second process has more groups of lengths than the first
+    model = tiny.model()
+    rows = tiny.token_rows(8)
+    for row in rows[4:6]:
+        row["prompt_ids"] = row["prompt_ids"][-1:]
+    one = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
+    trainer(folder, model, rows=rows, length_groups=True, **one).train()
+    if os.environ["RANK"] == "0":
+        torch.save(parameters(model) - start, folder / "grouped.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -58,8 +58,8 @@ class ShortToLongCollator:
     """Rows of token ids to one batch of 3 P sequences, padded on the right.
 
     The order is P of chosen-short, P of rejected-short, P of chosen-long and, with ``both``, P of
-    rejected-long. All are as long as the longest, so a model that is to gain from short contexts
-    has to be given the first 2 P rows by themselves, cut to their own length.
+    rejected-long. All are as long as the longest: PreferenceTrainer runs them in groups of nearly
+    one length, and a loop of your own gains from short contexts as ``length_groups`` does.
 
     Attributes:
         pad_token_id: see ``pad_sequences``.

@@ -26,6 +26,7 @@ from fusedpo.model_head import (
 )
 from fusedpo.model_head.forward import AtHead
 from fusedpo.trainers.forwards import Batch, moved
+from fusedpo.trainers.length_groups import in_length_groups
 from fusedpo.trainers.packing import packing_gap
 from fusedpo.trainers.transformers.arguments import (
     check_arguments,
@@ -63,6 +64,7 @@ class FusedTrainerMixin(_Base):
 
     # the loss is divided by the examples of the whole step, whatever way they are split
     loss_is_scaled_for_ga: bool = True
+    length_groups: bool = False
     means: ClassVar[type[Means]] = Means
 
     def __init__(
@@ -220,6 +222,8 @@ class FusedTrainerMixin(_Base):
         batch = Batch.of({name: value for name, value in inputs.items() if name not in of_loss})
         if batch.cu_seqlens is not None:
             self._refuse_mixing(model, batch.inputs, batch.cu_seqlens)
+        batch = self._in_groups(batch)
+        if batch.cu_seqlens is not None:
             rest["cu_seqlens"] = batch.cu_seqlens
         reference = self._reference(model, batch)
         metrics: dict[str, Tensor] = {}
@@ -247,6 +251,10 @@ class FusedTrainerMixin(_Base):
             of_batch = {**metrics, **self._further_metrics()}
             self._train_means.add(of_batch, self._examples(inputs))
         return (loss, metrics) if return_outputs else loss
+
+    def _in_groups(self, batch: Batch) -> Batch:
+        """The batch as it is run: in length groups, if they are on."""
+        return in_length_groups(batch, self.accelerator) if self.length_groups else batch
 
     def _refuse_mixing(
         self, model: Any, of_model: Mapping[str, Tensor], cu_seqlens: Tensor

@@ -16,8 +16,9 @@ from fusedpo.functional import LossOutput, preference_loss
 from fusedpo.head import Head
 from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import Loss, PreferenceLoss
-from fusedpo.model_head import aligned_labels
+from fusedpo.model_head import aligned_labels, causal_model
 from fusedpo.recipes.short_to_long import ShortToLongCollator
+from fusedpo.trainers.length_groups import are_on
 from fusedpo.trainers.transformers.arguments import check_rows
 from fusedpo.trainers.transformers.batches import PreferenceCollator, padding_token
 from fusedpo.trainers.transformers.mixin import FusedTrainerMixin
@@ -41,6 +42,11 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
         gradient_tolerance: the relative error that a gradient of the head may have, as of
             ``linear_logprobs``; if not given that of the model's head, which is 0 unless
             ``add_fused_head`` was told another.
+        length_groups: run rows of nearly one length together, each group in a forward of its own
+            length, where a batch would be padded to its longest row: the same loss, with at most
+            1.1 times the tokens of the rows. If not given, for a loss of more than two responses
+            (``ShortToLong``). Not where weights are sharded, and not with experts whose load is
+            balanced over a batch: there a batch is one forward.
         options: ``gradient_tolerance``, and as of ``transformers.Trainer``. The datasets have rows
             as ``rows.tokenize`` makes them. Arguments of Trainer and TrainingArguments that change
             a loss of logits are refused.
@@ -58,6 +64,7 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
         loss: Loss,
         ref_model: Any = None,
         memory_budget: int | float | str | None = None,
+        length_groups: bool | None = None,
         **options: Any,
     ) -> None:
         if not isinstance(loss, PreferenceLoss):
@@ -76,6 +83,9 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
         super().__init__(
             model, args, loss=loss, ref_model=ref_model, memory_budget=memory_budget, **options
         )
+        config = causal_model(self.model).config.get_text_config()
+        experts = bool(getattr(config, "output_router_logits", False))
+        self.length_groups = are_on(length_groups, self, self.roles, experts=experts)
 
     def _examples(self, batch: Mapping[str, Tensor]) -> int:
         borders = batch.get("cu_seqlens")

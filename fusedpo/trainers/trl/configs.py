@@ -7,11 +7,11 @@
 
 ``FusedDPOConfig`` takes any loss of pairs: rows have prompt, chosen and rejected as ever, and the
 loss's further inputs as columns (``win_rate_chosen``, ``similarity``, ...). For ``solopo`` rows
-have the long context in ``long_prompt``. With ``self_augmented=True`` an average of the model
-writes the rejected responses, and rows need prompt and chosen only. ``FusedGRPOConfig`` takes any
-policy loss (``sspo``, ``gspo``, ...) in the place of ``loss_type``. Without ``fused_loss`` both are
-TRL's own. With it, they need TRL 1.15, and refuse the options of TRL's own formulas, which would
-have no effect.
+have the long context in ``long_prompt``, and are run in forwards of nearly their own lengths. With
+``self_augmented=True`` an average of the model writes the rejected responses, and rows need prompt
+and chosen only. ``FusedGRPOConfig`` takes any policy loss (``sspo``, ``gspo``, ...) in the place of
+``loss_type``. Without ``fused_loss`` both are TRL's own. With it, they need TRL 1.15, and refuse
+the options of TRL's own formulas, which would have no effect.
 """
 
 from __future__ import annotations
@@ -126,12 +126,20 @@ class FusedDPOConfig(ByName, DPOConfig):
         fused_loss: see ``fusedpo losses``; takes the place of ``loss_type``.
         fused_loss_args: hyperparameters, as a dictionary or as JSON.
         gradient_tolerance: as of ``patch``, unless the trainer is given another.
+        length_groups: whether rows of nearly one length are run together, each group in a forward
+            of its own length, with at most 1.1 times the tokens of the rows: the same loss. None:
+            for a loss of more than two responses (``solopo``). With ``fused_loss``; not under FSDP
+            and DeepSpeed, and not with images or the auxiliary loss of experts.
         self_augmented: whether an average of the model writes the rejected responses; with the
             loss that ``fused_loss`` names, or with DPO, at TRL's ``beta`` if ``fused_loss_args``
             has none.
         self_augmented_args: of ``fusedpo.recipes.self_augmented.Settings``.
     """
 
+    length_groups: bool | None = field(
+        default=None,
+        metadata={"help": "Run rows of nearly one length together, with little padding."},
+    )
     self_augmented: bool = field(
         default=False,
         metadata={"help": "Let an average of the model write the rejected responses."},
@@ -148,6 +156,8 @@ class FusedDPOConfig(ByName, DPOConfig):
             raise bad_value("self_augmented_args", "None without self_augmented", got)
         loss = self.the_loss()
         if loss is None:
+            if self.length_groups:
+                raise bad_value("length_groups", "None or False without fused_loss", "True")
             return
         if not isinstance(loss, PreferenceLoss):
             raise bad_value("fused_loss", "a loss of pairs", repr(loss), "use FusedGRPOConfig")

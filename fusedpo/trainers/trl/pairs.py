@@ -13,8 +13,9 @@ from fusedpo.functional import LossOutput, preference_loss
 from fusedpo.head import Head
 from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import PreferenceLoss
-from fusedpo.model_head import aligned_labels, at_head, strip_virtual_tokens
-from fusedpo.trainers.forwards import moved
+from fusedpo.model_head import Score, aligned_labels
+from fusedpo.trainers.forwards import Batch, moved
+from fusedpo.trainers.length_groups import are_on, in_length_groups
 from fusedpo.trainers.transformers import padding_token
 from fusedpo.trainers.trl.collator import Collator, long_columns
 from fusedpo.trainers.trl.configs import FusedDPOConfig
@@ -58,6 +59,9 @@ class LossOfPairs(Base):  # type: ignore[misc]
         self._further_columns = names
         plain: Any = self.data_collator  # type: ignore[has-type]
         self.data_collator = Collator(plain, tuple(loss.inputs), len(loss.roles))
+        self._length_groups = are_on(
+            self.args.length_groups, self, len(loss.roles), experts=self.aux_loss_enabled
+        )
         if self.args.self_augmented:
             _augment(self)
 
@@ -116,17 +120,21 @@ class LossOfPairs(Base):  # type: ignore[misc]
         of_model = {name: value for name, value in inputs.items() if name not in apart}
         of_model["use_cache"] = False
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
-        reference = self._reference_of(model, inputs, of_model, labels)
+        batch = Batch(of_model, aligned_labels(labels))
+        if self._length_groups:
+            batch = in_length_groups(batch, self.accelerator)
+        reference = self._reference_of(inputs, batch)
         if self.aux_loss_enabled:
             of_model["output_router_logits"] = True
         found: list[LossOutput] = []
 
         def task(hidden: Tensor, head: Head) -> Tensor:
-            given = {"labels": aligned_labels(labels), "ref_logprobs": reference, **extra}
+            given = {"labels": batch.labels, "ref_logprobs": reference, **extra}
             output = preference_loss(
                 loss,
-                strip_virtual_tokens(hidden, labels),
+                hidden,
                 head.weight,
+                cu_seqlens=batch.cu_seqlens,
                 **head_options(self),
                 **head.options(),
                 **moved(given, hidden.device),
@@ -134,7 +142,7 @@ class LossOfPairs(Base):  # type: ignore[misc]
             found.append(output)
             return output.loss
 
-        value, aux_loss = at_head(model, task, **of_model)
+        value, aux_loss = batch.at_head(model, task)
         mode = "train" if self.model.training else "eval"
         if mode == "train":
             tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum()
@@ -146,10 +154,8 @@ class LossOfPairs(Base):  # type: ignore[misc]
         note_metrics(self, mode, found[0].metrics)
         return value
 
-    def _reference_of(
-        self, model: Any, inputs: dict[str, Any], of_model: dict[str, Any], labels: Tensor
-    ) -> Tensor | None:
-        """Log-probabilities under the reference, per token or per sequence, or None."""
+    def _reference_of(self, inputs: dict[str, Any], batch: Batch) -> Tensor | None:
+        """Log-probabilities under the reference, shaped as the labels or per sequence, or None."""
         loss = self.fused_loss
         if loss is None or not loss.needs_reference:
             return None
@@ -158,16 +164,17 @@ class LossOfPairs(Base):  # type: ignore[misc]
         from trl.models.utils import disable_gradient_checkpointing
         from trl.trainer.utils import use_adapter
 
+        score = Score(batch.labels, **head_options(self))
         options = self.args.gradient_checkpointing_kwargs
         with torch.no_grad(), disable_gradient_checkpointing(self.model, options):
             if self.ref_model is None:
                 inner = self.accelerator.unwrap_model(self.model)
                 with use_adapter(inner, "ref" if "ref" in inner.peft_config else None):
-                    found = self.model(**of_model, labels=labels, fused_lm_head=True)
+                    found, _ = batch.at_head(self.model, score)
             else:
-                found = self.ref_model(**of_model, labels=labels, fused_lm_head=True)
-        # nothing is predicted at the last position
-        return strip_virtual_tokens(torch.nn.functional.pad(found.log_probs, (0, 1)), labels)
+                found, _ = batch.at_head(self.ref_model, score)
+        logprobs: Tensor = found.logprob
+        return logprobs
 
 
 def _augment(trainer: Any) -> None:
