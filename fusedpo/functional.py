@@ -283,9 +283,7 @@ def preference_loss(
             looked at on the CPU only: elsewhere, and in torch.compile, reading them would wait.
     """
     if not isinstance(loss, PreferenceLoss):
-        remedy = "call policy_loss" if isinstance(loss, PolicyLoss) else ""
-        expected = "a preference loss, such as fusedpo.losses.DPO()"
-        raise checks.bad_type("loss", expected, repr(loss), remedy)
+        raise _not_of_kind("a preference loss, such as fusedpo.losses.DPO()", "policy_loss", loss)
     _check_input_names(loss, inputs)
     layout = lay_out(
         hidden,
@@ -314,6 +312,14 @@ def _check_input_names(loss: Loss, inputs: dict[str, Tensor | float]) -> None:
             known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
             argument = f"argument of preference_loss with {type(loss).__name__}"
             raise TypeError(str(checks.bad_choice(argument, name, (*known, *loss.inputs))))
+
+
+def _not_of_kind(expected: str, other: str, loss: object) -> TypeError:
+    """The error for a loss that is none, or one that the function called ``other`` takes."""
+    remedy = f"call {other}" if isinstance(loss, Loss) else ""
+    if isinstance(loss, str):
+        remedy = f"pass fusedpo.losses.get({loss!r})"
+    return checks.bad_type("loss", expected, repr(loss), remedy)
 
 
 def policy_loss(
@@ -383,9 +389,7 @@ def policy_loss(
             0 is looked at on the CPU only: elsewhere, and in torch.compile, reading would wait.
     """
     if not isinstance(loss, PolicyLoss):
-        remedy = "call preference_loss" if isinstance(loss, PreferenceLoss) else ""
-        expected = "a policy loss, such as fusedpo.losses.GRPO()"
-        raise checks.bad_type("loss", expected, repr(loss), remedy)
+        raise _not_of_kind("a policy loss, such as fusedpo.losses.GRPO()", "preference_loss", loss)
     layout = lay_out(
         hidden,
         Head.of(weight, bias, softcap, logit_scale, vocab_group).local(labels=labels),

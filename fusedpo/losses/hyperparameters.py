@@ -42,6 +42,9 @@ def check_hyperparameters(of: Any) -> None:
         ValueError, TypeError: for a value out of range, of another type, or without an effect.
     """
     for f in fields(of):
+        if "check" not in f.metadata:
+            remedy = f"write {f.name} = fusedpo.losses.base.hyperparameter(default, meaning, check)"
+            raise bad_type(f.name, "a field made by hyperparameter", "a plain one", remedy)
         f.metadata["check"](f.name, getattr(of, f.name))
     for f in fields(of):
         value = getattr(of, f.name)

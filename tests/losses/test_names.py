@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import pytest
+import torch
 from losses.exact import DEFAULTS
 
+import fusedpo
 from fusedpo import losses
 from fusedpo.losses import aliases, available, get
 
@@ -134,3 +137,24 @@ def test_an_unknown_hyperparameter_says_what_is_near(name: str, given: str, near
 def test_a_value_out_of_range_is_refused_by_name_too() -> None:
     with pytest.raises(ValueError, match="beta"):
         get("dpo", beta=-1.0)
+
+
+def test_a_plain_field_is_refused_by_name() -> None:
+    @dataclass(frozen=True)
+    class Plain(losses.SimPO):
+        extra: float = 0.3
+
+    with pytest.raises(
+        TypeError, match=r"^extra: expected a field made by hyperparameter, .*write"
+    ):
+        Plain()
+
+
+@pytest.mark.parametrize(
+    ("loss", "remedy"),
+    [("dpo", r"pass fusedpo\.losses\.get\('dpo'\)"), (losses.GRPO(), "call policy_loss"), (3, "3")],
+)
+def test_what_is_no_loss_of_pairs_is_sent_where_it_belongs(loss: object, remedy: str) -> None:
+    hidden, weight = torch.zeros(2, 3, 4), torch.zeros(7, 4)
+    with pytest.raises(TypeError, match=f"^loss: expected a preference loss, .*{remedy}$"):
+        fusedpo.preference_loss(loss, hidden, weight, torch.zeros(2, 3, dtype=torch.long))
