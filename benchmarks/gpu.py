@@ -9,7 +9,6 @@ Everything timed is a ratio to something timed in the same rounds. Sections:
     folds    the fold in other ways, over a copy
     routes   forward and backward by every route, over the bare products it is made of
     trace    how many kernels a step launches, and for how long the device has none
-    experiment  exponentials straight from the product, over a bare product
     tail     from log-probabilities to losses: one launch, and PyTorch with autograd
     shapes   the ratio from few rows to many, and from small vocabularies to large
     memory   bytes beyond the outputs, planned and held; waits of the host for the device
@@ -30,15 +29,14 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fusedpo.benchmarks import measure
+from fusedpo.benchmarks.section import Section, Setting
 from fusedpo.benchmarks.shapes import GPU, Shape
-
-if TYPE_CHECKING:
-    from fusedpo.benchmarks.section import Section, Setting
+from fusedpo.benchmarks.timing import Clock, Deadline
 
 # seconds of each section; together under seven minutes
 SECONDS = {
@@ -49,7 +47,6 @@ SECONDS = {
     "folds": 15.0,
     "routes": 85.0,
     "trace": 15.0,
-    "experiment": 20.0,
     "tail": 25.0,
     "shapes": 100.0,
     "memory": 50.0,
@@ -60,10 +57,6 @@ _QUICK = Shape(pairs=4, tokens=256, hidden=2048, vocab=32_000)
 
 
 def setting_of(device: str, *, quick: bool, dry: bool) -> Setting:
-    # the kernels are defined here, which is when Triton looks whether to interpret them
-    from fusedpo.benchmarks.section import Setting
-    from fusedpo.benchmarks.timing import Clock
-
     if dry:
         return Setting(
             Clock("cpu"),
@@ -93,6 +86,7 @@ def setting_of(device: str, *, quick: bool, dry: bool) -> Setting:
 
 
 def sections() -> Mapping[str, Callable[..., Section]]:
+    # the kernels are defined here, which is when Triton looks whether to interpret them
     from fusedpo.benchmarks import kernels, probes, routes, smoke
 
     return {
@@ -103,7 +97,6 @@ def sections() -> Mapping[str, Callable[..., Section]]:
         "folds": probes.folds,
         "routes": routes.routes,
         "trace": probes.trace,
-        "experiment": probes.experiment,
         "tail": kernels.tail,
         "shapes": routes.shapes,
         "memory": routes.memory,
@@ -148,8 +141,6 @@ def run(
 
     save: called after each, so that what ends the program leaves the others' answers.
     """
-    from fusedpo.benchmarks.timing import Deadline
-
     known, whole = sections(), Deadline(seconds)
     for i, name in enumerate(names):
         # what an earlier section did not need goes to those that follow

@@ -6,8 +6,7 @@
 #     call     part     what                                                        seconds at most
 #     first    bench    python -m fusedpo.benchmarks.gpu: whether every route is    180
 #                       right, and nothing more if one is not; products of tiles,
-#                       bits, kernels, folds, routes, trace, tail,
-#                       and an experiment
+#                       bits, kernels, folds, routes, trace, tail
 #              tune     python -m tools.tune                                        45
 #     second   tests    tests/gpu: the engine on the device                         110
 #              kernels  tests/kernels: the kernels, compiled                        90
@@ -24,8 +23,7 @@
 # pytest-xdist, liger-kernel and trl are used where they are installed; without, tests run one after
 # the other, and those programs are missing in the tables. Of trl its kernels are enough. Where
 # nothing can be installed, unpack wheels into a folder and name it in PYTHONPATH. The repository
-# need not be installed. Other questions: python -m fusedpo.benchmarks.budget --device cuda, and so
-# on.
+# need not be installed. Other questions: python -m fusedpo bench budget --device cuda, and so on.
 #
 # --only runs some of the parts. --dry-run tries the parts on the CPU at tiny sizes, in Triton's
 # interpreter; no number of it means anything.
@@ -104,7 +102,7 @@ tests() {
 }
 
 first() {
-    local which=smoke,products,bits,kernels,folds,routes,trace,tail,experiment
+    local which=smoke,products,bits,kernels,folds,routes,trace,tail
     local sizes=(--seconds 170 --only "$which") tiles=(--seconds 40 --rounds 10)
     [ -z "$dry" ] || sizes=(--dry-run --only "$which") tiles=(--dry-run)
     part bench 180 "$python" -m fusedpo.benchmarks.gpu "${sizes[@]}" --json "$work/gpu.json"

@@ -10,7 +10,7 @@ the last call; where a cache is large enough for all of them, a share of the flo
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from fusedpo import losses
-from fusedpo.benchmarks import measure, routes, sweep
-from fusedpo.benchmarks.section import Section, Setting, Verdict, number, quotient
+from fusedpo.benchmarks import measure, plots, routes, sweep
+from fusedpo.benchmarks.options import Options
+from fusedpo.benchmarks.section import Cell, Section, Setting, Verdict, cells, number, quotient
 from fusedpo.benchmarks.shapes import GPU, MIB, Inputs, Shape, head_of, make_inputs
-from fusedpo.benchmarks.timing import Clock, Deadline, Measured
+from fusedpo.benchmarks.timing import Clock, Deadline, Measured, Step
 from fusedpo.engine.precision import multiply
 from fusedpo.losses import gates, links
 
@@ -35,16 +36,25 @@ _COPY_BYTES = 1024 * MIB
 # of which another row, or section, says enough for a summary
 _DETAILS = ("settle, none moved", "finish", "row gather", "row scatter", "tail, SimPO")
 
-COLUMNS = ("kernel", "shape", "us", "floor us", "of the floor", "bound by")
+
+def _note(row: Mapping[str, Any]) -> str:
+    if row.get("bytes_per_second"):
+        return f"{number(row['bytes_per_second'], 1e-9, 1)} GB/s"
+    if row.get("flop_per_second"):
+        return f"{number(row['flop_per_second'], 1e-9, 0)} GFLOP/s"
+    if row.get("share_of_step"):
+        return f"{100 * row['share_of_step']:.2f} % of {1e3 * row['step_seconds']:.1f} ms"
+    return str(row.get("missing") or row.get("bound_by") or "")
 
 
-@dataclass(frozen=True)
-class Question:
-    """As those of benchmarks/sweep.py, of kernels instead of programs."""
-
-    name: str
-    title: str
-    ask: Callable[[sweep.Options], dict[str, Any]]
+COLUMNS: dict[str, Cell] = {
+    "kernel": "name",
+    "shape": "what",
+    "us": ("seconds", 1e6, 1),
+    "floor us": ("floor_seconds", 1e6, 1),
+    "of the floor": ("share_of_floor", 1, 2),
+    "bound by": _note,
+}
 
 
 @dataclass(frozen=True)
@@ -64,8 +74,22 @@ class Kernel:
     against: str = "hidden W^T"
     once: bool = False
 
+    def __str__(self) -> str:
+        return self.name
 
-def ask(options: sweep.Options) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class Question:
+    """Asked as those of benchmarks/sweep.py are, of kernels instead of programs."""
+
+    name: str = "kernels"
+    title: str = (__doc__ or "").splitlines()[0]
+
+    def ask(self, options: Options) -> dict[str, Any]:
+        return ask(options)
+
+
+def ask(options: Options) -> dict[str, Any]:
     """Measure every kernel at every shape, and return what is to be saved."""
     answer: dict[str, Any] = {
         "question": QUESTION.name,
@@ -88,7 +112,7 @@ def ask(options: sweep.Options) -> dict[str, Any]:
     return answer
 
 
-def _shapes(options: sweep.Options) -> Sequence[Shape]:
+def _shapes(options: Options) -> Sequence[Shape]:
     if options.shapes:
         return options.shapes
     if options.on_cpu:
@@ -96,40 +120,33 @@ def _shapes(options: sweep.Options) -> Sequence[Shape]:
     return (replace(GPU, tokens=256) if options.quick else GPU,)
 
 
-def _setting(options: sweep.Options, shape: Shape) -> Setting:
+def _setting(options: Options, shape: Shape) -> Setting:
     return Setting(
         Clock(options.device),
         shape,
         getattr(torch, options.dtype_name),
         rounds=3 if options.quick else 15,
         calls=4 if options.on_cpu else 16,
-        rows=(),
-        vocabularies=(),
-        peers=(),
-        tail=(32, 512),
     )
 
 
 def table(answer: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows, in words."""
     several = len({row["shape"] for row in answer["rows"]}) > 1
-    lines = [[*([row["shape"]] if several else []), *_cells(row)] for row in answer["rows"]]
+    columns = {**({"at": "shape"} if several else {}), **COLUMNS}
     blank = ["", *"-" * 3] if not several else ["", "", *"-" * 3]
+    lines = cells(columns, answer["rows"])
     lines += [["WRONG", *blank, what] for what in answer["wrong"]]
     lines += [[what, *blank, "no time was left for it"] for what in answer["ran_out"]]
-    return [*(["at"] if several else []), *COLUMNS], lines
+    return list(columns), lines
 
 
 def plot(answer: dict[str, Any]) -> Any:
     """A bar for each kernel's share of its floor's speed, a panel for each shape."""
-    from matplotlib.figure import Figure
-
     rows = [row for row in answer["rows"] if row.get("share_of_floor") is not None]
     groups = list(dict.fromkeys(row["shape"] for row in rows)) or [""]
     longest = max(sum(row["shape"] == group for row in rows) for group in groups)
-    figure = Figure(figsize=(1.0 + 7.5 * len(groups), 1.6 + 0.36 * longest), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.96))
-    figure.suptitle(answer["title"])
+    figure = plots.figure(answer, 1.0 + 7.5 * len(groups), 1.6 + 0.36 * longest, below=0.04)
     for group, axes in zip(groups, figure.subplots(1, len(groups), squeeze=False)[0], strict=True):
         own = [row for row in rows if row["shape"] == group]
         colours = ["#1f77b4" if row["bound_by"] == "bytes" else "#d62728" for row in own]
@@ -158,7 +175,7 @@ def plot(answer: dict[str, Any]) -> Any:
 def kernels(setting: Setting, deadline: Deadline) -> Section:
     """Every kernel's time over its floor, and what gathering rows costs of a step."""
     shape = setting.shape
-    section = Section(f"kernels, {shape}, {str(setting.dtype)[6:]}", COLUMNS)
+    section = Section(f"kernels, {shape}, {setting.dtype_name}", COLUMNS)
     inputs = make_inputs(routes.case_of(setting, shape))
     bare = routes.bare_products(inputs)
     found = [
@@ -169,35 +186,27 @@ def kernels(setting: Setting, deadline: Deadline) -> Section:
     ]
     words = torch.randint(2**62, (_bytes(setting, _COPY_BYTES) // 8,), device=setting.device)
     target = torch.empty_like(words)
-    functions: dict[str, Callable[[], object]] = {
+    functions: dict[str, Step] = {
         "copy": lambda: target.copy_(words),
         **bare,
         "step": _way(setting).step(setting, shape, inputs),
     }
-    missing: dict[str, str] = {}
-    for kernel in found:
-        if deadline.over:
-            section.ran_out.append(kernel.name)
-            continue
-        try:
+    for kernel in section.in_time(found, deadline):
+        with section.attempt(kernel):
             times = 1 if kernel.once else setting.calls
             functions[kernel.name] = setting.clock.repeated(kernel.call, times)
-        except Exception as error:
-            missing[kernel.name] = f"{type(error).__name__}: {str(error).splitlines()[:1]}"
     times_of = setting.clock.interleaved(functions, setting.rounds, deadline)
 
     bandwidth = quotient(2.0 * words.nbytes, times_of["copy"].median)
     speeds = {name: quotient(routes.flop(shape), times_of[name].median) for name in bare}
-    _add(
-        section,
+    section.add(
         name="copy",
         what=f"{words.nbytes / MIB:.0f} MiB",
         seconds=times_of["copy"].median,
         bytes_per_second=bandwidth,
     )
     for name, speed in speeds.items():
-        _add(
-            section,
+        section.add(
             name=name,
             what=f"{shape.positions} x {shape.vocab} x {shape.hidden}",
             seconds=times_of[name].median,
@@ -205,38 +214,12 @@ def kernels(setting: Setting, deadline: Deadline) -> Section:
             detail=True,  # routes.py shows them
         )
     for kernel in found:
-        if kernel.name in missing:
-            section.wrong.append(f"{kernel.name}: {missing[kernel.name]}")
-        elif kernel.name in times_of:
+        if kernel.name in times_of:
             per_call = 1 if kernel.once else setting.calls
             taken = times_of[kernel.name]
             _report(section, kernel, taken, per_call, bandwidth, speeds[kernel.against])
     _share_of_a_step(section, times_of, setting.calls)
     return section
-
-
-def _add(section: Section, **row: Any) -> None:
-    section.add(row, *_cells(row))
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    """A row in words."""
-    note = row.get("missing") or row.get("bound_by") or ""
-    if row.get("bytes_per_second"):
-        note = f"{number(row['bytes_per_second'], 1e-9, 1)} GB/s"
-    elif row.get("flop_per_second"):
-        note = f"{number(row['flop_per_second'], 1e-9, 0)} GFLOP/s"
-    elif row.get("share_of_step"):
-        share, step = row["share_of_step"], row["step_seconds"]
-        note = f"{100 * share:.2f} % of {1e3 * step:.1f} ms"
-    return [
-        row["name"],
-        row["what"],
-        number(row["seconds"], 1e6, 1),
-        number(row.get("floor_seconds"), 1e6, 1),
-        number(row.get("share_of_floor")),
-        note,
-    ]
 
 
 def _report(
@@ -252,8 +235,7 @@ def _report(
     seconds = quotient(taken.median, calls)
     by_bytes, by_flop = quotient(kernel.bytes, bandwidth), quotient(kernel.flop, speed)
     floor = max(by_bytes or 0.0, by_flop or 0.0) or None
-    _add(
-        section,
+    section.add(
         name=kernel.name,
         what=kernel.what,
         seconds=seconds,
@@ -271,8 +253,7 @@ def _share_of_a_step(section: Section, times: dict[str, Measured], calls: int) -
     step = times["step"].median
     moved = [times[name].median for name in ("row gather", "row scatter") if name in times]
     seconds = sum(m for m in moved if m is not None) / calls if moved else None
-    _add(
-        section,
+    section.add(
         name="row gather and scatter, of a step",
         what="by recompute",
         seconds=seconds,
@@ -552,10 +533,18 @@ def tail(setting: Setting, deadline: Deadline) -> Section:
     pairs, length = setting.tail
     section = Section(
         f"the tail, {2 * pairs} sequences of {length} tokens, losses and gradient",
-        ("loss", "kernel us", "torch us", "speed-up", "in a graph: kernel us", "torch us", "error"),
+        {
+            "loss": "loss",
+            "kernel us": ("kernel_seconds", 1e6, 1),
+            "torch us": ("torch_seconds", 1e6, 1),
+            "speed-up": ("speedup", 1, 1),
+            "in a graph: kernel us": ("kernel_graph_seconds", 1e6, 1),
+            "in a graph: torch us": ("torch_graph_seconds", 1e6, 1),
+            "error": lambda row: f"{row['gradient_difference']:.0e}",
+        },
     )
     problems = tail_problems(setting)
-    functions: dict[str, Callable[[], object]] = {}
+    functions: dict[str, Step] = {}
     for name, problem in problems.items():
         for kind, run in (("kernel", problem.by_kernel), ("torch", problem.by_torch)):
             # as called: one after the other, and what the host takes for each counts if it is more
@@ -564,61 +553,54 @@ def tail(setting: Setting, deadline: Deadline) -> Section:
                 section.ran_out.append(f"{name} by {kind} in a graph")
                 continue
             try:
-                # a graph hands nothing out; what a call returns is dropped
                 functions[f"{name}/{kind}/graph"] = setting.clock.repeated(
-                    lambda i, run=run: run(), setting.calls
+                    _dropping(run), setting.calls
                 )
             except Exception as error:
                 section.ran_out.append(f"{name} by {kind} in a graph ({type(error).__name__})")
     times = setting.clock.interleaved(functions, setting.rounds, deadline)
-
+    section.wrong += [f"{key}: {t.missing}" for key, t in times.items() if t.missing]
     for name, problem in problems.items():
-
-        def seconds(kind: str, how: str, name: str = name) -> float | None:
-            taken = times.get(f"{name}/{kind}/{how}")
-            if taken is None:
-                return None
-            # whichever limits: the device, or the host that queues for it
-            both = (taken.median, taken.host_median if how == "called" else None)
-            known = [b for b in both if b is not None]
-            return max(known) / setting.calls if known else None
-
-        ours, theirs = seconds("kernel", "called"), seconds("torch", "called")
-        device, torch_device = seconds("kernel", "graph"), seconds("torch", "graph")
-        error = _difference(problem)
-        if not error < 1e-6:
-            section.wrong.append(f"{name}: the kernel's gradient differs by {error:.1e}")
-        for key, taken in times.items():
-            if key.startswith(f"{name}/") and taken.missing:
-                section.wrong.append(f"{key}: {taken.missing}")
-        section.add(
-            {
-                "loss": name,
-                "kernel_seconds": ours,
-                "torch_seconds": theirs,
-                "kernel_graph_seconds": device,
-                "torch_graph_seconds": torch_device,
-                "speedup": quotient(theirs, ours),
-                "graph_speedup": quotient(torch_device, device),
-                "gradient_difference": error,
-            },
-            name,
-            number(ours, 1e6, 1),
-            number(theirs, 1e6, 1),
-            number(quotient(theirs, ours), 1, 1),
-            number(device, 1e6, 1),
-            number(torch_device, 1e6, 1),
-            f"{error:.0e}",
-        )
-        micro = None if ours is None else 1e6 * ours
-        graph_micro = None if device is None else 1e6 * device
-        speedup = quotient(theirs, ours)
-        section.verdicts += [
-            Verdict(f"{name}: microseconds as called", micro, at_most=TAIL_MICROSECONDS),
-            Verdict(f"{name}: microseconds in a graph", graph_micro, at_most=TAIL_MICROSECONDS),
-            Verdict(f"{name}: speed-up over torch as called", speedup, at_least=TAIL_SPEEDUP),
-        ]
+        _add_tail(section, name, problem, times, setting.calls)
     return section
+
+
+def _add_tail(
+    section: Section, name: str, problem: TailProblem, times: Mapping[str, Measured], calls: int
+) -> None:
+    def seconds(kind: str, how: str) -> float | None:
+        taken = times.get(f"{name}/{kind}/{how}", Measured())
+        # whichever limits: the device, or the host that queues for it
+        both = (taken.median, taken.host_median if how == "called" else None)
+        known = [each for each in both if each is not None]
+        return max(known) / calls if known else None
+
+    ours, theirs = seconds("kernel", "called"), seconds("torch", "called")
+    device, torch_device = seconds("kernel", "graph"), seconds("torch", "graph")
+    difference, speedup = _difference(problem), quotient(theirs, ours)
+    if not difference < 1e-6:
+        section.wrong.append(f"{name}: the kernel's gradient differs by {difference:.1e}")
+    section.add(
+        loss=name,
+        kernel_seconds=ours,
+        torch_seconds=theirs,
+        kernel_graph_seconds=device,
+        torch_graph_seconds=torch_device,
+        speedup=speedup,
+        graph_speedup=quotient(torch_device, device),
+        gradient_difference=difference,
+    )
+    micro = [None if s is None else 1e6 * s for s in (ours, device)]
+    section.verdicts += [
+        Verdict(f"{name}: microseconds as called", micro[0], at_most=TAIL_MICROSECONDS),
+        Verdict(f"{name}: microseconds in a graph", micro[1], at_most=TAIL_MICROSECONDS),
+        Verdict(f"{name}: speed-up over torch as called", speedup, at_least=TAIL_SPEEDUP),
+    ]
+
+
+def _dropping(run: Step) -> Callable[[int], object]:
+    """A graph hands nothing out."""
+    return lambda i: run()
 
 
 def _in_turn(run: Callable[[], object], calls: int) -> Callable[[], object]:
@@ -639,21 +621,7 @@ def _difference(problem: TailProblem) -> float:
     return float(torch.tensor(gaps).max())  # NaN, if one is
 
 
-QUESTION = Question("kernels", (__doc__ or "").splitlines()[0], ask)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m fusedpo.benchmarks.kernels``"""
-    parser = sweep.parser(__doc__, "python -m fusedpo.benchmarks.kernels")
-    given = parser.parse_args(arguments)
-    try:
-        options = sweep.options_of(given)
-    except ValueError as error:
-        parser.error(str(error))
-    answer = ask(options)
-    sweep.report(answer, options)
-    return int(bool(answer["wrong"]))
-
+QUESTION = Question()
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(sweep.main(QUESTION))

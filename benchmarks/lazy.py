@@ -5,7 +5,7 @@ models are made. The trainers are of releases that make all logits: TRL 0.24's D
 CPOTrainer (SimPO), and LLaMA-Factory's DPO. ``make test-trainers TRAINERS="trl-0.24 llamafactory"``
 installs them; then
 
-    .venv/bin/python benchmarks/lazy.py
+    .venv/bin/python -m fusedpo.benchmarks.lazy
 
 Each training runs in a fresh process, the two ways of a trainer in turn. Memory is what the process
 comes to hold beyond the trainer that it has built. The losses that are logged have to agree.
@@ -14,6 +14,7 @@ comes to hold beyond the trainer that it has built. The losses that are logged h
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import resource
@@ -25,67 +26,25 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from fusedpo.benchmarks import toys
+from fusedpo.machine import ROOT, host
+
 TRAINERS = {
     "TRL 0.24, DPO": ("trl-0.24", "dpo"),
     "TRL 0.24, SimPO": ("trl-0.24", "simpo"),
     "LLaMA-Factory 0.9.5, DPO": ("llamafactory", "dpo"),
 }
 WAYS = ("as it is", "lazy logits")
-WORDS = 1000
+SIZES = ("pairs", "tokens", "prompt", "vocab", "hidden")
 STEPS = 3  # the first of them warms up
 
 
-def model(vocab: int, hidden: int, seed: int) -> Any:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    heads = max(1, hidden // 64)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=2,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=1,
-        )
-    )
-
-
-def tokenizer() -> Any:
-    """A word, a token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(WORDS))]
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+def model(options: argparse.Namespace, seed: int) -> Any:
+    return toys.llama(options.vocab, options.hidden, 2, seed, feed_forward=2)
 
 
 def rows(options: argparse.Namespace) -> list[dict[str, str]]:
-    import random
-
-    chooser = random.Random(0)
-
-    def words(count: int) -> str:
-        return " ".join(f"w{chooser.randrange(WORDS)}" for _ in range(count))
-
-    return [
-        {
-            "prompt": words(options.prompt),
-            "chosen": " " + words(options.tokens),
-            "rejected": " " + words(options.tokens),
-        }
-        for _ in range(options.pairs * STEPS)
-    ]
+    return toys.rows(options.pairs * STEPS, options.prompt, options.tokens)
 
 
 class Clock:
@@ -136,8 +95,9 @@ def arguments(options: argparse.Namespace, folder: str) -> dict[str, Any]:
 
 
 def with_trl(options: argparse.Namespace, folder: str, clock: Clock) -> None:
-    import trl
     from datasets import Dataset
+
+    trl: Any = importlib.import_module("trl")  # an earlier one than the types are of
 
     length = options.prompt + options.tokens + 1
     given = {
@@ -148,13 +108,13 @@ def with_trl(options: argparse.Namespace, folder: str, clock: Clock) -> None:
         "gradient_checkpointing": True,
     }
     common = {
-        "model": model(options.vocab, options.hidden, 0),
+        "model": model(options, 0),
         "train_dataset": Dataset.from_list(rows(options)),
-        "processing_class": tokenizer(),
+        "processing_class": toys.tokenizer(),
         "callbacks": [clock.callback()],
     }
     if options.loss == "dpo":
-        reference = model(options.vocab, options.hidden, 1)
+        reference = model(options, 1)
         trainer = trl.DPOTrainer(**common, ref_model=reference, args=trl.DPOConfig(**given))
     else:
         given |= {"loss_type": "simpo", "cpo_alpha": 0.0, "remove_unused_columns": False}
@@ -166,14 +126,13 @@ def with_llamafactory(options: argparse.Namespace, folder: str, clock: Clock) ->
     os.environ["DISABLE_VERSION_CHECK"] = "1"
     sys.path.insert(0, str(ROOT / "tests"))
     import transformers.trainer  # noqa: F401  which looks for what is installed
-    from real_trainers.stubs import stub
 
-    stub("torchaudio", "omegaconf")
+    importlib.import_module("real_trainers.stubs").stub("torchaudio", "omegaconf")
     from llamafactory.train.tuner import run_exp
 
     for name, seed in (("model", 0), ("reference", 1)):
-        model(options.vocab, options.hidden, seed).save_pretrained(f"{folder}/{name}")
-        tokenizer().save_pretrained(f"{folder}/{name}")
+        model(options, seed).save_pretrained(f"{folder}/{name}")
+        toys.tokenizer().save_pretrained(f"{folder}/{name}")
     Path(folder, "pairs.json").write_text(json.dumps(rows(options)))
     columns = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
     described = {"pairs": {"file_name": "pairs.json", "ranking": True, "columns": columns}}
@@ -217,7 +176,17 @@ def measured(options: argparse.Namespace, trainer: str, loss: str, way: str) -> 
     if not (folder / "ready").exists():
         sys.exit(f'install it first: make test-trainers TRAINERS="{trainer}"')
     environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "TQDM_DISABLE": "1"}
-    command = [sys.executable, __file__, "--trainer", trainer, "--loss", loss, "--way", way]
+    command = [
+        sys.executable,
+        "-m",
+        "fusedpo.benchmarks.lazy",
+        "--trainer",
+        trainer,
+        "--loss",
+        loss,
+        "--way",
+        way,
+    ]
     for name in ("pairs", "tokens", "prompt", "vocab", "hidden", "budget"):
         command += [f"--{name}", str(getattr(options, name))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -243,11 +212,9 @@ def main() -> None:
     if options.trainer:
         work(options)
         return
-    from fusedpo.machine import host
-
     results: dict[str, Any] = {
         "machine": host(),
-        "shape": {n: getattr(options, n) for n in ("pairs", "tokens", "prompt", "vocab", "hidden")},
+        "shape": {n: getattr(options, n) for n in SIZES},
         "budget": options.budget,
         "trainers": {},
     }

@@ -1,4 +1,4 @@
-"""How it is measured: interleaved timing, peak memory, and a description of the machine."""
+"""Peak memory, a description of the machine, and files that hold answers."""
 
 from __future__ import annotations
 
@@ -8,19 +8,16 @@ import gc
 import json
 import os
 import re
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
+from fusedpo.benchmarks.timing import Clock, Measured, Step
 from fusedpo.machine import ROOT, host
-
-T = TypeVar("T")
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -34,68 +31,6 @@ MALLOC_ENV = {
     "MALLOC_TRIM_THRESHOLD_": str(64 * 1024),
     "MALLOC_ARENA_MAX": "1",
 }
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of every repeat, in the order they were taken."""
-
-    seconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        if len(self.seconds) < 2:
-            return self.median, self.median
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return low, high
-
-
-def interleaved(
-    functions: Mapping[str, Callable[[], object]],
-    repeats: int,
-    warmup: int = 1,
-    device: str = "cpu",
-) -> dict[str, Timing]:
-    """Time every function once a round, so that a slow spell of the machine falls on all of them.
-
-    Each round starts one function later, and every other round runs backwards, so that no function
-    always follows the same one.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for round_ in range(-warmup, repeats):
-        for name in rotated(list(functions), round_):
-            taken = timed(functions[name], device)
-            if round_ >= 0:
-                seconds[name].append(taken)
-    return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
-
-
-def rotated(names: Sequence[T], round_: int) -> list[T]:
-    start = round_ % max(1, len(names))
-    order = [*names[start:], *names[:start]]
-    return order[::-1] if round_ % 2 else order
-
-
-def timed(function: Callable[[], object], device: str) -> float:
-    gc.collect()
-    gc.disable()
-    try:
-        _synchronize(device)
-        start = time.perf_counter()
-        function()
-        _synchronize(device)
-        return time.perf_counter() - start
-    finally:
-        gc.enable()
-
-
-def _synchronize(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
@@ -221,3 +156,14 @@ def save(question: str, answer: Mapping[str, Any], path: Path | None = None) -> 
         path.replace(path.with_suffix(".damaged"))
         answers = {}
     return write(path, json.dumps({**answers, question: answer}, indent=1) + "\n")
+
+
+def interleaved(
+    functions: Mapping[str, Step], repeats: int, warmup: int = 1
+) -> dict[str, Measured]:
+    """As ``Clock.interleaved`` on the CPU."""
+    return Clock("cpu").interleaved(functions, repeats, warmup=warmup)
+
+
+def Timing(seconds: Sequence[float]) -> Measured:
+    return Measured(list(seconds))

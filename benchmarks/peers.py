@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fusedpo.benchmarks.formulas import FORMULAS, Tokens
 from fusedpo.benchmarks.shapes import TINY, Case, Inputs, make_inputs
-from fusedpo.benchmarks.worker import told
+from fusedpo.benchmarks.timing import told
 from fusedpo.labels import IGNORE_INDEX
 
 Logprobs = Callable[[Case, Tensor, Tensor, Tensor], Tensor]
@@ -65,7 +65,7 @@ def trl(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
     mask = labels != IGNORE_INDEX
     compact = _use_triton(hidden.device)
-    logprobs = ChunkedLogProbFunction.apply(
+    logprobs = ChunkedLogProbFunction.apply(  # type: ignore[no-untyped-call]
         hidden[mask] if compact else hidden.flatten(0, 1),
         weight,
         None,
@@ -230,10 +230,9 @@ def fusedpo_preference(case: Case, inputs: Inputs) -> Any:
     from fusedpo import losses
 
     hidden, weight, labels = inputs[:3]
-    extra = {}
+    extra: dict[str, Any] = {}
     if case.loss == "kto":
-        extra["desirable"] = inputs.desirable
-        extra["kl"] = torch.zeros((), device=labels.device)
+        extra = {"desirable": inputs.desirable, "kl": torch.zeros((), device=labels.device)}
     loss = {
         "simpo": losses.SimPO(beta=2.0, gamma=0.5),
         "dpo": losses.DPO(beta=0.1),
@@ -355,7 +354,7 @@ BASELINE = "full_logits"
 def step(case: Case, inputs: Inputs) -> Tensor:
     """Forward and backward of the case's peer; gradients land in the inputs."""
     loss = PEERS[case.peer](case, inputs)
-    loss.backward()
+    torch.autograd.backward(loss)
     return loss.detach()
 
 

@@ -15,8 +15,12 @@ from fusedpo.benchmarks.shapes import MIB
 
 OURS = "fusedpo"
 # apart in hue and in lightness, so that they can be told without colour too
-_COLOURS = ("#7f7f7f", "#bcbd22", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf")
+COLOURS = ("#7f7f7f", "#bcbd22", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 OUR_COLOURS = ("#d62728", "#ff7f0e")
+
+
+End = tuple[tuple[float, float], str, str]
+"""Where a line ends, its name and its colour."""
 
 
 def fingerprint(answer: dict[str, Any]) -> str:
@@ -47,6 +51,16 @@ def save(answer: dict[str, Any], path: Path, plot: Callable[[dict[str, Any]], An
     return measure.write(path, data.getvalue())
 
 
+def figure(answer: dict[str, Any], width: float, height: float, below: float = 0.03) -> Any:
+    """An empty figure of a question, in inches; a share of its height is left for the machine."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height))
+    made.set_layout_engine("constrained", rect=(0, below, 1, 1 - below))
+    made.suptitle(answer["title"])
+    return made
+
+
 def sweep(answer: dict[str, Any]) -> Any:
     """Of a question of benchmarks/sweep.py."""
     return _across(answer) if answer["across"] else along(answer, _TIME_AND_MEMORY)
@@ -62,7 +76,7 @@ def read_fingerprint(path: Path) -> str | None:
 def colours_of(entries: Sequence[str]) -> dict[str, str]:
     ours = [e for e in entries if e.startswith(OURS)]
     others = [e for e in entries if not e.startswith(OURS)]
-    found = {e: _COLOURS[i % len(_COLOURS)] for i, e in enumerate(others)}
+    found = {e: COLOURS[i % len(COLOURS)] for i, e in enumerate(others)}
     return found | {e: OUR_COLOURS[i % 2] for i, e in enumerate(ours)}
 
 
@@ -81,39 +95,15 @@ def along(answer: dict[str, Any], wanted: Sequence[tuple[str, float, str]]) -> A
 
     wanted: of each line of panels, the key in the rows, its unit, and what it is.
     """
-    from matplotlib.figure import Figure
-
     rows = answer["rows"]
     if not any(r.get(key) for r in rows for key, _, _ in wanted):
         return None
-    groups, entries = _unique([r["group"] for r in rows]), _unique([r["entry"] for r in rows])
-    colours = colours_of(entries)
-    figure = Figure(figsize=(1.2 + 4.6 * len(groups), 7.2), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
-    figure.suptitle(answer["title"])
-    panels = figure.subplots(len(wanted), len(groups), squeeze=False, sharex="col")
+    groups = _unique([r["group"] for r in rows])
+    made = figure(answer, 1.2 + 4.6 * len(groups), 7.2)
+    panels = made.subplots(len(wanted), len(groups), squeeze=False, sharex="col")
     for (key, unit, label), line in zip(wanted, panels, strict=True):
         for group, axes in zip(groups, line, strict=True):
-            ends = []
-            for entry in entries:
-                own = [r for r in rows if (r["group"], r["entry"]) == (group, entry)]
-                shown = [(r["x"], r[key] / unit) for r in own if r[key]]
-                if not shown:
-                    continue
-                style = {"color": colours[entry], "lw": 2.4 if entry.startswith(OURS) else 1.4}
-                axes.plot(*zip(*shown, strict=True), marker="o", ms=4, **style)
-                ends.append((shown[-1], entry, colours[entry]))
-                for r in own:
-                    if r["missing"] == "out of memory" and r["x"] > shown[-1][0]:
-                        axes.plot(r["x"], shown[-1][1], marker="x", ms=8, color=colours[entry])
-                        axes.annotate(
-                            "out of memory",
-                            (r["x"], shown[-1][1]),
-                            fontsize=6,
-                            color=colours[entry],
-                            va="bottom",
-                            ha="center",
-                        )
+            ends = _lines(axes, rows, group, key, unit)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             xs = _unique([r["x"] for r in rows if r["group"] == group])
@@ -125,10 +115,33 @@ def along(answer: dict[str, Any], wanted: Sequence[tuple[str, float, str]]) -> A
             if key == wanted[-1][0]:
                 axes.set_xlabel(answer["axis"])
             name_ends(axes, ends)
-    return figure
+    return made
 
 
-def name_ends(axes: Any, ends: Sequence[tuple[tuple[float, float], str, str]]) -> None:
+def _lines(
+    axes: Any, rows: Sequence[dict[str, Any]], group: str, key: str, unit: float
+) -> list[End]:
+    """A line for each program, and a cross where it ran out of memory; their ends."""
+    entries = _unique([r["entry"] for r in rows])
+    colours, ends = colours_of(entries), []
+    for entry in entries:
+        own = [r for r in rows if (r["group"], r["entry"]) == (group, entry)]
+        points = [(r["x"], r[key] / unit) for r in own if r[key]]
+        if not points:
+            continue
+        (x, y), style = points[-1], {"color": colours[entry]}
+        width = 2.4 if entry.startswith(OURS) else 1.4
+        axes.plot(*zip(*points, strict=True), marker="o", ms=4, lw=width, **style)
+        ends.append(((x, y), entry, colours[entry]))
+        for r in own:
+            if r["missing"] == "out of memory" and r["x"] > x:
+                axes.plot(r["x"], y, marker="x", ms=8, **style)
+                place = {"va": "bottom", "ha": "center"}
+                axes.annotate("out of memory", (r["x"], y), fontsize=6, **place, **style)
+    return ends
+
+
+def name_ends(axes: Any, ends: Sequence[End]) -> None:
     """Names to the right of the panel, pushed apart where points lie at one height."""
     if not ends:
         return
@@ -164,34 +177,21 @@ def name_ends(axes: Any, ends: Sequence[tuple[tuple[float, float], str, str]]) -
 
 def _across(answer: dict[str, Any]) -> Any:
     """Time over memory: what is further down and to the left is better."""
-    from matplotlib.figure import Figure
-
     rows = [r for r in answer["rows"] if r["median_seconds"] and r["extra_bytes"] is not None]
     if not rows:
         return None
     panels = _unique([(r["group"], r["x"]) for r in rows])
-    entries = _unique([r["entry"] for r in rows])
-    others = [e for e in entries if not e.startswith(OURS)]
+    others = [e for e in _unique([r["entry"] for r in rows]) if not e.startswith(OURS)]
     colours = colours_of(others)
-    figure = Figure(figsize=(1.2 + 6.2 * len(panels), 5.0), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.96))
-    figure.suptitle(answer["title"])
-    for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+    made = figure(answer, 1.2 + 6.2 * len(panels), 5.0, below=0.04)
+    for panel, axes in zip(panels, made.subplots(1, len(panels), squeeze=False)[0], strict=True):
         here = [r for r in rows if (r["group"], r["x"]) == panel]
         ours = [r for r in here if r["entry"].startswith(OURS)]
-        axes.plot(*zip(*sorted(map(_place, ours)), strict=True), lw=2.4, color=OUR_COLOURS[0])
-        for (x, y), names in _together(ours):
-            axes.plot(x, y, marker="o", color=OUR_COLOURS[0])
-            axes.annotate(
-                names,
-                (x, y),
-                fontsize=7,
-                xytext=(-3, -4),
-                textcoords="offset points",
-                ha="right",
-                va="top",
-                color=OUR_COLOURS[0],
-            )
+        style = {"color": OUR_COLOURS[0]}
+        for at, names in _together(ours):
+            axes.plot(*at, marker="o", **style)
+            where = {"xytext": (-3, -4), "textcoords": "offset points", "ha": "right", "va": "top"}
+            axes.annotate(names, at, fontsize=7, **where, **style)
         ends = []
         for r in here:
             if r["entry"] in others:
@@ -210,7 +210,7 @@ def _across(answer: dict[str, Any]) -> Any:
         axes.margins(0.15)
         axes.grid(True, which="major", color="0.9")
         name_ends(axes, ends)
-    return figure
+    return made
 
 
 def _place(row: dict[str, Any]) -> tuple[float, float]:

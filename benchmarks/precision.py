@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedpo.benchmarks import measure, sweep
+from fusedpo.benchmarks import measure, plots, sweep
 from fusedpo.benchmarks.formulas import FORMULAS, TITLES, WITH_REFERENCE, Tokens
+from fusedpo.benchmarks.options import Options
 from fusedpo.benchmarks.peers import OURS, PEERS, Logprobs, Unsupported, full_logits
 from fusedpo.benchmarks.shapes import MIB, Case, Inputs, Shape, head_of
 from fusedpo.labels import IGNORE_INDEX
@@ -63,7 +64,7 @@ _PIECE = 256  # rows of the head
 _LOG_2 = float(torch.tensor(2.0).log())  # as a loss in fp32 can hold it
 
 
-def entries(options: sweep.Options) -> list[sweep.Entry]:
+def entries(options: Options) -> list[sweep.Entry]:
     """Every program, and what takes a budget with a small one too: sums in parts are rounded more.
 
     The quick version has fusedpo alone with two budgets.
@@ -154,13 +155,14 @@ def truth_of(case: Case, inputs: Inputs) -> Truth:
     if inputs.ref_hidden is not None and inputs.ref_weight is not None:
         ref = full_logprobs(inputs.ref_hidden, inputs.ref_weight, labels).sum(-1)
     leaf = logprobs.clone().requires_grad_()
-    FORMULAS[case.loss](Tokens(leaf, torch.ones_like(labels).bool(), ref, inputs)).backward()
-    assert leaf.grad is not None
+    loss = FORMULAS[case.loss](Tokens(leaf, torch.ones_like(labels).bool(), ref, inputs))
+    (upstreams,) = torch.autograd.grad(loss, leaf)
     weight = inputs.weight.detach().double().requires_grad_()
     gradients = []
-    for h, y, upstream in _chunks(weight, inputs.hidden.detach(), labels, leaf.grad):
+    for h, y, upstream in _chunks(weight, inputs.hidden.detach(), labels, upstreams):
         part = h.double().requires_grad_()
-        _by_definition(part, weight, y).backward(upstream)
+        torch.autograd.backward(_by_definition(part, weight, y), upstream)
+        assert part.grad is not None
         gradients.append(part.grad)
     assert weight.grad is not None
     return Truth(logprobs, torch.cat(gradients).view(inputs.hidden.shape), weight.grad)
@@ -216,7 +218,7 @@ def logprob_errors(score: Logprobs, case: Case, inputs: Inputs, truth: Truth) ->
     labels = F.pad(inputs.labels, (0, _EXTRA_PADDING), value=IGNORE_INDEX)
     weight = inputs.weight.detach()
     with torch.no_grad():
-        alone = zip(hidden.split(1), labels.split(1), strict=True)
+        alone = zip(torch.split(hidden, 1), torch.split(labels, 1), strict=True)
         old = torch.cat([score(case, h, weight, y) for h, y in alone])
     ratios = found - old[:, : found.shape[1]].double()
     return {
@@ -250,7 +252,7 @@ def errors(case: Case, inputs: Inputs, truth: Truth) -> tuple[Values, list[str]]
 
     def gradients() -> Values:
         own = inputs.for_case(case)
-        peer(case, own).backward()
+        torch.autograd.backward(peer(case, own))
         return gradient_errors(own.hidden.grad, own.weight.grad, truth)
 
     if (missing := peer.missing()) is not None:
@@ -268,22 +270,12 @@ def errors(case: Case, inputs: Inputs, truth: Truth) -> tuple[Values, list[str]]
     return values, list(dict.fromkeys(notes))
 
 
-def shapes(options: sweep.Options) -> list[Shape]:
+def shapes(options: Options) -> list[Shape]:
     if options.shapes:
         return list(options.shapes)
     if options.on_cpu:
         return [head_of("pythia-70m", 256 if options.quick else 1024, pairs=8)]
     return [head_of("llama-3.1-8b", 1024 if options.quick else 4096, pairs=8)]
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -293,21 +285,16 @@ class Precision:
     name: str
     title: str
 
-    def ask(self, options: sweep.Options) -> dict[str, Any]:
+    def ask(self, options: Options) -> dict[str, Any]:
         """Measure everything, and return what is to be saved."""
         about = measure.machine(options.device, options.threads)
         here = entries(options)
         losses = options.losses or ("dpo",)
-        points = [
-            (loss, shape, name)
-            for loss in losses
-            for shape in shapes(options)
-            for name in DTYPES
-            if options.dtype in (None, name)
-        ]
+        dtypes = [options.dtype] if options.dtype else DTYPES
+        points = list(itertools.product(losses, shapes(options), dtypes))
         rows: list[dict[str, Any]] = []
         steps = len(points) * (1 + len(here))
-        with _threads(options.threads), sweep.progress(self.title, steps) as advance:
+        with sweep.progress(self.title, steps) as advance:
             for loss, shape, name in points:
                 group = SHORT[name]
                 group += f", {TITLES[loss]}" if len(losses) > 1 else ""
@@ -342,6 +329,7 @@ def _group(
     del stored
     for entry in here:
         advance(f"{group}: {entry.name}")
+        assert entry.budget != "least", "these entries have numbers"
         own = replace(case, peer=entry.peer, budget=entry.budget)
         yield _row(group, entry.name, own, *errors(own, inputs, truth))
         gc.collect()
@@ -387,7 +375,7 @@ def ranking(answer: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     for group, rows in _groups(answer).items():
         found[group] = {}
         variants = [row["entry"] for row in rows if _ours(row)]
-        ours = next((r["values"] for r in rows if r["entry"] == PEERS[OURS].label), {})
+        ours: Values = next((r["values"] for r in rows if r["entry"] == PEERS[OURS].label), {})
         for column in COLUMNS:
             numbers = sorted(
                 (
@@ -452,17 +440,14 @@ def remarks(answer: dict[str, Any]) -> list[str]:
 
 def plot(answer: dict[str, Any]) -> Any:
     """A dot for each program and column, further to the left is better; 0 is the left edge."""
-    from matplotlib.figure import Figure
-
     groups = {
         group: [row for row in rows if row["missing"] is None]
         for group, rows in _groups(answer).items()
     }
     ranks = ranking(answer)
     heights = [len(rows) + 1 for rows in groups.values()]
-    figure = Figure(figsize=(3.0 + 1.85 * len(COLUMNS), 1.4 + 0.25 * sum(heights)))
-    figure.set_layout_engine("constrained", rect=(0, 0.025, 1, 0.975))
-    figure.suptitle(answer["title"])
+    size = 3.0 + 1.85 * len(COLUMNS), 1.4 + 0.25 * sum(heights)
+    figure = plots.figure(answer, *size, below=0.025)
     panels = figure.subplots(
         len(groups), len(COLUMNS), squeeze=False, sharey="row", height_ratios=heights
     )
@@ -530,10 +515,5 @@ def _panel(
 _SMALL: dict[str, Any] = {"fontsize": 6.5, "va": "center"}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m fusedpo.benchmarks.precision``."""
-    return sweep.main(QUESTION, arguments)  # type: ignore[arg-type]
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(sweep.main(QUESTION))

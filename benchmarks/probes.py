@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from fusedpo.benchmarks import routes
-from fusedpo.benchmarks.section import Section, Setting, number, quotient
+from fusedpo.benchmarks.section import Cell, Section, Setting, number, quotient
 from fusedpo.benchmarks.shapes import Inputs, Shape, make_inputs
-from fusedpo.benchmarks.timing import Deadline
+from fusedpo.benchmarks.timing import Deadline, Step
 from fusedpo.engine.precision import multiply
 
 TILES = {
@@ -45,9 +45,9 @@ def products(setting: Setting, deadline: Deadline) -> Section:
     """
     shape = setting.shape
     section = Section(
-        f"time an operation over that at full size, H {shape.hidden}, {str(setting.dtype)[6:]}: "
+        f"time an operation over that at full size, H {shape.hidden}, {setting.dtype_name}: "
         + " / ".join(LAYOUTS),
-        ("rows", "results", "beta", "by columns"),
+        {"rows": "name", "by columns": "words"},
     )
     inputs = make_inputs(routes.case_of(setting, shape))
     full = routes.bare_products(inputs)
@@ -76,16 +76,10 @@ def products(setting: Setting, deadline: Deadline) -> Section:
                 ]
             words = ", ".join(f"{v} {'/'.join(map(number, r))}" for v, r in ratios.items())
             section.add(
-                {
-                    "name": f"{n} rows, {kind}",
-                    "by_columns": ratios,
-                    "words": words,
-                    "detail": dtype != torch.float32,
-                },
-                f"{n}",
-                str(dtype)[6:],
-                f"{int(add)}",
-                words,
+                name=f"{n} rows, {kind}",
+                by_columns=ratios,
+                words=words,
+                detail=dtype != torch.float32,
             )
     return section
 
@@ -159,7 +153,12 @@ def edited(names: Sequence[str]) -> Iterator[dict[str, ModuleType]]:
 
 def bits(setting: Setting, deadline: Deadline) -> Section:
     """Folds against one by a single warp, which cannot race; routes in fp32 against forward."""
-    section = Section("different bits", ("what", "different", "of"))
+    columns: dict[str, Cell] = {
+        "what": lambda row: "; ".join(name for name, *_ in row["each"]),
+        "different": "different",
+        "of": "total",
+    }
+    section = Section("different bits", columns)
     for what, ask in (("folds", _of_folds), ("routes in fp32, from forward", _of_routes)):
         if deadline.over:
             section.ran_out.append(what)
@@ -169,8 +168,7 @@ def bits(setting: Setting, deadline: Deadline) -> Section:
             if different:
                 section.wrong.append(f"{name}: {different} of {total} have different bits")
         different, total = (sum(column) for column in list(zip(*each, strict=True))[1:])
-        row = {"name": what, "different": different, "total": total, "each": each}
-        section.add(row, "; ".join(name for name, *_ in each), f"{different}", f"{total}")
+        section.add(name=what, different=different, total=total, each=each)
     return section
 
 
@@ -232,7 +230,13 @@ def folds(setting: Setting, deadline: Deadline) -> Section:
     from fusedpo.kernels.logit_map import LogitMap
     from fusedpo.kernels.row_stats import RowStats
 
-    section = Section("fold with exponentials", ("what", "tile", "us", "of a copy's speed"))
+    columns: dict[str, Cell] = {
+        "what": "name",
+        "tile": "what",
+        "us": ("seconds", 1e6, 1),
+        "of a copy's speed": ("share_of_floor", 1, 2),
+    }
+    section = Section("fold with exponentials", columns)
     device, half = setting.device, setting.dtype.itemsize
     n, v = (4, 96) if setting.dry else (1024, 16384)
     largest = n * v * 33 // 32  # that of 2048 x 8448
@@ -260,133 +264,52 @@ def folds(setting: Setting, deadline: Deadline) -> Section:
             **{name: (fold(module, n, v), (n, v)) for name, module in modules.items()},
             "as it is, wide": (fold(logit_tile_triton, *wide), wide),
         }
-        functions: dict[str, Callable[[], object]] = {}
-        for name, (call, _) in calls.items():
-            if deadline.over:
-                section.ran_out.append(name)
-                continue
-            try:
-                functions[name] = setting.clock.repeated(call, setting.calls)
-            except Exception as error:
-                section.wrong.append(f"{name}: {type(error).__name__}: {error}")
+        functions: dict[str, Step] = {}
+        for name in section.in_time(calls, deadline):
+            with section.attempt(name):
+                functions[name] = setting.clock.repeated(calls[name][0], setting.calls)
         times = setting.clock.interleaved(functions, setting.rounds, deadline)
     for name, taken in times.items():
-        rows, columns = calls[name][1]
+        n_, v_ = calls[name][1]
         seconds = quotient(taken.median, setting.calls)
         scaled = quotient(times["copy"].median, setting.calls)
-        floor = None if scaled is None else scaled * rows * columns / (n * v)
+        floor = None if scaled is None else scaled * n_ * v_ / (n * v)
         if taken.missing:
             section.wrong.append(f"{name}: {taken.missing}")
-        tile, share = f"{rows} x {columns}", quotient(floor, seconds)
         section.add(
-            {
-                "name": name,
-                "what": tile,
-                "seconds": seconds,
-                "share_of_floor": share,
-                "detail": name == "copy",
-            },
-            name,
-            tile,
-            number(seconds, 1e6, 1),
-            number(share),
+            name=name,
+            what=f"{n_} x {v_}",
+            seconds=seconds,
+            share_of_floor=quotient(floor, seconds),
+            detail=name == "copy",
         )
     return section
-
-
-def experiment(setting: Setting, deadline: Deadline) -> Section:
-    """product_exp.py by several tiles, whether it is right, and its speed over a bare product's."""
-    from fusedpo.benchmarks.product_exp import ExpTile, product_exp
-
-    section = Section("experiment: exponentials from the product", ("tile", "ms", "of its speed"))
-    shape, small = setting.shape, Shape(1, 152, 256, 1008)
-    tiles = [ExpTile(), ExpTile(stages=4), ExpTile(columns=128, stages=4), ExpTile(64, warps=4)]
-    if setting.dry:
-        small, tiles = Shape(1, 20, 64, 200), [ExpTile(16, 64, 32, warps=4, stages=2, group=2)]
-    inputs = make_inputs(routes.case_of(setting, shape))
-    states, head = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach()
-    labels, shift = inputs.labels.flatten(), torch.full((len(states),), 5.0, device=setting.device)
-    out = torch.empty(len(states), shape.vocab // 8 * 8, dtype=states.dtype, device=states.device)
-    head, labels = head[: out.shape[1]], labels.clamp(max=out.shape[1] - 1)
-    bare = routes.bare_products(inputs)["hidden W^T"]
-    functions: dict[str, Callable[[], object]] = {"hidden W^T": bare}
-    for tile in tiles:
-        if deadline.over:
-            section.ran_out.append(str(tile))
-            continue
-        try:
-            error = _error_of_product_exp(setting, small, tile)
-        except Exception as failure:
-            section.wrong.append(f"{tile}: {type(failure).__name__}: {failure}")
-            continue
-        if not error <= 1.0:
-            section.wrong.append(f"{tile}: its error is {error:.1e} of the bound")
-        functions[str(tile)] = lambda tile=tile: product_exp(states, head, labels, shift, out, tile)
-    times = setting.clock.interleaved(functions, setting.rounds, deadline)
-    taken = {name: t.median for name, t in times.items() if name in map(str, tiles)}
-    best = min(taken, key=lambda name: taken[name] or float("inf"), default=None)
-    for name, seconds in taken.items():
-        speed = quotient(times["hidden W^T"].median, seconds)
-        section.add(
-            {"name": name, "seconds": seconds, "of_product": speed, "detail": name != best},
-            name,
-            number(seconds, 1e3),
-            number(speed),
-        )
-    return section
-
-
-def _error_of_product_exp(setting: Setting, shape: Shape, tile: Any) -> float:
-    """The larger of the errors of sums and exponentials against float64, over their bounds."""
-    from fusedpo.benchmarks.product_exp import product_exp
-
-    inputs = make_inputs(routes.case_of(setting, shape))
-    states, head = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach()
-    labels = inputs.labels.flatten()
-    logits = states.double() @ head.double().T
-    shift = logits.amax(1).float() - 1.0
-    exact = (logits - shift.double().unsqueeze(1)).exp().scatter(1, labels.unsqueeze(1), 0.0)
-    out = torch.full(logits.shape, 7.0, device=setting.device).to(states.dtype)
-    total = product_exp(states, head, labels, shift, out, tile)
-    of_sums = (total.double() / exact.sum(1) - 1).abs().max() / 1e-5
-    # rounded, or cut off as Triton's interpreter does it
-    bounds = torch.finfo(out.dtype).eps * exact + 1e-5
-    return float(torch.maximum(of_sums, ((out.double() - exact).abs() / bounds).max()))
 
 
 def trace(setting: Setting, deadline: Deadline) -> Section:
     """One step as the profiler sees it: kernels (on the CPU: operators), and when none runs."""
-    section = Section(
-        "kernels of a step, and gaps between them",
-        ("what", "kernels", "busy us", "gaps us", "largest us", "most time in"),
-    )
+    columns: dict[str, Cell] = {
+        "what": "name",
+        "kernels": "kernels",
+        "busy us": ("busy_seconds", 1e6, 0),
+        "gaps us": ("gap_seconds", 1e6, 0),
+        "largest us": ("largest_gap_seconds", 1e6, 0),
+        "most time in": lambda row: str(next(iter(row["by_name"])))[:40],
+    }
+    section = Section("kernels of a step, and gaps between them", columns)
     small = setting.shape if setting.dry else replace(setting.shape, tokens=128, hidden=2048)
     for shape in dict.fromkeys((setting.shape, small)):
         inputs = make_inputs(routes.case_of(setting, shape))
-        for route in ("recompute", "retain"):
-            way = next(w for w in routes.KERNEL_WAYS if w.route == route)
-            name = f"{route}, N {shape.positions}, H {shape.hidden}"
-            if deadline.over:
-                section.ran_out.append(name)
-                continue
-            row = {"name": name, **_gaps(setting, way.step(setting, shape, inputs))}
-            most = max(row["by_name"].items(), key=lambda item: item[1]["seconds"])[0]
-            section.add(
-                row,
-                name,
-                str(row["kernels"]),
-                number(row["busy_seconds"], 1e6, 0),
-                number(row["gap_seconds"], 1e6, 0),
-                number(row["largest_gap_seconds"], 1e6, 0),
-                most[:40],
-            )
+        ways = [way for way in routes.KERNEL_WAYS if way.route in ("recompute", "retain")]
+        named = {f"{way.route}, N {shape.positions}, H {shape.hidden}": way for way in ways}
+        for name in section.in_time(named, deadline):
+            section.add(name=name, **_gaps(setting, named[name].step(setting, shape, inputs)))
         del inputs
     return section
 
 
 def _gaps(setting: Setting, step: Callable[[], object]) -> dict[str, Any]:
     """Numbers of one step's trace; the ten names that take longest, with counts and seconds."""
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     for _ in range(2):
@@ -396,27 +319,26 @@ def _gaps(setting: Setting, step: Callable[[], object]) -> dict[str, Any]:
     with profile(activities=kinds) as profiler:
         step()
         setting.clock.synchronize()
-    where = DeviceType.CUDA if setting.cuda else DeviceType.CPU
+    where = "CUDA" if setting.cuda else "CPU"
     events = sorted(
         (e.time_range.start, e.time_range.end, e.name)
         for e in profiler.events()
-        if e.device_type == where and e.cpu_parent is None
+        if e.device_type.name == where and e.cpu_parent is None
     )
     assert events, "the profiler saw nothing"
     end, gaps = events[0][0], [0.0]
     for start, stop, _ in events:
         gaps.append(max(0.0, start - end))
         end = max(end, stop)
-    counts, seconds = Counter(name for *_, name in events), Counter[str]()
+    counts = Counter(name for *_, name in events)
+    seconds = dict.fromkeys(counts, 0.0)
     for start, stop, name in events:
-        seconds[name] += (stop - start) * 1e-6  # type: ignore[assignment]
+        seconds[name] += (stop - start) * 1e-6
+    longest = sorted(seconds, key=lambda name: -seconds[name])[:10]
     return {
         "kernels": len(events),
         "busy_seconds": (end - events[0][0] - sum(gaps)) * 1e-6,
         "gap_seconds": sum(gaps) * 1e-6,
         "largest_gap_seconds": max(gaps) * 1e-6,
-        "by_name": {
-            name: {"count": counts[name], "seconds": taken}
-            for name, taken in seconds.most_common(10)
-        },
+        "by_name": {name: {"count": counts[name], "seconds": seconds[name]} for name in longest},
     }

@@ -19,9 +19,10 @@ from fusedpo import tables
 from fusedpo.benchmarks import measure, plots, questions, sweep
 from fusedpo.benchmarks.peers import BASELINE, OURS
 from fusedpo.benchmarks.shapes import MIB
+from fusedpo.machine import ROOT
 
-README = measure.ROOT / "README.md"
-PAGE = measure.ROOT / "docs" / "benchmarks.md"
+README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN = "<!-- made by `python -m fusedpo.benchmarks.readme --write`; a test holds it -->"
 END = "<!-- end of the results -->"
 
@@ -121,7 +122,7 @@ def page() -> str:
                 continue
             answer = of[name]
             own = sweep.kind_of(answer)
-            picture = f"../{_picture(machine, name).relative_to(measure.ROOT).as_posix()}"
+            picture = f"../{_picture(machine, name).relative_to(ROOT).as_posix()}"
             lines += ["", f"## {answer['title']}", "", f"{_about(answer)}", *_shape(answer), ""]
             lines += [f"![{answer['title']}]({picture})", "", *markdown(*own.table(answer))]
             lines += [part for line in sweep.remarks(answer) for part in ("", line)]
@@ -148,7 +149,7 @@ def stale() -> list[str]:
         found.append("docs/benchmarks.md")
     for picture, answer in _pictures():
         if not picture.exists() or plots.read_fingerprint(picture) != plots.fingerprint(answer):
-            found.append(picture.relative_to(measure.ROOT).as_posix())
+            found.append(picture.relative_to(ROOT).as_posix())
     return found
 
 

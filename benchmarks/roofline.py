@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from fusedpo.devices import Device
+from fusedpo.engine.cost import Needs
 from fusedpo.engine.ladder import product_tile
-from fusedpo.engine.plan import Plan
+from fusedpo.engine.plan import Plan, RouteName
 from fusedpo.engine.planner import plan
 
 PAGE = Path(__file__).with_name("ROOFLINE.md")
@@ -47,7 +48,7 @@ TOKENS, HIDDEN, VOCAB = 8192, 4096, 128_256
 HALF, SINGLE = 2, 4
 
 # what the project asks of each route, as a ratio to its bare products: what the model says
-TARGETS = {
+TARGETS: dict[RouteName, float] = {
     "forward": 1.24,
     "frozen": 1.20,
     "retain": 1.15,
@@ -56,7 +57,7 @@ TARGETS = {
     "recompute": 1.20,
     "compact": 1.92,
 }
-BUDGETS = {
+BUDGETS: dict[RouteName, str] = {
     "forward": "256MiB",
     "frozen": "256MiB",
     "recompute": "256MiB",
@@ -65,7 +66,12 @@ BUDGETS = {
     "one_pass": "8GiB",
     "compact": "4GiB",
 }
-NEEDS = {"forward": (), "frozen": ("hidden",)}
+NEEDS: dict[RouteName, tuple[Needs, ...]] = {"forward": (), "frozen": ("hidden",)}
+
+
+def needs_of(route: RouteName | None) -> tuple[Needs, ...]:
+    return ("hidden", "weight") if route is None else NEEDS.get(route, ("hidden", "weight"))
+
 
 # of the columns, those that compact keeps for each gradient, and rows that it does exactly
 KEPT, SAMPLED = 0.08, 16
@@ -103,7 +109,7 @@ def kernels() -> list[Kernel]:
     ]
 
 
-def plan_for(route: str | None) -> Plan:
+def plan_for(route: RouteName | None) -> Plan:
     """The plan of a route in its budget; None: of a call that is given neither."""
     return plan(
         TOKENS,
@@ -111,13 +117,13 @@ def plan_for(route: str | None) -> Plan:
         HIDDEN,
         dtype=torch.bfloat16,
         budget=None if route is None else BUDGETS[route],
-        needs=NEEDS.get(route or "", ("hidden", "weight")),
+        needs=needs_of(route),
         scope=None if route is None else "pair",
         groups=8,
         gathered=False,
         device=GPU,
         backend="triton",
-        route=route,  # type: ignore[arg-type]
+        route=route,
         gradient_tolerance=2e-3 if route == "compact" else 0.0,
         kept_share=KEPT,
     )

@@ -8,7 +8,7 @@ ratio is its step over the products that it makes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,18 +18,16 @@ from torch import Tensor
 import fusedpo
 from fusedpo.benchmarks import roofline
 from fusedpo.benchmarks.peers import PEERS, step, why_not
-from fusedpo.benchmarks.section import Section, Setting, Verdict, number, quotient
+from fusedpo.benchmarks.section import Cell, Section, Setting, Verdict, number, quotient
 from fusedpo.benchmarks.shapes import MIB, Case, Inputs, Shape, make_inputs
-from fusedpo.benchmarks.timing import Deadline, Measured
-from fusedpo.engine.cost import Backend
+from fusedpo.benchmarks.timing import Deadline, Measured, Step, told
+from fusedpo.engine.cost import Backend, Needs
 from fusedpo.engine.plan import Plan, RouteName
 
 # more than either backend's rounding in half precision makes of a gradient, and less than a lost
 # tile does
 GRADIENT_DIFFERENCE = 0.05
 LOSS_DIFFERENCE = 0.01
-
-Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,8 @@ class Way:
         return 2e-3 if self.route == "compact" else 0.0
 
     @property
-    def needs(self) -> tuple[Any, ...]:
-        return roofline.NEEDS.get(self.route, ("hidden", "weight"))
+    def needs(self) -> tuple[Needs, ...]:
+        return roofline.needs_of(self.route)
 
     def plan(self, setting: Setting, shape: Shape) -> Plan:
         return fusedpo.plan(
@@ -100,7 +98,7 @@ class Way:
         def run() -> None:
             out = self.forward(chosen, shape, inputs, counted=counted)
             if self.route != "forward":
-                out.loss.backward()
+                torch.autograd.backward(out.loss)
             clear(inputs)
 
         return run
@@ -114,8 +112,7 @@ OTHER_WAYS = (
 
 
 def case_of(setting: Setting, shape: Shape, peer: str = "full_logits") -> Case:
-    dtype = str(setting.dtype).removeprefix("torch.")
-    case = Case(peer, shape, dtype, setting.device)
+    case = Case(peer, shape, setting.dtype_name, setting.device)
     return replace(case, budget=case.logits_bytes // 10)
 
 
@@ -141,7 +138,7 @@ def bare_products(inputs: Inputs) -> dict[str, Step]:
     }
 
 
-def bare_seconds(chosen: Plan, times: dict[str, Measured]) -> float | None:
+def bare_seconds(chosen: Plan, times: Mapping[str, Measured]) -> float | None:
     """Of the products that a plan makes; None if one of them was not timed."""
     gradients = [("hidden", "J W"), ("weight", "J^T hidden")]
     made = {product: 1.0 for need, product in gradients if need in chosen.needs}
@@ -180,20 +177,20 @@ class Reference:
         out = way.forward(chosen, shape, inputs)
         found = {"loss": abs(float(out.loss.detach()) / self.loss - 1)}
         if way.route != "forward":
-            out.loss.backward()
+            torch.autograd.backward(out.loss)
             got = {"hidden": inputs.hidden.grad, "weight": inputs.weight.grad}
             for name in way.needs:
-                found[name] = _relative(got[name], self.gradients[name])
+                found[name] = relative(got[name], self.gradients[name])
         clear(inputs)
         return found
 
 
-def _relative(got: Tensor | None, expected: Tensor) -> float:
-    if got is None:
+def relative(got: Tensor | None, expected: Tensor | None) -> float:
+    if got is None or expected is None:
         return float("inf")
     # a block of rows at a time: a head in fp32 takes gigabytes
     gap = size = 0.0
-    for mine, truth in zip(got.split(8192), expected.split(8192), strict=True):
+    for mine, truth in zip(torch.split(got, 8192), torch.split(expected, 8192), strict=True):
         exact = truth.to(torch.promote_types(truth.dtype, torch.float32))
         gap += float((mine.to(exact.dtype) - exact).square().sum(dtype=torch.float64))
         size += float(exact.square().sum(dtype=torch.float64))
@@ -204,54 +201,47 @@ def routes(setting: Setting, deadline: Deadline) -> Section:
     """Every route and backend, other programs, and the bare products, in the same rounds."""
     shape = setting.shape
     section = Section(
-        f"forward and backward of SimPO, {shape}, {str(setting.dtype)[6:]}",
-        (
-            "what",
-            "ms",
-            "quartiles",
-            "host ms",
-            "its products ms",
-            "ratio",
-            "predicted",
-            "difference",
-        ),
+        f"forward and backward of SimPO, {shape}, {setting.dtype_name}",
+        {
+            "what": "name",
+            "ms": ("seconds", 1e3, 2),
+            "quartiles": lambda row: "-".join(number(s, 1e3) for s in row["quartiles"]) or "-",
+            "host ms": ("host_seconds", 1e3, 2),
+            "its products ms": ("product_seconds", 1e3, 2),
+            "ratio": ("ratio", 1, 3),
+            "predicted": ("predicted_ratio", 1, 3),
+            "difference": _note,
+        },
     )
     inputs = make_inputs(case_of(setting, shape))
     reference = Reference.of(setting, inputs)
     functions: dict[str, Step] = dict(bare_products(inputs))
     plans: dict[str, Plan] = {}
     differences: dict[str, dict[str, float]] = {}
-    for way in (*KERNEL_WAYS, *OTHER_WAYS):
-        if deadline.over:
-            section.ran_out.append(str(way))
-            continue
-        try:
-            plans[str(way)] = chosen = way.plan(setting, shape)
-            differences[str(way)] = reference.differences(way, chosen, shape, inputs)
-        except Exception as error:
-            section.wrong.append(f"{way}: {type(error).__name__}: {error}")
-            clear(inputs)
-            continue
-        section.wrong += faults(str(way), differences[str(way)])
-        functions[str(way)] = way.step(setting, shape, inputs)
+    for way in section.in_time((*KERNEL_WAYS, *OTHER_WAYS), deadline):
+        name = str(way)
+        with section.attempt(name):
+            plans[name] = chosen = way.plan(setting, shape)
+            differences[name] = reference.differences(way, chosen, shape, inputs)
+            section.wrong += faults(name, differences[name])
+            functions[name] = way.step(setting, shape, inputs)
+        clear(inputs)
     del reference
-    missing = {}
     for peer in setting.peers:
-        case = case_of(setting, shape, peer)
+        label, case = PEERS[peer].label, case_of(setting, shape, peer)
         if deadline.over:
-            section.ran_out.append(PEERS[peer].label)
+            section.ran_out.append(label)
         elif reason := why_not(case):
-            missing[PEERS[peer].label] = reason
+            section.add(name=label, missing=reason, quartiles=())
         else:
-            functions[PEERS[peer].label] = _peer_step(case, inputs)
+            functions[label] = _peer_step(case, inputs)
     times = setting.clock.interleaved(functions, setting.rounds, deadline)
 
     for name, taken in times.items():
         if taken.missing and name in plans:
             section.wrong.append(f"{name}: {taken.missing}")
-        _report(section, setting, name, taken, times, plans.get(name), differences.get(name, {}))
-    for name, reason in missing.items():
-        section.add({"name": name, "missing": reason}, name, *"-" * 6, reason)
+        known = plans.get(name), differences.get(name, {})
+        section.rows.append(_row(setting, name, times, *known))
     for way in KERNEL_WAYS:
         ratio = next((row["ratio"] for row in section.rows if row["name"] == str(way)), None)
         at_most = roofline.TARGETS[way.route]
@@ -276,49 +266,39 @@ def faults(name: str, differences: dict[str, float]) -> list[str]:
     ]
 
 
-def _report(
-    section: Section,
+def _row(
     setting: Setting,
     name: str,
-    taken: Measured,
-    times: dict[str, Measured],
+    times: Mapping[str, Measured],
     chosen: Plan | None,
     differences: dict[str, float],
-) -> None:
+) -> dict[str, Any]:
+    taken = times[name]
     products = None if chosen is None else bare_seconds(chosen, times)
-    ratio = quotient(taken.median, products)
-    predicted = None if chosen is None else predicted_ratio(name, chosen, setting)
-    speed_ = quotient(flop(setting.shape), taken.median) if name in _BARE else None
-    low, high = taken.quartiles or (None, None)
-    worst = max(differences.values(), default=None)
-    note = "" if worst is None else f"{worst:.0e}"
-    if speed_ is not None:
-        note = f"{number(speed_, 1e-12, 0)} TFLOP/s"
-    section.add(
-        {
-            "name": name,
-            "seconds": taken.median,
-            "all_seconds": taken.seconds,
-            "host_seconds": taken.host_median,
-            "product_seconds": products,
-            "ratio": ratio,
-            "predicted_ratio": predicted,
-            "flop_per_second": speed_,
-            "differences": differences,
-            "plan": None if chosen is None else str(chosen),
-            "missing": taken.missing,
-            # PyTorch's definitions of the kernels
-            "detail": name.endswith(", torch"),
-        },
-        name,
-        number(taken.median, 1e3),
-        f"{number(low, 1e3)}-{number(high, 1e3)}",
-        number(taken.host_median, 1e3),
-        number(products, 1e3),
-        number(ratio, 1, 3),
-        number(predicted, 1, 3),
-        taken.missing or note,
-    )
+    return {
+        "name": name,
+        "seconds": taken.median,
+        "quartiles": taken.quartiles or (),
+        "all_seconds": taken.seconds,
+        "host_seconds": taken.host_median,
+        "product_seconds": products,
+        "ratio": quotient(taken.median, products),
+        "predicted_ratio": None if chosen is None else predicted_ratio(name, chosen, setting),
+        "flop_per_second": quotient(flop(setting.shape), taken.median) if name in _BARE else None,
+        "differences": differences,
+        "plan": None if chosen is None else str(chosen),
+        "missing": taken.missing,
+        # PyTorch's definitions of the kernels
+        "detail": name.endswith(", torch"),
+    }
+
+
+def _note(row: Mapping[str, Any]) -> str:
+    if row["missing"]:
+        return str(row["missing"])
+    if row["flop_per_second"] is not None:
+        return f"{number(row['flop_per_second'], 1e-12, 0)} TFLOP/s"
+    return f"{max(row['differences'].values()):.0e}" if row["differences"] else ""
 
 
 _BARE = ("hidden W^T", "J W", "J^T hidden")
@@ -334,79 +314,70 @@ def shapes_of(setting: Setting) -> list[Shape]:
 
 def shapes(setting: Setting, deadline: Deadline) -> Section:
     """The ratio from few rows to many, and from small vocabularies to large: is there a cliff?"""
+
+    def of(key: str, name: str, factor: float = 1.0, digits: int = 3) -> Cell:
+        return lambda row: number(row.get(key, {}).get(name), factor, digits)
+
+    routes = ("forward", "recompute", "retain")
     section = Section(
-        f"ratio to the products by shape, H {setting.shape.hidden}, {str(setting.dtype)[6:]}",
-        (
-            "N",
-            "V",
-            "N V >= 2^31",
-            "products ms",
-            "forward",
-            "recompute",
-            "retain",
-            "recompute ms",
-            "host ms",
-            "",
-        ),
+        f"ratio to the products by shape, H {setting.shape.hidden}, {setting.dtype_name}",
+        {
+            "N": "tokens",
+            "V": "vocab",
+            "N V >= 2^31": lambda row: "yes" * row["large"],
+            "products ms": lambda row: " + ".join(
+                number(seconds, 1e3) for seconds in row.get("product_seconds", {}).values()
+            ),
+            **{route: of("ratios", route) for route in routes},
+            "recompute ms": of("seconds", "recompute", 1e3, 2),
+            "host ms": of("host_seconds", "recompute", 1e3, 2),
+            "": "missing",
+        },
     )
     found = shapes_of(setting)
-    for i, shape in enumerate(found):
-        if deadline.over:
-            section.ran_out.append(str(shape))
-            continue
+    for i, shape in enumerate(section.in_time(found, deadline)):
         share = Deadline(deadline.left / (len(found) - i))
-        _one_shape(section, setting, shape, share)
+        large = shape.positions * shape.vocab >= 2**31
+        row: dict[str, Any] = {"tokens": shape.positions, "vocab": shape.vocab, "large": large}
+        try:
+            row |= _one_shape(section, setting, shape, share)
+        except Exception as error:
+            row |= {"missing": told(error)}
+            # this GPU is too small: marked, and nothing is wrong
+            if not isinstance(error, torch.OutOfMemoryError):
+                section.wrong.append(f"{shape}: {told(error)}")
+        section.rows.append(row)
         if setting.cuda:
             torch.cuda.empty_cache()
     return section
 
 
-def _one_shape(section: Section, setting: Setting, shape: Shape, deadline: Deadline) -> None:
+def _one_shape(
+    section: Section, setting: Setting, shape: Shape, deadline: Deadline
+) -> dict[str, Any]:
     large = shape.positions * shape.vocab >= 2**31
-    cells = [f"{shape.positions}", f"{shape.vocab}", "yes" if large else ""]
     ways = [Way("forward", "triton"), Way("recompute", "triton")]
     # the one that has a whole J in memory, whose entries are numbered beyond 31 bits
     ways += [Way("retain", "triton", budget="64GiB")] * (large or setting.dry)
-    row: dict[str, Any] = {"tokens": shape.positions, "vocab": shape.vocab, "large": large}
-    try:
-        inputs = make_inputs(case_of(setting, shape))
-        plans = {way.route: way.plan(setting, shape) for way in ways}
-        functions = {way.route: way.step(setting, shape, inputs) for way in ways}
-        bare = bare_products(inputs)
-        # large ones take long, and vary little
-        rounds = max(3, min(setting.rounds, setting.rounds * 8192 // shape.positions))
-        times = setting.clock.interleaved({**bare, **functions}, rounds, deadline)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        # this GPU is too small: marked, and nothing is wrong
-        if not isinstance(error, torch.OutOfMemoryError):
-            section.wrong.append(f"{shape}: {reason}")
-        section.add({**row, "missing": reason}, *cells, *"-" * 6, reason)
-        return
-    ratios = {
-        route: quotient(times[route].median, bare_seconds(chosen, times))
-        for route, chosen in plans.items()
-    }
+    inputs = make_inputs(case_of(setting, shape))
+    plans: dict[str, Plan] = {way.route: way.plan(setting, shape) for way in ways}
+    functions: dict[str, Step] = {way.route: way.step(setting, shape, inputs) for way in ways}
+    # large ones take long, and vary little
+    rounds = max(3, min(setting.rounds, setting.rounds * 8192 // shape.positions))
+    times = setting.clock.interleaved({**bare_products(inputs), **functions}, rounds, deadline)
     reasons = [f"{name}: {t.missing}" for name, t in times.items() if t.missing]
     section.wrong += [f"{shape}, {r}" for r in reasons if "OutOfMemoryError" not in r]
-    products = [times[name].median for name in _BARE]
-    section.add(
-        {
-            **row,
-            "product_seconds": dict(zip(_BARE, products, strict=True)),
-            "seconds": {route: times[route].median for route in plans},
-            "host_seconds": {route: times[route].host_median for route in plans},
-            "ratios": ratios,
-            "plans": {route: str(chosen) for route, chosen in plans.items()},
-            "missing": "; ".join(reasons) or None,
+    return {
+        "product_seconds": {name: times[name].median for name in _BARE},
+        "seconds": {route: times[route].median for route in plans},
+        "host_seconds": {route: times[route].host_median for route in plans},
+        "ratios": {
+            route: quotient(times[route].median, bare_seconds(chosen, times))
+            for route, chosen in plans.items()
         },
-        *cells,
-        " + ".join(number(seconds, 1e3) for seconds in products),
-        *(number(ratios.get(route), 1, 3) for route in ("forward", "recompute", "retain")),
-        number(times["recompute"].median, 1e3),
-        number(times["recompute"].host_median, 1e3),
-        "; ".join(reasons),
-    )
+        "plans": {route: str(chosen) for route, chosen in plans.items()},
+        "missing": "; ".join(reasons) or None,
+    }
 
 
 MEMORY_WAYS = (
@@ -420,69 +391,59 @@ MEMORY_WAYS = (
 def memory(setting: Setting, deadline: Deadline) -> Section:
     """What each route holds beyond its outputs, and how often the host waits for the device."""
     shape = setting.shape
+
+    def count(key: str) -> Cell:
+        return lambda row: "-" if row.get(key) is None else str(len(row[key]))
+
     section = Section(
-        f"memory beyond the outputs and waits for the device, {shape}, {str(setting.dtype)[6:]}",
-        ("what", "MiB", "planned", "budget", "kept", "waits", "with counts handed over"),
+        f"memory beyond the outputs and waits for the device, {shape}, {setting.dtype_name}",
+        {
+            "what": "name",
+            "MiB": ("held_bytes", 1 / MIB, 1),
+            "planned": ("planned_bytes", 1 / MIB, 1),
+            "budget": ("budget_bytes", 1 / MIB, 1),
+            "kept": lambda row: {None: "-", True: "yes", False: "NO"}[row.get("kept")],
+            "waits": count("waits"),
+            "with counts handed over": count("waits_with_counts"),
+        },
     )
     inputs = make_inputs(case_of(setting, shape))
-    for way in MEMORY_WAYS:
-        if deadline.over:
-            section.ran_out.append(str(way))
-            continue
+    for way in section.in_time(MEMORY_WAYS, deadline):
         try:
             chosen = way.plan(setting, shape)
         except ValueError as error:
             # a budget that is too small for it at this shape
-            section.add({"name": str(way), "missing": str(error)}, str(way), *"-" * 6)
+            section.add(name=str(way), missing=str(error))
             continue
-        try:
-            way.step(setting, shape, inputs)()  # compiles, and allocates what libraries keep
-            held = held_bytes(way, chosen, setting, shape, inputs)
-            waits = {
-                counted: synchronisations(
-                    way.step(setting, shape, inputs, counted=counted), setting
-                )
-                for counted in (False, True)
-            }
-        except Exception as error:
-            section.wrong.append(f"{way}: {type(error).__name__}: {error}")
-            clear(inputs)
-            continue
-        kept = None if held is None else held <= chosen.budget
-        section.add(
-            {
-                "name": str(way),
-                "held_bytes": held,
-                "planned_bytes": chosen.bytes,
-                "budget_bytes": chosen.budget,
-                "kept": kept,
-                "waits": waits[False],
-                "waits_with_counts": waits[True],
-                "plan": str(chosen),
-            },
-            str(way),
-            number(held, 1 / MIB, 1),
-            number(chosen.bytes, 1 / MIB, 1),
-            number(chosen.budget, 1 / MIB, 1),
-            {None: "-", True: "yes", False: "NO"}[kept],
-            _count(waits[False]),
-            _count(waits[True]),
-        )
-        over = None if held is None else held / chosen.budget
-        section.verdicts.append(Verdict(f"{way}: bytes held / budget", over, at_most=1.0))
-        given = waits[True]
-        section.verdicts.append(
-            Verdict(
-                f"{way}: waits with counts handed over",
-                None if given is None else float(len(given)),
-                at_most=0.0,
-            )
-        )
+        with section.attempt(way):
+            _hold(section, way, chosen, setting, inputs)
+        clear(inputs)
     return section
 
 
-def _count(waits: Sequence[str] | None) -> str:
-    return "-" if waits is None else str(len(waits))
+def _hold(section: Section, way: Way, chosen: Plan, setting: Setting, inputs: Inputs) -> None:
+    shape = setting.shape
+    way.step(setting, shape, inputs)()  # compiles, and allocates what libraries keep
+    held = held_bytes(way, chosen, setting, shape, inputs)
+    waits, given = (
+        synchronisations(way.step(setting, shape, inputs, counted=counted), setting)
+        for counted in (False, True)
+    )
+    section.add(
+        name=str(way),
+        held_bytes=held,
+        planned_bytes=chosen.bytes,
+        budget_bytes=chosen.budget,
+        kept=None if held is None else held <= chosen.budget,
+        waits=waits,
+        waits_with_counts=given,
+        plan=str(chosen),
+    )
+    over, handed = f"{way}: bytes held / budget", f"{way}: waits with counts handed over"
+    section.verdicts += [
+        Verdict(over, None if held is None else held / chosen.budget, at_most=1.0),
+        Verdict(handed, None if given is None else float(len(given)), at_most=0.0),
+    ]
 
 
 def held_bytes(
@@ -501,7 +462,7 @@ def held_bytes(
     backward = 0
     if way.route != "forward":
         _start_of_peak(setting)
-        out.loss.backward()
+        torch.autograd.backward(out.loss)
         gradients = [t.grad for t in (inputs.hidden, inputs.weight) if t.grad is not None]
         backward = _peak(setting) - before - sum(g.nbytes for g in gradients)
     clear(inputs)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, TextIO
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, TextIO, TypeVar
 
 import torch
 
 from fusedpo import tables
 from fusedpo.benchmarks.shapes import Shape
-from fusedpo.benchmarks.timing import Clock
+from fusedpo.benchmarks.timing import Clock, Deadline, told
+
+T = TypeVar("T")
+Cell = str | tuple[str, float, int] | Callable[[Mapping[str, Any]], str]
+"""How a column reads a row: a key of words; a number's key, factor and digits; or a function."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,10 @@ class Setting:
     dtype: torch.dtype
     rounds: int
     calls: int
-    rows: tuple[int, ...]
-    vocabularies: tuple[int, ...]
-    peers: tuple[str, ...]
-    tail: tuple[int, int]
+    rows: tuple[int, ...] = ()
+    vocabularies: tuple[int, ...] = ()
+    peers: tuple[str, ...] = ()
+    tail: tuple[int, int] = (32, 512)
     dry: bool = False
 
     @property
@@ -48,6 +53,10 @@ class Setting:
     @property
     def cuda(self) -> bool:
         return self.clock.cuda
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -73,13 +82,7 @@ class Verdict:
         return "dry run" if dry else "met" if self.met else "MISSED"
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "what": self.what,
-            "measured": self.measured,
-            "at_most": self.at_most,
-            "at_least": self.at_least,
-            "met": self.met,
-        }
+        return {**asdict(self), "met": self.met}
 
 
 @dataclass
@@ -87,21 +90,36 @@ class Section:
     """The answer of a section: what was measured, as numbers and as a table.
 
     Attributes:
+        columns: of the table, by their headings.
         ran_out: what there was no time for.
         wrong: what failed, or computed something else than it should.
     """
 
     title: str
-    columns: Sequence[str]
+    columns: Mapping[str, Cell]
     rows: list[dict[str, Any]] = field(default_factory=list)
-    table: list[list[str]] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     ran_out: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
-    def add(self, row: dict[str, Any], *cells: str) -> None:
+    def add(self, **row: Any) -> None:
         self.rows.append(row)
-        self.table.append(list(cells))
+
+    def in_time(self, items: Iterable[T], deadline: Deadline) -> Iterator[T]:
+        """Those that there is time for; the others are named in ``ran_out``."""
+        for item in items:
+            if deadline.over:
+                self.ran_out.append(str(item))
+            else:
+                yield item
+
+    @contextmanager
+    def attempt(self, name: object) -> Iterator[None]:
+        """What fails in here is wrong, and the end of nothing else."""
+        try:
+            yield
+        except Exception as error:
+            self.wrong.append(f"{name}: {told(error)}")
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -113,13 +131,27 @@ class Section:
         }
 
     def show(self, *, dry: bool) -> None:
-        tables.show(self.title, self.columns, self.table)
+        tables.show(self.title, list(self.columns), cells(self.columns, self.rows))
         if self.verdicts:
             show_targets(self.verdicts, dry=dry)
         if self.ran_out:
             print(f"no time was left for: {', '.join(self.ran_out)}")
         for what in self.wrong:
             print(f"WRONG: {what}")
+
+
+def cells(columns: Mapping[str, Cell], rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """A table's cells in words."""
+    return [[_cell(read, row) for read in columns.values()] for row in rows]
+
+
+def _cell(read: Cell, row: Mapping[str, Any]) -> str:
+    if isinstance(read, str):
+        return "" if row.get(read) is None else str(row[read])
+    if isinstance(read, tuple):
+        key, factor, digits = read
+        return number(row.get(key), factor, digits)
+    return read(row)
 
 
 def show_targets(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from fusedpo.footprint import HEADS
 from fusedpo.labels import IGNORE_INDEX
+from fusedpo.model_shapes import HEADS
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MIB = 2**20
 
@@ -108,6 +111,18 @@ class Case:
         return getattr(torch, self.dtype)
 
     @property
+    def on_cpu(self) -> bool:
+        return torch.device(self.device).type == "cpu"
+
+    @property
+    def loss_tolerance(self) -> float:
+        """Relative difference of a loss that rounding may make.
+
+        Log-probabilities from half-precision logits add up to this much in a long response.
+        """
+        return 1e-3 if self.dtype == "float32" else 0.1
+
+    @property
     def scored(self) -> int:
         """Labels that are not ignored."""
         return 2 * self.shape.pairs * (self.shape.tokens - self.masked_tokens)
@@ -130,10 +145,10 @@ class Case:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Case:
+    def from_json(cls, values: dict[str, Any]) -> Self:
         return cls(**{**values, "shape": Shape(**values["shape"])})
 
-    def at(self, shape: Shape) -> Case:
+    def at(self, shape: Shape) -> Self:
         return replace(self, shape=shape)
 
 
@@ -163,7 +178,8 @@ class Inputs(NamedTuple):
 
         All are tensors of their own: some programs leave marks on those that they are given.
         """
-        own = Inputs(*(None if t is None else t.detach() for t in self))
+        taken = {name: t.detach() for name, t in self._asdict().items() if t is not None}
+        own = Inputs(**taken)
         labels = own.labels
         if case.masked_tokens:
             labels = labels.clone()

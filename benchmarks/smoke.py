@@ -8,16 +8,16 @@ norm; those of log-probabilities are the largest of all tokens, over what is pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import fusedpo
 from fusedpo.benchmarks import routes
-from fusedpo.benchmarks.peers import Unsupported
-from fusedpo.benchmarks.section import Section, Setting
+from fusedpo.benchmarks.section import Cell, Section, Setting
 from fusedpo.benchmarks.shapes import Shape, make_inputs
 from fusedpo.benchmarks.timing import Deadline
 
@@ -36,26 +36,26 @@ Check = Callable[[], dict[str, float]]
 
 def smoke(setting: Setting, deadline: Deadline) -> Section:
     """Whether every route gives what float64 gives."""
-    section = Section("right or wrong, against float64", ("what", "worst error / bound", "of"))
-    for name, check in checks(setting):
-        if deadline.over:
-            section.ran_out.append(name)
-            continue
-        try:
-            errors = check()
-        except Unsupported:
-            continue
-        except Exception as error:
-            first = (str(error).splitlines() or ["no message"])[0]
-            section.wrong.append(f"{name}: {type(error).__name__}: {first}")
-            continue
-        what, worst = max(errors.items(), key=lambda item: _size(item[1]))
-        section.add({"name": name, "errors": errors}, name, f"{worst:.2g}", what)
-        section.wrong += [
-            f"{name}: the error of its {what} is {error:.1e} of the bound"
-            for what, error in errors.items()
-            if not error <= 1.0
-        ]
+
+    def worst(row: Mapping[str, Any]) -> str:
+        return max(row["errors"], key=lambda what: _size(row["errors"][what]))
+
+    columns: dict[str, Cell] = {
+        "what": "name",
+        "worst error / bound": lambda row: f"{row['errors'][worst(row)]:.2g}",
+        "of": worst,
+    }
+    section = Section("right or wrong, against float64", columns)
+    known = dict(checks(setting))
+    for name in section.in_time(known, deadline):
+        with section.attempt(name):
+            errors = known[name]()
+            section.add(name=name, errors=errors)
+            section.wrong += [
+                f"{name}: the error of its {what} is {error:.1e} of the bound"
+                for what, error in errors.items()
+                if not error <= 1.0
+            ]
     return section
 
 
@@ -114,22 +114,22 @@ def _of_logprobs(
         hidden = drawn(*size).to(dtype).requires_grad_()
         weight = (drawn(vocab, size[-1]) * size[-1] ** -0.5).to(dtype).requires_grad_()
         part = hidden[:, :-1] if cut else hidden
-        options = {"device": setting.device, "generator": generator}
-        labels = torch.randint(vocab, part.shape[:-1], **options)  # type: ignore[arg-type]
+        rows = part.shape[:-1]
+        labels = torch.randint(vocab, rows, device=setting.device, generator=generator)
         share = drawn(*labels.shape)
         got = fusedpo.linear_logprobs(part, weight, labels, backend="triton")
-        (got * share).sum().backward()
+        torch.autograd.backward((got * share).sum())
 
         h, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
         logits = (h[:, :-1] if cut else h) @ w.T
         truth = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        (truth * share.double()).sum().backward()
+        torch.autograd.backward((truth * share.double()).sum())
         largest = max(10.0, float(logits.detach().abs().max()))
         gap = float((got.detach().double() - truth.detach()).abs().max())
         return {
             "logprob": gap / (LOGPROB_BOUND * largest),
-            "hidden": routes._relative(hidden.grad, h.grad) / BOUNDS[dtype],
-            "weight": routes._relative(weight.grad, w.grad) / BOUNDS[dtype],
+            "hidden": routes.relative(hidden.grad, h.grad) / BOUNDS[dtype],
+            "weight": routes.relative(weight.grad, w.grad) / BOUNDS[dtype],
         }
 
     return check

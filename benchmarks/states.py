@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fusedpo import smollm2 as smollm2_model
 from fusedpo import tables
-from fusedpo.benchmarks import measure
+from fusedpo.machine import ROOT
 
 FOLDER = Path("build/states")
 ROWS = 2048
@@ -114,7 +114,7 @@ def kept_shares(states: States, rows: int, eps: Sequence[float] = EPS) -> list[f
 # real states
 
 
-def smollm2(folder: Path = FOLDER, repository: Path = measure.ROOT, rows: int = ROWS) -> States:
+def smollm2(folder: Path = FOLDER, repository: Path = ROOT, rows: int = ROWS) -> States:
     """SmolLM2-135M-Instruct's states before its head: [2048, 576], V 49,152.
 
     342 rows of this project's documents, as many of its licence, and of answers that the model
@@ -138,7 +138,7 @@ def smollm2(folder: Path = FOLDER, repository: Path = measure.ROOT, rows: int = 
     return States("smollm2", **made)
 
 
-def texts(repository: Path = measure.ROOT) -> tuple[str, str]:
+def texts(repository: Path = ROOT) -> tuple[str, str]:
     """A checkout's documents, and its licence.
 
     Raises:
@@ -178,7 +178,7 @@ def _smollm2(documents: str, licence: str, rows: int, length: int = 342) -> dict
             for answer in answers_to(PROMPTS, model, tokenizer, new=180)
         ]
         hidden, labels = (torch.cat(parts) for parts in zip(*answers, strict=True))
-        chat = list(zip(hidden.split(length), labels.split(length), strict=True))
+        chat = list(zip(torch.split(hidden, length), torch.split(labels, length), strict=True))
         kinds = (stretches(documents), stretches(licence), chat)
     taken = [part for sequence in zip(*kinds, strict=False) for part in sequence]
     hidden, labels = (torch.cat(parts)[:rows].clone() for parts in zip(*taken, strict=True))
@@ -323,7 +323,7 @@ def _toy(seed: int, vocab: int = 8192, size: int = 128, steps: int = 300) -> dic
         window = text[:, 3 * step : 3 * step + 4]
         logits = F.linear(states(window[:, :-1]), model["weight"])
         optimizer.zero_grad()
-        F.cross_entropy(logits, window[:, 2:].flatten()).backward()
+        torch.autograd.backward(F.cross_entropy(logits, window[:, 2:].flatten()))
         optimizer.step()
     held_out = text[:, -10:]
     with torch.no_grad():

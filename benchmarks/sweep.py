@@ -6,85 +6,36 @@ process of its own; then those that fit are timed in turn on the same inputs.
 
 from __future__ import annotations
 
-import argparse
+import functools
 import gc
 import importlib
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, Protocol
 
-import torch
-
 from fusedpo import losses, tables
-from fusedpo.benchmarks import measure
-from fusedpo.benchmarks.formulas import FORMULAS
+from fusedpo.benchmarks import measure, plots
+from fusedpo.benchmarks.options import Options, options_of, parser
+from fusedpo.benchmarks.peer_memory import full_logits, liger_pairs, trl_chunked
 from fusedpo.benchmarks.peers import BASELINE, OURS, PEERS, step, why_not
-from fusedpo.benchmarks.shapes import MIB, TINY, Case, Inputs, Shape, make_inputs
-from fusedpo.benchmarks.worker import OutOfMemory, fresh_peak, told
+from fusedpo.benchmarks.section import number
+from fusedpo.benchmarks.shapes import MIB, TINY, Case, Inputs, make_inputs
+from fusedpo.benchmarks.timing import Clock, in_rounds, median, told
+from fusedpo.benchmarks.worker import OutOfMemory, Peak, fresh_peak
 from fusedpo.engine.plan import BudgetTooSmall
-from fusedpo.footprint import ModelShape, Workload, full_logits, liger_pairs, trl_chunked
+from fusedpo.footprint import Workload
+from fusedpo.model_shapes import ModelShape
 from fusedpo.sizes import format_bytes, parse_budget
 
 Size = int | Literal["least"] | None
+Advance = Callable[[str], None]
 
-_LOSSES = {name: name for name in FORMULAS} | {"sspo": "soft_sequence"}
+_LOSSES = {"sspo": "soft_sequence"}
 _FORMULAS = {"full_logits": full_logits, "trl": trl_chunked, "liger": liger_pairs}
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a question is asked.
-
-    Attributes:
-        device: where.
-        quick: the small version.
-        output: folder of results and plots.
-        shapes: in place of the question's own; None: those.
-        losses, peers: names, of those that the question has.
-        dtype: None: fp32 on the CPU, bf16 elsewhere.
-        threads: of the CPU.
-        seconds: for timing at each point; a round is measured in any case.
-        print_json: the answer on stdout, tables on stderr.
-        memory: bytes, for the longest training that fits; None: as the question has it.
-    """
-
-    device: str = "cpu"
-    quick: bool = False
-    output: Path = Path("build/bench")
-    shapes: tuple[Shape, ...] | None = None
-    losses: tuple[str, ...] | None = None
-    peers: tuple[str, ...] = tuple(PEERS)
-    dtype: str | None = None
-    threads: int = 2
-    seconds: float | None = None
-    print_json: bool = False
-    memory: int | None = None
-
-    @property
-    def on_cpu(self) -> bool:
-        return torch.device(self.device).type == "cpu"
-
-    @property
-    def dtype_name(self) -> str:
-        return self.dtype or ("float32" if self.on_cpu else "bfloat16")
-
-    @property
-    def seconds_a_point(self) -> float:
-        return self.seconds or (15.0 if self.quick else 60.0)
-
-    def of(self, losses: Sequence[str]) -> list[str]:
-        """The losses of a question that were asked for."""
-        return [name for name in losses if self.losses is None or name in self.losses]
-
-    def case(self, shape: Shape, **values: Any) -> Case:
-        return Case(BASELINE, shape, self.dtype_name, self.device, **values)
 
 
 @dataclass(frozen=True)
@@ -122,12 +73,14 @@ def others(options: Options) -> tuple[Entry, ...]:
     )
 
 
-def entries(options: Options) -> tuple[Entry, ...]:
+def own(sizes: Sequence[int]) -> list[Entry]:
+    """fusedpo with each of these budgets."""
+    return [Entry(OURS, f"fusedpo, {format_bytes(size)}", size) for size in sizes]
+
+
+def entries(options: Options) -> list[Entry]:
     """Every program, fusedpo with both budgets."""
-    return (
-        *others(options),
-        *(Entry(OURS, f"fusedpo, {format_bytes(size)}", size) for size in budgets(options)),
-    )
+    return [*others(options), *own(budgets(options))]
 
 
 @dataclass(frozen=True)
@@ -160,7 +113,11 @@ class Row:
 
     @property
     def median(self) -> float | None:
-        return measure.Timing(self.seconds).median if self.seconds else None
+        return median(self.seconds)
+
+    def drop(self, reason: str) -> None:
+        """A reason in the place of the numbers."""
+        self.missing, self.seconds, self.extra, self.products = reason, (), None, None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -204,20 +161,14 @@ class Question:
     def ask(self, options: Options) -> dict[str, Any]:
         """Measure everything, and return what is to be saved."""
         about = measure.machine(options.device, options.threads)
-        wanted = [e for e in self.entries(options) if e.peer in options.peers]
-        points = self.points(options)
-        rows: list[Row] = []
-        reasons: dict[tuple[Any, ...], str | None] = {}
-        steps = 2 * len(wanted) * len(points)
-        with progress(self.title, steps) as advance:
-            for point in points:
-                here = [_row(point, entry, reasons) for entry in wanted]
-                for row in here:
+        here = self.rows(options)
+        with progress(self.title, 2 * sum(map(len, here))) as advance:
+            for rows in here:
+                for row in rows:
                     advance(f"{row.group} {row.x:g}: memory of {row.entry}")
-                    measure_memory(row, options.threads)
-                compare(here)
-                _time([row for row in here if not row.missing], options, advance)
-                rows += here
+                    measure_memory(row, options.threads, self.peak)
+                compare(rows)
+                self.time([row for row in rows if not row.missing], options, advance)
         return {
             "question": self.name,
             "title": self.title,
@@ -226,21 +177,35 @@ class Question:
             "across": self.across,
             "machine": about,
             "quick": options.quick,
-            "rows": [row.to_json() for row in rows],
+            "rows": [row.to_json() for rows in here for row in rows],
         }
 
+    def rows(self, options: Options) -> list[list[Row]]:
+        """Of each point; what cannot be run says so already."""
+        asked = [entry for entry in self.entries(options) if entry.peer in options.peers]
+        return [[_row(point, entry) for entry in asked] for point in self.points(options)]
 
-def _row(point: Point, entry: Entry, reasons: dict[tuple[Any, ...], str | None]) -> Row:
+    def peak(self, case: Case, threads: int) -> Peak:
+        return fresh_peak(case, threads)
+
+    def time(self, rows: Sequence[Row], options: Options, advance: Advance) -> None:
+        _time(rows, options, advance)
+
+
+def _row(point: Point, entry: Entry) -> Row:
     case = replace(point.case, peer=entry.peer)
-    tried = replace(case.at(TINY), budget=None)
-    if tried not in reasons:
-        reasons[tried] = why_not(tried)  # type: ignore[index]
-    row = Row(point.group, point.x, entry.name, case, missing=reasons[tried])  # type: ignore[index]
+    row = Row(point.group, point.x, entry.name, case)
+    row.missing = _why_not(replace(case.at(TINY), budget=None), PEERS[entry.peer])
     if row.missing is None and PEERS[entry.peer].budgeted:
         row.case = replace(case, budget=_budget(case, entry.budget))
     if row.missing is None:
         row.predicted = predicted(row.case)
     return row
+
+
+@functools.cache
+def _why_not(case: Case, peer: Any) -> str | None:
+    return why_not(case)
 
 
 def _budget(case: Case, size: Size) -> int | None:
@@ -258,7 +223,7 @@ def workload(case: Case) -> Workload:
     prompt = case.masked_tokens
     return Workload(
         ModelShape(case.shape.hidden, case.shape.vocab),
-        losses.get(_LOSSES[case.loss]),
+        losses.get(_LOSSES.get(case.loss, case.loss)),
         tokens=case.shape.tokens - prompt,
         pairs=case.shape.pairs,
         context=prompt,
@@ -282,34 +247,31 @@ def predicted(case: Case) -> int | None:
     return None if found is None else sum(found.values())
 
 
-def measure_memory(row: Row, threads: int) -> None:
+def measure_memory(row: Row, threads: int, peak: Callable[[Case, int], Peak] | None = None) -> None:
+    """peak: what measures it; None: a step of the case."""
     if row.missing:
         return
     try:
-        peak = fresh_peak(row.case, threads)
-    except OutOfMemory as error:
-        row.missing = str(error)
+        found = (peak or fresh_peak)(row.case, threads)
+    except OutOfMemory:
+        row.missing = "out of memory"
     except RuntimeError as error:
         row.missing = str(error)
     else:
-        row.extra, row.products, row.loss = peak.extra, peak.products, peak.loss
-        row.alone = peak.seconds
+        row.extra, row.products, row.loss = found.extra, found.products, found.loss
+        row.alone = found.seconds
 
 
 def compare(rows: Sequence[Row]) -> None:
-    """No numbers of what computes another loss than full logits do."""
-    truth = next((row.loss for row in rows if row.case.peer == BASELINE), None)
-    if truth is None:
-        return
-    for row in rows:
-        # log-probabilities from half-precision logits add up to this much in a long response
-        allowed = 1e-3 if row.case.dtype == "float32" else 0.1
-        if row.loss is not None and not abs(row.loss - truth) <= allowed * max(1.0, abs(truth)):
-            row.missing = f"computes another loss: {row.loss:.6g}, not {truth:.6g}"
-            row.extra = row.products = None
+    """No numbers of what computes another loss than the first of the programs."""
+    ran = [row for row in rows if row.loss is not None]
+    for row in ran[1:]:
+        expected, found = ran[0].loss or 0.0, row.loss or 0.0
+        if not abs(found - expected) <= row.case.loss_tolerance * max(1.0, abs(expected)):
+            row.drop(f"another loss: {found:.6f}, {ran[0].entry}: {expected:.6f}")
 
 
-def _time(rows: Sequence[Row], options: Options, advance: Callable[[str], None]) -> None:
+def _time(rows: Sequence[Row], options: Options, advance: Advance) -> None:
     """Rounds in turn, for as long as the point may take.
 
     The first one warms up, but counts for a program whose steps are long. Rounds go on with those
@@ -323,37 +285,31 @@ def _time(rows: Sequence[Row], options: Options, advance: Callable[[str], None])
     rows = [row for row in rows if not row.seconds]
     if not rows:
         return
-    shared, longest = make_inputs(rows[0].case), options.seconds_a_point
+    clock, shared = Clock(options.device), make_inputs(rows[0].case)
     steps = {id(row): stepper(row.case, shared) for row in rows}
+
+    def timed(row: Row, before: tuple[float, ...] = ()) -> None:
+        try:
+            row.seconds = (*before, clock.once(steps[id(row)]))
+        except Exception as error:  # another library's failure is a line of the table
+            row.missing, row.seconds = told(error), ()
+
     for row in rows:
         advance(f"{row.group} {row.x:g}: time of {row.entry}")
-        try:
-            if PEERS[row.case.peer].compiles:
-                steps[id(row)]()
-            row.seconds = (measure.timed(steps[id(row)], options.device),)
-        except Exception as error:
-            row.missing = told(error)
+        if PEERS[row.case.peer].compiles:
+            timed(row)
+        timed(row)
     alive = [row for row in rows if row.seconds]
     fastest = min((row.seconds[0] for row in alive), default=0.0)
-    alive = [row for row in alive if row.seconds[0] < _HOPELESS * fastest]
-    if fastest > _LONG and sum(row.seconds[0] for row in rows if row.seconds) > longest:
+    if fastest > _LONG and sum(row.seconds[0] for row in alive) > options.seconds_a_point:
         return
-    begin = time.monotonic()
+    alive = [row for row in alive if row.seconds[0] < _HOPELESS * fastest]
     for row in alive:
         if row.seconds[0] < _LONG:
             row.seconds = ()
-    for round_ in range(15):
-        for i in measure.rotated(range(len(alive)), round_):
-            row = alive[i]
-            if row.missing:
-                continue
-            try:
-                row.seconds = (*row.seconds, measure.timed(steps[id(row)], options.device))
-            except Exception as error:
-                row.missing, row.seconds = told(error), ()
-        # another round takes as long as those so far did on average
-        if (time.monotonic() - begin) * (round_ + 2) / (round_ + 1) > longest:
-            break
+    for i in in_rounds(range(len(alive)), 15, options.seconds_a_point):
+        if not alive[i].missing:
+            timed(alive[i], alive[i].seconds)
     gc.collect()
 
 
@@ -374,8 +330,11 @@ def stepper(case: Case, shared: Inputs) -> Callable[[], object]:
     return run
 
 
+# what is shown of it
+
+
 @contextmanager
-def progress(title: str, steps: int) -> Iterator[Callable[[str], None]]:
+def progress(title: str, steps: int) -> Iterator[Advance]:
     """A bar on a terminal's stderr, elsewhere a line a step; call it at the start of every step."""
     done = 0
 
@@ -408,8 +367,8 @@ def ratio(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float | None:
     for other in rows:
         same = (other["group"], other["x"]) == (row["group"], row["x"])
         if same and other["case"]["peer"] == BASELINE and other["median_seconds"]:
-            own = row["median_seconds"]
-            return own / other["median_seconds"] if own else None
+            seconds: float | None = row["median_seconds"]
+            return seconds / other["median_seconds"] if seconds else None
     return None
 
 
@@ -417,25 +376,24 @@ def table(answer: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows, in words; without programs that could not be run at all."""
     columns = ["", answer["axis"], "program", "ms", "x full logits", "extra MiB", "products", ""]
     absent = dict(missing_everywhere(answer))
-    lines = []
-    for row in answer["rows"]:
-        if row["entry"] in absent:
-            continue
-        relative = ratio(row, answer["rows"])
-        extra, products = row["extra_bytes"], row["products"]
-        lines.append(
-            [
-                row["group"],
-                f"{row['x']:g}{answer['unit']}",
-                row["entry"],
-                "-" if row["median_seconds"] is None else f"{1e3 * row['median_seconds']:.0f}",
-                "-" if relative is None else f"{relative:.2f}",
-                "-" if extra is None else f"{extra / MIB:.1f}",
-                "-" if products is None else f"{products:.1f}",
-                row["missing"] or "",
-            ]
-        )
-    return columns, lines
+    return columns, [
+        [
+            row["group"],
+            f"{row['x']:g}{answer['unit']}",
+            row["entry"],
+            number(row["median_seconds"], 1e3, 0),
+            number(ratio(row, answer["rows"])),
+            number(row["extra_bytes"], 1 / MIB, 1),
+            number(row["products"], 1, 1),
+            row["missing"] or "",
+        ]
+        for row in answer["rows"]
+        if row["entry"] not in absent
+    ]
+
+
+def plot(answer: dict[str, Any]) -> Any:
+    return plots.sweep(answer)
 
 
 def missing_everywhere(answer: dict[str, Any]) -> list[tuple[str, str]]:
@@ -443,30 +401,28 @@ def missing_everywhere(answer: dict[str, Any]) -> list[tuple[str, str]]:
     found = []
     rows = [row for row in answer["rows"] if "entry" in row]
     for entry in dict.fromkeys(row["entry"] for row in rows):
-        own = [row for row in rows if row["entry"] == entry]
-        if all(row["missing"] and row.get("extra_bytes") is None for row in own):
-            reasons = dict.fromkeys(row["missing"] for row in own)
+        here = [row for row in rows if row["entry"] == entry]
+        if all(row["missing"] and row.get("extra_bytes") is None for row in here):
+            reasons = dict.fromkeys(row["missing"] for row in here)
             found.append((entry, "; ".join(reasons)))
     return found
 
 
 def report(answer: dict[str, Any], options: Options) -> None:
     """The file, the plot and the table."""
-    from fusedpo.benchmarks import plots
-
     stream = sys.stderr if options.print_json else sys.stdout
     path = options.output / measure.file_name(answer["machine"])
     measure.save(answer["question"], answer, path)
-    own = kind_of(answer)
-    plot = plots.save(answer, options.output / f"{answer['question']}.png", own.plot)
+    kind = kind_of(answer)
+    picture = plots.save(answer, options.output / f"{answer['question']}.png", kind.plot)
     print(measure.describe(answer["machine"]), file=stream)
-    columns, lines = own.table(answer)
+    columns, lines = kind.table(answer)
     tables.show(answer["title"], columns, lines, stream)
     for line in remarks(answer):
         print(line, file=stream)
-    if show_targets := getattr(own, "show_targets", None):
+    if show_targets := getattr(kind, "show_targets", None):
         show_targets(answer, stream)
-    print(f"written to {path}" + (f" and {plot}" if plot else ""), file=stream)
+    print(f"written to {path}" + (f" and {picture}" if picture else ""), file=stream)
     if options.print_json:
         json.dump(answer, sys.stdout)
         print()
@@ -474,110 +430,24 @@ def report(answer: dict[str, Any], options: Options) -> None:
 
 def remarks(answer: dict[str, Any]) -> list[str]:
     """What is to be said below the table."""
-    own = getattr(kind_of(answer), "remarks", None)
+    said = getattr(kind_of(answer), "remarks", None) if "kind" in answer else None
     absent = [f"Not measured: {entry}: {why}." for entry, why in missing_everywhere(answer)]
-    return [*(own(answer) if own else []), *absent]
+    return [*(said(answer) if said else []), *absent]
 
 
 def kind_of(answer: dict[str, Any]) -> Any:
-    """What has the answer's ``table`` and ``plot``: the module of its kind, or those of a sweep."""
-    if "kind" in answer:
-        return importlib.import_module(f"fusedpo.benchmarks.{answer['kind']}")
-    from fusedpo.benchmarks import plots
-
-    return SimpleNamespace(table=table, plot=plots.sweep)
-
-
-def parser(description: str | None, prog: str | None = None) -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(found)
-    return found
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What every question is asked with."""
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
-    parser.add_argument(
-        "--shapes",
-        nargs="+",
-        metavar="N,H,V|N,MODEL",
-        help="scored tokens, hidden size and vocabulary, or a model's head by its name, in place "
-        "of the question's own shapes; N counts both responses of two pairs",
-    )
-    parser.add_argument("--losses", nargs="+", metavar="LOSS", choices=list(FORMULAS))
-    parser.add_argument("--peers", nargs="+", metavar="PEER", choices=list(PEERS))
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="default: float32 on the CPU, bfloat16 elsewhere",
-    )
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU (default: 2)")
-    parser.add_argument("--seconds", type=float, help="for timing at each point")
-    parser.add_argument(
-        "--memory",
-        metavar="SIZE",
-        help="training: for which the longest response is to be found (default: 1GiB on the CPU, "
-        "40GiB elsewhere)",
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer and smaller points")
-    parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="results and plots (default: build/bench)"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="the answer on stdout as JSON, tables on stderr"
-    )
-
-
-def options_of(given: argparse.Namespace) -> Options:
-    """Checked, before anything is measured."""
-    try:
-        device = torch.device(given.device)
-    except RuntimeError as error:
-        raise ValueError(f"--device: expected cpu or cuda, got {given.device!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected cpu or cuda, got {given.device!r}")
-    there = torch.cuda.device_count() if device.type == "cuda" else 1
-    if (device.index or 0) >= there:
-        raise ValueError(f"--device: expected one that is there, got {device}; there are {there}")
-    if given.threads < 1:
-        raise ValueError(f"--threads: expected at least 1, got {given.threads}")
-    if given.seconds is not None and not given.seconds > 0:
-        raise ValueError(f"--seconds: expected a positive number, got {given.seconds}")
-    shapes = None if given.shapes is None else tuple(Shape.parse(text) for text in given.shapes)
-    output = given.output or Options.output
-    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not parent.is_dir():
-        raise ValueError(f"--output: expected a folder, got {output}, and {parent} is a file")
-    try:
-        memory = None if given.memory is None else parse_budget(given.memory)
-    except ValueError as error:
-        raise ValueError(str(error).replace("memory_budget", "--memory")) from error
-    torch.set_num_threads(given.threads)
-    return Options(
-        device=given.device,
-        quick=given.quick,
-        output=output,
-        shapes=shapes,
-        losses=None if given.losses is None else tuple(given.losses),
-        # ratios are to the baseline
-        peers=tuple(PEERS)
-        if given.peers is None
-        else tuple({BASELINE: 0, **dict.fromkeys(given.peers)}),
-        dtype=given.dtype,
-        threads=given.threads,
-        seconds=given.seconds,
-        print_json=given.json,
-        memory=memory,
-    )
+    """What has the answer's ``table`` and ``plot``: the module of its kind, or this one."""
+    return importlib.import_module(f"fusedpo.benchmarks.{answer.get('kind', 'sweep')}")
 
 
 class Asked(Protocol):
     """A question: one of this module's, or one with a ``kind``, a table and a plot of its own."""
 
-    name: str
-    title: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def title(self) -> str: ...
 
     def ask(self, options: Options) -> dict[str, Any]: ...
 
@@ -590,5 +460,6 @@ def main(question: Asked, arguments: Sequence[str] | None = None) -> int:
         options = options_of(parsed)
     except ValueError as error:
         given.error(str(error))
-    report(question.ask(options), options)
-    return 0
+    answer = question.ask(options)
+    report(answer, options)
+    return int(bool(answer.get("wrong")))

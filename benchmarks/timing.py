@@ -1,4 +1,4 @@
-"""Timing on a device: interleaved rounds, and work that is queued before it is timed.
+"""The clock: interleaved rounds, and work that is queued before it is timed.
 
 In training the host is ahead of the GPU, which finds the next kernel waiting. So before anything is
 timed the device is given something else to do, and events mark when it begins and when it is done.
@@ -8,12 +8,18 @@ What the host takes to queue it is kept beside that: if it is the longer, launch
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
+Step = Callable[[], object]
 
 # side of the product that keeps the device busy, and how many of them; some ten milliseconds
 _CUSHION_SIDE = 8192
@@ -21,9 +27,9 @@ _CUSHION_PRODUCTS = 8
 
 
 class Deadline:
-    """A moment to be done by."""
+    """A moment to be done by; without seconds, none."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float = math.inf) -> None:
         self._end = time.monotonic() + seconds
 
     @property
@@ -33,6 +39,10 @@ class Deadline:
     @property
     def over(self) -> bool:
         return self.left <= 0
+
+
+def median(seconds: Sequence[float]) -> float | None:
+    return statistics.median(seconds) if seconds else None
 
 
 @dataclass
@@ -48,11 +58,11 @@ class Measured:
 
     @property
     def median(self) -> float | None:
-        return statistics.median(self.seconds) if self.seconds else None
+        return median(self.seconds)
 
     @property
     def host_median(self) -> float | None:
-        return statistics.median(self.host) if self.host else None
+        return median(self.host)
 
     @property
     def quartiles(self) -> tuple[float, float] | None:
@@ -62,6 +72,42 @@ class Measured:
             return self.seconds[0], self.seconds[0]
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return low, high
+
+
+def told(error: BaseException) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+
+
+def rotated(names: Sequence[T], round_: int) -> list[T]:
+    """Another one first in each round, and every other round backwards.
+
+    A slow spell of the machine falls on all of them, and none always follows the same one.
+    """
+    start = round_ % max(1, len(names))
+    order = [*names[start:], *names[:start]]
+    return order[::-1] if round_ % 2 else order
+
+
+def in_rounds(names: Sequence[T], most: int, seconds: float) -> Iterator[T]:
+    """Every name once a round, up to so many rounds; none that would end after the seconds."""
+    begin = time.monotonic()
+    for round_ in range(most):
+        yield from rotated(names, round_)
+        # another round takes as long as those so far did on average
+        if (time.monotonic() - begin) * (round_ + 2) / (round_ + 1) > seconds:
+            return
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage is collected before, and not meanwhile."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class Clock:
@@ -86,11 +132,16 @@ class Clock:
         for _ in range(_CUSHION_PRODUCTS):
             torch.mm(square, square, out=out)
 
+    def once(self, function: Step) -> float:
+        """Seconds of one call."""
+        with _no_collection():
+            return self._timed(function)[0]
+
     def interleaved(
         self,
-        functions: Mapping[str, Callable[[], object]],
+        functions: Mapping[str, Step],
         rounds: int,
-        deadline: Deadline,
+        deadline: Deadline | None = None,
         warmup: int = 2,
     ) -> dict[str, Measured]:
         """Every function once a round, until there are enough rounds or the time is up.
@@ -100,58 +151,47 @@ class Clock:
         """
         found = {name: Measured() for name in functions}
         for round_ in range(-warmup, rounds):
-            if round_ > 0 and deadline.over:
+            if round_ > 0 and deadline is not None and deadline.over:
                 break
-            names = [name for name in _rotated(list(functions), round_) if not found[name].missing]
-            gc.collect()
-            gc.disable()
-            try:
-                self._round(functions, names, found, keep=round_ >= 0)
-            finally:
-                gc.enable()
+            with _no_collection():
+                for name in rotated(list(functions), round_):
+                    self._add(found[name], functions[name], keep=round_ >= 0)
         return found
 
-    def _round(
-        self,
-        functions: Mapping[str, Callable[[], object]],
-        names: Sequence[str],
-        found: Mapping[str, Measured],
-        *,
-        keep: bool,
-    ) -> None:
-        marks = {}
-        self.synchronize()
-        for name in names:
-            try:
-                marks[name] = self._timed(functions[name])
-            except Exception as error:
-                # a line of the table, not the end of it
-                found[name].missing = _reason(error)
-                if self.cuda:
-                    torch.cuda.empty_cache()
-        self.synchronize()
-        for name, (mark, host) in marks.items():
-            if keep:
-                found[name].seconds.append(mark())
-                found[name].host.append(host)
+    def _add(self, found: Measured, function: Step, *, keep: bool) -> None:
+        if found.missing:
+            return
+        try:
+            seconds, host = self._timed(function)
+        except Exception as error:  # a line of the table, not the end of it
+            found.missing = told(error)
+            if self.cuda:
+                torch.cuda.empty_cache()
+            return
+        if keep:
+            found.seconds.append(seconds)
+            found.host.append(host)
 
-    def _timed(self, function: Callable[[], object]) -> tuple[Callable[[], float], float]:
-        """Seconds on the device, to be asked for after it was waited for, and on the host."""
+    def _timed(self, function: Step) -> tuple[float, float]:
+        """Seconds on the device and on the host."""
         if not self.cuda:
             begin = time.perf_counter()
             function()
             taken = time.perf_counter() - begin
-            return lambda: taken, taken
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            return taken, taken
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self.synchronize()
         self.cushion()
         start.record()
         begin = time.perf_counter()
         function()
         host = time.perf_counter() - begin
         end.record()
-        return lambda: start.elapsed_time(end) / 1e3, host
+        self.synchronize()
+        return start.elapsed_time(end) / 1e3, host
 
-    def repeated(self, function: Callable[[int], object], times: int) -> Callable[[], object]:
+    def repeated(self, function: Callable[[int], object], times: int) -> Step:
         """``times`` calls, function(0), function(1), ..., as one.
 
         On a GPU they are captured in a graph, so that kernels of a few microseconds are not timed
@@ -166,7 +206,7 @@ class Clock:
             return calls
         with torch.cuda.device(self.device):
             # compiles, and allocates what libraries keep, outside the graph
-            stream = torch.cuda.Stream()
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for i in range(min(times, 2)):
@@ -178,15 +218,3 @@ class Clock:
                 for i in range(times):
                     function(i)
         return graph.replay
-
-
-def _rotated(names: list[str], round_: int) -> list[str]:
-    """Another one first in each round, and every other round backwards."""
-    start = round_ % max(1, len(names))
-    order = names[start:] + names[:start]
-    return order[::-1] if round_ % 2 else order
-
-
-def _reason(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or ["no message"])[0]
-    return f"{type(error).__name__}: {first}"

@@ -20,7 +20,6 @@ import contextlib
 import functools
 import gc
 import math
-import random
 import sys
 import tempfile
 import time
@@ -31,20 +30,23 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from fusedpo.benchmarks import measure, plots, sweep
+from fusedpo.benchmarks import measure, plots, sweep, toys
 from fusedpo.benchmarks.formulas import TITLES
+from fusedpo.benchmarks.options import Options
 from fusedpo.benchmarks.peers import BASELINE, OURS, PEERS
+from fusedpo.benchmarks.section import number
 from fusedpo.benchmarks.shapes import MIB, Shape
-from fusedpo.benchmarks.worker import OutOfMemory, in_fresh_process, memory_errors, told
+from fusedpo.benchmarks.shapes import Case as Common
+from fusedpo.benchmarks.timing import in_rounds, told
+from fusedpo.benchmarks.worker import Peak, fresh_peak, memory_errors
 from fusedpo.labels import IGNORE_INDEX
 from fusedpo.sizes import format_bytes, parse_budget
 
-TITLE = __doc__.splitlines()[0]
-AXIS = "tokens of a response"
 PROGRAMS = {
     "dpo": {
         "full_logits": "TRL, full logits",
@@ -61,30 +63,20 @@ CPU_MEMORY, GPU_MEMORY = "1GiB", "40GiB"
 TIMED_STEPS = 2  # of a training; the step before them warms up
 ROUNDS, QUICK_ROUNDS = 5, 2
 MEASURED_STEPS = 2  # from the second on, the optimizer has a state
-WORDS = 1000
 FARTHEST = 4  # times the longest measured length; a line from two points tells nothing beyond
 
 
 @dataclass(frozen=True)
-class Case:
-    """A program's training. Plain values only, so that it can be handed to another process.
+class Case(Common):
+    """A program's training.
 
     Attributes:
         shape: ``pairs`` a step, and ``tokens`` of a response, the last of which ends it.
         prompt: tokens before both responses.
     """
 
-    peer: str
-    loss: str
-    shape: Shape
-    prompt: int
-    layers: int
-    dtype: str = "float32"
-    device: str = "cpu"
-
-    @property
-    def on_cpu(self) -> bool:
-        return torch.device(self.device).type == "cpu"
+    prompt: int = 0
+    layers: int = 1
 
     @property
     def tokens(self) -> int:
@@ -92,7 +84,7 @@ class Case:
         return 2 * self.shape.pairs * (self.prompt + self.shape.tokens)
 
     @property
-    def tolerance(self) -> float:
+    def loss_tolerance(self) -> float:
         """Of the loss: 1e-4, and where that is more, what float32 makes of four sums of so many
         log-probabilities, times DPO's beta. In half precision programs round logits or do not."""
         if self.dtype != "float32":
@@ -100,52 +92,18 @@ class Case:
         total = self.shape.tokens * math.log(self.shape.vocab)
         return max(1e-4, 4 * 0.1 * total * torch.finfo(torch.float32).eps / 2)
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Case:
-        return cls(**{**values, "shape": Shape(**values["shape"])})
-
 
 @dataclass
-class Row:
-    """A program at a length; ``missing`` says why there is no number."""
+class Row(sweep.Row):
+    """A program at a length."""
 
     case: Case
-    entry: str
-    seconds: tuple[float, ...] = ()
-    extra: int | None = None
-    loss: float | None = None
-    missing: str | None = None
-
-    @property
-    def group(self) -> str:
-        return TITLES[self.case.loss]
-
-    @property
-    def median(self) -> float | None:
-        return measure.Timing(self.seconds).median if self.seconds else None
-
-    def drop(self, reason: str) -> None:
-        """A reason in the place of the numbers."""
-        self.missing, self.seconds, self.extra = reason, (), None
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "group": self.group,
-            "x": self.case.shape.tokens,
-            "entry": self.entry,
-            "version": PEERS["trl" if self.case.peer == BASELINE else self.case.peer].version,
-            "case": self.case.to_json(),
-            "tokens": self.case.tokens,
-            "seconds": [round(s, 6) for s in self.seconds],
-            "median_seconds": self.median,
-            "tokens_per_second": self.case.tokens / self.median if self.median else None,
-            "extra_bytes": self.extra,
-            "loss": self.loss,
-            "missing": self.missing,
-        }
+        peer = "trl" if self.case.peer == BASELINE else self.case.peer
+        speed = self.case.tokens / self.median if self.median else None
+        own = {"version": PEERS[peer].version, "tokens": self.case.tokens}
+        return {**super().to_json(), **own, "tokens_per_second": speed}
 
 
 # a training
@@ -194,16 +152,16 @@ def build(case: Case, steps: int, folder: str, step_done: Callable[[], None]) ->
     if args.n_gpu > 1:
         args._n_gpu = 1
     # of another seed: with the policy's own copy, the first loss is log 2 whoever computes it
-    models = {"model": _model(case, 0)}
-    if case.loss == "dpo":
-        models["ref_model"] = _model(case, 1)
+    names = ("model", "ref_model") if case.loss == "dpo" else ("model",)
+    known = min(toys.WORDS, case.shape.vocab - 3)
+    rows = toys.rows(case.shape.pairs * steps, case.prompt, case.shape.tokens - 1, known)
     make = _full_logits if case.peer == BASELINE and case.loss == "dpo" else contextlib.nullcontext
     with make():
         trainer = trainer_class(
-            **models,
+            **{name: _model(case, seed) for seed, name in enumerate(names)},
             args=args,
-            train_dataset=Dataset.from_list(_rows(case, steps)),
-            processing_class=_tokenizer(),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=toys.tokenizer(),
             callbacks=[Clock()],
         )
     trainer.remove_callback(PrinterCallback)
@@ -212,8 +170,9 @@ def build(case: Case, steps: int, folder: str, step_done: Callable[[], None]) ->
 
 def _method(case: Case) -> tuple[Any, Any, dict[str, Any]]:
     """The trainer, its configuration, and options."""
-    import trl
     from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     from fusedpo.trainers.trl import FusedCPOTrainer, FusedDPOTrainer
 
@@ -226,71 +185,19 @@ def _method(case: Case) -> tuple[Any, Any, dict[str, Any]]:
             "remove_unused_columns": False,  # as it wants it
         }
         return FusedCPOTrainer if case.peer == OURS else CPOTrainer, CPOConfig, own
-    made = {
-        BASELINE: trl.DPOTrainer,  # built within _full_logits
-        "trl": trl.DPOTrainer,
+    made: dict[str, Any] = {
+        BASELINE: DPOTrainer,  # built within _full_logits
+        "trl": DPOTrainer,
         "liger": _liger_trainer(not case.on_cpu),
         OURS: FusedDPOTrainer,
     }
-    return made[case.peer], trl.DPOConfig, {}
+    return made[case.peer], DPOConfig, {}
 
 
 def _model(case: Case, seed: int) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    hidden, tokenizer = case.shape.hidden, _tokenizer()
-    heads = hidden // 64 if hidden % 64 == 0 else 1
-    config = LlamaConfig(
-        vocab_size=case.shape.vocab,
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=case.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 4 if heads % 4 == 0 else heads,
-        max_position_embeddings=case.prompt + case.shape.tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    with torch.device(case.device):
-        return LlamaForCausalLM(config).to(getattr(torch, case.dtype))
-
-
-@functools.cache
-def _tokenizer() -> Any:
-    """A word, a token, so that rows have the lengths that are asked for.
-
-    It knows a part of the vocabulary only: which rows of the head are labels costs nothing, while
-    TRL writes the tokenizer out again and again to see whether it has changed.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(WORDS))]
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-def _rows(case: Case, steps: int) -> list[dict[str, str]]:
-    """Trainers add the token that ends a response themselves."""
-    chooser, known = random.Random(0), min(WORDS, case.shape.vocab - 3)
-
-    def words(count: int) -> str:
-        return " ".join(f"w{chooser.randrange(known)}" for _ in range(count))
-
-    length = case.shape.tokens - 1
-    return [
-        {
-            "prompt": words(case.prompt),
-            "chosen": f" {words(length)}",
-            "rejected": f" {words(length)}",
-        }
-        for _ in range(case.shape.pairs * steps)
-    ]
+    sizes, longest = (case.shape.vocab, case.shape.hidden), case.prompt + case.shape.tokens
+    model = toys.llama(*sizes, case.layers, seed, longest=longest, device=case.device)
+    return model.to(case.torch_dtype)
 
 
 @contextlib.contextmanager
@@ -301,12 +208,8 @@ def _full_logits() -> Iterator[None]:
     """
     import trl.trainer.dpo_trainer as module
 
-    original = module.add_fused_lm_head
-    module.add_fused_lm_head = _add_full_logits
-    try:
+    with mock.patch.object(module, "add_fused_lm_head", _add_full_logits):
         yield
-    finally:
-        module.add_fused_lm_head = original
 
 
 def _add_full_logits(model: Any, outputs: Sequence[str] = ("log_probs",)) -> None:
@@ -346,9 +249,9 @@ def _liger_trainer(compiled: bool) -> Any:
     """DPOTrainer with Liger's loss, as ``use_liger_kernel=True`` meant up to TRL 1.13: the model
     without its head, then the loss, which logs no entropy and no accuracy of tokens. Now the same
     option changes layers only."""
-    import trl
+    from trl.trainer.dpo_trainer import DPOTrainer
 
-    class LigerDPOTrainer(trl.DPOTrainer):
+    class LigerDPOTrainer(DPOTrainer):
         @functools.cached_property
         def liger_loss(self) -> Any:
             from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
@@ -366,6 +269,7 @@ def _liger_trainer(compiled: bool) -> Any:
             }
             with self.accelerator.autocast():
                 hidden = own.base_model(**given).last_hidden_state[:, :-1].contiguous()
+                assert self.ref_model is not None
                 with torch.no_grad():
                     behind = self.ref_model.base_model(**given).last_hidden_state[:, :-1]
                 loss, metrics = self.liger_loss(
@@ -374,7 +278,7 @@ def _liger_trainer(compiled: bool) -> Any:
                     ids[:, 1:].masked_fill(scored == 0, IGNORE_INDEX),
                     None,
                     behind.contiguous(),
-                    self.ref_model.get_output_embeddings().weight,
+                    self.ref_model.lm_head.weight,
                 )
             chosen_logps, rejected_logps, chosen_logits, rejected_logits, _, chosen, rejected = (
                 metrics
@@ -445,7 +349,7 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity, hidden = logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
@@ -460,7 +364,7 @@ def _quiet() -> Iterator[None]:
 # memory, in a process of its own
 
 
-def peak_of(case: Case) -> tuple[int, float]:
+def peak_of(case: Case) -> Peak:
     """Bytes beyond the built trainer, and the first loss; in a process that has trained nothing.
 
     Raises:
@@ -469,25 +373,11 @@ def peak_of(case: Case) -> tuple[int, float]:
     tiny = Shape(pairs=case.shape.pairs, tokens=4, hidden=64, vocab=300)
     with memory_errors():
         # pays what is paid once: thread pools, compilers, code that is loaded late
-        train(Case(case.peer, case.loss, tiny, 4, 1, case.dtype, case.device), 1)
+        train(replace(case, shape=tiny, prompt=4, layers=1), 1)
         trained, peak = train(
             case, MEASURED_STEPS, lambda function: measure.peak_bytes(function, case.device)
         )
-    return peak, trained.loss
-
-
-def fresh_peak(case: Case, threads: int) -> tuple[int, float]:
-    """``peak_of`` in a fresh process on the CPU; on a GPU its allocator counts, and this will do.
-
-    Raises:
-        OutOfMemory: if it does not fit.
-        RuntimeError: with the reason, if it fails otherwise.
-    """
-    if not case.on_cpu:
-        return peak_of(case)
-    request = {"case": case.to_json(), "threads": threads}
-    found = in_fresh_process("fusedpo.benchmarks.training:answer", request)
-    return found["peak"], found["loss"]
+    return Peak(peak, 0, loss=trained.loss)
 
 
 def preload() -> None:
@@ -496,13 +386,12 @@ def preload() -> None:
         for peer in losses:
             missing(peer)
     if missing(OURS) is None:
-        _method(Case(OURS, "dpo", Shape(1, 4, 64, 300), 4, 1))
+        _method(Case(OURS, Shape(1, 4, 64, 300), loss="dpo"))
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """The peak of a case."""
-    peak, loss = peak_of(Case.from_json(request["case"]))
-    return {"peak": peak, "loss": loss}
+    return asdict(peak_of(Case.from_json(request["case"])))
 
 
 # the longest response
@@ -558,7 +447,7 @@ def _residual(peaks: Sequence[tuple[float, float]]) -> float:
 # the question
 
 
-def cases(options: sweep.Options) -> list[Case]:
+def cases(options: Options) -> list[Case]:
     """Of the baseline, by loss and length."""
     # the second loss is another trainer, and as long again
     losses = ("dpo",) if options.quick and options.losses is None else tuple(PROGRAMS)
@@ -571,141 +460,91 @@ def cases(options: sweep.Options) -> list[Case]:
     else:  # about the size of Llama-3.2-1B
         lengths = (1024, 4096) if options.quick else (1024, 4096, 16384)
         shapes = [Shape(2, length, 2048, 128_256) for length in lengths]
+    at = options.dtype_name, options.device
     return [
-        Case(BASELINE, loss, shape, prompt, layers, options.dtype_name, options.device)
+        Case(BASELINE, shape, *at, loss=loss, prompt=prompt, layers=layers)
         for loss in options.of(losses)
         for shape in shapes
     ]
 
 
 @dataclass(frozen=True)
-class Question:
-    """Like ``sweep.Question``, about trainings."""
+class Question(sweep.Question):
+    """A sweep whose steps are those of trainings."""
 
-    name: str = "training"
-    title: str = TITLE
-    axis: str = AXIS
-
-    def ask(self, options: sweep.Options) -> dict[str, Any]:
-        """Measure everything, and return what is to be saved."""
-        about = measure.machine(options.device, options.threads)
+    def ask(self, options: Options) -> dict[str, Any]:
         if torch.device(options.device).index:
             raise ValueError(
                 f"--device: expected cuda, as trainers take the first GPU, got {options.device}; "
                 "set CUDA_VISIBLE_DEVICES"
             )
         memory = options.memory or parse_budget(CPU_MEMORY if options.on_cpu else GPU_MEMORY)
-        points = [_entries(case, options) for case in cases(options)]
-        reasons = {peer: missing(peer) for peer in {r.case.peer for p in points for r in p}}
-        with sweep.progress(self.title, 2 * sum(map(len, points))) as advance:
-            for rows in points:
-                for row in rows:
-                    advance(f"{row.group} {row.case.shape.tokens}: memory of {row.entry}")
-                    row.missing = reasons[row.case.peer]
-                    _measure_memory(row, options.threads)
-                compare(rows)
-                _time([row for row in rows if not row.missing], options, advance)
-                compare(rows)
-        answers = [row.to_json() for rows in points for row in rows]
-        return {
-            "question": self.name,
-            "kind": "training",
-            "title": self.title,
-            "axis": self.axis,
-            "unit": "",
-            "across": False,
-            "machine": about,
-            "quick": options.quick,
-            "rows": answers,
-            "memory": memory,
-            "longest": _all_longest(answers, memory),
-        }
+        answer = super().ask(options)
+        longest = _all_longest(answer["rows"], memory)
+        return {**answer, "kind": "training", "memory": memory, "longest": longest}
 
+    def rows(self, options: Options) -> list[list[sweep.Row]]:
+        reasons = {peer: missing(peer) for peer in PROGRAMS["dpo"]}
+        return [
+            [
+                Row(
+                    TITLES[case.loss],
+                    case.shape.tokens,
+                    label,
+                    replace(case, peer=peer),
+                    missing=reasons[peer],
+                )
+                for peer, label in PROGRAMS[case.loss].items()
+                if peer in options.peers
+            ]
+            for case in cases(options)
+        ]
 
-def _entries(case: Case, options: sweep.Options) -> list[Row]:
-    return [
-        Row(replace(case, peer=peer), label)
-        for peer, label in PROGRAMS[case.loss].items()
-        if peer in options.peers
-    ]
+    def peak(self, case: Common, threads: int) -> Peak:
+        return fresh_peak(case, threads, "fusedpo.benchmarks.training:answer")
 
-
-def _measure_memory(row: Row, threads: int) -> None:
-    if row.missing:
-        return
-    try:
-        row.extra, row.loss = fresh_peak(row.case, threads)
-    except OutOfMemory:
-        row.drop("out of memory")
-    except Exception as error:  # a failing program is a line of the table, not its end
-        row.drop(str(error) if isinstance(error, RuntimeError) else told(error))
-
-
-def compare(rows: Sequence[Row]) -> None:
-    """Drop the numbers of programs whose first loss is not that of the first program."""
-    ran = [row for row in rows if row.loss is not None]
-    for row in ran[1:]:
-        expected, found = ran[0].loss, row.loss
-        assert expected is not None and found is not None
-        if not abs(found - expected) <= row.case.tolerance * max(1.0, abs(expected)):
-            row.drop(f"another loss at step 1: {found:.6f}, {ran[0].entry}: {expected:.6f}")
-
-
-def _time(rows: Sequence[Row], options: sweep.Options, advance: Callable[[str], None]) -> None:
-    """Trainings of a few steps in turn, for as long as the point may take; each is built anew."""
-    begin = time.monotonic()
-    for round_ in range(QUICK_ROUNDS if options.quick else ROUNDS):
-        alive = {str(i): row for i, row in enumerate(rows) if not row.missing}
-        if not alive:
-            break
-        for row in (alive[i] for i in measure.rotated(list(alive), round_)):
-            if round_ == 0:
-                advance(f"{row.group} {row.case.shape.tokens}: time of {row.entry}")
+    def time(self, rows: Sequence[sweep.Row], options: Options, advance: sweep.Advance) -> None:
+        """Trainings of a few steps in turn, as long as the point may take; each is built anew."""
+        for row in rows:
+            advance(f"{row.group} {row.x:g}: time of {row.entry}")
+        most = QUICK_ROUNDS if options.quick else ROUNDS
+        for i in in_rounds(range(len(rows)), most, options.seconds_a_point):
+            row = rows[i]
+            if row.missing:
+                continue
+            assert isinstance(row, Row)
             try:
                 trained, _ = train(row.case, 1 + TIMED_STEPS)
             except (torch.OutOfMemoryError, MemoryError):
                 row.drop("out of memory")
-            except Exception as error:
+            except Exception as error:  # a failing program is a line of the table, not its end
                 row.drop(told(error))
             else:
                 row.seconds, row.loss = (*row.seconds, *trained.seconds), trained.loss
-        taken = time.monotonic() - begin
-        if taken * (round_ + 2) / (round_ + 1) > options.seconds_a_point:
-            break
+        sweep.compare(rows)
 
 
 def _all_longest(rows: Sequence[dict[str, Any]], memory: int) -> list[dict[str, Any]]:
     found = []
     for group, entry in dict.fromkeys((r["group"], r["entry"]) for r in rows):
-        own = [r for r in rows if (r["group"], r["entry"]) == (group, entry)]
-        fit = longest([(r["x"], r["extra_bytes"]) for r in own if r["extra_bytes"]], memory)
+        peaks = [
+            (r["x"], r["extra_bytes"])
+            for r in rows
+            if (r["group"], r["entry"]) == (group, entry) and r["extra_bytes"]
+        ]
+        fit = longest(peaks, memory)
         if fit is not None:
-            found.append(
-                {
-                    "group": group,
-                    "entry": entry,
-                    "tokens": fit.tokens,
-                    "how": fit.how,
-                    "residual_bytes": fit.residual,
-                }
-            )
+            numbers = {"tokens": fit.tokens, "how": fit.how, "residual_bytes": fit.residual}
+            found.append({"group": group, "entry": entry, **numbers})
     return found
 
 
 def table(answer: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows, in words. The longest response stands at a program's longest length."""
     rows = answer["rows"]
-    columns = [
-        "",
-        answer["axis"],
-        "program",
-        "ms a step",
-        "tokens/s",
-        "x full logits",
-        "MiB beyond the trainer",
-        f"longest response in {format_bytes(answer['memory'])}",
-        "",
-    ]
+    columns = ["", answer["axis"], "program", "ms a step", "tokens/s", "x full logits"]
+    columns += ["MiB beyond the trainer"]
+    columns += [f"longest response in {format_bytes(answer['memory'])}", ""]
     last = {(r["group"], r["entry"]): r["x"] for r in rows if r["extra_bytes"] is not None}
     fits = {(f["group"], f["entry"]): f for f in answer["longest"]}
     lines = []
@@ -718,22 +557,18 @@ def table(answer: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 row["group"],
                 f"{row['x']:g}",
                 row["entry"],
-                _cell(row["median_seconds"], 1e3, 0),
-                _cell(row["tokens_per_second"], 1.0, 0),
-                "-" if slower is None else f"{1 / slower:.2f}",
-                _cell(row["extra_bytes"], 1 / MIB, 1),
-                "" if fit is None else _fittold(fit),
+                number(row["median_seconds"], 1e3, 0),
+                number(row["tokens_per_second"], 1.0, 0),
+                number(slower and 1 / slower),
+                number(row["extra_bytes"], 1 / MIB, 1),
+                "" if fit is None else _fit_in_words(fit),
                 row["missing"] or "",
             ]
         )
     return columns, lines
 
 
-def _cell(value: float | None, factor: float, digits: int) -> str:
-    return "-" if value is None else f"{factor * value:.{digits}f}"
-
-
-def _fittold(fit: dict[str, Any]) -> str:
+def _fit_in_words(fit: dict[str, Any]) -> str:
     residual = fit["residual_bytes"]
     off = "two lengths" if residual is None else f"residual {residual / MIB:.1f} MiB"
     return f"{fit['tokens']} {fit['how']}, {off}"
@@ -748,7 +583,9 @@ def plot(answer: dict[str, Any]) -> Any:
     return plots.along(answer, wanted)
 
 
-QUESTION = Question()
+QUESTION = Question(
+    "training", (__doc__ or "").splitlines()[0], "tokens of a response", points=lambda options: []
+)
 
 if __name__ == "__main__":
     sys.exit(sweep.main(QUESTION))

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fusedpo.benchmarks import measure
 from fusedpo.benchmarks.shapes import MIB, Case, make_inputs
+from fusedpo.benchmarks.timing import told
 
 
 def _addmm_flop(out: Any, a: tuple[int, int], b: tuple[int, int], *_: Any, **__: Any) -> int:
@@ -37,7 +38,7 @@ def _forward_flop(hidden: tuple[int, int], weight: tuple[int, int], *_: Any, **_
 
 def _counter() -> FlopCounterMode:
     """With what it does not know by itself."""
-    known = {torch.ops.aten.addmm_: _addmm_flop}
+    known: dict[Any, Callable[..., int]] = {torch.ops.aten.addmm_: _addmm_flop}
     # there from its first use on
     with contextlib.suppress(AttributeError):
         name = "_linear_cross_entropy_batch_chunked_no_reduction"
@@ -133,30 +134,35 @@ def peak_of(case: Case) -> Peak:
     return Peak(total, returned, products, float(losses[0]), seconds)
 
 
-def fresh_peak(case: Case, threads: int = 2) -> Peak:
+def fresh_peak(
+    case: Case, threads: int = 2, function: str = "fusedpo.benchmarks.worker:answer"
+) -> Peak:
     """Peak of one forward and backward of the case, in a process of its own on the CPU.
 
     On a GPU its allocator counts, and this process will do.
+
+    Args:
+        function: what measures, as for ``in_fresh_process``; its answer is a ``Peak``'s values.
 
     Raises:
         OutOfMemory: if it does not fit.
         RuntimeError: with the reason, if it fails otherwise.
     """
-    if case.device == "cpu":
-        request = {"case": case.to_json(), "threads": threads}
-        return Peak(**in_fresh_process("fusedpo.benchmarks.worker:answer", request))
+    request = {"case": case.to_json(), "threads": threads}
+    if case.on_cpu:
+        return Peak(**in_fresh_process(function, request))
     torch.cuda.empty_cache()
     try:
-        return peak_of(case)
+        return Peak(**_function(function)(request))
     except OutOfMemory:
         raise
     except Exception as error:
         raise RuntimeError(told(error)) from error
 
 
-def told(error: BaseException) -> str:
-    """An error in a line."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+def _function(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 _server: subprocess.Popen[str] | None = None
@@ -229,14 +235,13 @@ def _serve() -> None:
     preloaded = set()
     for line in sys.stdin:
         request = json.loads(line)
-        module, _, name = request.pop("function").partition(":")
-        found = importlib.import_module(module)
-        if module not in preloaded:
+        name = request.pop("function")
+        if (module := name.partition(":")[0]) not in preloaded:
             preloaded.add(module)
-            found.preload()
+            importlib.import_module(module).preload()
         child = os.fork()
         if child == 0:
-            print(json.dumps(_limited(getattr(found, name), request)), file=answers, flush=True)
+            print(json.dumps(_limited(_function(name), request)), file=answers, flush=True)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status:

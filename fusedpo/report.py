@@ -1,4 +1,4 @@
-"""What a training run prints and draws: how it went, and the fused loss beside full logits."""
+"""What a training run prints and draws: how it went."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusedpo.compare import FUSED, Comparison
-from fusedpo.sizes import format_bytes
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
 
-_BLUE, _ORANGE, _GREY = "#1f5fa8", "#d1660a", "#8a8a8a"
+_BLUE, _GREY = "#1f5fa8", "#8a8a8a"
 
 
 @dataclass(frozen=True)
@@ -126,51 +123,8 @@ def training_table(history: History, signals: Sequence[Signal] = PAIR_SIGNALS) -
     return table
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    from rich.table import Table
-
-    c = comparison
-    table = Table(
-        title=f"One batch of {c.pairs} pairs: {c.positions} positions, {c.scored} of them scored; "
-        f"vocabulary {c.vocab}, hidden size {c.hidden}, {_machine(c)}",
-        title_justify="left",
-        caption="Forward and backward, the fastest of several rounds. The fused loss was allowed "
-        f"{format_bytes(c.memory_budget)}; the logits alone are {format_bytes(c.logits_bytes)}. "
-        "Memory is beyond the batch and the gradients, each in a process of its own. Gradients "
-        "differ by at most this share of their largest entry.",
-        caption_justify="left",
-    )
-    for column in ("", "loss", "gradients differ", "time", "x fused", "peak memory", "x fused"):
-        table.add_column(column, justify="right" if column else "left")
-    base = c.ways[FUSED]
-    for name, way in c.ways.items():
-        gap = max(way.hidden_gap, way.weight_gap)
-        table.add_row(
-            name,
-            f"{way.loss:.7f}",
-            "" if name == FUSED else f"{gap:.1e}",
-            _milliseconds(way.seconds),
-            f"{way.seconds / base.seconds:.2f}",
-            "not measured" if way.peak_bytes is None else format_bytes(way.peak_bytes),
-            _ratio(way.peak_bytes, base.peak_bytes),
-        )
-    return table
-
-
-def _machine(c: Comparison) -> str:
-    return f"{c.threads} CPU thread{'s' * (c.threads != 1)}" if c.device == "cpu" else c.device
-
-
 def _number(value: float | None, style: str = ".4f") -> str:
     return "" if value is None else format(value, style)
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:{'.0f' if seconds > 0.1 else '.3g'}} ms"
-
-
-def _ratio(value: int | None, base: int | None) -> str:
-    return f"{value / base:.1f}" if value is not None and base else ""
 
 
 def draw_training(
@@ -226,39 +180,6 @@ def _curve(
         xytext=(3, 0),
         textcoords="offset points",
     )
-
-
-def draw_comparison(path: Path, comparison: Comparison) -> None:
-    """Time and peak memory of each way, to a PNG."""
-    plt = _pyplot()
-    c = comparison
-    gap = max(max(way.hidden_gap, way.weight_gap) for way in c.ways.values())
-    losses = [way.loss for way in c.ways.values()]
-    figure, (time, memory) = plt.subplots(1, 2, figsize=(12, 3.6), layout="constrained")
-    figure.suptitle(
-        f"One batch of {c.pairs} pairs, {c.scored} scored tokens, vocabulary {c.vocab}: "
-        f"losses within {max(losses) - min(losses):.0e}, gradients within {gap:.0e} of their "
-        f"largest entry"
-    )
-    _bars(time, {n: 1e3 * w.seconds for n, w in c.ways.items()}, "ms")
-    time.set(title=f"Forward and backward, {_machine(c)}", xlabel="milliseconds")
-    peaks = {n: w.peak_bytes / 2**20 for n, w in c.ways.items() if w.peak_bytes is not None}
-    _bars(memory, peaks, "MiB")
-    memory.set(
-        title="Peak memory beyond batch and gradients",
-        xlabel=f"MiB; the fused loss was allowed {format_bytes(c.memory_budget)}",
-    )
-    _save(figure, path)
-
-
-def _bars(axes: Axes, values: Mapping[str, float], unit: str) -> None:
-    names = [name.replace(", ", ",\n") for name in values]
-    colors = [_ORANGE if name == FUSED else _BLUE for name in values]
-    bars = axes.barh(names, list(values.values()), color=colors)
-    axes.bar_label(bars, [f"{value:.3g} {unit}" for value in values.values()], padding=3)
-    axes.invert_yaxis()
-    axes.margins(x=0.18)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _pyplot() -> Any:

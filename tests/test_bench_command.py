@@ -97,9 +97,9 @@ def test_what_cannot_be_done_is_said_before_any_work(
 def test_what_is_wrong_is_not_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusedpo.benchmarks import questions, verify
+    from fusedpo.benchmarks import questions
 
-    monkeypatch.setattr(verify, "TESTS", ("tests/test_bench_command.py::no_such_test",))
+    monkeypatch.setattr(questions, "TESTS", ("tests/test_bench_command.py::no_such_test",))
     monkeypatch.setattr(questions, "question", lambda name: pytest.fail("it was measured"))
     assert main(["bench", "length", "--quick"]) == 1
     assert "nothing is measured" in capsys.readouterr().err

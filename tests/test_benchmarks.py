@@ -29,10 +29,11 @@ import fusedpo
 from fusedpo import tables
 from fusedpo.benchmarks import gpu, kernels, measure, probes, roofline, routes, smoke, sweep, worker
 from fusedpo.benchmarks.formulas import FORMULAS, WITH_REFERENCE
+from fusedpo.benchmarks.options import Options, options_of, parser
 from fusedpo.benchmarks.peers import PEERS, Unsupported, by_formula, full_logits, step, why_not
 from fusedpo.benchmarks.section import Section, Setting
 from fusedpo.benchmarks.shapes import MIB, TINY, Case, Inputs, Shape, head_of, make_inputs
-from fusedpo.benchmarks.timing import Clock, Deadline, Measured
+from fusedpo.benchmarks.timing import Clock, Deadline, Measured, median
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-5
@@ -164,23 +165,6 @@ def test_a_case_goes_through_json() -> None:
 
 
 # the ruler
-
-
-def test_interleaving_runs_everything_once_a_round_in_changing_order() -> None:
-    calls: list[str] = []
-    functions = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    timings = measure.interleaved(functions, repeats=4, warmup=1)
-    rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
-    assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
-    assert len(rounds) == 5
-    assert len({r[0] for r in rounds[1:]}) > 1
-    assert all(len(t.seconds) == 4 for t in timings.values())
-
-
-def test_timing_takes_the_median() -> None:
-    timing = measure.Timing((5.0, 1.0, 2.0, 3.0, 100.0))
-    assert timing.median == 3.0
-    assert timing.quartiles == (2.0, 5.0)
 
 
 @on_linux
@@ -351,7 +335,7 @@ def test_tables_are_shown_with_and_without_rich(
 # a question, from its options to its files
 
 
-def points(options: sweep.Options) -> list[sweep.Point]:
+def points(options: Options) -> list[sweep.Point]:
     return [
         sweep.Point("SimPO", shape.positions, options.case(shape))
         for shape in (Shape(2, 8, 16, 300), Shape(2, 16, 16, 300))
@@ -387,9 +371,7 @@ def test_a_question_is_asked_and_its_answer_kept(
     for row in rows:
         assert row["missing"] is None and row["extra_bytes"] >= 0 and row["predicted_bytes"] > 0
         assert len(row["seconds"]) <= 15
-        assert row["median_seconds"] == pytest.approx(
-            measure.Timing(tuple(row["seconds"])).median, abs=1e-6
-        )
+        assert row["median_seconds"] == pytest.approx(median(row["seconds"]), abs=1e-6)
     assert [row["products"] for row in rows[:3]] == [3.0, 3.0, 4.0]
     least = sweep.workload(Case.from_json(rows[2]["case"])).plan()
     assert least.bytes <= least.budget < MIB
@@ -466,7 +448,7 @@ def test_what_fails_is_a_row_with_its_reason(
     measured_at_once["compiled"] = RuntimeError("compiled: the measuring process is gone")
     names = ("full_logits", "trl", "quack", "liger", "compiled", "fusedpo")
     question = replace(QUESTION, entries=lambda options: [sweep.Entry(name) for name in names])
-    answer = question.ask(sweep.Options(threads=1, seconds=0.02))
+    answer = question.ask(Options(threads=1, seconds=0.02))
     rows = {row["entry"]: row for row in answer["rows"] if row["x"] == 32}
     assert [row["x"] for row in answer["rows"]] == [32] * 6 + [64] * 6
     for name in ("full logits", "fusedpo"):
@@ -493,7 +475,7 @@ def test_what_computes_another_loss_has_no_numbers(
         sweep, "fresh_peak", lambda case, threads: worker.Peak(MIB, 0, 3.0, losses[case.peer])
     )
     question = replace(QUESTION, entries=lambda options: [sweep.Entry(name) for name in losses])
-    answer = question.ask(sweep.Options(threads=1, seconds=0.02))
+    answer = question.ask(Options(threads=1, seconds=0.02))
     for row in answer["rows"]:
         if row["case"]["peer"] in ("full_logits", "fusedpo"):
             assert row["missing"] is None and row["median_seconds"] > 0
@@ -517,7 +499,7 @@ def test_what_fails_after_the_first_round_stops_nothing(
     monkeypatch.setattr(sweep, "_HOPELESS", float("inf"))
     entries = [sweep.Entry("full_logits"), sweep.Entry("trl")]
     question = replace(QUESTION, entries=lambda options: entries)
-    answer = question.ask(sweep.Options(threads=1, seconds=1.0))
+    answer = question.ask(Options(threads=1, seconds=1.0))
     assert [row["entry"] for row in answer["rows"]] == ["full logits", "late"] * 2
     assert "no more memory" in answer["rows"][1]["missing"]
     assert answer["rows"][0]["median_seconds"] > 0
@@ -527,7 +509,7 @@ def test_without_the_baseline_there_are_no_ratios(
     measured_at_once: dict[str, Exception], tmp_path: Path
 ) -> None:
     measured_at_once["full_logits"] = worker.OutOfMemory("out of memory")
-    options = sweep.Options(threads=1, seconds=0.02, output=tmp_path)
+    options = Options(threads=1, seconds=0.02, output=tmp_path)
     answer = QUESTION.ask(options)
     assert {sweep.ratio(row, answer["rows"]) for row in answer["rows"]} == {None}
     sweep.report(answer, options)
@@ -538,18 +520,18 @@ def test_what_takes_too_long_is_timed_once(
     measured_at_once: dict[str, Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = iter([1.0, 0.001] * 1000)
-    monkeypatch.setattr(measure, "timed", lambda function, device: next(taken))
+    monkeypatch.setattr(Clock, "once", lambda clock, function: next(taken))
     rows = [sweep.Row("g", 1, PEERS[p].label, Case(p, TINY)) for p in ("full_logits", "fusedpo")]
-    sweep._time(rows, sweep.Options(seconds=1.5), lambda what: None)
+    sweep._time(rows, Options(seconds=1.5), lambda what: None)
     assert rows[0].seconds == (1.0,)
     assert len(rows[1].seconds) > 1
 
 
 def test_what_was_far_behind_is_not_timed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "timed", lambda function, device: 0.25)
+    monkeypatch.setattr(Clock, "once", lambda clock, function: 0.25)
     alone = {"full_logits": 30.0, "trl": 30.0, "liger": 1.5, "fusedpo": 1.0}
     rows = [sweep.Row("g", 1, p, Case(p, TINY), alone=s) for p, s in alone.items()]
-    sweep._time(rows, sweep.Options(seconds=0.01), lambda what: None)
+    sweep._time(rows, Options(seconds=0.01), lambda what: None)
     # the baseline is timed in any case, and short steps too
     assert [set(row.seconds) for row in rows] == [{0.25}, {30.0}, {0.25}, {0.25}]
     assert len(rows[1].seconds) == 1
@@ -576,7 +558,7 @@ def test_an_interrupt_leaves_the_files_as_they_were(
                 raise KeyboardInterrupt
             return 0.01
 
-        monkeypatch.setattr(measure, "timed", interrupted)
+        monkeypatch.setattr(Clock, "once", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sweep.main(QUESTION, arguments)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -632,19 +614,19 @@ def test_shapes_are_read_from_text() -> None:
 def test_options_are_checked_before_anything_is_measured(arguments: list[str], words: str) -> None:
     threads = torch.get_num_threads()
     with pytest.raises(ValueError, match=words):
-        sweep.options_of(sweep.parser(None).parse_args(arguments))
+        options_of(parser(None).parse_args(arguments))
     assert torch.get_num_threads() == threads
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="--device: expected one that is there, got cuda"):
-        sweep.options_of(sweep.parser(None).parse_args(["--device", "cuda:1"]))
+        options_of(parser(None).parse_args(["--device", "cuda:1"]))
 
 
 def test_the_baseline_is_among_the_peers_in_any_case() -> None:
-    given = sweep.parser(None).parse_args(["--peers", "fusedpo", "--threads", "1"])
-    assert sweep.options_of(given).peers == ("full_logits", "fusedpo")
+    given = parser(None).parse_args(["--peers", "fusedpo", "--threads", "1"])
+    assert options_of(given).peers == ("full_logits", "fusedpo")
 
 
 # the kernels one by one
@@ -660,7 +642,7 @@ def test_kernels_have_floors_on_the_cpu_too(
     small_buffers: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*ARGUMENTS, "--quick", "--json", "--output", str(tmp_path)]
-    assert kernels.main([*arguments, "--shapes", "32,16,300", "64,16,300"]) == 0
+    assert sweep.main(kernels.QUESTION, [*arguments, "--shapes", "32,16,300", "64,16,300"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["kind"] == answer["question"] == "kernels"
     assert not answer["wrong"] and not answer["ran_out"]
@@ -703,13 +685,13 @@ def test_kernels_on_the_cpu_are_those_of_its_own_backend(
 
         monkeypatch.setattr(logit_tile, name, counted)
     shape = Shape(2, 8, 16, 300)
-    kernels.QUESTION.ask(sweep.Options(quick=True, threads=1, seconds=30.0, shapes=(shape,)))
+    kernels.QUESTION.ask(Options(quick=True, threads=1, seconds=30.0, shapes=(shape,)))
     assert set(called) == {"fold", "settle", "jacobian", "finish"}
 
 
 def test_options_of_the_kernels_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        kernels.main(["--threads", "0"])
+        sweep.main(kernels.QUESTION, ["--threads", "0"])
     assert stopped.value.code == 2
     assert "--threads: expected at least 1" in capsys.readouterr().err
 
@@ -959,36 +941,6 @@ def test_other_bits_are_seen(what: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(section.wrong) == sum(map(bool, expected)) and not section.ran_out
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter")
-def test_the_experiment_is_right_and_faults_of_it_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    from fusedpo.benchmarks import product_exp
-
-    setting, shape = gpu.setting_of("cpu", quick=False, dry=True), Shape(1, 20, 64, 200)
-    tile = product_exp.ExpTile(16, 64, 32, warps=4, stages=2, group=2)
-    assert probes._error_of_product_exp(setting, shape, tile) <= 1.0
-    right = product_exp.product_exp
-
-    def all_zero(total: Tensor, out: Tensor) -> None:
-        total.zero_()
-
-    def too_small(total: Tensor, out: Tensor) -> None:
-        out.mul_(0.9)
-
-    def without_a_tile(total: Tensor, out: Tensor) -> None:
-        out[-8:, -64:] = 0.0
-
-    for fault in (all_zero, too_small, without_a_tile):
-
-        def planted(*arguments: Any, fault: Callable[[Tensor, Tensor], None] = fault) -> Tensor:
-            total = right(*arguments)
-            fault(total, arguments[4])
-            return total
-
-        monkeypatch.setattr(product_exp, "product_exp", planted)
-        assert probes._error_of_product_exp(setting, shape, tile) > 1.0
-
-
 def test_products_of_tiles_are_judged_by_their_operations() -> None:
     """Half as fast where a tile has 96 columns, and else as fast as the whole."""
 
@@ -1036,7 +988,7 @@ def test_nothing_is_measured_where_a_route_is_wrong(
     def first(setting: Setting, deadline: Deadline) -> Section:
         if failure is not None:
             raise failure
-        return Section("", (), wrong=["retain: the error of its loss is 2.0"])
+        return Section("", {}, wrong=["retain: the error of its loss is 2.0"])
 
     monkeypatch.setattr(gpu, "sections", lambda: {"smoke": first})
     saved: list[bool] = []
@@ -1194,8 +1146,8 @@ def test_a_route_that_computes_something_else_is_found_out() -> None:
         for name in good:
             assert len(routes.faults("x", {**good, name: gap})) == 1
     truth = torch.randn(20_000, 3)
-    assert routes._relative(truth * 0.9, truth) == pytest.approx(0.1, rel=1e-3)
-    assert routes._relative(None, truth) == float("inf")
+    assert routes.relative(truth * 0.9, truth) == pytest.approx(0.1, rel=1e-3)
+    assert routes.relative(None, truth) == float("inf")
 
 
 def test_targets_are_met_or_missed() -> None:

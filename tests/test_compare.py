@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import subprocess
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
-import fusedpo.compare as compare_module
-from fusedpo.compare import (
+import fusedpo.benchmarks.compare as compare_module
+from fusedpo.benchmarks.compare import (
     FULL,
     FUSED,
     SCORED_ONLY,
     WAYS,
     Batch,
+    Comparison,
+    Way,
     compare,
+    comparison_table,
+    draw_comparison,
     full_logits,
     fused,
     small_budget,
@@ -71,12 +76,16 @@ def test_gradients_are_apart_by_their_largest_difference():
     )
 
 
-def test_what_is_run_first_is_one_pair():
+def test_what_is_run_first_is_one_pair(monkeypatch):
     problem = batch(DPO(), reference=True)
-    small = compare_module._small(problem)
+    run = []
+    monkeypatch.setitem(WAYS, FUSED, lambda batch: run.append(batch) or fused(batch))
+    compare_module.peak_of(FUSED, problem)
+    small, whole = run
     assert torch.equal(small.labels, problem.labels[[0, PAIRS]])
     assert torch.equal(small.hidden, problem.hidden[[0, PAIRS]])
     assert torch.equal(small.ref_logprobs, problem.ref_logprobs[[0, PAIRS]])
+    assert torch.equal(whole.labels, problem.labels)
 
 
 def test_small_budget_is_the_fraction_or_the_least_that_will_do():
@@ -108,8 +117,8 @@ def test_the_fused_loss_has_the_tolerance_also_in_a_process_of_its_own(tmp_path,
     monkeypatch.setattr(compare_module, "preference_loss", preference_loss)
     fused(problem)
     path = tmp_path / "batch.pt"
-    torch.save(compare_module._pack(FUSED, problem), path)
-    compare_module._worker(path)
+    torch.save(compare_module._packed(problem), path)
+    compare_module.answer({"way": FUSED, "path": str(path)})
     assert len(noted) > 2 and {*noted} == {2e-3}
 
 
@@ -155,20 +164,42 @@ def test_what_is_no_loss_of_pairs_alone_is_not_compared(loss):
 
 def test_memory_is_not_measured_where_a_process_cannot_see_its_own(monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda path: path != Path("/proc/self/status"))
-    monkeypatch.setattr(subprocess, "run", None)
+    monkeypatch.setattr(compare_module, "in_fresh_process", None)
     found = compare(batch(SimPO()), rounds=1)
     assert [way.peak_bytes for way in found.ways.values()] == [None, None, None]
     assert found.ways[FULL].loss == pytest.approx(found.ways[FUSED].loss, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("said", "reason"),
-    [("Traceback\nMemoryError: no more\n", "MemoryError: no more"), ("", "no message")],
+COMPARISON = Comparison(
+    ways={
+        "fused": Way(0.5, 0.0, 0.0, 0.010, 2**20),
+        "full logits": Way(0.5000001, 1e-6, 2e-6, 0.025, 30 * 2**20),
+        "full logits, scored tokens only": Way(0.5, 3e-7, 1e-7, 0.015, None),
+    },
+    pairs=4,
+    positions=800,
+    scored=300,
+    vocab=1000,
+    hidden=16,
+    logits_bytes=3 * 2**20,
+    memory_budget=2**20,
+    device="cpu",
+    threads=2,
 )
-def test_a_process_that_fails_says_why(said, reason, monkeypatch):
-    failed = subprocess.CompletedProcess([], 1, stdout="", stderr=said)
-    monkeypatch.setattr(subprocess, "run", lambda *args, **options: failed)
-    with pytest.raises(RuntimeError) as error:
-        compare(batch(SimPO()), rounds=1)
-    expected = f"the process that measures the memory of 'fused' failed: {reason}"
-    assert str(error.value) == expected
+
+
+def test_comparison_table_gives_ratios_to_the_fused_loss():
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(comparison_table(COMPARISON))
+    lines = shown.getvalue().splitlines()
+    (full,) = [line for line in lines if "│ full logits  " in line]
+    for cell in ("0.5000001", "2.0e-06", "25 ms", "2.50", "30 MiB", "30.0"):
+        assert cell in full
+    (only,) = [line for line in lines if "scored tokens only" in line]
+    assert "not measured" in only
+
+
+def test_the_drawing_is_a_png_file(tmp_path):
+    draw_comparison(tmp_path / "c.png", COMPARISON)
+    content = (tmp_path / "c.png").read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) > 10_000

@@ -30,8 +30,8 @@ from fusedpo.benchmarks import measure
 from fusedpo.benchmarks import readme as results
 from fusedpo.cli import main
 from fusedpo.files import read_file, write_file
-from fusedpo.footprint import read_model
 from fusedpo.losses import SimPO, SoftSequence
+from fusedpo.model_shapes import read_model
 from fusedpo.recipes.self_augmented import (
     PairRow,
     PolicyAverage,

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from tracking import Allocations
 
 import fusedpo.objective.run
-from fusedpo import LossOutput, footprint, losses, policy_loss, preference_loss
-from fusedpo.footprint import HEADS, BodyShape, ModelShape, Workload
+from fusedpo import LossOutput, footprint, losses, model_shapes, policy_loss, preference_loss
+from fusedpo.benchmarks import peer_memory
+from fusedpo.footprint import Workload
+from fusedpo.model_shapes import HEADS, BodyShape, ModelShape
 
 TOLERANCE = 0.1
 MIB = 2**20
@@ -202,7 +204,7 @@ def peer_works(peer: str) -> list[Workload]:
         for dtype in DTYPES:
             for frozen in (False, True):
                 work = on_cpu(losses.SimPO(), dtype, frozen=frozen, **options)
-                if footprint.PEERS[peer](work) is not None:
+                if peer_memory.PEERS[peer](work) is not None:
                     found.append(work)
     return found
 
@@ -211,7 +213,7 @@ def peer_works(peer: str) -> list[Workload]:
 def test_peers_hold_what_is_predicted_and_no_buffer_can_be_left_out(peer) -> None:
     needed: dict[str, bool] = {}
     for work in peer_works(peer):
-        buffers = footprint.PEERS[peer](work)
+        buffers = peer_memory.PEERS[peer](work)
         measured, predicted = peer_held(peer, work), sum(buffers.values())
         assert close(predicted, measured), (work, buffers, measured)
         for name, size in buffers.items():
@@ -232,12 +234,12 @@ def test_no_large_buffer_of_a_plan_can_be_left_out(dtype) -> None:
 
 def test_a_peer_that_cannot_serve_says_so() -> None:
     work = on_cpu(losses.SimPO(), torch.float32, shape=CAPPED)
-    assert footprint.liger_pairs(work) is None
+    assert peer_memory.liger_pairs(work) is None
 
 
 def test_on_a_gpu_trl_gathers_the_scored_rows() -> None:
     work = Workload(ModelShape(64, 1000), losses.SimPO(), tokens=100, pairs=1, context=300)
-    buffers = footprint.trl_chunked(work)
+    buffers = peer_memory.trl_chunked(work)
     assert buffers["gathered rows"] == 200 * 64 * 2 and not buffers["tile's temporaries"]
 
 
@@ -272,7 +274,7 @@ def step(work: Workload, **how) -> dict[str, int]:
 def test_the_longest_response_fits_and_one_more_token_does_not() -> None:
     work = Workload(HEADS["qwen2.5-0.5b"], losses.DPO(), 1, 2, context=100)
     memory = 24 * 2**30
-    for method in footprint.METHODS.values():
+    for method in peer_memory.METHODS.values():
         tokens = footprint.longest(work, memory, method)
         for more, fits in ((0, True), (1, False)):
             at = replace(work, tokens=tokens + more)
@@ -362,7 +364,7 @@ GPT2 = {"model_type": "gpt2", "n_embd": 8, "vocab_size": 9, "n_layer": 1, "n_hea
 def test_a_configuration_is_read_from_a_folder_and_a_file(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     for name in (tmp_path, tmp_path / "config.json"):
-        assert footprint.read_model(str(name)) == BODY
+        assert model_shapes.read_model(str(name)) == BODY
 
 
 @pytest.mark.parametrize(
@@ -376,16 +378,16 @@ def test_a_configuration_is_read_from_a_folder_and_a_file(tmp_path) -> None:
     ids=["gpt2", "head alone", "experts", "nested"],
 )
 def test_a_configuration_may_be_of_any_family(config, expected) -> None:
-    assert footprint.shape_of_config(config, "here") == expected
+    assert model_shapes.shape_of_config(config, "here") == expected
 
 
 @pytest.mark.parametrize("entry", ["hidden_size", "vocab_size"])
 def test_a_missing_entry_is_named(entry) -> None:
     config = {name: value for name, value in LLAMA.items() if name != entry}
     with pytest.raises(ValueError, match=f"--model: expected a positive {entry}.* got nothing"):
-        footprint.shape_of_config(config, "here")
+        model_shapes.shape_of_config(config, "here")
     with pytest.raises(ValueError, match=f"{entry}.* in here, got '7'"):
-        footprint.shape_of_config({**config, entry: "7"}, "here")
+        model_shapes.shape_of_config({**config, entry: "7"}, "here")
 
 
 def test_the_layers_are_counted_as_transformers_does() -> None:
@@ -405,14 +407,14 @@ def test_a_model_that_is_not_there_has_near_matches(name, monkeypatch) -> None:
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
     with pytest.raises(ValueError, match=r"--model: expected a folder.*did you mean llama-3.1-8b"):
-        footprint.read_model(name)
+        model_shapes.read_model(name)
 
 
 def test_a_name_on_the_hub_is_left_to_transformers(monkeypatch) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(**LLAMA)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: config)
-    assert footprint.read_model("somebody/some-llama") == BODY
+    assert model_shapes.read_model("somebody/some-llama") == BODY
 
 
 @pytest.mark.fault(68)
@@ -421,4 +423,4 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, text) -> None:
     file = tmp_path / "config.json"
     file.write_text(text)
     with pytest.raises(ValueError, match="--model: expected a JSON object, got something else"):
-        footprint.read_model(str(file))
+        model_shapes.read_model(str(file))

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from fusedpo import footprint
+from fusedpo.benchmarks import peer_memory
 from fusedpo.commands import plan as command
 
 BIG = "--model llama-3.1-8b --tokens 32768 --pairs 4 --budget 1GiB"
@@ -32,7 +32,7 @@ def test_the_tables_have_routes_outputs_and_other_programs(capsys) -> None:
     text = capsys.readouterr().out
     assert "simpo on llama-3.1-8b (V 128256, H 4096): 262144 scored tokens" in text
     assert "recompute is the cheapest that fits, 4 products; one_pass takes 3 with 4.25 GiB" in text
-    for word in ("recompute (chosen)", "retain", "gradient of the head", *footprint.PEERS):
+    for word in ("recompute (chosen)", "retain", "gradient of the head", *peer_memory.PEERS):
         assert word in text
 
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedpo.benchmarks import precision
+from fusedpo.benchmarks import precision, sweep
+from fusedpo.benchmarks.options import Options
 from fusedpo.benchmarks.peers import PEERS, Peer, full_logits
 from fusedpo.benchmarks.shapes import Case, Inputs, Shape
-from fusedpo.benchmarks.sweep import Options
 
 SMALL = Shape(pairs=3, tokens=16, hidden=32, vocab=600)
 NEEDS = "torch.nn.functional.linear"
@@ -226,7 +226,8 @@ def test_the_command_writes_the_answer(tmp_path: Path, capsys: pytest.CaptureFix
     threads = torch.get_num_threads()
     arguments = ["--quick", "--shapes", "16,16,300", "--peers", "fusedpo", "--dtype", "bfloat16"]
     arguments += ["--losses", "dpo", "simpo"]
-    assert precision.main([*arguments, "--threads", str(threads), "--output", str(tmp_path)]) == 0
+    arguments += ["--threads", str(threads), "--output", str(tmp_path)]
+    assert sweep.main(precision.QUESTION, arguments) == 0
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("fusedpo, 8 MiB", "bf16, DPO", "bf16, SimPO"))
     (path,) = tmp_path.glob("*.json")

@@ -8,13 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fusedpo.compare import Comparison, Way
 from fusedpo.report import (
     Evaluation,
     History,
     Signal,
-    comparison_table,
-    draw_comparison,
     draw_training,
     training_table,
 )
@@ -29,23 +26,6 @@ LOG = [
     {"step": 3, "train_runtime": 1.0, "train_loss": 0.73},
 ]
 HISTORY = History.from_log(LOG)
-
-COMPARISON = Comparison(
-    ways={
-        "fused": Way(0.5, 0.0, 0.0, 0.010, 2**20),
-        "full logits": Way(0.5000001, 1e-6, 2e-6, 0.025, 30 * 2**20),
-        "full logits, scored tokens only": Way(0.5, 3e-7, 1e-7, 0.015, None),
-    },
-    pairs=4,
-    positions=800,
-    scored=300,
-    vocab=1000,
-    hidden=16,
-    logits_bytes=3 * 2**20,
-    memory_budget=2**20,
-    device="cpu",
-    threads=2,
-)
 
 
 def text(renderable) -> str:
@@ -108,19 +88,9 @@ def test_a_method_is_watched_by_its_own_signals(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
-def test_comparison_table_gives_ratios_to_the_fused_loss():
-    lines = text(comparison_table(COMPARISON)).splitlines()
-    (full,) = [line for line in lines if "│ full logits  " in line]
-    for cell in ("0.5000001", "2.0e-06", "25 ms", "2.50", "30 MiB", "30.0"):
-        assert cell in full
-    (only,) = [line for line in lines if "scored tokens only" in line]
-    assert "not measured" in only
-
-
 def test_drawings_are_png_files(tmp_path):
     draw_training(tmp_path / "a.png", HISTORY, "title")
     draw_training(tmp_path / "b.png", History((), ()), "nothing yet")
-    draw_comparison(tmp_path / "c.png", COMPARISON)
     for path in sorted(Path(tmp_path).iterdir()):
         content = path.read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) > 10_000

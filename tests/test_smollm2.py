@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedpo import footprint, smollm2
+from fusedpo import model_shapes, smollm2
 
 
 def test_a_missing_package_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +31,7 @@ def test_it_is_saved_as_any_model_is_and_known_to_plan(tmp_path: Path) -> None:
     model, tokenizer = smollm2.load(torch.bfloat16)
     head = model.get_output_embeddings().weight
     assert head.shape == (49_152, 576) and head.dtype == torch.bfloat16
-    shape = footprint.read_model(smollm2.NAME)
+    shape = model_shapes.read_model(smollm2.NAME)
     assert (shape.vocab, shape.hidden, shape.body.layers) == (*head.shape, len(model.model.layers))
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

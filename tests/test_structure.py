@@ -39,10 +39,12 @@ LAYERS = (
     ("lazy",),
     ("data",),
     ("fusedpo",),  # the package's face, fusedpo/__init__.py
-    ("catalogue", "compare", "footprint", "liger", "machine", "recipes", "smollm2"),
+    ("catalogue", "liger", "machine", "model_shapes", "recipes", "smollm2"),
+    ("footprint",),
     ("report",),
-    ("trainers",),
+    # measures trainers too, which it imports where it does
     ("benchmarks",),
+    ("trainers",),
     ("commands",),
     ("cli",),
     ("__main__",),
@@ -170,7 +172,7 @@ def test_mypy_overlooks_missing_types_of_other_packages_only():
         if changes.get("ignore_missing_imports"):
             assert pattern.split(".")[0] not in names, pattern
         if changes.get("ignore_errors"):
-            assert pattern == "fusedpo.benchmarks.*", pattern
+            assert pattern.startswith("fusedpo.benchmarks.compact"), pattern
 
 
 @pytest.mark.parametrize("module", KERNELS)

@@ -13,13 +13,14 @@ import pytest
 pytest.importorskip("trl")
 
 from fusedpo.benchmarks import plots, sweep, training
+from fusedpo.benchmarks.options import Options
 from fusedpo.benchmarks.shapes import MIB, Shape
 from fusedpo.benchmarks.training import PROGRAMS, QUESTION, Case, Trained, longest
-from fusedpo.benchmarks.worker import OutOfMemory
+from fusedpo.benchmarks.worker import OutOfMemory, Peak
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-TINY = Case("full_logits", "dpo", Shape(pairs=2, tokens=6, hidden=64, vocab=320), 4, 1)
+TINY = Case("full_logits", Shape(pairs=2, tokens=6, hidden=64, vocab=320), loss="dpo", prompt=4)
 ON_TWO_LENGTHS = (Shape(2, 8, 64, 320), Shape(2, 16, 64, 320))
 
 
@@ -75,17 +76,17 @@ def test_programs_are_what_they_are_called(loss, peer, tmp_path):
     # fusedpo looks once, on a few rows, at what the model does after its head
     assert made.count(case.tokens) == (full * (2 if loss == "dpo" else 1)), made
     got, want = (t.state.log_history[0]["loss"] for t in (trainer, expected))
-    assert got == pytest.approx(want, abs=case.tolerance)
+    assert got == pytest.approx(want, abs=case.loss_tolerance)
 
 
 def asked(monkeypatch, peaks: dict[str, Any], losses: dict[str, float] | None = None, **given: Any):
     """An answer from made-up measurements: MiB by program, or what it raises."""
 
-    def fresh_peak(case: Case, threads: int) -> tuple[int, float]:
+    def fresh_peak(case: Case, threads: int, function: str) -> Peak:
         found = peaks.get(case.peer, 10)
         if isinstance(found, Exception):
             raise found
-        return found * MIB * case.shape.tokens, (losses or {}).get(case.peer, 0.5)
+        return Peak(found * MIB * case.shape.tokens, 0, loss=(losses or {}).get(case.peer, 0.5))
 
     def train(case: Case, steps: int) -> tuple[Trained, None]:
         return Trained((losses or {}).get(case.peer, 0.5), (0.1, 0.3)), None
@@ -93,14 +94,14 @@ def asked(monkeypatch, peaks: dict[str, Any], losses: dict[str, float] | None = 
     monkeypatch.setattr(training, "fresh_peak", fresh_peak)
     monkeypatch.setattr(training, "train", train)
     monkeypatch.setattr(training, "missing", lambda peer: given.get("missing"))
-    return QUESTION.ask(sweep.Options(quick=True, shapes=ON_TWO_LENGTHS))
+    return QUESTION.ask(Options(quick=True, shapes=ON_TWO_LENGTHS))
 
 
 def test_another_loss_is_marked(monkeypatch, tmp_path):
     answer = asked(monkeypatch, {}, {"trl": 0.5 + 9e-5, "liger": 0.5 + 1.1e-4, "fusedpo": 0.5})
     by_peer = {r["case"]["peer"]: r for r in answer["rows"]}
     wrong = by_peer.pop("liger")
-    assert wrong["missing"] == "another loss at step 1: 0.500110, TRL, full logits: 0.500000"
+    assert wrong["missing"] == "another loss: 0.500110, TRL, full logits: 0.500000"
     assert not wrong["seconds"] and wrong["extra_bytes"] is None and wrong["median_seconds"] is None
     assert all(r["missing"] is None and r["median_seconds"] == 0.2 for r in by_peer.values())
     assert wrong["entry"] not in {fit["entry"] for fit in answer["longest"]}
@@ -129,9 +130,9 @@ def test_what_does_not_fit_or_fails_is_marked(monkeypatch):
 
 def test_without_trl(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "trl", None)
-    answer = QUESTION.ask(sweep.Options(quick=True, shapes=ON_TWO_LENGTHS))
+    answer = QUESTION.ask(Options(quick=True, shapes=ON_TWO_LENGTHS))
     assert all(r["missing"].startswith("not installed") for r in answer["rows"])
-    sweep.report(answer, sweep.Options(output=tmp_path))
+    sweep.report(answer, Options(output=tmp_path))
     assert "not installed" in capsys.readouterr().out.replace("\n", " ")
 
 

@@ -37,7 +37,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     import fusedpo.benchmarks.questions as questions
-    import fusedpo.benchmarks.sweep as sweep
+    from fusedpo.benchmarks.options import add_options
 
     parser.add_argument(
         "questions",
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="QUESTION",
         help=f"some of those above (default: all; with --quick: {', '.join(questions.QUICK)})",
     )
-    sweep.add_options(parser)
+    add_options(parser)
     parser.add_argument(
         "--no-verify",
         action="store_true",
@@ -55,13 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     import fusedpo.benchmarks.questions as questions
-    import fusedpo.benchmarks.sweep as sweep
+    from fusedpo.benchmarks.options import options_of
     from fusedpo.checks import bad_choice
 
     for name in given.questions:
         if name not in questions.NAMES:
             raise bad_choice("QUESTION", name, questions.NAMES)
     names = given.questions or (questions.QUICK if given.quick else questions.NAMES)
-    options = sweep.options_of(given)
-    code: int = questions.ask(names, options, verified=not given.no_verify)
-    return code
+    return questions.ask(names, options_of(given), verified=not given.no_verify)

@@ -11,11 +11,13 @@ from typing import Any, get_args
 import torch
 
 from fusedpo import footprint, losses, tables
+from fusedpo.benchmarks import peer_memory
 from fusedpo.checks import bad_value
 from fusedpo.devices import Device, as_device
 from fusedpo.engine.cost import Backend
 from fusedpo.engine.tolerance import GUESSED_SHARE, check_tolerance
-from fusedpo.footprint import ModelShape, Workload
+from fusedpo.footprint import Workload
+from fusedpo.model_shapes import HEADS, ModelShape, read_model
 from fusedpo.sizes import DEFAULT_BUDGET, format_bytes, format_products, parse_budget
 
 SUMMARY = "say what a loss would hold, by which route, and what would fit a device"
@@ -68,8 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--model",
         metavar="NAME|FOLDER|FILE",
-        help="a folder with config.json, a config.json, a Hub name, or one of "
-        + ", ".join(footprint.HEADS),
+        help="a folder with config.json, a config.json, a Hub name, or one of " + ", ".join(HEADS),
     )
     number(model, "--hidden", None, "H, in place of --model, with --vocab")
     number(model, "--vocab", None, "V, in place of --model, with --hidden")
@@ -169,7 +170,7 @@ def _workload(given: argparse.Namespace) -> Workload:
         remedy = "fusedpo plan --model llama-3.1-8b --tokens 4096, for one"
         raise bad_value("--model", "either --model, or --hidden and --vocab", got, remedy)
     return Workload(
-        footprint.read_model(given.model) if given.model else ModelShape(*head),
+        read_model(given.model) if given.model else ModelShape(*head),
         loss,
         **{name: getattr(given, name) for name in ("tokens", "pairs", "context")},
         device=device,
@@ -219,13 +220,13 @@ def _found(work: Workload) -> dict[str, Any]:
             for route, cost in costs.items()
         },
         "outputs": work.outputs(),
-        "peers": {name: method(work) for name, method in footprint.PEERS.items()},
+        "peers": {name: method(work) for name, method in peer_memory.PEERS.items()},
     }
 
 
 def _fit(work: Workload, memory: int, how: dict[str, Any]) -> dict[str, Any]:
     """The longest responses, and what a step holds with fusedpo's, or with one token if none."""
-    methods = footprint.METHODS.items()
+    methods = peer_memory.METHODS.items()
     found = {name: footprint.longest(work, memory, held, **how) for name, held in methods}
     fits, all_of_it = found.pop("fusedpo"), {"budget": work.budget}
     breakdown = footprint.training(replace(work, tokens=fits or 1), all_of_it, **how)

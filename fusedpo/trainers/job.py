@@ -28,18 +28,19 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from fusedpo.benchmarks.compare import (
+    Batch,
+    Comparison,
+    compare,
+    comparison_table,
+    draw_comparison,
+    is_comparable,
+)
 from fusedpo.checks import bad_choice, bad_value, in_range, positive
-from fusedpo.compare import Batch, Comparison, compare, is_comparable
 from fusedpo.losses import Loss
 from fusedpo.model_head import Score, aligned_labels, at_head, check_options, hidden_and_head
 from fusedpo.recipes import stdlib_pairs
-from fusedpo.report import (
-    History,
-    comparison_table,
-    draw_comparison,
-    draw_training,
-    training_table,
-)
+from fusedpo.report import History, draw_training, training_table
 from fusedpo.trainers.layout_choice import read_rows
 from fusedpo.trainers.layouts import CONTEXTS
 from fusedpo.trainers.methods import TUNED, Defaults, Pairs, Sampled, SelfAugmented, method_of

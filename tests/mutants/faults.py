@@ -1536,7 +1536,7 @@ _CORE = (
 
 _PROGRAMS = (
     *_in(
-        "fusedpo/compare.py",
+        "benchmarks/compare.py",
         "test_compare.py -k 'not memory and not fails'",
         (
             "(self.labels[:, 1:] != IGNORE_INDEX).sum()",
@@ -1548,12 +1548,17 @@ _PROGRAMS = (
             "(gradient - fused_gradient).abs().mean() / scale",
             "a mean for the largest",
         ),
-        ("rows = [0, len(batch.labels) // 2]", "rows = [0, 1]", "a pair of two chosen ones"),
         (
-            "logits_bytes=batch.labels[:, 1:].numel() * vocab * 4",
-            "logits_bytes=batch.labels[:, 1:].numel() * vocab * 2",
+            "batch.rows([0, len(batch.labels) // 2])",
+            "batch.rows([0, 1])",
+            "a pair of two chosen ones",
+        ),
+        (
+            "return self.labels[:, 1:].numel() * len(self.head.weight) * 4",
+            "return self.labels[:, 1:].numel() * len(self.head.weight) * 2",
             "half of the logits",
         ),
+        ("max(self.hidden_gap, self.weight_gap)", "self.hidden_gap", "the larger gap is not shown"),
     ),
     *_in(
         "fusedpo/machine.py",
@@ -1644,11 +1649,6 @@ _PROGRAMS = (
         "fusedpo/report.py",
         "test_report.py",
         ("if before < at <= step]", "if before <= at <= step]", "a loss in two means"),
-        (
-            "max(way.hidden_gap, way.weight_gap)\n        table",
-            "way.hidden_gap\n        table",
-            "the larger gap is not shown",
-        ),
         (
             "for step, values in sorted(held_out.items())",
             "for step, values in held_out.items()",

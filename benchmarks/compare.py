@@ -1,30 +1,25 @@
-"""One batch, two ways: the fused loss, and the same loss from full logits in plain PyTorch.
+"""One batch of a training, two ways: the fused loss, and the same loss from full logits.
 
 Time is the fastest of interleaved rounds, as other work on the machine only ever adds. Memory is
-measured one way at a time in a process of its own: on the CPU the highest resident set (which also
-sees what libraries hold for themselves), on a GPU the most that PyTorch's allocator held.
+measured one way at a time, on the CPU in a process of its own.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import json
-import os
-import re
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from fusedpo import losses
+from fusedpo.benchmarks import measure, plots
+from fusedpo.benchmarks.timing import Clock
+from fusedpo.benchmarks.worker import in_fresh_process
 from fusedpo.checks import bad_type
 from fusedpo.engine.planner import plan
 from fusedpo.functional import preference_loss
@@ -32,13 +27,11 @@ from fusedpo.head import Head
 from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses.base import Loss, PreferenceLoss
 from fusedpo.losses.scores import Scores
+from fusedpo.sizes import format_bytes
 
-# glibc otherwise keeps large blocks that were freed, and the peak counts what nobody holds
-_RETURN_FREED_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(64 * 1024),
-    "MALLOC_TRIM_THRESHOLD_": str(64 * 1024),
-    "MALLOC_ARENA_MAX": "1",
-}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -68,6 +61,17 @@ class Batch:
         """Tokens that enter the loss."""
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
+    @property
+    def logits_bytes(self) -> int:
+        """Of the logits of all positions in fp32."""
+        return self.labels[:, 1:].numel() * len(self.head.weight) * 4
+
+    def rows(self, rows: list[int]) -> Batch:
+        """Some of the sequences."""
+        ref = None if self.ref_logprobs is None else self.ref_logprobs[rows]
+        hidden, labels = self.hidden[rows], self.labels[rows]
+        return replace(self, hidden=hidden, labels=labels, ref_logprobs=ref)
+
 
 @dataclass(frozen=True)
 class Way:
@@ -87,6 +91,11 @@ class Way:
     seconds: float
     peak_bytes: int | None
 
+    @property
+    def gap(self) -> float:
+        """The larger one."""
+        return max(self.hidden_gap, self.weight_gap)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -105,6 +114,11 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def machine(self) -> str:
+        threads = f"{self.threads} CPU thread{'s' * (self.threads != 1)}"
+        return threads if self.device == "cpu" else self.device
 
 
 FUSED, FULL, SCORED_ONLY = "fused", "full logits", "full logits, scored tokens only"
@@ -138,8 +152,7 @@ def full_logits(batch: Batch, *, scored_only: bool = False) -> Tensor:
     if scored_only:
         logprobs = batch.head.logits(hidden[mask]).log_softmax(-1)
         taken = logprobs.gather(-1, targets[mask][:, None])[:, 0]
-        rows = mask.nonzero()[:, 0]
-        sums = taken.new_zeros(len(targets)).index_add(0, rows, taken)
+        sums = taken.new_zeros(len(targets)).index_add(0, mask.nonzero()[:, 0], taken)
     else:
         logprobs = batch.head.logits(hidden).log_softmax(-1)
         taken = logprobs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
@@ -156,14 +169,14 @@ def full_logits(batch: Batch, *, scored_only: bool = False) -> Tensor:
 WAYS: dict[str, Callable[[Batch], Tensor]] = {
     FUSED: fused,
     FULL: full_logits,
-    SCORED_ONLY: lambda batch: full_logits(batch, scored_only=True),
+    SCORED_ONLY: partial(full_logits, scored_only=True),
 }
 
 
 def small_budget(batch: Batch, fraction: float = 1 / 16) -> int:
     """Bytes: this fraction of the logits of all positions, or the least that will do."""
     vocab, hidden = batch.head.weight.shape
-    budget = max(1, int(fraction * batch.labels[:, 1:].numel() * vocab * 4))
+    budget = max(1, int(fraction * batch.logits_bytes))
     while True:
         try:
             plan(
@@ -204,36 +217,36 @@ def compare(batch: Batch, *, rounds: int = 9) -> Comparison:
         raise bad_type("loss", "a loss of pairs", repr(batch.loss))
     if batch.memory_budget is None:
         batch = replace(batch, memory_budget=small_budget(batch))
-    results = {name: _step(way, batch) for name, way in WAYS.items()}
-    seconds = _interleaved(batch, rounds)
+    results = {name: step(way, batch) for name, way in WAYS.items()}
+    steps = {name: partial(step, way, batch) for name, way in WAYS.items()}
+    times = Clock(batch.hidden.device).interleaved(steps, rounds, warmup=0)
     _, fused_hidden, fused_weight = results[FUSED]
     ways = {
         name: Way(
             loss=float(loss),
             hidden_gap=_gap(hidden, fused_hidden),
             weight_gap=_gap(weight, fused_weight),
-            seconds=seconds[name],
-            peak_bytes=_peak_in_fresh_process(name, batch),
+            seconds=min(times[name].seconds),
+            peak_bytes=_peak(name, batch),
         )
         for name, (loss, hidden, weight) in results.items()
     }
-    vocab, hidden_size = batch.head.weight.shape
-    budget = plan(1, 1, 1, budget=batch.memory_budget, device=batch.hidden.device).budget
+    vocab, size = batch.head.weight.shape
     return Comparison(
         ways=ways,
         pairs=len(batch.labels) // 2,
         positions=batch.labels.numel(),
         scored=batch.scored,
         vocab=vocab,
-        hidden=hidden_size,
-        logits_bytes=batch.labels[:, 1:].numel() * vocab * 4,
-        memory_budget=budget,
+        hidden=size,
+        logits_bytes=batch.logits_bytes,
+        memory_budget=plan(1, 1, 1, budget=batch.memory_budget, device=batch.hidden.device).budget,
         device=str(batch.hidden.device),
         threads=torch.get_num_threads(),
     )
 
 
-def _step(way: Callable[[Batch], Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def step(way: Callable[[Batch], Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and its gradients for hidden states and weight."""
     hidden = batch.hidden.detach().requires_grad_()
     weight = batch.head.weight.detach().requires_grad_()
@@ -247,119 +260,111 @@ def _gap(gradient: Tensor, fused_gradient: Tensor) -> float:
     return float((gradient - fused_gradient).abs().amax() / scale)
 
 
-def _interleaved(batch: Batch, rounds: int) -> dict[str, float]:
-    """Fastest seconds; a slow spell of the machine falls on every way."""
-    taken: dict[str, list[float]] = {name: [] for name in WAYS}
-    names = list(WAYS)
-    for round_ in range(rounds):
-        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-            _synchronize(batch.hidden.device)
-            start = time.perf_counter()
-            _step(WAYS[name], batch)
-            _synchronize(batch.hidden.device)
-            taken[name].append(time.perf_counter() - start)
-    return {name: min(seconds) for name, seconds in taken.items()}
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _peak_in_fresh_process(name: str, batch: Batch) -> int | None:
+def _peak(name: str, batch: Batch) -> int | None:
     """Peak bytes of one way, or None where a process cannot see its own."""
-    if batch.hidden.device.type == "cpu" and not Path("/proc/self/status").exists():
+    if batch.hidden.device.type != "cpu":
+        return peak_of(name, batch)
+    if not Path("/proc/self/status").exists():
         return None
     with tempfile.TemporaryDirectory(prefix="fusedpo-") as folder:
         path = Path(folder, "batch.pt")
-        torch.save(_pack(name, batch), path)
-        done = subprocess.run(
-            [sys.executable, "-m", "fusedpo.compare", str(path)],
-            env={**os.environ, **_RETURN_FREED_MEMORY},
-            capture_output=True,
-            text=True,
-        )
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"the process that measures the memory of {name!r} failed: {reason}")
-    return int(json.loads(done.stdout.splitlines()[-1]))
+        torch.save(_packed(batch), path)
+        request = {"way": name, "path": str(path), "threads": torch.get_num_threads()}
+        return int(in_fresh_process("fusedpo.benchmarks.compare:answer", request)["peak"])
 
 
-def _pack(name: str, batch: Batch) -> dict[str, Any]:
-    return {
-        "way": name,
-        "loss": type(batch.loss).__name__,
-        "hyperparameters": asdict(batch.loss),
-        "hidden": batch.hidden.detach(),
-        "weight": batch.head.weight.detach(),
-        "bias": None if batch.head.bias is None else batch.head.bias.detach(),
-        "softcap": batch.head.softcap,
-        "logit_scale": batch.head.logit_scale,
-        "labels": batch.labels,
-        "ref_logprobs": batch.ref_logprobs,
-        "memory_budget": batch.memory_budget,
-        "gradient_tolerance": batch.gradient_tolerance,
-        "threads": torch.get_num_threads(),
+def peak_of(name: str, batch: Batch) -> int:
+    """Bytes of a step beyond the batch and the gradients."""
+    way = WAYS[name]
+    # a pair first: thread pools, lazy imports, and what the linear algebra library keeps for itself
+    step(way, batch.rows([0, len(batch.labels) // 2]))
+    peak = measure.peak_bytes(partial(step, way, batch), str(batch.hidden.device))
+    return max(0, peak - batch.hidden.nbytes - batch.head.weight.nbytes)
+
+
+_TENSORS = ("hidden", "labels", "ref_logprobs", "memory_budget", "gradient_tolerance")
+
+
+def _packed(batch: Batch) -> dict[str, Any]:
+    """Plain values and tensors."""
+    loss = {"loss": type(batch.loss).__name__, "hyperparameters": asdict(batch.loss)}
+    head = {
+        name: getattr(batch.head, name) for name in ("weight", "bias", "softcap", "logit_scale")
     }
+    return {**loss, "head": head, **{name: getattr(batch, name) for name in _TENSORS}}
 
 
-def _worker(path: Path) -> int:
-    """Peak bytes of one step beyond the batch and the gradients."""
-    packed = torch.load(path, weights_only=True)
-    torch.set_num_threads(packed["threads"])
+def preload() -> None:
+    """Nothing but this module."""
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """The peak of a batch in a file."""
+    packed = torch.load(request["path"], weights_only=True)
     loss = losses.get(packed["loss"], **packed["hyperparameters"])
     assert is_comparable(loss), "compare() lets nothing else through"
-    head = Head(packed["weight"], packed["bias"], packed["softcap"], packed["logit_scale"])
-    names = ("labels", "ref_logprobs", "memory_budget", "gradient_tolerance")
-    batch = Batch(loss, packed["hidden"], head, *(packed[name] for name in names))
-    way = WAYS[packed["way"]]
-    # thread pools, lazy imports, and what the linear algebra library keeps for itself
-    _step(way, _small(batch))
-    device = batch.hidden.device
-    gradients = batch.hidden.nbytes + head.weight.nbytes
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        _step(way, batch)
-        return torch.cuda.max_memory_allocated(device) - before - gradients
-    filler = _settle_high_water_mark()
-    before = _resident("VmHWM")
-    _step(way, batch)
-    peak = _resident("VmHWM") - before - gradients
-    del filler
-    return max(0, peak)
+    given = {name: packed[name] for name in _TENSORS}
+    return {"peak": peak_of(request["way"], Batch(loss, head=Head(**packed["head"]), **given))}
 
 
-def _small(batch: Batch) -> Batch:
-    """The first pair."""
-    rows = [0, len(batch.labels) // 2]
-    return replace(
-        batch,
-        hidden=batch.hidden[rows],
-        labels=batch.labels[rows],
-        ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[rows],
+def comparison_table(c: Comparison) -> Table:
+    """For a rich console."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"One batch of {c.pairs} pairs: {c.positions} positions, {c.scored} of them scored; "
+        f"vocabulary {c.vocab}, hidden size {c.hidden}, {c.machine}",
+        title_justify="left",
+        caption="Forward and backward, the fastest of several rounds. The fused loss was allowed "
+        f"{format_bytes(c.memory_budget)}; the logits alone are {format_bytes(c.logits_bytes)}. "
+        "Memory is beyond the batch and the gradients, each in a process of its own. Gradients "
+        "differ by at most this share of their largest entry.",
+        caption_justify="left",
     )
+    for column in ("", "loss", "gradients differ", "time", "x fused", "peak memory", "x fused"):
+        table.add_column(column, justify="right" if column else "left")
+    base = c.ways[FUSED]
+    for name, way in c.ways.items():
+        peak, least = way.peak_bytes, base.peak_bytes
+        table.add_row(
+            name,
+            f"{way.loss:.7f}",
+            "" if name == FUSED else f"{way.gap:.1e}",
+            f"{1e3 * way.seconds:{'.0f' if way.seconds > 0.1 else '.3g'}} ms",
+            f"{way.seconds / base.seconds:.2f}",
+            "not measured" if peak is None else format_bytes(peak),
+            f"{peak / least:.1f}" if peak is not None and least else "",
+        )
+    return table
 
 
-def _settle_high_water_mark() -> Tensor:
-    """Lower the highest resident set to the present one; where forbidden, fill up to it.
+def draw_comparison(path: Path, c: Comparison) -> None:
+    """Time and peak memory of each way, to a PNG."""
+    gap = max(way.gap for way in c.ways.values())
+    losses = [way.loss for way in c.ways.values()]
+    title = (
+        f"One batch of {c.pairs} pairs, {c.scored} scored tokens, vocabulary {c.vocab}: "
+        f"losses within {max(losses) - min(losses):.0e}, gradients within {gap:.0e} of their "
+        "largest entry"
+    )
+    figure = plots.figure({"title": title}, 12, 3.6, below=0.0)
+    time, memory = figure.subplots(1, 2)
+    _bars(time, {name: 1e3 * way.seconds for name, way in c.ways.items()}, "ms")
+    time.set(title=f"Forward and backward, {c.machine}", xlabel="milliseconds")
+    known = {n: w.peak_bytes / 2**20 for n, w in c.ways.items() if w.peak_bytes is not None}
+    _bars(memory, known, "MiB")
+    memory.set(
+        title="Peak memory beyond batch and gradients",
+        xlabel=f"MiB; the fused loss was allowed {format_bytes(c.memory_budget)}",
+    )
+    figure.savefig(path, dpi=120)
 
-    Returns what has to be kept until the measurement is done.
-    """
-    with contextlib.suppress(AttributeError, OSError):  # a C library other than glibc
-        ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    missing = _resident("VmHWM") - _resident("VmRSS")
-    return torch.ones(max(0, missing), dtype=torch.uint8)
 
-
-def _resident(name: str) -> int:
-    """Bytes, from /proc; the highest of getrusage would start from the parent's."""
-    match = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert match is not None, f"no {name} in /proc/self/status"
-    return int(match[1]) * 1024
-
-
-if __name__ == "__main__":
-    print(json.dumps(_worker(Path(sys.argv[1]))))
+def _bars(axes: Axes, values: Mapping[str, float], unit: str) -> None:
+    names = [name.replace(", ", ",\n") for name in values]
+    colors = [plots.OUR_COLOURS[0] if name == FUSED else plots.COLOURS[2] for name in values]
+    bars = axes.barh(names, list(values.values()), color=colors)
+    axes.bar_label(bars, [f"{value:.3g} {unit}" for value in values.values()], padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.18)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,155 @@
+"""How a question is asked: the options of every benchmark, and what they are as arguments."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedpo.benchmarks.formulas import FORMULAS
+from fusedpo.benchmarks.peers import BASELINE, PEERS
+from fusedpo.benchmarks.shapes import Case, Shape
+from fusedpo.checks import bad_value
+from fusedpo.sizes import parse_budget
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a question is asked.
+
+    Attributes:
+        device: where.
+        quick: the small version.
+        output: folder of results and plots.
+        shapes: in place of the question's own; None: those.
+        losses, peers: names, of those that the question has.
+        dtype: None: fp32 on the CPU, bf16 elsewhere.
+        threads: of the CPU.
+        seconds: for timing at each point; a round is measured in any case.
+        print_json: the answer on stdout, tables on stderr.
+        memory: bytes, for the longest training that fits; None: as the question has it.
+    """
+
+    device: str = "cpu"
+    quick: bool = False
+    output: Path = Path("build/bench")
+    shapes: tuple[Shape, ...] | None = None
+    losses: tuple[str, ...] | None = None
+    peers: tuple[str, ...] = tuple(PEERS)
+    dtype: str | None = None
+    threads: int = 2
+    seconds: float | None = None
+    print_json: bool = False
+    memory: int | None = None
+
+    @property
+    def on_cpu(self) -> bool:
+        return torch.device(self.device).type == "cpu"
+
+    @property
+    def dtype_name(self) -> str:
+        return self.dtype or ("float32" if self.on_cpu else "bfloat16")
+
+    @property
+    def seconds_a_point(self) -> float:
+        return self.seconds or (15.0 if self.quick else 60.0)
+
+    def of(self, losses: Sequence[str]) -> list[str]:
+        """The losses of a question that were asked for."""
+        return [name for name in losses if self.losses is None or name in self.losses]
+
+    def case(self, shape: Shape, **values: Any) -> Case:
+        return Case(BASELINE, shape, self.dtype_name, self.device, **values)
+
+
+def parser(description: str | None, prog: str | None = None) -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(found)
+    return found
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every question is asked with."""
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="N,H,V|N,MODEL",
+        help="scored tokens, hidden size and vocabulary, or a model's head by its name, in place "
+        "of the question's own shapes; N counts both responses of two pairs",
+    )
+    parser.add_argument("--losses", nargs="+", metavar="LOSS", choices=list(FORMULAS))
+    parser.add_argument("--peers", nargs="+", metavar="PEER", choices=list(PEERS))
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: float32 on the CPU, bfloat16 elsewhere",
+    )
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU (default: 2)")
+    parser.add_argument("--seconds", type=float, help="for timing at each point")
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="training: for which the longest response is to be found (default: 1GiB on the CPU, "
+        "40GiB elsewhere)",
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller points")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Options.output,
+        metavar="FOLDER",
+        help="results and plots (default: build/bench)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="the answer on stdout as JSON, tables on stderr"
+    )
+
+
+def options_of(given: argparse.Namespace) -> Options:
+    """Checked, before anything is measured."""
+    try:
+        device = torch.device(given.device)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise bad_value("--device", "cpu or cuda", repr(given.device))
+    there = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= there:
+        raise bad_value("--device", "one that is there", f"{device}; there are {there}")
+    if given.threads < 1:
+        raise bad_value("--threads", "at least 1", str(given.threads))
+    if given.seconds is not None and not given.seconds > 0:
+        raise bad_value("--seconds", "a positive number", str(given.seconds))
+    parent = next(
+        path for path in (given.output, *given.output.absolute().parents) if path.exists()
+    )
+    if not parent.is_dir():
+        raise bad_value("--output", "a folder", f"{given.output}, and {parent} is a file")
+    if given.memory is not None:
+        try:
+            given.memory = parse_budget(given.memory)
+        except ValueError as error:
+            raise ValueError(str(error).replace("memory_budget", "--memory")) from error
+    options = Options(
+        device=given.device,
+        quick=given.quick,
+        output=given.output,
+        shapes=given.shapes and tuple(map(Shape.parse, given.shapes)),
+        losses=given.losses and tuple(given.losses),
+        # ratios are to the baseline
+        peers=tuple(dict.fromkeys([BASELINE, *given.peers])) if given.peers else tuple(PEERS),
+        dtype=given.dtype,
+        threads=given.threads,
+        seconds=given.seconds,
+        print_json=given.json,
+        memory=given.memory,
+    )
+    torch.set_num_threads(given.threads)
+    return options
