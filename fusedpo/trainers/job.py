@@ -28,14 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from fusedpo.benchmarks.compare import (
-    Batch,
-    Comparison,
-    compare,
-    comparison_table,
-    draw_comparison,
-    is_comparable,
-)
+from fusedpo.benchmarks import compare as comparing
 from fusedpo.checks import bad_choice, bad_value, in_range, positive
 from fusedpo.losses import Loss
 from fusedpo.model_head import Score, aligned_labels, at_head, check_options, hidden_and_head
@@ -317,7 +310,7 @@ class TrainJob:
     @property
     def _comparable(self) -> bool:
         """Whether the program with full logits is written for this loss."""
-        return is_comparable(self.loss) and type(self.way) is Pairs
+        return comparing.is_comparable(self.loss) and type(self.way) is Pairs
 
     @property
     def checkpoints(self) -> Path:
@@ -415,8 +408,8 @@ def run(job: TrainJob, console: Console | None = None) -> dict[str, Any]:
         if job.compares and trainer.is_fsdp_enabled:
             console.print("comparison: left out under FSDP, where no process has the whole head")
         elif job.compares and all_ranks.first:
-            comparison = compare(_comparison_batch(job, trainer, train))
-            console.print(comparison_table(comparison))
+            comparison = comparing.compare(_comparison_batch(job, trainer, train))
+            console.print(comparing.comparison_table(comparison))
             _add_comparison(job.output, metrics, comparison)
             console.print(f"saved: {job.output / 'comparison.png'}")
     if all_ranks.first and job.report_to and not job.save_steps:
@@ -657,11 +650,13 @@ def _autocast(job: TrainJob, use_cpu: bool) -> str:
     return "bfloat16" if half and job.dtype == "float32" else "none"
 
 
-def _comparison_batch(job: TrainJob, trainer: FusedTrainerMixin, rows: list[Any]) -> Batch:
+def _comparison_batch(
+    job: TrainJob, trainer: FusedTrainerMixin, rows: list[Any]
+) -> comparing.Batch:
     """Some training rows, as the trained model sees them."""
     from fusedpo.trainers.transformers import PreferenceCollator
 
-    assert is_comparable(job.loss), "TrainJob refuses to compare another loss"
+    assert comparing.is_comparable(job.loss), "TrainJob refuses to compare another loss"
     collate = PreferenceCollator(pad_token_id=0)
     batch = {
         name: value.to(trainer.args.device)
@@ -675,7 +670,9 @@ def _comparison_batch(job: TrainJob, trainer: FusedTrainerMixin, rows: list[Any]
         if trainer.ref_model is not None:
             reference = _sequence_logprobs(trainer.ref_model, inputs, batch["labels"])
     options = (job.memory_budget, job.gradient_tolerance)
-    return Batch(job.loss, hidden.to(head.weight.dtype), head, batch["labels"], reference, *options)
+    return comparing.Batch(
+        job.loss, hidden.to(head.weight.dtype), head, batch["labels"], reference, *options
+    )
 
 
 def _sequence_logprobs(
@@ -911,8 +908,10 @@ def _publish(folder: Path, output: Path, staging: Path) -> None:
         raise
 
 
-def _add_comparison(output: Path, metrics: dict[str, Any], comparison: Comparison) -> None:
-    draw_comparison(output / "comparison.png", comparison)
+def _add_comparison(
+    output: Path, metrics: dict[str, Any], comparison: comparing.Comparison
+) -> None:
+    comparing.draw_comparison(output / "comparison.png", comparison)
     metrics["comparison"] = comparison.to_json()
     _write_json(output / METRICS, metrics)
 
