@@ -10,11 +10,15 @@ beyond what was there before. Beside it the same loss on pairs of the long conte
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
-import time
 from typing import Any
+
+import torch
+
+from fusedpo.benchmarks.measure import describe, machine, peak_bytes
+from fusedpo.benchmarks.timing import Clock
+from fusedpo.benchmarks.worker import in_fresh_process
 
 WAYS = {
     "SoLoPO, one padded batch": ("short to long", False),
@@ -41,17 +45,21 @@ def rows(options: argparse.Namespace, *, pairs: bool) -> list[dict[str, list[int
     return made
 
 
-def measured(way: str, options: argparse.Namespace) -> dict[str, float]:
+def preload() -> None:
+    """What a step imports."""
+    import fusedpo.trainers.transformers  # noqa: F401
+
+
+def answer(request: dict[str, Any]) -> dict[str, float]:
     """Tokens of the rows and of the forwards, seconds and bytes of a step."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-    from fusedpo.benchmarks.measure import peak_bytes
     from fusedpo.losses import ShortToLong, SimPO
     from fusedpo.recipes.short_to_long import ShortToLongCollator
     from fusedpo.trainers.transformers import PreferenceCollator, PreferenceTrainer
 
-    kind, grouped = WAYS[way]
+    options = argparse.Namespace(**request)
+    kind, grouped = WAYS[options.way]
     pairs = kind == "long pairs"
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -72,22 +80,21 @@ def measured(way: str, options: argparse.Namespace) -> dict[str, float]:
     )
     batch: dict[str, Any] = trainer.data_collator(rows(options, pairs=pairs))
     tokens: list[int] = []
-    trainer.model.train().get_input_embeddings().register_forward_hook(
+    model: Any = trainer.model
+    model.train().get_input_embeddings().register_forward_hook(
         lambda module, args, output: tokens.append(args[0].numel())
     )
 
     def step() -> None:
         tokens.clear()
-        trainer.model.zero_grad()
-        trainer.compute_loss(trainer.model, dict(batch)).backward()
+        model.zero_grad()
+        trainer.compute_loss(model, dict(batch)).backward()
 
     little = argparse.Namespace(**vars(options) | {"short": 16, "long": 32, "response": 8})
     warm = trainer.data_collator(rows(little, pairs=pairs))
-    trainer.compute_loss(trainer.model, warm).backward()
+    trainer.compute_loss(model, warm).backward()
     peak = peak_bytes(step)
-    begin = time.perf_counter()
-    step()
-    seconds = time.perf_counter() - begin
+    seconds = Clock("cpu").once(step)
     real = int(batch["attention_mask"].sum())
     return {"real": real, "run": sum(tokens), "seconds": seconds, "peak": peak}
 
@@ -100,18 +107,12 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--folder", default="build/lengths")
     options = parser.parse_args()
-    from fusedpo.benchmarks.measure import MALLOC_ENV, describe, machine
-
-    os.environ.update(MALLOC_ENV)
-    import torch
-
     print(describe(machine()))
     print("\n| way | tokens of the rows | tokens run | ratio | s a step | peak, MiB |")
     print("|---|---|---|---|---|---|")
-    fresh = torch.multiprocessing.get_context("spawn")
     for way in WAYS:
-        with fresh.Pool(1) as pool:
-            found = pool.apply(measured, (way, options))
+        request = {**vars(options), "way": way, "threads": torch.get_num_threads()}
+        found = in_fresh_process("fusedpo.benchmarks.lengths:answer", request)
         ratio, peak = found["run"] / found["real"], found["peak"] / 2**20
         numbers = f"{found['real']} | {found['run']} | {ratio:.2f} | {found['seconds']:.1f}"
         print(f"| {way} | {numbers} | {peak:.0f} |", flush=True)
