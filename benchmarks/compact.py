@@ -35,10 +35,11 @@ from fusedpo.benchmarks import (
     sweep,
 )
 from fusedpo.benchmarks.compact_errors import Records, errors
+from fusedpo.benchmarks.options import Options, options_of, parser
 from fusedpo.benchmarks.peers import BASELINE, OURS, PEERS, fusedpo_preference, step, why_not
 from fusedpo.benchmarks.section import Verdict, number, quotient
 from fusedpo.benchmarks.shapes import MIB, Case, Inputs, Shape, make_inputs
-from fusedpo.benchmarks.worker import told
+from fusedpo.benchmarks.timing import Clock, told
 from fusedpo.engine import score
 from fusedpo.engine.plan import Plan
 from fusedpo.sizes import format_bytes
@@ -167,7 +168,7 @@ QUICK = (
 )
 
 
-def places(options: sweep.Options) -> list[Place]:
+def places(options: Options) -> list[Place]:
     """Where it is asked; of shapes that were given, with random weights."""
     if options.shapes:
         return [Place(RANDOM, None, shape, ALL) for shape in options.shapes]
@@ -218,7 +219,7 @@ class Row(sweep.Row):
         }
 
 
-def _rows(place: Place, options: sweep.Options) -> list[Row]:
+def _rows(place: Place, options: Options) -> list[Row]:
     found = []
     for way in place.ways:
         if way.peer not in options.peers and way.peer in PEERS:
@@ -304,7 +305,7 @@ def _planned(row: Row) -> Iterator[None]:
         }
         return chosen
 
-    original = score.plan
+    original: Callable[..., Plan] = getattr(score, "plan")  # noqa: B009 - imported there
     with mock.patch.object(score, "plan", noting):
         yield
 
@@ -347,7 +348,7 @@ def _bare(shared: Inputs) -> Callable[[], object]:
 def _time(
     rows: Sequence[Row],
     inputs: Mapping[str, Inputs],
-    options: sweep.Options,
+    options: Options,
     advance: Callable[[str], None],
 ) -> None:
     """Rounds in turn, for as long as the place may take, or the least number of them."""
@@ -362,14 +363,14 @@ def _time(
     }
     advance(f"{alive[0].group} {alive[0].x:g}: time")
     # all have run before, and what was compiled was
-    first = measure.interleaved(functions, 1, warmup=0)
-    taken = sum(timing.median for timing in first.values())
+    first = Clock("cpu").interleaved(functions, 1, warmup=0)
+    taken = sum(timing.median or 0.0 for timing in first.values())
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     least = 2 if options.quick else LEAST_ROUNDS
-    rounds = max(least, min(MOST_ROUNDS, int(seconds / taken)))
-    for name, timing in measure.interleaved(functions, rounds, warmup=0).items():
+    rounds = max(least, min(MOST_ROUNDS, int(seconds / max(taken, 1e-9))))
+    for name, timing in Clock("cpu").interleaved(functions, rounds, warmup=0).items():
         (row,) = (row for row in alive if row.entry == name)
-        row.seconds = timing.seconds
+        row.seconds, row.missing = tuple(timing.seconds), timing.missing
 
 
 # the question
@@ -382,7 +383,7 @@ class Question:
     name: str = "compact"
     title: str = TITLE
 
-    def ask(self, options: sweep.Options) -> dict[str, Any]:
+    def ask(self, options: Options) -> dict[str, Any]:
         """Measure everything, and return what is to be saved."""
         if not options.on_cpu:
             raise ValueError(f"--device: expected cpu, got {options.device}")
@@ -406,7 +407,7 @@ class Question:
         self,
         place: Place,
         rows: list[Row],
-        options: sweep.Options,
+        options: Options,
         advance: Callable[[str], None],
     ) -> None:
         try:
@@ -541,7 +542,7 @@ def _of_errors(found: Found, place: str, x: int) -> list[Verdict]:
         row = found.row(place, x, way)
         if row is None:
             continue
-        what = f"{place}, N {x}, {format_bytes(way.budget)}"
+        what = f"{place}, N {x}, {format_bytes(way.budget or 0)}"
         asked += [
             Verdict(f"{what}: error of d{name}", row["errors"].get(name), USUAL)
             for name in ("hidden", "weight")
@@ -593,8 +594,6 @@ def show_targets(answer: dict[str, Any], stream: Any = None) -> None:
 
 def plot(answer: dict[str, Any]) -> Any:
     """Time against the larger gradient error: what is further down is better, and to the left."""
-    from matplotlib.figure import Figure
-
     found = Found(answer["rows"])
     rows = [
         row
@@ -609,9 +608,7 @@ def plot(answer: dict[str, Any]) -> Any:
     colours = plots.colours_of(entries)
     wide = min(2, len(panels))
     high = -(-len(panels) // wide)
-    figure = Figure(figsize=(1.2 + 7.4 * wide, 0.6 + 4.4 * high), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
-    figure.suptitle(answer["title"])
+    figure = plots.figure(answer, 1.2 + 7.4 * wide, 0.6 + 4.4 * high)
     lines = figure.subplots(high, wide, squeeze=False).flatten()
     for (place, x), axes in zip(panels, lines, strict=False):
         own = [row for row in rows if (row["group"], row["x"]) == (place, x)]
@@ -663,11 +660,11 @@ def _panel(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m fusedpo.benchmarks.compact``."""
-    given = sweep.parser(__doc__, "python -m fusedpo.benchmarks.compact")
+    given = parser(__doc__, "python -m fusedpo.benchmarks.compact")
     given.add_argument("--only", choices=("times", "errors"), help="of the two questions")
     parsed = given.parse_args(arguments)
     try:
-        options = sweep.options_of(parsed)
+        options = options_of(parsed)
     except ValueError as error:
         given.error(str(error))
     if parsed.only != "times":

@@ -25,11 +25,13 @@ from torch import Tensor
 
 import fusedpo
 from fusedpo.benchmarks import measure, states, sweep
+from fusedpo.benchmarks.options import Options
 from fusedpo.benchmarks.shapes import MIB
 from fusedpo.benchmarks.states import States
-from fusedpo.benchmarks.worker import told
+from fusedpo.benchmarks.timing import told
 from fusedpo.engine import column_sums, tolerance
 from fusedpo.engine.columns import Kept
+from fusedpo.engine.cost import Needs
 from fusedpo.engine.plan import Plan
 from fusedpo.engine.tolerance import Record
 
@@ -53,7 +55,7 @@ _TRUTH_ELEMENTS = 2**24  # of logits at a time
 def relative(got: Tensor, exact: Tensor) -> float:
     """The relative error of a tensor in the 2-norm, in float64, some rows at a time."""
     gap = size = 0.0
-    for mine, truth in zip(got.split(8192), exact.split(8192), strict=True):
+    for mine, truth in zip(torch.split(got, 8192), torch.split(exact, 8192), strict=True):
         gap += float((mine.double() - truth.double()).square().sum())
         size += float(truth.double().square().sum())
     return math.sqrt(gap / size) if size else math.sqrt(gap)
@@ -84,18 +86,25 @@ def truth_of(given: States, upstream: Tensor) -> dict[str, Tensor]:
     weight, bias = leaves["weight"], leaves.get("bias")
     step = max(1, _TRUTH_ELEMENTS // given.vocab)
     parts = []
-    rows = (t.split(step) for t in (given.hidden, given.labels, upstream))
+    rows = (torch.split(t, step) for t in (given.hidden, given.labels, upstream))
     for hidden, labels, g in zip(*rows, strict=True):
         part = hidden.double().requires_grad_()
         logprobs = F.linear(part, weight, bias).log_softmax(-1)
-        logprobs.gather(-1, labels[:, None])[:, 0].backward(g.double())
+        torch.autograd.backward(logprobs.gather(-1, labels[:, None])[:, 0], g.double())
+        assert part.grad is not None
         parts.append(part.grad)
-    found = {name: leaf.grad for name, leaf in leaves.items() if name != "hidden"}
+    found: dict[str, Tensor] = {
+        n: x.grad for n, x in leaves.items() if n != "hidden" and x.grad is not None
+    }
     return {"hidden": torch.cat(parts), **found}
 
 
-def _leaves(given: States, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    tensors = {"hidden": given.hidden, "weight": given.weight, "bias": given.bias}
+def _leaves(given: States, dtype: torch.dtype = torch.float32) -> dict[Needs, Tensor]:
+    tensors: dict[Needs, Tensor | None] = {
+        "hidden": given.hidden,
+        "weight": given.weight,
+        "bias": given.bias,
+    }
     return {
         name: t.detach().to(dtype).requires_grad_() for name, t in tensors.items() if t is not None
     }
@@ -151,14 +160,15 @@ class Call:
             record.coherence[name] *= record.allowed(name) / least
         dropping = _dropping() if self.alone else contextlib.nullcontext()
         with self.records.own(), _directions(self.directions), dropping:
-            fusedpo.linear_logprobs(
+            logprobs = fusedpo.linear_logprobs(
                 leaves["hidden"],
                 leaves["weight"],
                 self.given.labels,
                 bias=leaves.get("bias"),
                 memory_budget=BUDGET if self.slab is None else self._plan(self.slab),
                 gradient_tolerance=self.tolerance,
-            ).backward(self.upstream)
+            )
+            torch.autograd.backward(logprobs, self.upstream)
         return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
     def _plan(self, slab: int) -> Plan:
@@ -256,11 +266,12 @@ def _studied(given: States, upstream: Tensor, exact: Mapping[str, Tensor]) -> It
     usual.settled()
     left_out = {name: usual.record.allowed(name) for name in usual.record.coherence}
     wide = Call(given, upstream, 0.5, SLABS[0], left_out=left_out)
-    for part, changes in (
+    ways: tuple[tuple[str, dict[str, Any]], ...] = (
         *(("directions", {"directions": count}) for count in DIRECTIONS),
         ("alone", {}),
         ("alone", {"directions": 0, "alone": True}),
-    ):
+    )
+    for part, changes in ways:
         found = _row(part, replace(wide, **changes, records=Records()), exact)
         # the columns are those of the usual tolerance
         yield found | {"tolerance": USUAL, "breaches": None, "coherence": None}
@@ -307,7 +318,7 @@ class Question:
     studied: tuple[str, ...] = STUDIED
     drawn: int = DRAWN
 
-    def ask(self, options: sweep.Options) -> dict[str, Any]:
+    def ask(self, options: Options) -> dict[str, Any]:
         """Measure everything, and return what is to be saved."""
         if not options.on_cpu:
             raise ValueError(f"--device: expected cpu, got {options.device}")

@@ -39,7 +39,9 @@ import fusedpo
 from fusedpo import smollm2
 from fusedpo.benchmarks import measure, plots, section, states, sweep
 from fusedpo.benchmarks.formulas import TITLES
+from fusedpo.benchmarks.options import Options
 from fusedpo.benchmarks.section import Verdict, number
+from fusedpo.benchmarks.timing import median
 from fusedpo.engine import tolerance
 from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import DPO, SimPO
@@ -138,7 +140,7 @@ def _pairs(texts: Sequence[str], count: int) -> dict[str, Tensor]:
     chosen = torch.stack([ids[start : start + length] for start in starts])
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        rejected = torch.cat([_written(model, part) for part in chosen.split(_GENERATED)])
+        rejected = torch.cat([_written(model, part) for part in torch.split(chosen, _GENERATED)])
     return joined(chosen, rejected, model.generation_config.eos_token_id)
 
 
@@ -299,7 +301,7 @@ class Trainer:
             begin = time.perf_counter()
             batch = self.train[step * self.settings.pairs : (step + 1) * self.settings.pairs]
             out = self._loss(loss, batch, within)
-            out.loss.backward()
+            torch.autograd.backward(out.loss)
             for master, p in zip(masters, weights, strict=True):
                 assert p.grad is not None
                 master.grad = p.grad.float() if generator is None else moved(p.grad, generator)
@@ -378,7 +380,7 @@ def answer_of(
                 "entry": run.entry,
                 "losses": [round(x, 6) for x in run.losses],
                 "seconds": [round(x, 3) for x in run.seconds],
-                "median_seconds": measure.Timing(tuple(run.seconds)).median,
+                "median_seconds": median(run.seconds),
                 "kept": sum(run.kept) / len(run.kept),
                 "breaches": run.breaches,
                 "held_out": {name: float(f"{x:.6g}") for name, x in run.held_out.items()},
@@ -499,12 +501,8 @@ def remarks(answer: dict[str, Any]) -> list[str]:
 
 def plot(answer: dict[str, Any]) -> Any:
     """Curves of the loss, and their differences from the exact one."""
-    from matplotlib.figure import Figure
-
     groups = _groups(answer)
-    figure = Figure(figsize=(1.0 + 5.6 * len(groups), 6.4), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
-    figure.suptitle(answer["title"])
+    figure = plots.figure(answer, 1.0 + 5.6 * len(groups), 6.4)
     panels = figure.subplots(2, len(groups), squeeze=False, sharex="col")
     for group, above, below in zip(groups, *panels, strict=True):
         rows = _of(answer, group)
@@ -555,7 +553,7 @@ def parsed(arguments: Sequence[str] | None) -> tuple[Settings, argparse.Namespac
     )
     parser.add_argument("--tolerance", type=float, default=usual.within)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=sweep.Options.output, metavar="FOLDER")
+    parser.add_argument("--output", type=Path, default=Options.output, metavar="FOLDER")
     given = parser.parse_args(arguments)
     for name, least in (("steps", 1), ("pairs", 1), ("held_out", 1), ("seeds", 0), ("threads", 1)):
         if getattr(given, name) < least:
@@ -597,7 +595,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # each takes minutes: what has been found is kept
             answer = answer_of(runs, before, settings, about)
             measure.save("compact_training", answer, path)
-    sweep.report(answer, sweep.Options(output=given.output, threads=given.threads))
+    sweep.report(answer, Options(output=given.output, threads=given.threads))
     return 0
 
 

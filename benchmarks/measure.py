@@ -10,13 +10,12 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fusedpo.benchmarks.timing import Clock, Measured, Step
 from fusedpo.machine import ROOT, host
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -156,14 +155,3 @@ def save(question: str, answer: Mapping[str, Any], path: Path | None = None) -> 
         path.replace(path.with_suffix(".damaged"))
         answers = {}
     return write(path, json.dumps({**answers, question: answer}, indent=1) + "\n")
-
-
-def interleaved(
-    functions: Mapping[str, Step], repeats: int, warmup: int = 1
-) -> dict[str, Measured]:
-    """As ``Clock.interleaved`` on the CPU."""
-    return Clock("cpu").interleaved(functions, repeats, warmup=warmup)
-
-
-def Timing(seconds: Sequence[float]) -> Measured:
-    return Measured(list(seconds))

@@ -16,6 +16,7 @@ import fusedpo
 from fusedpo.benchmarks import compact, compact_errors, plots, states, sweep
 from fusedpo.benchmarks.compact import BARE, EXACT, FULL, KEPT, PLACES, REAL, ROUNDED, WIDE, Way
 from fusedpo.benchmarks.compact_errors import Call, Records, truth_of, upstream_of
+from fusedpo.benchmarks.options import Options
 from fusedpo.benchmarks.peers import PEERS, step
 from fusedpo.benchmarks.shapes import MIB, Case, Shape, make_inputs
 from fusedpo.engine import tolerance
@@ -117,7 +118,7 @@ def small_errors(**changes: Any) -> dict[str, Any]:
     given = {"states": ("certain", "unequal rows"), "tolerances": (1e-2, 2e-3), "studied": ()}
     given["drawn"] = 0
     question = replace(compact_errors.QUESTION, **{**given, **changes})
-    return question.ask(sweep.Options(threads=1))
+    return question.ask(Options(threads=1))
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +245,7 @@ def test_other_bits_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as changed:
             if spoil:
                 changed.setattr(fusedpo, "preference_loss", off)
-            rows = compact._rows(place, sweep.Options())
+            rows = compact._rows(place, Options())
             compact._measure(rows, lambda what: None)
         assert [row.missing for row in rows] == [None, None]
         assert [row.same for row in rows] == [None, same]
@@ -255,7 +256,7 @@ def test_without_states_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> No
         raise ImportError("SmolLM2's states need gguf")
 
     monkeypatch.setattr(states, "made", missing)
-    answer = compact.QUESTION.ask(sweep.Options(threads=1, peers=("full_logits", "fusedpo")))
+    answer = compact.QUESTION.ask(Options(threads=1, peers=("full_logits", "fusedpo")))
     assert all("need gguf" in row["missing"] for row in answer["rows"])
     assert {target["met"] for target in answer["targets"]} == {None}
     assert compact.plot(answer) is None
