@@ -8,7 +8,6 @@ import gc
 import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fusedpo.files import replacing
 from fusedpo.machine import ROOT, host
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -128,17 +128,8 @@ def file_name(about: Mapping[str, Any]) -> str:
 
 def write(path: Path, content: str | bytes) -> Path:
     """The whole file or, if anything comes between, the one that was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import bad_type, bad_value, known_tokens
+from fusedpo.data.padding import pad_sequences
 from fusedpo.data.rows import TokenRow
 from fusedpo.labels import IGNORE_INDEX
-from fusedpo.recipes.short_to_long import pad_sequences
 from fusedpo.trainers.transformers.arguments import check_columns
 
 
