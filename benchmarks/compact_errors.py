@@ -4,9 +4,9 @@ Gradients of hidden states and head, by the route ``compact`` in a budget of 256
 float64: of a sum of log-probabilities with the upstream gradients of the states, or random ones.
 The states are those of benchmarks/states.py, up to 1,024 rows each. Calls are repeated until their
 record has settled; the last one counts. Then, of the same states and tolerance, slabs of other
-numbers of rows, other numbers of main directions of the weight at the same kept columns, and these
-columns with nothing in place of the others. Last, of many random problems, how many gradients are
-beyond their tolerance though their estimate is not.
+numbers of rows, rows in the order in which they are given, other numbers of main directions of the
+weight at the same kept columns, and these columns with nothing in place of the others. Last, of
+many random problems, how many gradients are beyond their tolerance though their estimate is not.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fusedpo.benchmarks.options import Options
 from fusedpo.benchmarks.shapes import MIB
 from fusedpo.benchmarks.states import States
 from fusedpo.benchmarks.timing import told
-from fusedpo.engine import column_sums, tolerance
+from fusedpo.engine import column_sums, row_order, tolerance
 from fusedpo.engine.columns import Kept
 from fusedpo.engine.cost import Needs
 from fusedpo.engine.plan import Plan
@@ -42,7 +42,7 @@ BUDGET = 256 * MIB
 ROWS, MANY = 1024, 512  # of most states, and of those with a large vocabulary
 LARGE = 100_000
 CALLS = 4
-SLABS = (64, 128, 256, 512)
+SLABS, SLAB = (64, 128, 256, 512), 128
 DIRECTIONS = (0, 8, 16, 32, 64)
 STUDIED = ("smollm2", "sharpened")
 DRAWN, DRAWN_TOLERANCES = 1000, (1e-2, 2e-3, 5e-4)
@@ -135,6 +135,7 @@ class Call:
         slab: rows of a slab; None: as planned, and the plan may be another route.
         directions: main directions of the weight; None: as they are.
         alone: whether columns that are left out are dropped, with no direction in their place.
+        in_order: whether rows stay in the order in which they are given.
         left_out: of each gradient, the sum of squares that it may leave out, relative to its own;
             None: what the record says.
         records: what its calls have shown.
@@ -146,6 +147,7 @@ class Call:
     slab: int | None = None
     directions: int | None = None
     alone: bool = False
+    in_order: bool = False
     left_out: Mapping[str, float] | None = None
     records: Records = field(default_factory=Records)
 
@@ -159,7 +161,8 @@ class Call:
             record = self.record
             record.coherence[name] *= record.allowed(name) / least
         dropping = _dropping() if self.alone else contextlib.nullcontext()
-        with self.records.own(), _directions(self.directions), dropping:
+        staying = _in_order() if self.in_order else contextlib.nullcontext()
+        with self.records.own(), _directions(self.directions), dropping, staying:
             logprobs = fusedpo.linear_logprobs(
                 leaves["hidden"],
                 leaves["weight"],
@@ -221,6 +224,13 @@ def _dropping() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _in_order() -> Iterator[None]:
+    """Calls leave the rows in the order in which they are given."""
+    with mock.patch.object(row_order, "alike", lambda *_: None):
+        yield
+
+
 # the question
 
 
@@ -236,6 +246,7 @@ def _row(part: str, call: Call, exact: Mapping[str, Tensor]) -> dict[str, Any]:
         "slab": call.slab,
         "directions": call.directions,
         "alone": call.alone,
+        "in_order": call.in_order,
         "errors": _rounded(found),
         "missing": None,
     }
@@ -260,12 +271,14 @@ def _studied(given: States, upstream: Tensor, exact: Mapping[str, Tensor]) -> It
 
     The last two with the same columns kept, and with a tolerance that none of them breaches.
     """
-    usual = Call(given, upstream, USUAL, slab=SLABS[0])
+    usual = Call(given, upstream, USUAL, slab=SLAB)
     for slab in SLABS:
         yield _row("slabs", replace(usual, slab=slab, records=Records()), exact)
+    for in_order in (False, True):
+        yield _row("order", replace(usual, in_order=in_order, records=Records()), exact)
     usual.settled()
     left_out = {name: usual.record.allowed(name) for name in usual.record.coherence}
-    wide = Call(given, upstream, 0.5, SLABS[0], left_out=left_out)
+    wide = Call(given, upstream, 0.5, SLAB, left_out=left_out)
     ways: tuple[tuple[str, dict[str, Any]], ...] = (
         *(("directions", {"directions": count}) for count in DIRECTIONS),
         ("alone", {}),
@@ -284,7 +297,7 @@ def _drawn(allowed: float, count: int) -> dict[str, Any]:
     for seed in range(count):
         given = states.drawn(seed)
         exact = truth_of(given, upstream_of(given))
-        call = Call(given, upstream_of(given), allowed, SLABS[0])
+        call = Call(given, upstream_of(given), allowed, SLAB)
         for _ in range(2):
             found = errors(call.gradients(), exact)
             factors.append(max(found["hidden"], found["weight"]) / allowed)
@@ -380,6 +393,7 @@ def table(answer: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             "slabs": f"slabs of {row['slab']}",
             "directions": f"{row['directions']} directions",
             "alone": "columns alone" if row["alone"] else "as it is",
+            "order": "as given" if row.get("in_order") else "alike together",
         }[row["part"]]
         lines.append(
             [
@@ -445,6 +459,11 @@ def remarks(answer: dict[str, Any]) -> list[str]:
                 f"{entry}: with twice the rows of a slab the kept share is {2**power:.2f} times "
                 f"as large, a power of {power:.2f}."
             )
+    for entry in dict.fromkeys(row["entry"] for row in _part(answer, "order")):
+        own, given = (row["kept"] for row in _part(answer, "order", entry))
+        found.append(
+            f"{entry}: of rows in the order given, {given / own:.2f} times as much is kept."
+        )
     for entry in dict.fromkeys(row["entry"] for row in _part(answer, "directions")):
         of = {r["directions"]: r["errors"]["hidden"] for r in _part(answer, "directions", entry)}
         less = [f"{n} take {1 - e / of[0]:.0%}" for n, e in of.items() if n and of.get(0)]

@@ -92,6 +92,13 @@ class VocabShard:
         if values.numel():
             dist.all_reduce(values, group=self.group)
 
+    def of_first(self, values: Tensor) -> Tensor:
+        """Those of the first rank, in place: its numbers decide where all have to decide alike."""
+        if self.rank:
+            values.zero_()
+        self.add_up(values)
+        return values
+
 
 # weight -> its VocabShard. Looked at by all ranks with their own slice of the same weight, so that
 # either all of them find it or none does.

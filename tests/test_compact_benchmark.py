@@ -115,7 +115,7 @@ def test_programs_in_turn_know_nothing_of_each_others_calls() -> None:
 
 
 def small_errors(**changes: Any) -> dict[str, Any]:
-    given = {"states": ("certain", "unequal rows"), "tolerances": (1e-2, 2e-3), "studied": ()}
+    given = {"states": ("certain", "unequal rows"), "tolerances": (2e-2, 2e-3), "studied": ()}
     given["drawn"] = 0
     question = replace(compact_errors.QUESTION, **{**given, **changes})
     return question.ask(Options(threads=1))
@@ -130,10 +130,10 @@ def test_errors_of_states_are_within_their_tolerance(errors_found: dict[str, Any
     answer = errors_found
     assert json.loads(json.dumps(answer, allow_nan=False)) == answer
     of = {(row["entry"], row["tolerance"]): row for row in answer["rows"]}
-    assert set(of) == {(n, t) for n in ("certain", "unequal rows") for t in (0.0, 1e-2, 2e-3)}
-    loose, tight = of["unequal rows", 1e-2], of["unequal rows", 2e-3]
+    assert set(of) == {(n, t) for n in ("certain", "unequal rows") for t in (0.0, 2e-2, 2e-3)}
+    loose, tight = of["unequal rows", 2e-2], of["unequal rows", 2e-3]
     # they are used, and what is estimated is what they are
-    assert 1e-3 < loose["errors"]["hidden"] < 1e-2 and loose["kept"] < tight["kept"]
+    assert 2e-3 < loose["errors"]["hidden"] < 2e-2 and loose["kept"] < tight["kept"]
     assert loose["estimates"]["hidden"] == pytest.approx(loose["errors"]["hidden"], rel=0.3)
     columns, lines = compact_errors.table(answer)
     assert len(lines) == 6 and {len(line) for line in lines} == {len(columns)}
@@ -153,7 +153,8 @@ def test_slabs_and_directions_are_of_one_tolerance(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(compact_errors, "SLABS", (32, 128))
     monkeypatch.setattr(compact_errors, "DIRECTIONS", (0, 16, 64))
     answer = small_errors(states=("unequal rows",), studied=("unequal rows",), tolerances=())
-    narrow, wide, *others, own, alone = answer["rows"][1:]
+    narrow, wide, alike, given, *others, own, alone = answer["rows"][1:]
+    assert alike["kept"] < given["kept"]
     assert (narrow["slab"], wide["slab"]) == (32, 128) and narrow["kept"] < wide["kept"]
     assert compact_errors.growth(answer, "unequal rows") > 0
     # the same columns are kept: what is left out is less with more directions, and nothing with all

@@ -33,6 +33,7 @@ from fusedpo.engine import tolerance
 from fusedpo.engine.columns import Kept
 from fusedpo.engine.routes import compact
 from fusedpo.engine.routes.compact import Compact
+from fusedpo.engine.tiles import Tiles
 from fusedpo.lazy.at_head import with_lazy_logits
 from fusedpo.lazy.everywhere import VARIABLE
 from fusedpo.losses import GRPO, SimPO
@@ -56,16 +57,16 @@ def without_records() -> Iterator[None]:
     tolerance.forget()
 
 
-Columns = list[tuple[int, Kept]]
+Columns = list[tuple[Tiles, Kept]]
 
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> Columns:
-    """Of each backward by the route ``compact``, the rows of a slab and the slabs' columns."""
+    """Of each backward by the route ``compact``, its rows, and the columns of each slab of them."""
     found: Columns = []
 
-    def choose(t: Any, *rest: Any) -> Kept:
-        found.append((t.plan.slab, original(t, *rest)))
+    def choose(t: Tiles, *rest: Any) -> Kept:
+        found.append((t, original(t, *rest)))
         return found[-1][1]
 
     original = compact.choose
@@ -97,11 +98,11 @@ def shown(metrics: dict[str, Tensor]) -> dict[str, float]:
 # what the metrics say
 
 
-def left_out(hidden: Tensor, weight: Tensor, labels: Tensor, slab: int, kept: Kept) -> Tensor:
+def left_out(hidden: Tensor, weight: Tensor, t: Tiles, kept: Kept) -> Tensor:
     """[N], each row's probability outside of its slab's kept columns, in float64."""
-    rows = hidden.detach()[labels >= 0].double()
+    rows = hidden.detach().flatten(0, -2)[t.rows.positions].double()
     p = (rows @ weight.detach().double().T).softmax(-1)
-    for i, of_slab in enumerate(p.split(slab)):
+    for i, of_slab in enumerate(p.split(t.plan.slab)):
         for columns in kept.columns(i):
             of_slab[:, columns] = 0.0
     return p.sum(1)
@@ -115,7 +116,7 @@ def test_metrics_are_of_the_last_backward(dtype: torch.dtype, kept: Columns) -> 
     assert shown(first.metrics) == EXACT
     assert not kept, "before the first"
     first.loss.backward()
-    ((slab, columns),) = kept
+    ((tiles, columns),) = kept
     second = shown(loss(hidden, weight, labels).metrics)
     # what the head's gradient takes is in three products, what the hidden one takes besides in two
     counts = map(columns.columns, range(columns.slabs))
@@ -123,7 +124,7 @@ def test_metrics_are_of_the_last_backward(dtype: torch.dtype, kept: Columns) -> 
     share /= columns.slabs * V
     assert 0 < share < 0.2
     assert second["head/columns_kept"] == pytest.approx(share, rel=1e-6)
-    mass = float(left_out(hidden, weight, labels, slab, columns).mean())
+    mass = float(left_out(hidden, weight, tiles, columns).mean())
     assert mass > 0
     assert second["head/dropped_mass"] == pytest.approx(mass, rel=1e-2)
     assert 0 < second["head/gradient_error"] < WITHIN
@@ -138,8 +139,8 @@ def test_the_mass_is_a_probability_whatever_the_gradient_is(kept: Columns) -> No
     upstream[1] = 0.0
     linear_logprobs(hidden, weight, labels, gradient_tolerance=WITHIN).backward(upstream)
     record = tolerance.record_of(WITHIN, "cpu", V, H)
-    ((slab, columns),) = kept
-    rest = left_out(hidden, weight, labels, slab, columns)[upstream[labels >= 0] > 0]
+    ((tiles, columns),) = kept
+    rest = left_out(hidden, weight, tiles, columns)[upstream.flatten()[tiles.rows.positions] > 0]
     assert record.dropped == pytest.approx(float(rest.mean()), rel=1e-2)
 
 

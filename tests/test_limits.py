@@ -68,6 +68,7 @@ ENGINE = (
     ("plan",),
     ("tiles", "tolerance"),
     ("column_sums", "columns"),
+    ("row_order",),
     ("hidden_gradient", "head_gradient", "jacobian"),
     ("entries",),
     ("audit",),

@@ -12,9 +12,6 @@ gradient, the largest part lies in them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -39,13 +36,19 @@ def buffers(p: Problem, slab: int, n: int, v: int) -> Buffers:
     tiles = -(-p.vocab // v)
     return {
         **saved(p, slab),
-        "slab sums": -(-n // slab) * v * p.operand,
+        "slab sums": most_slabs(slab, n) * v * p.operand,
+        "slab weights": most_slabs(slab, n) * n * p.operand,
         "column weights": 2 * tiles * p.tokens * p.acc,
         "squared sizes": p.vocab * p.acc,
         "main products": p.vocab * PRODUCTS * p.operand,
         "sampled products": min(_SAMPLE, p.vocab) * PRODUCTS * p.acc,
         "new directions": 3 * p.hidden * PRODUCTS * p.acc,
     }
+
+
+def most_slabs(slab: int, n: int) -> int:
+    """The most slabs that have rows among n that follow each other."""
+    return -(-(n - 1) // slab) + 1
 
 
 def saved(p: Problem, slab: int) -> Buffers:
@@ -70,9 +73,13 @@ class ColumnSums:
             their root mean square, or 1 where that is less.
     """
 
-    def __init__(self, t: Tiles) -> None:
+    def __init__(self, t: Tiles, order: Tensor | None = None) -> None:
         slabs, tiles = -(-t.count // t.plan.slab), -(-t.vocab // t.plan.cols)
-        self.t = t
+        self.t, self._order = t, order
+        # [N], the slab of each row
+        self._slabs = torch.arange(t.count, device=t.hidden.device) // t.plan.slab
+        if order is not None:
+            self._slabs = torch.empty_like(order).index_copy_(0, order, self._slabs)
         self.values = t.take("column sums", slabs, t.vocab).zero_()
         self._weights, self._steps = t.take("column weights", 2, tiles, t.count)
         self._targets, sizes = _targets_and_sizes(t)
@@ -103,22 +110,15 @@ class ColumnSums:
         self._sum_columns(r, c, weights / t.gain, exponentials)
 
     def _sum_columns(self, r: Range, c: Range, weights: Tensor, exponentials: Tensor) -> None:
-        slab = self.t.plan.slab
-        for start, stop in self._parts(r):
-            rows, part = slice(start - r[0], stop - r[0]), self.values[:, slice(*c)]
-            count = -(-(stop - start) // slab)
-            of_slabs = weights[rows].to(exponentials.dtype).view(count, 1, -1)
-            sums = part[start // slab : start // slab + count]
-            tiles = exponentials[rows].view(count, -1, exponentials.shape[1])
-            memory = self.t.take("slab sums", count, 1, tiles.shape[2], dtype=tiles.dtype)
-            sums += torch.bmm(of_slabs, tiles, out=memory)[:, 0]
-
-    def _parts(self, r: Range) -> Iterator[Range]:
-        """A row block as one run of whole slabs, and parts of slabs before and after."""
-        slab = self.t.plan.slab
-        first, last = -(-r[0] // slab) * slab, r[1] // slab * slab
-        edges = sorted({r[0], min(first, r[1]), max(last, min(first, r[1])), r[1]})
-        return pairwise(edges)
+        t, slab = self.t, self.t.plan.slab
+        first, rows = r[0] // slab, r[1] - r[0]
+        count = -(-r[1] // slab) - first
+        of_slabs = t.take("slab weights", count, rows, dtype=exponentials.dtype).zero_()
+        which = self._slabs[slice(*r)] - first
+        of_slabs.scatter_(0, which[None], weights[None].to(of_slabs.dtype))
+        memory = t.take("slab sums", count, exponentials.shape[1], dtype=exponentials.dtype)
+        sums = torch.mm(of_slabs, exponentials, out=memory)
+        self.values[first : first + count, slice(*c)] += sums
 
     def finish(self, stats: RowStats, rescale: Tensor | None) -> None:
         """Bring the sums to complete statistics.
@@ -126,13 +126,13 @@ class ColumnSums:
         Args:
             rescale: [N], the factor that sums of this rank's columns still lack; None: nothing.
         """
-        t, slab = self.t, self.t.plan.slab
+        t = self.t
         _relative(self.column_sizes, t.take("squared sizes", t.vocab))
         lacking = torch.ones_like(stats.total) if rescale is None else rescale
         factor = row_factor(stats.logprob, stats.total) * lacking
         for i, c in enumerate(t.col_blocks()):
-            complete = _sum_slabs(factor * power_of_two(self._steps[i] - stats.steps), slab)
-            ratio = complete / _sum_slabs(self._weights[i], slab)
+            complete = self._sum_slabs(factor * power_of_two(self._steps[i] - stats.steps))
+            ratio = complete / self._sum_slabs(self._weights[i])
             self.values[:, slice(*c)] *= ratio.nan_to_num(0.0, 0.0)[:, None]
         own = t.target_entry(stats.total, stats.target, (0, t.count))
         own = torch.where((t.targets >= 0) & (t.targets < t.vocab), own, 0.0)
@@ -142,12 +142,15 @@ class ColumnSums:
             of_targets = t.take("tile", stop - start, PRODUCTS)
             of_targets.copy_(self._of_weight[t.targets[rows].clamp(0, t.vocab - 1)])
             self.row_products[rows] -= of_targets.mul_(own[rows, None])
+        if self._order is not None:
+            for values in (self.row_products, self.row_sizes):
+                memory = t.take("tile", *values.shape)
+                values.copy_(torch.index_select(values, 0, self._order, out=memory))
 
-
-def _sum_slabs(values: Tensor, slab: int) -> Tensor:
-    """[slabs] from [N]."""
-    missing = -len(values) % slab
-    return torch.nn.functional.pad(values, (0, missing)).view(-1, slab).sum(1)
+    def _sum_slabs(self, values: Tensor) -> Tensor:
+        """[slabs] from [N]."""
+        out = torch.zeros_like(self.values[:, 0])
+        return out.index_add_(0, self._slabs, values)
 
 
 def main_directions(t: Tiles, count: int) -> Tensor:

@@ -138,9 +138,15 @@ class Problem:
         return {
             "tile": 0 if full_rows and not narrow else n * v_padded * self.acc,
             "tile copies": n * v_padded * extra,
-            "hidden rows": n * self.hidden * self.operand if self.copies_rows else 0,
+            **self.hidden_rows(n),
             "weight rows": v * self.hidden * self.operand if self.weight_cast else 0,
         }
+
+    def hidden_rows(self, n: int) -> Buffers:
+        """Hidden rows in the products' dtype, where they are not read in place."""
+        sizes = self.operand * self.copies_rows, self.hidden_size * self.gathered * self.hidden_cast
+        rows, gathered = (n * self.hidden * size for size in sizes)
+        return {"hidden rows": rows, "gathered hidden rows": gathered}
 
     def row_bytes(self) -> int:
         """Vectors over the scored tokens: targets, positions, and about nine statistics.

@@ -45,6 +45,17 @@ def write_rows(t: Tiles, out: Tensor, start: int, stop: int, values: Tensor) -> 
         out[positions[start:stop]] = values.to(out.dtype)
 
 
+def restore_order(t: Tiles, out: Tensor, order: Tensor | None) -> None:
+    """Bring out [N, H], whose row i is the gradient of row order[i], to the rows' own order."""
+    if order is None:
+        return
+    # in the memory of the tile, some columns at a time
+    width = max(1, t.tile().numel() // t.count)
+    for start, stop in blocks(0, t.width, width):
+        part = t.take("tile", t.count, stop - start).copy_(out[:, start:stop])
+        out[:, start:stop].index_copy_(0, order, part)
+
+
 def write_unscaled(t: Tiles, unscaled: Tensor, r: Range, values: Tensor) -> None:
     """Write rows [n, H] of dlogp/dhidden to where they wait."""
     if waits_in_output(t):

@@ -12,7 +12,7 @@ import functools
 from typing import NamedTuple
 
 # the fastest of those that benchmarks/tiles.py measures
-_LARGEST_ON_CPU = (512, 4096)
+_LARGEST_ON_CPU = (1024, 2048)
 _SMALLEST = (16, 128)
 
 # rows of a tile on a GPU, and its bytes at most: fewer rows read the head too often

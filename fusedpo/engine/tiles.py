@@ -14,9 +14,10 @@ respect to the hidden states: one collective each, never one a tile.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -157,6 +158,18 @@ class Tiles:
         rows, cols = (p.back_rows, p.back_cols) if backward else (p.rows, p.cols)
         self._tile = min(rows, self.count), padded(min(cols, self.vocab))
 
+    def reordered(self, order: Tensor | None) -> Tiles:
+        """The same operands and memory, row i being the former row order[i]; None: as they are."""
+        if order is None:
+            return self
+        scale = self.call.scale
+        scale = scale[order] if isinstance(scale, Tensor) else scale
+        rows, other = self.rows.reorder(order), copy.copy(self)
+        other.call = replace(self.call, rows=rows, scale=scale)
+        other.rows, other.targets = rows, self.targets[order]
+        other.reader = HiddenRows(self.hidden, rows)
+        return other
+
     # memory
 
     def vector(self, *shape: int) -> Tensor:
@@ -202,7 +215,8 @@ class Tiles:
             return out.copy_(flat[start:stop])
         if flat.dtype == self.operand:
             return torch.index_select(flat, 0, places, out=out)
-        return out.copy_(flat[places])
+        narrow = self.take("gathered hidden rows", *out.shape, dtype=flat.dtype)
+        return out.copy_(torch.index_select(flat, 0, places, out=narrow))
 
     def weight_rows(self, start: int, stop: int) -> Tensor:
         """[v, H] in the operands' dtype."""

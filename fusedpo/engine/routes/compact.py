@@ -23,7 +23,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fusedpo.engine import audit, by_columns, column_sums, columns, hidden_gradient
+from fusedpo.engine import audit, by_columns, column_sums, columns, hidden_gradient, row_order
 from fusedpo.engine.column_sums import ColumnSums
 from fusedpo.engine.columns import Kept, choose
 from fusedpo.engine.cost import Cost, Problem
@@ -37,11 +37,11 @@ from fusedpo.engine.tolerance import Record, Seen, record_of
 
 # Rows of a slab, on the CPU and elsewhere: few keep few columns, many multiply faster, and fill a
 # GPU. From one size to twice that the kept share grows by 1.36 (benchmarks/compact_errors.py).
-_SLAB = {True: 64, False: 1024}
+_SLAB = {True: 128, False: 1024}
 _GROWTH = 0.44
 
-# kept columns that are gathered at a time
-_CHUNKS = (4096, 2048, 1024, 512)
+# kept columns that are gathered at a time, on the CPU and elsewhere: the best first
+_CHUNKS = {True: (2048, 1024, 512), False: (4096, 2048, 1024, 512)}
 
 
 class Compact:
@@ -58,7 +58,7 @@ class Compact:
         while slab < p.tokens:
             slabs.append(slab)
             slab *= 2
-        chunks = dict.fromkeys(min(chunk, p.vocab) for chunk in _CHUNKS)
+        chunks = dict.fromkeys(min(chunk, p.vocab) for chunk in _CHUNKS[p.on_cpu])
         return [
             replace(p, slab=slab, back=(n, chunk))
             for chunk in chunks
@@ -68,13 +68,14 @@ class Compact:
     def cost(self, p: Problem, n: int, v: int) -> Cost:
         rows = max(1, min(p.slab or n, p.tokens))
         count, (back_rows, chunk) = -(-p.tokens // rows), p.back or (n, v)
+        copied = replace(p, gathered=True)  # into another order, in the backward
         forward = {**p.tile(n, v, gradient=True), **column_sums.buffers(p, rows, n, v)}
-        forward["tile"] = max(forward["tile"], p.hidden * p.acc)
+        forward["tile"] = max(forward["tile"], p.hidden * p.acc, row_order.least_tile(p, n))
         # of the exact gradients, if they have to be made after all
         exact = Recompute(split=False).cost(replace(p, entropy=True), n, v).backward
-        exact |= p.tile(back_rows, chunk, gradient=True)
+        exact |= copied.tile(back_rows, chunk, gradient=True)
         own = {
-            **p.tile(rows, chunk, gradient=True),
+            **copied.tile(rows, chunk, gradient=True),
             "weighted rows": rows * p.hidden * p.operand,
             "weight rows": 0,
         }
@@ -96,14 +97,17 @@ class Compact:
         return Cost(products, forward, backward)
 
     def forward(self, t: Tiles) -> Forward:
-        sums = ColumnSums(t)
+        order = row_order.alike(t, t.plan.slab)
+        sums = ColumnSums(t, order)
         stats = hidden_gradient.forward_pass(t, None, sums)
         # what is aimed at is settled here: a second backward of the graph repeats the first
         record = _record(t)
         allowed = {name: record.allowed(name) for name in ("hidden", "head")}
         capacities = None if _waits(t) else record.capacities(t.vocab, t.plan.slab)
         sizes = sums.row_sizes, sums.column_sizes
-        saved = sums.values, sums.directions, sums.row_products, *sizes
+        saved: tuple[Tensor, ...] = (sums.values, sums.directions, sums.row_products, *sizes)
+        if order is not None:
+            saved += (order,)
         return Forward(stats, saved=saved, held={"aim": (allowed, capacities)})
 
     def backward(self, t: Tiles, b: Backward) -> tuple[Tensor | None, HeadGradient]:
@@ -114,14 +118,25 @@ class Compact:
             in_place = out.dtype == t.acc and t.rows.positions is None
             whole = out if in_place else t.take("hidden gradient", t.count, t.width)
         head = _accumulators(t)
-        if t.count and not _within(t, b, head, whole):
+        order = b.saved[5] if len(b.saved) > 5 else None
+        if t.count and not _within(t.reordered(order), _reordered(b, order), head, whole):
             # not beside those that take their place
             del out, whole, head
             head = new_output(t, weight="weight" in needs, bias="bias" in needs)
             return both_gradients(t, b, head, "hidden" in needs), head
-        if out is not None and whole is not None and whole is not out:
-            hidden_gradient.write_rows(t, out, 0, t.count, whole)
+        if out is not None and whole is out:
+            hidden_gradient.restore_order(t, out, order)
+        elif out is not None and whole is not None:
+            hidden_gradient.write_rows(t.reordered(order), out, 0, t.count, whole)
         return out, head
+
+
+def _reordered(b: Backward, order: Tensor | None) -> Backward:
+    """The inputs of rows in another order, by columns; the gradients do not need the entropy's."""
+    if order is None:
+        return b
+    stats = {name: values[order] for name, values in b.stats.items() if values is not None}
+    return replace(b, stats=stats, g=b.g[order], saved=b.saved[:5])
 
 
 def _growth(on_cpu: bool, slab: int) -> float:

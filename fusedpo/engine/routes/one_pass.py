@@ -65,7 +65,7 @@ class OnePass:
         }
         buffers["weight gradient slice"] = 0
         if p.copies_rows:
-            buffers["hidden rows"] = slab * p.hidden * p.operand
+            buffers |= p.hidden_rows(slab)
         products = 1 + ("hidden" in p.needs) + ("weight" in p.needs)
         return Cost(products, buffers, buffers)
 

@@ -40,7 +40,7 @@ class Retain:
             **p.steps(p.tokens, v),
         }
         if p.copies_rows:
-            buffers["hidden rows"] = max(n, back[0]) * p.hidden * p.operand
+            buffers |= p.hidden_rows(max(n, back[0]))
         products = 1 + ("hidden" in p.needs) + ("weight" in p.needs)
         return Cost(products, buffers, buffers)
 
