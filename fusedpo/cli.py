@@ -1,7 +1,7 @@
 """The ``fusedpo`` command: finds out which one is meant, and what its errors become.
 
 A command is a module of ``fusedpo.commands`` with a ``SUMMARY``, ``EXAMPLES``, ``add_arguments``
-and ``run``, which raises what a user is to be told.
+(or ``options``, a parser of them) and ``run``, which raises what a user is to be told.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import fusedpo
 from fusedpo.commands import bench, doctor, env, losses, plan, run, train
-from fusedpo.trainers import job as jobs
+from fusedpo.trainers import processes
 
 COMMANDS: dict[str, Any] = {
     "train": train,
@@ -48,7 +48,7 @@ class _Parser(argparse.ArgumentParser):
         raise _Misuse(self.prog, f"{message} (see {self.prog} --help)")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        if jobs.ranks().first:
+        if processes.is_first():
             super()._print_message(message, file)
 
     def refuse(self, words: Sequence[str]) -> NoReturn:
@@ -65,25 +65,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     A command may have others of its own. Of several processes the first one alone prints, but for
     what another one alone knows.
     """
-    ranks = jobs.ranks()
     argv = sys.argv[1:] if argv is None else list(argv)
     program = f"fusedpo {argv[0]}" if argv and argv[0] in COMMANDS else "fusedpo"
     try:
         with _terminable():
             return _run(argv)
     except KeyboardInterrupt:
-        if ranks.first:
+        if processes.is_first():
             print(f"{program}: interrupted; no incomplete output was left", file=sys.stderr)
         return _INTERRUPTED
-    except jobs.ToldByFirst:
-        ranks.leave()
+    except processes.ToldByFirst as error:
+        processes.leave(error)
         return _USER_ERROR
     except Exception as error:
-        if not jobs.is_for_the_user(error):
+        if not processes.is_for_the_user(error):
             raise
         program = error.program if isinstance(error, _Misuse) else program
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        ranks.leave()
+        processes.leave(error)
         return _USER_ERROR
 
 
@@ -98,7 +97,7 @@ def _terminable() -> Iterator[None]:
         raise SystemExit(128 + number)
 
     before = {}
-    for number in jobs.TERMINATING:
+    for number in processes.TERMINATING:
         # nohup ignores SIGHUP
         if signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, leave)
@@ -110,7 +109,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _run(argv: list[str]) -> int:
-    with jobs.ranks().together():
+    with processes.together(cpu="--cpu" in argv):
         parser, commands = _parsers(argv)
         parsed, unknown = parser.parse_known_args(argv)
         name = parsed.command
@@ -133,8 +132,13 @@ def _parsers(argv: Sequence[str]) -> tuple[_Parser, dict[str, _Parser]]:
     choices = parser.add_subparsers(dest="command", required=True, metavar=names)
     found = {}
     for name, command in COMMANDS.items():
+        # what the others take is of no interest, and some have much to import for it
+        meant = name in argv
+        # of a command with options of its words, such as the loss that is named there
+        parents = [command.options(argv)] if meant and hasattr(command, "options") else []
         one = choices.add_parser(
             name,
+            parents=parents,
             help=command.SUMMARY,
             description=getattr(command, "DESCRIPTION", command.SUMMARY),
             epilog=command.EXAMPLES,
@@ -142,11 +146,6 @@ def _parsers(argv: Sequence[str]) -> tuple[_Parser, dict[str, _Parser]]:
             allow_abbrev=False,
         )
         found[name] = one
-        if name not in argv:
-            continue  # what the others take is of no interest, and some have much to import for it
-        if command is train:
-            # the loss that is named there has options of its own
-            command.add_arguments(one, argv)
-        else:
+        if meant and not parents:
             command.add_arguments(one)
     return parser, found

@@ -53,7 +53,8 @@ from pathlib import Path
 import tiny
 from fusedpo.losses import DPO
 from fusedpo.trainers.endings import Endings
-from fusedpo.trainers.job import TrainJob, run
+from fusedpo.trainers.config import TrainJob
+from fusedpo.trainers.run import run
 
 folder = Path("trained")
 tiny.save(folder / "model")

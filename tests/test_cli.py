@@ -30,14 +30,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, T
 from transformers.integrations import integration_utils
 
 import fusedpo.commands.losses
-import fusedpo.trainers.job
 from fusedpo import losses
 from fusedpo.catalogue import table
 from fusedpo.cli import main
 from fusedpo.recipes import stdlib_pairs
-from fusedpo.trainers import job as jobs
-from fusedpo.trainers.job import Ranks, TrainJob, run
+from fusedpo.trainers import inputs
+from fusedpo.trainers import output as outputs
+from fusedpo.trainers import run as runs
+from fusedpo.trainers.config import TrainJob
 from fusedpo.trainers.rows import check_row, tokenize
+from fusedpo.trainers.run import run
 from fusedpo.trainers.transformers import PreferenceTrainer
 
 OUTPUT_FILES = {
@@ -209,9 +211,9 @@ def small_library(monkeypatch) -> Iterator[None]:
     part = Path(sysconfig.get_path("stdlib"), "email")
     read = functools.partial(stdlib_pairs.read_passages, part)
     monkeypatch.setattr(stdlib_pairs, "read_passages", read)
-    jobs._demo_passages.cache_clear()
+    inputs.demo_passages.cache_clear()
     yield
-    jobs._demo_passages.cache_clear()
+    inputs.demo_passages.cache_clear()
 
 
 DEMO = ["train", "--cpu", "--model", "demo", "--dataset", "demo", "--batch-size", "8"]
@@ -352,10 +354,10 @@ def test_a_bad_dataset_is_one_line_and_exit_code_2(content, message, folder, tmp
 
 def test_the_demonstration_has_weights_of_the_dtype_that_is_asked_for(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        jobs, "_demo_passages", lambda seed: ([stdlib_pairs.Passage("", "red")], [])
+        inputs, "demo_passages", lambda seed: ([stdlib_pairs.Passage("", "red")], [])
     )
-    job = jobs.TrainJob("demo", "demo", tmp_path / "out", losses.SimPO(), dtype="bfloat16")
-    model, _ = jobs._load_model(job)
+    job = TrainJob("demo", "demo", tmp_path / "out", losses.SimPO(), dtype="bfloat16")
+    model, _ = inputs.load_model(job)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
@@ -411,7 +413,7 @@ def test_a_rename_that_fails_puts_back_what_was_there(tmp_path, earlier):
         output.mkdir()
         (output / "metrics.json").write_text("of the run before")
     with pytest.raises(FileNotFoundError):
-        jobs._publish(staging / "was never written", output, staging)
+        outputs.publish(staging / "was never written", output, staging)
     assert output.exists() == earlier
     assert not list(staging.iterdir())
     if earlier:
@@ -585,7 +587,6 @@ def test_the_first_process_alone_tells_of_an_interruption(rank, said, monkeypatc
 
     # of one process, so that there is nothing to agree on before
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(fusedpo.trainers.job, "ranks", Ranks)
     monkeypatch.setattr(fusedpo.commands.losses, "run", interrupted)
     assert main(["losses"]) == 130
     assert capsys.readouterr().err == said
@@ -595,7 +596,6 @@ def test_the_first_process_alone_tells_of_an_interruption(rank, said, monkeypatc
 def test_the_first_process_alone_prints_help(rank, prints, monkeypatch, capsys):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(fusedpo.trainers.job, "ranks", Ranks)
     with pytest.raises(SystemExit) as left:
         main(["losses", "--help"])
     assert left.value.code == 0
@@ -685,15 +685,15 @@ def test_under_fsdp_the_model_is_saved_whole_and_nothing_is_compared(
     small_library, tmp_path, monkeypatch, reset, capsys
 ):
     """By a trainer that says, once it has trained, that its checkpoints are of shards."""
-    train = jobs._train
+    fit = runs.fit
 
     def sharded(job, trainer, *more):
-        train(job, trainer, *more)
+        fit(job, trainer, *more)
         trainer.is_fsdp_enabled = True
         plugin = FullyShardedDataParallelPlugin(state_dict_type="SHARDED_STATE_DICT")
         trainer.accelerator.state.fsdp_plugin = plugin
 
-    monkeypatch.setattr(jobs, "_train", sharded)
+    monkeypatch.setattr(runs, "fit", sharded)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main([*DEMO, "--max-steps", "1", "--output", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
@@ -718,7 +718,7 @@ def test_a_name_is_that_of_a_model_on_the_hub_whose_code_is_not_run(monkeypatch,
     for kind in (AutoModelForCausalLM, AutoTokenizer):
         monkeypatch.setattr(kind, "from_pretrained", hub(kind))
     job = TrainJob("owner/name", "demo", tmp_path / "out", losses.SimPO(), dtype="bfloat16")
-    assert jobs._load_model(job) == (AutoModelForCausalLM, AutoTokenizer)
+    assert inputs.load_model(job) == (AutoModelForCausalLM, AutoTokenizer)
     refused = {"trust_remote_code": False}
     assert asked == [
         (AutoModelForCausalLM, "owner/name", {"dtype": torch.bfloat16, **refused}),
@@ -733,7 +733,7 @@ def test_a_name_that_the_hub_does_not_have_is_refused_with_its_reason(monkeypatc
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", hub)
     job = TrainJob("owner/nmae", "demo", tmp_path / "out", losses.SimPO())
     with pytest.raises(ValueError) as error:
-        jobs._load_model(job)
+        inputs.load_model(job)
     assert str(error.value) == (
         "model: expected a folder or a Hub name of a causal language model with its tokenizer, "
         "got 'owner/nmae' (no such model); check the spelling, and the network for a Hub name"

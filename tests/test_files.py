@@ -29,8 +29,8 @@ from transformers import TrainingArguments
 from fusedpo.benchmarks import measure
 from fusedpo.benchmarks import readme as results
 from fusedpo.cli import main
-from fusedpo.files import read_file, write_file
-from fusedpo.losses import SimPO, SoftSequence
+from fusedpo.files import read_file, write_file, write_json
+from fusedpo.losses import SoftSequence
 from fusedpo.model_shapes import read_model
 from fusedpo.recipes.self_augmented import (
     PairRow,
@@ -39,9 +39,10 @@ from fusedpo.recipes.self_augmented import (
     SelfAugmented,
     Settings,
 )
-from fusedpo.trainers import job as jobs
+from fusedpo.trainers import output
+from fusedpo.trainers.checkpoints import to_resume
 from fusedpo.trainers.groups import GroupTrainer
-from fusedpo.trainers.methods import SelfAugmented as ByItself
+from fusedpo.trainers.methods.self_augmented import SelfAugmented as ByItself
 from fusedpo.trainers.rows import check_row, load
 from fusedpo.trainers.self_augmented import SelfAugmentedDataset
 
@@ -396,7 +397,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save(folder / "model", initializer_range=0.02)
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, tiny.text_rows(8))))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(jobs, "draw_training", lambda *anything: None)
+        patched.setattr(output, "draw_training", lambda *anything: None)
         assert main(words(folder)) == 0
     return folder
 
@@ -404,14 +405,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of a run's folder."""
-    monkeypatch.setattr(jobs, "draw_training", lambda *anything: None)
+    monkeypatch.setattr(output, "draw_training", lambda *anything: None)
     shutil.copytree(trained, tmp_path / "run")
     return tmp_path / "run"
 
 
 def newest(folder: Path) -> str:
-    job = jobs.TrainJob("demo", "demo", folder / "out", SimPO(), ByItself(), save_steps=1)
-    return Path(jobs._last_checkpoint(job, 1)).name
+    return Path(to_resume(folder / "out-checkpoints", ByItself(), 1)).name
 
 
 def cuts(content: bytes) -> Iterator[bytes]:
@@ -590,7 +590,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path, int], Any]]] = {
     "a plot": ("a.png", lambda path, number: measure.write(path, bytes([number]) * 999)),
     "metrics": (
         "metrics.json",
-        lambda path, number: jobs._write_json(path, {"log": [number] * 999}),
+        lambda path, number: write_json(path, {"log": [number] * 999}),
     ),
 }
 

@@ -32,7 +32,7 @@ import torch
 
 from fusedpo.cli import main
 from fusedpo.files import read_file
-from fusedpo.trainers import job as jobs
+from fusedpo.trainers import output
 
 pytestmark = pytest.mark.xdist_group("kills")
 
@@ -53,7 +53,7 @@ def serve() -> None:
     for name in ("progress", "self_augmented", "transformers"):
         importlib.import_module(f"fusedpo.trainers.{name}")
     importlib.import_module("transformers.trainer")
-    jobs.draw_training = lambda *anything: None
+    output.draw_training = lambda *anything: None
     torch.set_num_threads(1)
     gc.freeze()
     for line in sys.stdin:

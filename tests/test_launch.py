@@ -16,10 +16,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import traceback
-import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,8 +34,7 @@ from transformers.integrations import integration_utils
 
 from fusedpo.cli import main
 from fusedpo.files import read_file
-from fusedpo.trainers import job as jobs
-from fusedpo.trainers import responses
+from fusedpo.trainers import processes, responses
 from fusedpo.trainers.transformers import PreferenceTrainer
 
 pytestmark = pytest.mark.xdist_group("launch")
@@ -144,6 +141,7 @@ def cases(folder: Path) -> dict[str, Case]:
     found["model elsewhere"] = case("new", TWO, others={model: str(folder / "none")})
     found["rows elsewhere"] = case("new", TWO, others={"pairs.jsonl": "none.jsonl"})
     found["words elsewhere"] = case("new", TWO, others={"--max-steps": "--max-step"})
+    found["fewer elsewhere"] = case("new", TWO, others={"pairs.jsonl": "fewer.jsonl"})
     found["bug elsewhere"] = case("new", TWO, others={"5e-3": "0.123"})
     return found
 
@@ -166,6 +164,9 @@ def work(folder: Path, ports: list[int]) -> None:
     """Run every case; what came of it goes to RANK.json."""
     register_trackers()
     rank = int(os.environ["RANK"])
+    if rank:
+        leave = processes.leave
+        processes.leave = lambda error: (time.sleep(0.5), leave(error))
     results = {}
     for (name, case), port in zip(cases(folder).items(), ports, strict=True):
         if rank == 0 and case.remove:
@@ -174,7 +175,6 @@ def work(folder: Path, ports: list[int]) -> None:
             for path in case.remove:
                 remove(folder / path)
         os.environ.update(MASTER_PORT=str(port), TRACKED=str(folder / f"{name}.tracked"))
-        jobs.ranks.cache_clear()
         words = case.command
         if rank:
             for old, new in case.others.items():
@@ -182,9 +182,9 @@ def work(folder: Path, ports: list[int]) -> None:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), bug_at(0.123):
             code = outcome(words)
-        results[name] = {"code": code, "out": out.getvalue(), "err": err.getvalue()}
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        told = {"out": out.getvalue(), "err": err.getvalue(), "ended": time.monotonic()}
+        results[name] = {"code": code, **told}
+        processes.disconnect()
     (folder / f"{rank}.json").write_text(json.dumps(results))
 
 
@@ -239,6 +239,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save(path / "model", initializer_range=0.02)
     rows = tiny.text_rows(80)
     (path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (path / "fewer.jsonl").write_text("\n".join(map(json.dumps, rows[:40])))
     contexts = [
         {
             "context": row["prompt"],
@@ -507,90 +508,54 @@ def test_a_bug_of_one_process_ends_both_with_its_traceback(runs):
 # what processes agree on
 
 
-@pytest.fixture
-def both(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[jobs.Ranks], Any]], list[Any]]:
-    """What each of two processes, which are threads here, returns or raises."""
-
-    def run(work: Callable[[jobs.Ranks], Any]) -> list[Any]:
-        monkeypatch.setenv("MASTER_ADDR", "localhost")
-        monkeypatch.setenv("MASTER_PORT", str(free_ports(1)[0]))
-        found: dict[int, Any] = {}
-
-        def process(ranks: jobs.Ranks) -> None:
-            try:
-                found[ranks.rank] = work(ranks)
-            except Exception as error:
-                found[ranks.rank] = error
-            # as at a process's end
-            ranks._group = ranks._store = None
-
-        threads = []
-        for rank in range(2):
-            monkeypatch.setenv("RANK", str(rank))
-            monkeypatch.setenv("WORLD_SIZE", "2")
-            thread = threading.Thread(target=process, args=(jobs.Ranks(),), daemon=True)
-            threads.append(thread)
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        return [found[rank] for rank in range(2)]
-
-    return run
-
-
-def test_held_out_rows_of_different_numbers_end_both(both):
-    def check(ranks: jobs.Ranks, *counts: int) -> None:
-        rows = [None] * counts[ranks.rank]
-        jobs._check_held_out(ranks, types.SimpleNamespace(eval_dataset=rows))
-
-    assert both(lambda ranks: check(ranks, 5, 5)) == [None, None]
-    first, second = both(lambda ranks: check(ranks, 5, 6))
-    assert type(first) is ValueError and type(second) is jobs.ToldByFirst
-    assert (
-        str(first)
-        == str(second)
-        == (
-            "held-out rows: expected the same on every process, got 5, 6 of them; "
-            "processes of one run need the same files and the same kind of device"
-        )
+def test_held_out_rows_of_different_numbers_end_both(runs):
+    assert ended(runs, "fewer elsewhere") == [2, 2]
+    assert one_line(runs["fewer elsewhere"][0]).endswith(
+        "held-out rows: expected the same on every process, got 16, 8 of them; "
+        "processes of one run need the same files and the same kind of device"
     )
+    assert runs["fewer elsewhere"][1]["err"] == ""
 
 
-def test_a_process_that_is_gone_is_told_where_nothing_worse_is(both):
-    own = KeyError("own")
-
-    def work(ranks: jobs.Ranks, error: Exception | None) -> None:
-        ranks.gather("here")
-        if ranks.rank == 0:
-            with ranks.together():
-                if error is not None:
-                    raise error
-
-    first, second = both(lambda ranks: work(ranks, own))
-    assert first is own and second is None
-    assert own.__suppress_context__, "what the connection said is left out"
-    first, second = both(lambda ranks: work(ranks, None))
-    assert isinstance(first, RuntimeError) and second is None
+def test_processes_that_agreed_to_end_wait_for_each_other(runs):
+    """A launcher kills the rest as soon as one has ended; here the second one leaves late."""
+    first, second = (each["ended"] for each in runs["no range"])
+    assert ended(runs, "no range") == [2, 2]
+    assert abs(first - second) < 0.4
 
 
-def test_processes_that_agreed_to_end_wait_for_each_other_whatever_their_threads(both):
-    """Signals are the main thread's to ignore, and these are others."""
-    handler = signal.getsignal(signal.SIGTERM)
+def test_a_process_that_is_gone_is_told_where_nothing_worse_is(tmp_path):
+    program = [sys.executable, "-c", GONE]
+    variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_ports(1)[0], "WORLD_SIZE": 2}
+    processes = [
+        subprocess.Popen(
+            program, env=environment(RANK=i, LOCAL_RANK=i, **variables), stdout=subprocess.PIPE
+        )
+        for i in range(2)
+    ]
+    told, _ = (process.communicate(timeout=100)[0] for process in processes)
+    # what the connection said is left out, if there is an error of one's own
+    assert json.loads(told) == ["RuntimeError", "KeyError", True]
 
-    def work(ranks: jobs.Ranks) -> float:
-        with contextlib.suppress(ValueError), ranks.together():
-            raise ValueError("a mistake")
-        assert ranks.agreed
-        if ranks.rank == 1:
-            time.sleep(0.5)
-        started = time.monotonic()
-        ranks.leave()
-        return time.monotonic() - started
 
-    first, second = both(work)
-    assert first > 0.4 > second
-    assert signal.getsignal(signal.SIGTERM) is handler
+GONE = """\
+import json, os
+from fusedpo.trainers import processes
+
+processes.gather("here", cpu=True)
+if os.environ["RANK"] == "1":
+    os._exit(0)
+found = []
+for own in (None, KeyError("own")):
+    try:
+        with processes.together():
+            if own is not None:
+                raise own
+    except Exception as error:
+        found.append(type(error).__name__)
+print(json.dumps([*found, own.__suppress_context__]), flush=True)
+os._exit(0)
+"""
 
 
 # launchers

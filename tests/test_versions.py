@@ -195,7 +195,7 @@ WITHOUT = {
         "needs transformers: pip install 'fusedpo[demo]'",
     ),
     "datasets": (
-        "from fusedpo.trainers import job; job._require('datasets')",
+        "from fusedpo.trainers.run import require; require('datasets')",
         "needs datasets, which is not installed: pip install 'fusedpo[demo]'",
     ),
     "sentence_transformers": (

@@ -291,7 +291,7 @@ _TRAINERS = (
         ("max(1, self.max_length", "max(0, self.max_length", "no prompt before a response"),
     ),
     *_in(
-        "fusedpo/trainers/kto.py",
+        "fusedpo/trainers/methods/responses.py",
         "trainers/test_responses.py -k 'not raises and not apo_zero and not resuming'",
         ("if size < 2 and", "if size < 1 and", "batches of one"),
         ('"label": name == "chosen"', '"label": True', "every response of a pair is desirable"),
@@ -350,7 +350,26 @@ _TRAINERS = (
         ("if batches != of_source:", "if batches < of_source:", "files of two saves"),
     ),
     *_in(
-        "fusedpo/trainers/methods.py",
+        "fusedpo/trainers/methods/base.py",
+        "trainers/test_methods.py -k 'settings or collated or may_take or every_process or reward or demonstration or mistake'",
+        (
+            "if about.default is None or any(row.get(name) is not None for row in rows)",
+            "if about.default is None",
+            "optional columns are dropped",
+        ),
+        ("or value < least:", "or value <= least:", "the least is refused"),
+    ),
+    *_in(
+        "fusedpo/trainers/methods/semantic.py",
+        "trainers/test_methods.py -k 'settings or collated or may_take or every_process or reward or demonstration or mistake'",
+        (
+            "all(row.get(semantic.SIMILARITY) is None for row in rows)",
+            "not any(row.get(semantic.SIMILARITY) for row in rows)",
+            "a similarity of 0 is replaced",
+        ),
+    ),
+    *_in(
+        "fusedpo/trainers/methods/self_augmented.py",
         "trainers/test_methods.py -k 'settings or collated or may_take or every_process or reward or demonstration or mistake'",
         (
             "settings, seed=args.seed + 1, sample_every=1",
@@ -365,25 +384,11 @@ _TRAINERS = (
         ),
         ("max_length=max(lengths)", "max_length=min(lengths)", "responses are cut"),
         (
-            "if about.default is None or any(row.get(name) is not None for row in rows)",
-            "if about.default is None",
-            "optional columns are dropped",
-        ),
-        (
             'for name in ("self_augmented", "ahead")',
             'for name in ("self_augmented",)',
             "half a checkpoint is whole",
             "test_files.py trainers/test_methods.py",
         ),
-        (
-            "all(row.get(semantic.SIMILARITY) is None for row in rows)",
-            "not any(row.get(semantic.SIMILARITY) for row in rows)",
-            "a similarity of 0 is replaced",
-        ),
-        ('list(row["chosen_ids"])', 'list(row["prompt_ids"])', "rewards for repeating the prompt"),
-        ("            updates=self.updates,\n", "", "updates ignored"),
-        ("            temperature=self.temperature,\n", "", "temperature ignored"),
-        ("ShortToLongCollator(pad, both=loss.both)", "ShortToLongCollator(pad)", "no fourth role"),
         (
             "return recipe.Settings(**own, **others)",
             "return recipe.Settings(**others)",
@@ -394,13 +399,6 @@ _TRAINERS = (
             "self.settings(max_length=max(lengths))",
             "the run's seed ignored",
         ),
-        ("or value < least:", "or value <= least:", "the least is refused"),
-        (
-            'f"samples-{rank}.safetensors").is_file() for rank in range(processes)',
-            'f"samples-{rank}.safetensors").is_file() for rank in range(1)',
-            "samples of one process will do",
-            "test_files.py trainers/test_methods.py",
-        ),
         (
             "trainer.add_callback(SelfAugmentedCallback(dataset, ref_model=trainer.ref_model))",
             "trainer.add_callback(SelfAugmentedCallback(dataset))",
@@ -408,37 +406,26 @@ _TRAINERS = (
         ),
     ),
     *_in(
-        "fusedpo/trainers/job.py",
-        "trainers/test_job.py test_files.py",
+        "fusedpo/trainers/methods/two_contexts.py",
+        "trainers/test_methods.py -k 'settings or collated or may_take or every_process or reward or demonstration or mistake'",
+        ("ShortToLongCollator(pad, both=loss.both)", "ShortToLongCollator(pad)", "no fourth role"),
+    ),
+    *_in(
+        "fusedpo/trainers/methods/sampled.py",
+        "trainers/test_methods.py -k 'settings or collated or may_take or every_process or reward or demonstration or mistake'",
+        ('list(row["chosen_ids"])', 'list(row["prompt_ids"])', "rewards for repeating the prompt"),
+        ("            updates=self.updates,\n", "", "updates ignored"),
+        ("            temperature=self.temperature,\n", "", "temperature ignored"),
         (
-            "math.ceil(job.warmup * steps)",
-            "math.floor(job.warmup * steps)",
-            "a step less of warmup",
+            'f"samples-{rank}.safetensors").is_file() for rank in range(processes)',
+            'f"samples-{rank}.safetensors").is_file() for rank in range(1)',
+            "samples of one process will do",
+            "test_files.py trainers/test_methods.py",
         ),
-        (
-            "(batch_size * world)",
-            "batch_size",
-            "epochs of several processes",
-            "trainers/test_job.py",
-        ),
-        (
-            "math.ceil(steps / job.evaluations)",
-            "math.floor(steps / job.evaluations)",
-            "more evaluations, or one a step",
-        ),
-        ("        random.Random(job.seed).shuffle(train)\n", "", "the first rows are held out"),
-        (
-            "train, held_out = train[size:], train[:size]",
-            "held_out = train[:size]",
-            "trained on what is held out",
-        ),
-        (
-            "disable_tqdm=True,\n        seed=job.seed,",
-            "disable_tqdm=True,",
-            "the order of rows has another seed",
-        ),
-        ("min(job.max_length, limit)", "job.max_length", "longer than the model can"),
-        ("eval_on_start=not job.resume", "eval_on_start=True", "evaluates again when resumed"),
+    ),
+    *_in(
+        "fusedpo/trainers/checkpoints.py",
+        "trainers/test_run.py test_files.py",
         (
             "if by[path] == processes and",
             "if by[path] >= processes and",
@@ -450,27 +437,72 @@ _TRAINERS = (
             "checkpoint-9 is newer than checkpoint-10",
         ),
         ("return zipfile.is_zipfile(path)", "return True", "a file that was cut off is whole"),
-        ('entry["step"] == step and any', "any", "an evaluation before the end is the last"),
+        (
+            "return sorted((p for p in found if steps[p].isdecimal())",
+            "return sorted((p for p in found)",
+            "a person's folder ends the run",
+        ),
+    ),
+    *_in(
+        "fusedpo/trainers/output.py",
+        "trainers/test_run.py test_files.py",
         (
             "    except BaseException:\n        if replaced",
             "    except Exception:\n        if replaced",
             "an interruption loses the earlier output",
         ),
-        ('if half and job.dtype == "float32" else', "if half else", "autocast over half precision"),
+    ),
+    *_in(
+        "fusedpo/trainers/inputs.py",
+        "trainers/test_run.py test_files.py",
+        ("        random.Random(job.seed).shuffle(train)\n", "", "the first rows are held out"),
+        (
+            "train, held_out = train[size:], train[:size]",
+            "held_out = train[:size]",
+            "trained on what is held out",
+        ),
+        ("min(job.max_length, limit)", "job.max_length", "longer than the model can"),
         (
             "max(1, round(job.eval_fraction * len(train)))",
             "round(job.eval_fraction * len(train))",
             "nothing is held out",
         ),
+    ),
+    *_in(
+        "fusedpo/trainers/run.py",
+        "trainers/test_run.py test_files.py",
+        ('entry["step"] == step and any', "any", "an evaluation before the end is the last"),
+    ),
+    *_in(
+        "fusedpo/trainers/config.py",
+        "trainers/test_run.py test_files.py",
+        (
+            "math.ceil(job.warmup * steps)",
+            "math.floor(job.warmup * steps)",
+            "a step less of warmup",
+        ),
+        (
+            "(batch_size * processes.count())",
+            "batch_size",
+            "epochs of several processes",
+            "trainers/test_run.py",
+        ),
+        (
+            "math.ceil(steps / job.evaluations)",
+            "math.floor(steps / job.evaluations)",
+            "more evaluations, or one a step",
+        ),
+        ('        "seed": job.seed,\n', "", "the order of rows has another seed"),
+        (
+            '"eval_on_start": not job.resume',
+            '"eval_on_start": True',
+            "evaluates again when resumed",
+        ),
+        ('if half and job.dtype == "float32" else', "if half else", "autocast over half precision"),
         (
             "(job.epochs or job.defaults.epochs) * epoch",
             "job.defaults.epochs * epoch",
             "--epochs ignored",
-        ),
-        (
-            "return sorted((p for p in found if steps[p].isdecimal())",
-            "return sorted((p for p in found)",
-            "a person's folder ends the run",
         ),
     ),
     *_in(

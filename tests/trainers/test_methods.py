@@ -16,9 +16,13 @@ from fusedpo import losses
 from fusedpo.cli import main
 from fusedpo.recipes.self_augmented import SelfAugmented, Settings
 from fusedpo.recipes.stdlib_pairs import hold_out, read_passages
-from fusedpo.trainers import methods
-from fusedpo.trainers.kto import Responses
-from fusedpo.trainers.methods import Pairs, method_of, reward_function
+from fusedpo.trainers.methods import base, method_of, self_augmented, two_contexts
+from fusedpo.trainers.methods.pairs import Pairs
+from fusedpo.trainers.methods.responses import Responses
+from fusedpo.trainers.methods.sampled import Sampled, reward_function
+from fusedpo.trainers.methods.self_augmented import SelfAugmented as ByItself
+from fusedpo.trainers.methods.semantic import Semantic
+from fusedpo.trainers.methods.two_contexts import TwoContexts
 from fusedpo.trainers.rows import COLUMNS, Splits
 from fusedpo.trainers.self_augmented import MaskSharedPrefix, SelfAugmentedCallback
 
@@ -54,13 +58,13 @@ def train(folder: Path, output: Path, *more: str, data: str = "pairs.jsonl") -> 
 
 
 SIGNALS = {
-    "simpo": (methods.Pairs, ()),
-    "s-sppo": (methods.Semantic, ()),
-    "sapo": (methods.SelfAugmented, ("--segment-length", "2")),
-    "solopo": (methods.TwoContexts, ("--alpha", "2", "--beta", "1.5")),
+    "simpo": (Pairs, ()),
+    "s-sppo": (Semantic, ()),
+    "sapo": (ByItself, ("--segment-length", "2")),
+    "solopo": (TwoContexts, ("--alpha", "2", "--beta", "1.5")),
     "kto": (Responses, ("--undesirable-weight", "1.3")),
-    "sspo": (methods.Sampled, ("--max-new-tokens", "6", "--group-size", "2", "--gate", "tanh_log")),
-    "grpo": (methods.Sampled, ("--max-new-tokens", "6", "--kl-weight", "0.1")),
+    "sspo": (Sampled, ("--max-new-tokens", "6", "--group-size", "2", "--gate", "tanh_log")),
+    "grpo": (Sampled, ("--max-new-tokens", "6", "--kl-weight", "0.1")),
 }
 
 
@@ -106,7 +110,7 @@ def test_the_reference_of_self_augmented_is_renewed_as_told(folder: Path, tmp_pa
     assert all(max(margins) < 1e-6 for margins in renewed)
     assert kept[0] == 0 and kept[-1] > 1e-4
     given = {"ema_every": 2, "ref_every": 7, "ref_mode": "policy"}
-    settings = methods.SelfAugmented(**given, ema_decay=0.25).settings(seed=3)
+    settings = ByItself(**given, ema_decay=0.25).settings(seed=3)
     assert settings == Settings(**given, ema_decay=0.25, seed=3)
 
 
@@ -177,9 +181,9 @@ def test_a_model_that_writes_gets_all_settings(tmp_path: Path, monkeypatch) -> N
             made.append(self)
 
     monkeypatch.setattr("fusedpo.recipes.self_augmented.SelfAugmented", Noted)
-    monkeypatch.setattr(methods, "_GENERATED", 4)
+    monkeypatch.setattr(self_augmented, "_GENERATED", 4)
     rows = tiny.token_rows(12)
-    method = methods.SelfAugmented(segment_length=2, ema_decay=0.25, buffer_size=5, sample_every=3)
+    method = ByItself(segment_length=2, ema_decay=0.25, buffer_size=5, sample_every=3)
     model = tiny.model(initializer_range=0.02)
     for loss, masked in ((losses.DPO(), True), (losses.IPO(average=True), False)):
         made.clear()
@@ -210,7 +214,7 @@ def test_a_sampling_method_gets_all_settings(tmp_path: Path, monkeypatch) -> Non
     monkeypatch.setattr("fusedpo.trainers.groups.GroupTrainer", lambda *a, **k: noted.update(k))
     settings = {"group_size": 3, "max_new_tokens": 5, "updates": 4, "temperature": 0.5}
     options = {"memory_budget": "1MiB", "gradient_tolerance": 2e-3}
-    methods.Sampled(**settings).trainer(None, None, losses.GRPO(), [1], [2], **options)
+    Sampled(**settings).trainer(None, None, losses.GRPO(), [1], [2], **options)
     assert {name: noted[name] for name in settings} == settings
     assert (noted["train_dataset"], noted["eval_dataset"]) == ([1], [2])
     assert {name: noted[name] for name in options} == options
@@ -223,7 +227,7 @@ def test_rows_of_two_contexts_are_collated_as_the_loss_has_them(tmp_path: Path) 
     rows = [dict.fromkeys(("prompt_ids", "long_prompt_ids", "chosen_ids", "rejected_ids"), ids)] * 2
     for both, roles in ((False, 3), (True, 4)):
         loss = losses.ShortToLong(both=both)
-        trainer = methods.TwoContexts().trainer(
+        trainer = TwoContexts().trainer(
             tiny.model(), arguments(tmp_path), loss, rows, rows, processing_class=tiny.tokenizer()
         )
         batch = trainer.data_collator(rows)
@@ -238,14 +242,14 @@ def test_numbers_that_a_loss_may_take_come_from_the_rows() -> None:
     ] * 2
     # 0 is a similarity too, which need not be found
     rows = [{**row, "similarity": 0.0} for row in rows]
-    found = methods.Semantic(encoder="/nowhere").checked(rows, splits, losses.SemanticSPPO())
+    found = Semantic(encoder="/nowhere").checked(rows, splits, losses.SemanticSPPO())
     assert [row.inputs["similarity"] for row in found] == [0.0, 0.0]
 
 
 def test_a_checkpoint_is_saved_when_every_process_has_written(tmp_path: Path) -> None:
     for method, folder, names in (
-        (methods.SelfAugmented(), tmp_path / "self_augmented", ("self_augmented", "ahead")),
-        (methods.Sampled(), tmp_path, ("samples",)),
+        (ByItself(), tmp_path / "self_augmented", ("self_augmented", "ahead")),
+        (Sampled(), tmp_path, ("samples",)),
     ):
         paths = [folder / f"{name}-{rank}.safetensors" for name in names for rank in (0, 1)]
         folder.mkdir(exist_ok=True)
@@ -262,15 +266,15 @@ def test_a_checkpoint_is_saved_when_every_process_has_written(tmp_path: Path) ->
 
 
 @pytest.fixture(scope="module")
-def passages() -> methods.Passages:
+def passages() -> base.Passages:
     """Of a part of the standard library: to train on, and of modules held out."""
     return hold_out(read_passages(Path(sysconfig.get_path("stdlib"), "email")), 0.3, seed=0)
 
 
 def test_pairs_of_the_demonstration_differ_in_what_their_prompts_ask_for(
-    passages: methods.Passages, monkeypatch: pytest.MonkeyPatch
+    passages: base.Passages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(methods, "_DEMO_HELD_OUT", 20)
+    monkeypatch.setattr(base, "_DEMO_HELD_OUT", 20)
     splits = Pairs().demo(passages, seed=0)
     assert len(splits.train) > 100 and len(splits.held_out) == 20
     assert splits.where(3) == "the standard library pair 4"
@@ -290,10 +294,10 @@ def test_pairs_of_the_demonstration_differ_in_what_their_prompts_ask_for(
 
 
 def test_contexts_of_the_demonstration_hide_what_is_asked_for(
-    passages: methods.Passages, monkeypatch: pytest.MonkeyPatch
+    passages: base.Passages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(methods, "_DEMO_CONTEXTS", (30, 10))
-    method = methods.TwoContexts()
+    monkeypatch.setattr(two_contexts, "_DEMO_CONTEXTS", (30, 10))
+    method = TwoContexts()
     splits = method.demo(passages, seed=0)
     assert (len(splits.train), len(splits.held_out)) == (30, 10)
     assert splits.where(3) == "the standard library row 4"
@@ -320,8 +324,8 @@ def test_contexts_of_the_demonstration_hide_what_is_asked_for(
 def test_a_column_that_some_rows_have_is_missed_in_the_others() -> None:
     """Not left out for all, because the first row lacks it."""
     for method, loss, column in (
-        (methods.Pairs(), losses.SPPO(), "win_rate_rejected"),
-        (methods.Semantic(), losses.SemanticSPPO(), "similarity"),
+        (Pairs(), losses.SPPO(), "win_rate_rejected"),
+        (Semantic(), losses.SemanticSPPO(), "similarity"),
     ):
         rows = [*tiny.text_rows(2), {**tiny.text_rows(1)[0], column: 0.5}]
         with pytest.raises(ValueError, match=f"row 1: expected the column {column}, which this"):
@@ -330,8 +334,8 @@ def test_a_column_that_some_rows_have_is_missed_in_the_others() -> None:
 
 def test_every_loss_has_a_method() -> None:
     found = {name: method_of(cls) for name, cls in losses.available().items()}
-    assert found["dpo"] is Pairs and found["shorttolong"] is methods.TwoContexts
-    assert found["softsequence"] is methods.Sampled
+    assert found["dpo"] is Pairs and found["shorttolong"] is TwoContexts
+    assert found["softsequence"] is Sampled
 
 
 def test_a_reward_may_be_anybodys_function() -> None:
@@ -347,17 +351,13 @@ def test_the_losses_are_listed(capsys: pytest.CaptureFixture) -> None:
         assert f"`{cls.__name__}(" in told
 
 
-@pytest.mark.parametrize("method", [methods.SelfAugmented(segment_length=2), methods.TwoContexts()])
+@pytest.mark.parametrize("method", [ByItself(segment_length=2), TwoContexts()])
 def test_padding_that_the_model_has_no_row_for_is_passed_over(tmp_path, method):
     """A tokenizer may have been given one that the model was not."""
     tokenizer = copy.deepcopy(tiny.tokenizer())
     tokenizer.add_special_tokens({"pad_token": "<new>"})
     rows = [{**row, "long_prompt_ids": row["prompt_ids"]} for row in tiny.token_rows(4)]
-    loss = (
-        losses.DPO()
-        if isinstance(method, methods.SelfAugmented)
-        else losses.ShortToLong(losses.SimPO())
-    )
+    loss = losses.DPO() if isinstance(method, ByItself) else losses.ShortToLong(losses.SimPO())
     args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, max_steps=1)
     model = tiny.model()
     made = method.trainer(model, args, loss, rows, rows[:2], processing_class=tokenizer)

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from fusedpo.cli import main
 from fusedpo.losses import DPO, KTO, SimPO
 from fusedpo.recipes.stdlib_pairs import hold_out, read_passages
-from fusedpo.trainers.job import TrainJob
-from fusedpo.trainers.kto import Responses
-from fusedpo.trainers.methods import Pairs
+from fusedpo.trainers.config import TrainJob
+from fusedpo.trainers.methods.pairs import Pairs
+from fusedpo.trainers.methods.responses import Responses
 from fusedpo.trainers.responses import ResponseCollator, ResponseTrainer
 from fusedpo.trainers.rows import Splits
 

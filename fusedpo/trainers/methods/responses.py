@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusedpo.checks import bad_value, vocabulary
-from fusedpo.losses import Loss, PreferenceLoss
+from fusedpo.losses import KTO, Loss, PreferenceLoss
 from fusedpo.losses.base import Input
 from fusedpo.report import LOSS, MARGIN, Signal
 from fusedpo.trainers.layouts import RESPONSES
-from fusedpo.trainers.methods import Defaults, Pairs, Passages
+from fusedpo.trainers.methods.base import Defaults, Method, Passages
 from fusedpo.trainers.rows import Splits, Tokenized, check_row
 
 if TYPE_CHECKING:
@@ -37,9 +37,10 @@ def check_size(loss: Loss, argument: str, size: int) -> None:
 
 
 @dataclass(frozen=True)
-class Responses(Pairs):
+class Responses(Method):
     """Single responses, each desirable or not."""
 
+    losses: ClassVar[tuple[type[Loss], ...]] = (KTO,)
     kind: ClassVar[str] = RESPONSES
     unit: ClassVar[str] = "responses"
     responses: ClassVar[tuple[str, ...]] = ("completion_ids",)
@@ -53,7 +54,7 @@ class Responses(Pairs):
     def check(self, loss: Loss) -> None:
         check_loss(loss)
 
-    def check_batch(self, loss: Loss, size: int) -> None:
+    def check_batch(self, loss: Loss, size: int, accumulation: int) -> None:
         check_size(loss, "batch_size", size)
 
     def numbers(self, loss: Loss) -> Mapping[str, Input]:

@@ -14,8 +14,12 @@ import torch
 from rich.console import Console
 
 from fusedpo.losses import SimPO
-from fusedpo.trainers import job as jobs
-from fusedpo.trainers.job import TrainJob
+from fusedpo.trainers import checkpoints, config
+from fusedpo.trainers import run as runs
+from fusedpo.trainers.config import TrainJob
+from fusedpo.trainers.inputs import tokenize_rows
+from fusedpo.trainers.methods.pairs import Pairs
+from fusedpo.trainers.output import publish
 from fusedpo.trainers.rows import check_row
 
 
@@ -27,7 +31,7 @@ def arguments(folder: Path, rows: int = 50, **options: Any) -> Any:
     """What the trainer of a job on so many rows is told."""
     row = {name: [3, 4] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
     given = (tiny.model(), tiny.tokenizer(), [row] * rows, [row], folder / "staging")
-    return jobs._make_trainer(job(folder, **options), *given).args
+    return runs.make_trainer(job(folder, **options), *given).args
 
 
 @pytest.mark.parametrize(
@@ -45,7 +49,7 @@ def test_a_run_is_as_long_as_asked_for(tmp_path: Path, options: dict, steps: int
 
 
 def test_an_epoch_is_shared_out_among_the_processes(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(jobs, "ranks", lambda: SimpleNamespace(size=3))
+    monkeypatch.setattr(config.processes, "count", lambda: 3)
     # 50 rows are 17 a process, so 5 batches of 4
     assert arguments(tmp_path, batch_size=4).max_steps == 5
 
@@ -73,7 +77,7 @@ def split(folder: Path, count: int, **options: Any) -> tuple[list[Any], list[Any
         tiny.tokenizer(),
         Console(file=said, width=200),
     )
-    train, held_out = jobs._tokenize_rows(job(folder, **options), *given)
+    train, held_out = tokenize_rows(job(folder, **options), *given)
     return train, held_out, said.getvalue()
 
 
@@ -106,7 +110,7 @@ def test_one_row_at_least_is_held_out(tmp_path: Path) -> None:
 def test_rows_are_no_longer_than_the_model_can_read(tmp_path: Path) -> None:
     said = io.StringIO()
     given = (checked(8), None, tiny.model(max_position_embeddings=6), tiny.tokenizer())
-    train, held_out = jobs._tokenize_rows(job(tmp_path), "here", *given, Console(file=said))
+    train, held_out = tokenize_rows(job(tmp_path), "here", *given, Console(file=said))
     longest = max(
         len(row["prompt_ids"]) + len(row[name])
         for row in train + held_out
@@ -130,7 +134,7 @@ def test_autocast_is_for_full_precision_on_a_gpu_that_has_it(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert jobs._autocast(job(tmp_path, dtype=dtype, autocast=asked), cpu) == expected
+    assert config._autocast(job(tmp_path, dtype=dtype, autocast=asked), cpu) == expected
 
 
 @pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])
@@ -148,16 +152,16 @@ def test_an_output_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch, er
 
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(type(error)):
-        jobs._publish(folder, output, staging)
+        publish(folder, output, staging)
     assert (output / "kept").is_file()
 
 
 def test_the_end_is_evaluated_once(tmp_path: Path) -> None:
     log = [{"step": 2, "eval_loss": 1.0}, {"step": 4, "loss": math.pi}]
     trainer: Any = SimpleNamespace(state=SimpleNamespace(global_step=4, log_history=log))
-    assert not jobs._evaluated_at_the_end(trainer)
+    assert not runs.evaluated_at_the_end(trainer)
     log.append({"step": 4, "eval_loss": 0.5})
-    assert jobs._evaluated_at_the_end(trainer)
+    assert runs.evaluated_at_the_end(trainer)
 
 
 def test_checkpoints_are_those_of_steps_the_newest_first(tmp_path: Path) -> None:
@@ -166,7 +170,7 @@ def test_checkpoints_are_those_of_steps_the_newest_first(tmp_path: Path) -> None
         (tmp_path / "out-checkpoints" / name).mkdir(parents=True)
         (tmp_path / "out-checkpoints" / name / "trainer_state.json").touch()
     (tmp_path / "out-checkpoints" / "checkpoint-11").mkdir()
-    found = [path.name for path in jobs._checkpoints(job(tmp_path))]
+    found = [path.name for path in checkpoints._checkpoints(job(tmp_path).checkpoints)]
     assert found == ["checkpoint-10", "checkpoint-9", "checkpoint-2"]
 
 
@@ -176,7 +180,53 @@ def test_a_run_goes_on_with_as_many_processes_as_wrote_its_checkpoint(tmp_path: 
     (folder / "trainer_state.json").write_text("{}")
     for rank in (0, 1):
         torch.save({}, folder / f"rng_state_{rank}.pth")
-    assert jobs._last_checkpoint(job(tmp_path), 2) == str(folder)
+    assert checkpoints.to_resume(folder.parent, Pairs(), 2) == str(folder)
     for processes in (1, 3):
         with pytest.raises(ValueError, match=rf"resume: expected a checkpoint of {processes} proc"):
-            jobs._last_checkpoint(job(tmp_path), processes)
+            checkpoints.to_resume(folder.parent, Pairs(), processes)
+
+
+# arguments of transformers.TrainingArguments
+
+
+def test_further_arguments_reach_the_trainer_in_the_place_of_defaults(tmp_path: Path) -> None:
+    plain = arguments(tmp_path)
+    assert (plain.lr_scheduler_type, plain.warmup_steps, plain.max_grad_norm) == ("cosine", 1, 1.0)
+    asked = {
+        "optim": "adafactor",
+        "lr_scheduler_type": "cosine_with_restarts",
+        "lr_scheduler_kwargs": '{"num_cycles": 2}',
+        "warmup_steps": 3,
+        "weight_decay": 0.5,
+    }
+    found = arguments(tmp_path, training=asked)
+    assert (found.optim, found.lr_scheduler_type) == ("adafactor", "cosine_with_restarts")
+    assert (found.lr_scheduler_kwargs, found.warmup_steps) == ({"num_cycles": 2}, 3)
+    assert found.weight_decay == 0.5
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"num_train_epochs": 2.0}, "num_train_epochs: expected no such argument, got 2.0; use ep"),
+        ({"fsdp": "full_shard"}, "training: expected one of 'optim', .*, got 'fsdp'"),
+        ({"optimm": "sgd"}, "training: .*, got 'optimm'; did you mean 'optim'"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            r"training: expected what transformers takes, got lr_scheduler_type=.* \(.*min_lr",
+        ),
+        (
+            {"optim": "adam"},
+            r"training: expected what transformers takes, got optim='adam' \(adam",
+        ),
+        (
+            {"optim": "lomo"},
+            r"training: expected what transformers takes, got optim='lomo' \(.*lomo",
+        ),
+    ],
+)
+def test_arguments_that_cannot_be_served_are_refused(
+    tmp_path: Path, training: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        arguments(tmp_path, training=training)

@@ -1,0 +1,288 @@
+"""What a training run depends on, and what of it ``transformers.Trainer`` is told."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from fusedpo.benchmarks.compare import is_comparable
+from fusedpo.checks import bad_choice, bad_value, in_range, positive
+from fusedpo.losses import Loss
+from fusedpo.model_head import check_options
+from fusedpo.trainers import processes
+from fusedpo.trainers.methods import method_of
+from fusedpo.trainers.methods.base import TUNED, Defaults, Method
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Autocast = Literal["auto", "none", "bfloat16", "float16"]
+
+DEMO = "demo"
+
+# of transformers.TrainingArguments, beside those that a run has under names of its own
+SERVED = (
+    *("optim", "optim_args", "optim_target_modules", "weight_decay", "max_grad_norm"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("metric_for_best_model", "greater_is_better"),
+    *("per_device_eval_batch_size", "data_seed", "full_determinism", "torch_empty_cache_steps"),
+    *("logging_steps", "logging_first_step", "save_total_limit", "ddp_bucket_cap_mb"),
+    *("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+)
+# what others of them are called here
+INSTEAD = {
+    "output_dir": "output",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "bf16": "autocast",
+    "fp16": "autocast",
+    "use_cpu": "cpu",
+    "eval_strategy": "evaluations",
+    "eval_steps": "evaluations",
+    "eval_on_start": "evaluations",
+    "save_strategy": "save_steps",
+    "resume_from_checkpoint": "resume",
+    "activation_checkpointing": "gradient_checkpointing",
+}
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Everything a run depends on; the fields are the options of ``fusedpo train``.
+
+    Attributes:
+        model: a folder or a Hub name of a causal language model; ``demo`` for a small Llama with
+            random weights.
+        dataset: a .jsonl or .json file, a file or folder that ``datasets`` reads, or a Hub name, in
+            one of the layouts of docs/training.md; ``demo`` for pairs from the standard library of
+            Python.
+        output: folder to make. It appears whole at the end, or not at all.
+        loss: one of ``fusedpo.losses``.
+        method: how the loss gets its batches; None: as the loss has it. See ``trainers.methods``.
+        learning_rate: the highest, which a schedule rises to and falls from.
+        batch_size: pairs, single responses, or prompts to sample from, on each device.
+        epochs: passes over the data, unless max_steps says how long.
+        max_steps: optimizer steps.
+        accumulation: batches to an optimizer step; 1 where responses are sampled.
+        warmup: share of the steps in which the learning rate rises; it then falls as a cosine.
+        max_length: tokens of prompt and response.
+        eval_fraction: share of the rows to hold out, if the dataset holds out none itself.
+        evaluations: how many times to evaluate after the start.
+        memory_budget: what the head may hold at a time, in bytes or as 512MiB; by default 256MiB,
+            or on a GPU 3 % of its memory, 4GiB at most.
+        gradient_tolerance: the relative error that a gradient of the head may have, for less time:
+            2e-3 is what rounding to bfloat16 costs; 0 is exact.
+        dtype: of the weights; ``auto`` as they were saved.
+        autocast: compute dtype over float32 weights; ``auto`` for bfloat16 where a GPU has it.
+        gradient_checkpointing: recompute the layers in the backward pass rather than keep them.
+        save_steps: steps between checkpoints in OUTPUT-checkpoints; 0 for none.
+        resume: go on from the newest of these checkpoints, with as many processes as wrote it.
+        report_to: trackers that transformers knows and that are installed, such as tensorboard,
+            trackio, wandb, mlflow; for their files see ``logs``.
+        run_name: how trackers are to call the run; by default the name of the output.
+        compare: afterwards run one batch with full logits too, for a loss of the dataset's own
+            pairs without further columns; by default for these, if model and dataset are ``demo``.
+        cpu: do not use an accelerator.
+        seed: of weights, split and order.
+        columns: of the dataset, under other names than those that are read: a mapping, or on the
+            command line prompt=question,chosen=yes; NAME= leaves one out (docs/training.md).
+        training: further arguments of ``transformers.TrainingArguments``, by their names there:
+            those of ``SERVED``.
+    """
+
+    model: str
+    dataset: str
+    output: Path
+    loss: Loss
+    method: Method | None = None
+    learning_rate: float | None = None
+    batch_size: int | None = None
+    max_steps: int | None = None
+    epochs: float | None = None
+    accumulation: int = 1
+    warmup: float = 0.1
+    max_length: int = 1024
+    eval_fraction: float = 0.05
+    evaluations: int = 8
+    memory_budget: str | None = None
+    gradient_tolerance: float = 0.0
+    dtype: Dtype = "float32"
+    autocast: Autocast = "auto"
+    gradient_checkpointing: bool = False
+    save_steps: int = 0
+    resume: bool = False
+    report_to: Sequence[str] = ()
+    run_name: str | None = None
+    compare: bool | None = None
+    cpu: bool = False
+    seed: int = 0
+    columns: Mapping[str, str] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "epochs"):
+            if (value := getattr(self, name)) is not None:
+                positive(name, value)
+        for name in ("batch_size", "max_steps", "accumulation", "evaluations"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise bad_value(name, "at least 1", str(count))
+        if self.save_steps < 0:
+            raise bad_value("save_steps", "at least 0", str(self.save_steps))
+        in_range("warmup", self.warmup, 0.0, 1.0)
+        if not 0 < self.eval_fraction < 1:
+            raise bad_value("eval_fraction", "a number between 0 and 1", f"{self.eval_fraction:g}")
+        check_options(self.memory_budget, "auto", self.gradient_tolerance)
+        if isinstance(self.report_to, str):
+            got = repr(self.report_to)
+            raise bad_value("report_to", "a sequence of names", got, f"write [{got}]")
+        if self.compare and not self._comparable:
+            raise bad_value("compare", "False for a loss that is not of pairs alone", "True")
+        self.way.check(self.loss)
+        size = self.batch_size or self.defaults.batch_size
+        self.way.check_batch(self.loss, size, self.accumulation)
+        if self.columns and self.dataset == DEMO:
+            raise bad_value("columns", f"none beside dataset {DEMO!r}", repr(self.columns))
+        needed = [n for n, about in self.way.numbers(self.loss).items() if about.default is None]
+        if needed and self.dataset == DEMO:
+            raise bad_value("dataset", f"one with the columns {', '.join(needed)}", repr(DEMO))
+        for name, value in self.training.items():
+            if name in INSTEAD:
+                raise bad_value(name, "no such argument", repr(value), f"use {INSTEAD[name]}")
+            if name not in SERVED:
+                raise bad_choice("training", name, SERVED)
+
+    @property
+    def way(self) -> Method:
+        """The method."""
+        return method_of(type(self.loss))() if self.method is None else self.method
+
+    @property
+    def defaults(self) -> Defaults:
+        return self.way.from_scratch if self.model == DEMO else TUNED
+
+    @property
+    def compares(self) -> bool:
+        if self.compare is not None:
+            return self.compare
+        return self.model == self.dataset == DEMO and self._comparable
+
+    @property
+    def _comparable(self) -> bool:
+        """Whether the program with full logits is written for this loss."""
+        return is_comparable(self.loss) and self.way.comparable
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output.parent / f"{self.output.name}-checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """Where a tracker of files, such as TensorBoard, writes."""
+        if self.save_steps:
+            return self.checkpoints
+        return self.output.parent / f"{self.output.name}-logs"
+
+
+def training_arguments(job: TrainJob, rows: int, folder: Path) -> TrainingArguments:
+    """What the trainer of a job on so many rows is told; ``folder`` is for what it leaves.
+
+    Raises:
+        ValueError: for an argument of ``job.training`` that transformers does not take.
+    """
+    from transformers import TrainingArguments
+
+    use_cpu = (
+        job.cpu or processes.asked("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    )
+    autocast = _autocast(job, use_cpu)
+    batch_size = job.batch_size or job.defaults.batch_size
+    steps = _steps(job, math.ceil(rows / (batch_size * processes.count())))
+    arguments = {
+        "output_dir": str(job.logs if job.save_steps or job.report_to else folder),
+        "run_name": job.run_name or job.output.name,
+        "learning_rate": job.learning_rate or job.defaults.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": math.ceil(job.warmup * steps),
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
+        "gradient_accumulation_steps": job.accumulation,
+        "bf16": autocast == "bfloat16",
+        "fp16": autocast == "float16",
+        "use_cpu": use_cpu,
+        # every parameter takes part in every step
+        "ddp_find_unused_parameters": False,
+        # nothing is gained where there is no copy to a device
+        "dataloader_pin_memory": not use_cpu,
+        # a run that goes on has evaluated then
+        "eval_on_start": not job.resume,
+        "eval_strategy": "steps",
+        "eval_steps": math.ceil(steps / job.evaluations),
+        "logging_steps": max(1, steps // 60),
+        # a NaN is shown, not replaced by the mean so far
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps" if job.save_steps else "no",
+        "save_steps": job.save_steps or steps,
+        # the trackers are added last, so that they get what other callbacks add to the logs
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": job.seed,
+        **job.training,
+    }
+    with _as_asked_for(job):
+        return TrainingArguments(**arguments)
+
+
+def check_optimizer(job: TrainJob, args: TrainingArguments, model: Any) -> None:
+    """Refuse now an optimizer that is not installed and a schedule that lacks an argument."""
+    from transformers import Trainer, get_scheduler
+
+    with _as_asked_for(job):
+        Trainer.get_optimizer_cls_and_kwargs(args, model)
+        get_scheduler(
+            args.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1)]),
+            args.get_warmup_steps(args.max_steps),
+            args.max_steps,
+            args.lr_scheduler_kwargs,  # type: ignore[arg-type]
+        )
+
+
+@contextlib.contextmanager
+def _as_asked_for(job: TrainJob) -> Iterator[None]:
+    """What transformers raises, as an error of what it was told by name."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        if not job.training:
+            raise
+        told = ", ".join(f"{name}={value!r}" for name, value in job.training.items())
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise bad_value("training", "what transformers takes", f"{told} ({reason})") from error
+
+
+def _steps(job: TrainJob, batches: int) -> int:
+    """Optimizer steps of a run with so many batches to an epoch on each process."""
+    steps = job.max_steps
+    if steps is None and job.epochs is None:
+        steps = job.defaults.max_steps
+    if steps is None:
+        epoch = math.ceil(batches / job.accumulation)
+        steps = math.ceil((job.epochs or job.defaults.epochs) * epoch)
+    return steps
+
+
+def _autocast(job: TrainJob, use_cpu: bool) -> str:
+    if job.autocast != "auto":
+        return job.autocast
+    half = not use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return "bfloat16" if half and job.dtype == "float32" else "none"

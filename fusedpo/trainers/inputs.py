@@ -1,0 +1,100 @@
+"""What a run is made from: the model with its tokenizer, and rows in token ids."""
+
+from __future__ import annotations
+
+import functools
+import random
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fusedpo.checks import bad_value
+from fusedpo.recipes import stdlib_pairs
+from fusedpo.trainers import pretrained
+from fusedpo.trainers.config import DEMO, TrainJob
+from fusedpo.trainers.layout_choice import read_rows as read_layout
+from fusedpo.trainers.methods.base import Passages
+from fusedpo.trainers.rows import load
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_VOCAB = 8192
+
+
+def load_model(job: TrainJob) -> tuple[Any, Any]:
+    """The model of a job, and its tokenizer."""
+    if job.model == DEMO:
+        train, _ = demo_passages(job.seed)
+        tokenizer = stdlib_pairs.train_tokenizer((p.text for p in train), _VOCAB)
+        model: Any = stdlib_pairs.small_llama(tokenizer)
+        return model if job.dtype == "auto" else model.to(getattr(torch, job.dtype)), tokenizer
+    return pretrained.load(job.model, None if job.dtype == "auto" else getattr(torch, job.dtype))
+
+
+@functools.lru_cache(maxsize=1)
+def demo_passages(seed: int) -> Passages:
+    """Of the standard library: to train on, and of modules held out."""
+    return stdlib_pairs.hold_out(stdlib_pairs.read_passages(), 0.1, seed)
+
+
+def read_rows(job: TrainJob, console: Console) -> tuple[str, list[Any], list[Any] | None]:
+    """The dataset's name, its rows, and those it holds out itself; every row is checked."""
+    if job.dataset == DEMO:
+        splits = job.way.demo(demo_passages(job.seed), job.seed)
+    else:
+        numbers = job.way.numbers(job.loss)
+        splits, layout = read_layout(load(job.dataset), job.way.kind, job.columns, numbers)
+        console.print(layout, markup=False)
+    check = functools.partial(job.way.checked, splits=splits, loss=job.loss)
+    held_out = None if splits.held_out is None else check(splits.held_out)
+    return splits.name, check(splits.train), held_out
+
+
+def tokenize_rows(
+    job: TrainJob,
+    name: str,
+    rows: list[Any],
+    rows_held_out: list[Any] | None,
+    model: Any,
+    tokenizer: Any,
+    console: Console,
+) -> tuple[list[Any], list[Any]]:
+    """Rows to train on and rows held out."""
+    limit = getattr(model.config, "max_position_embeddings", None) or job.max_length
+    max_length = min(job.max_length, limit)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+
+    def prepare(rows: list[Any]) -> list[Any]:
+        done = job.way.tokenized(rows, tokenizer, max_length, vocabulary)
+        if done.dropped:
+            console.print(
+                f"dropped: {len(done.dropped)} of {len(rows)} rows {job.way.dropped} "
+                f"(the first: {done.dropped[0]})"
+            )
+        if done.truncated:
+            console.print(
+                f"truncated: {done.truncated} of {len(rows)} rows are longer than {max_length} "
+                f"tokens and lost the start of their prompt, or else the end of their response"
+            )
+        return done.rows
+
+    train = prepare(rows)
+    if rows_held_out is not None:
+        held_out = prepare(rows_held_out)
+    else:
+        random.Random(job.seed).shuffle(train)
+        size = max(1, round(job.eval_fraction * len(train)))
+        train, held_out = train[size:], train[:size]
+    if not train or not held_out:
+        raise bad_value(
+            "dataset",
+            "at least one row to train on and one to hold out",
+            f"{len(train)} and {len(held_out)} in {name}",
+        )
+    lengths = [len(row[name]) for row in train for name in job.way.responses]
+    console.print(
+        f"dataset: {name}, {len(train)} {job.way.unit} to train on and {len(held_out)} held out, "
+        f"{sum(lengths) / len(lengths):.0f} tokens a response"
+    )
+    return train, held_out

@@ -1,0 +1,130 @@
+"""Pairs that the model makes of its own text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from fusedpo.checks import in_range, vocabulary
+from fusedpo.losses import Loss, MarginLoss
+from fusedpo.losses.base import flag, hyperparameter, one_of
+from fusedpo.recipes import self_augmented as recipe
+from fusedpo.report import PAIR_SIGNALS, Signal
+from fusedpo.trainers.methods.base import Defaults, Method, whole
+
+if TYPE_CHECKING:
+    from fusedpo.trainers.transformers import FusedTrainerMixin
+
+# responses of which segments are written anew at a time
+_GENERATED = 64
+
+
+@dataclass(frozen=True)
+class SelfAugmented(Method):
+    """Pairs that an average of the policy makes, by writing a segment of each response anew.
+
+    Each of several processes writes pairs of its own rows into a buffer of its own, with an average
+    that is the same on all of them. Held-out pairs are made likewise, by the policy as it is at the
+    start: every process makes all of them, the same ones.
+    """
+
+    # papers share acronyms; on the command line this one is the method that writes its own pairs
+    names: ClassVar[tuple[str, ...]] = ("sapo", "selfaugmented")
+    base: ClassVar[str | None] = "orpo"
+    writes: ClassVar[bool] = True
+    signals: ClassVar[tuple[Signal, ...]] = (
+        *PAIR_SIGNALS,
+        Signal("buffer size", "buffer/size", ".0f", "pairs"),
+        Signal("buffer reuse", "buffer/reuse", ".2f", "times a pair was drawn"),
+        Signal("segments with an end", "segment/eos_share", ".1%", "share"),
+    )
+    from_scratch: ClassVar[Defaults] = Defaults(1e-3, 16, 100, 1.0)
+
+    segment_length: int = hyperparameter(256, "tokens written anew a response, at most", whole(1))
+    ema_decay: float = hyperparameter(
+        0.5, "of the average", lambda name, value: in_range(name, value, 0.0, 1.0)
+    )
+    buffer_size: int = hyperparameter(2000, "pairs kept", whole(1))
+    sample_every: int = hyperparameter(1, "batches drawn for each batch written", whole(1))
+    ema_every: int = hyperparameter(
+        1, "steps between updates of the average (2 in the paper)", whole(1)
+    )
+    ref_every: int = hyperparameter(
+        108,
+        "steps between renewals of the reference, an epoch or so",
+        whole(1),
+        only={"ref_mode": ("ema", "policy")},
+    )
+    ref_mode: Literal["ema", "policy", "fixed"] = hyperparameter(
+        "ema",
+        "what the reference becomes: the average, or the policy; or it stays",
+        one_of("ema", "policy", "fixed"),
+    )
+    skip_shared_prefix: bool = hyperparameter(
+        True, "leave out the tokens that both responses begin with, where they cancel", flag
+    )
+
+    def check(self, loss: Loss) -> None:
+        super().check(loss)
+        self.settings().check_loss(loss.needs_reference)
+
+    def settings(self, **others: Any) -> recipe.Settings:
+        """Of the recipe: those that are told here, and others."""
+        names = {f.name for f in fields(recipe.Settings)}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}
+        return recipe.Settings(**own, **others)
+
+    def is_saved(self, checkpoint: Path, processes: int) -> bool:
+        folder = checkpoint / "self_augmented"
+        return all(
+            (folder / f"{name}-{rank}.safetensors").is_file()
+            for rank in range(processes)
+            for name in ("self_augmented", "ahead")
+        )
+
+    def trainer(
+        self, model: Any, args: Any, loss: Loss, train: Any, held_out: Any, **options: Any
+    ) -> FusedTrainerMixin:
+        from fusedpo.trainers.self_augmented import (
+            MaskSharedPrefix,
+            SelfAugmentedCallback,
+            SelfAugmentedDataset,
+        )
+        from fusedpo.trainers.transformers import (
+            PreferenceCollator,
+            PreferenceTrainer,
+            padding_token,
+        )
+
+        tokenizer = options["processing_class"]
+        lengths = (len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in [*train, *held_out])
+        settings = self.settings(max_length=max(lengths), seed=args.seed)
+        pad = padding_token(tokenizer, vocabulary(model))
+        ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
+        source = recipe.SelfAugmented(model, train, settings, rank=args.process_index, **ids)
+        # each row once, however often training makes new pairs and however many it keeps
+        once = replace(
+            settings, seed=args.seed + 1, sample_every=1, buffer_size=max(1, len(held_out))
+        )
+        by_itself = recipe.SelfAugmented(model, held_out, once, **ids)
+        for start in range(0, len(held_out), _GENERATED):
+            by_itself.next_batch(min(_GENERATED, len(held_out) - start))
+        dataset = SelfAugmentedDataset(source)
+        collator: Any = PreferenceCollator(pad)
+        # of sums, what both responses begin with cancels in the margin
+        by_sums = isinstance(loss, MarginLoss) and loss.gradient_structure.unit == "margin"
+        if self.skip_shared_prefix and by_sums:
+            collator = MaskSharedPrefix(collator)
+        trainer = PreferenceTrainer(
+            model,
+            args,
+            loss=loss,
+            train_dataset=dataset,
+            eval_dataset=list(by_itself.buffer.rows),
+            data_collator=collator,
+            **options,
+        )
+        settings.check_loss(loss.needs_reference, adapters=trainer.ref_model is None)
+        trainer.add_callback(SelfAugmentedCallback(dataset, ref_model=trainer.ref_model))
+        return trainer
