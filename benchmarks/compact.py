@@ -1,13 +1,14 @@
 """What does a tolerance of gradients gain in time and memory, and at what error?
 
-    python -m fusedpo.benchmarks.compact [--only times|errors] [--quick] ...
+    python -m fusedpo.benchmarks.compact [--only times|errors] [--places NAME ...] [--quick] ...
 
 Forward and backward of SimPO on a language model's hidden states (SmolLM2-135M-Instruct's, see
 benchmarks/states.py), on those before a vocabulary of 262,144, on a trained toy's, and on random
 ones, in fp32. All ways of a place take turns. Every way's memory is measured in a process of its
 own, and its gradients are compared with float64. A way within a tolerance has made a few steps
 before it is measured, as in a training: its record has settled. ``--only errors`` asks
-benchmarks/compact_errors.py's question alone.
+benchmarks/compact_errors.py's question alone. What is measured is written after each place;
+``--places`` asks some of them anew, and keeps what the file in the output's folder has of others.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -378,30 +381,43 @@ def _time(
 
 @dataclass(frozen=True)
 class Question:
-    """Like ``sweep.Question``; its answer has errors and targets too."""
+    """Like ``sweep.Question``; its answer has errors and targets too.
+
+    Attributes:
+        places: titles of those that are asked; none: all.
+    """
 
     name: str = "compact"
     title: str = TITLE
+    places: tuple[str, ...] = ()
 
     def ask(self, options: Options) -> dict[str, Any]:
         """Measure everything, and return what is to be saved."""
         if not options.on_cpu:
             raise ValueError(f"--device: expected cpu, got {options.device}")
         about = measure.machine(options.device, options.threads)
-        here = [(place, _rows(place, options)) for place in places(options)]
+        every = places(options)
+        asked = [place for place in every if not self.places or place.title in self.places]
+        here = [(place, _rows(place, options)) for place in asked]
+        path = options.output / measure.file_name(about)
+        lines = _lines_of(path, [place for place in every if place not in asked])
         steps = sum(2 * len(rows) + 3 for _, rows in here)
         with sweep.progress(self.title, steps) as advance, _records_kept():
             for place, rows in here:
                 self._at(place, rows, options, advance)
-        answer = {
-            "question": self.name,
-            "kind": "compact",
-            "title": self.title,
-            "machine": about,
-            "quick": options.quick,
-            "rows": [row.to_json() for _, rows in here for row in rows],
-        }
-        return {**answer, "targets": [verdict.to_json() for verdict in verdicts(answer)]}
+                lines += [row.to_json() for row in rows]
+                order = [(each.title, each.shape.positions) for each in every]
+                answer = {
+                    "question": self.name,
+                    "kind": "compact",
+                    "title": self.title,
+                    "machine": about,
+                    "quick": options.quick,
+                    "rows": sorted(lines, key=lambda row: order.index((row["group"], row["x"]))),
+                }
+                answer["targets"] = [verdict.to_json() for verdict in verdicts(answer)]
+                measure.save(self.name, answer, path)
+        return answer
 
     def _at(
         self,
@@ -427,6 +443,15 @@ class Question:
         for row in rows:
             row.noted = _noted(row)
         gc.collect()
+
+
+def _lines_of(path: Path, others: Sequence[Place]) -> list[dict[str, Any]]:
+    """What a file has of places that are not asked."""
+    known = {(place.title, place.shape.positions) for place in others}
+    if not known or not path.exists():
+        return []
+    rows = json.loads(path.read_text(encoding="utf-8")).get(QUESTION.name, {}).get("rows", [])
+    return [row for row in rows if (row["group"], row["x"]) in known]
 
 
 @contextlib.contextmanager
@@ -662,6 +687,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m fusedpo.benchmarks.compact``."""
     given = parser(__doc__, "python -m fusedpo.benchmarks.compact")
     given.add_argument("--only", choices=("times", "errors"), help="of the two questions")
+    titles = tuple(dict.fromkeys(place.title for place in PLACES))
+    given.add_argument("--places", nargs="+", choices=titles, default=[], help="some of them anew")
     parsed = given.parse_args(arguments)
     try:
         options = options_of(parsed)
@@ -670,7 +697,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.only != "times":
         sweep.report(compact_errors.QUESTION.ask(options), options)
     if parsed.only != "errors":
-        sweep.report(QUESTION.ask(options), options)
+        question = replace(QUESTION, places=tuple(parsed.places))
+        sweep.report(question.ask(options), options)
     return 0
 
 

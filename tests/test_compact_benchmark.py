@@ -252,17 +252,45 @@ def test_other_bits_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [row.same for row in rows] == [None, same]
 
 
-def test_without_states_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_states_there_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def missing(name: str, rows: int = 0) -> Any:
         raise ImportError("SmolLM2's states need gguf")
 
     monkeypatch.setattr(states, "made", missing)
-    answer = compact.QUESTION.ask(Options(threads=1, peers=("full_logits", "fusedpo")))
+    options = Options(threads=1, peers=("full_logits", "fusedpo"), output=tmp_path)
+    answer = compact.QUESTION.ask(options)
     assert all("need gguf" in row["missing"] for row in answer["rows"])
     assert {target["met"] for target in answer["targets"]} == {None}
     assert compact.plot(answer) is None
     # in words too
     assert len(sweep.remarks(answer)) == len({row["entry"] for row in answer["rows"]})
+
+
+def test_places_are_written_one_by_one_and_asked_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def at(self: Any, place: Any, rows: list[Any], *rest: Any) -> None:
+        for row in rows:
+            row.missing = f"in run {run}"
+
+    def written() -> dict[str, set[str]]:
+        (path,) = tmp_path.iterdir()
+        rows = json.loads(path.read_text())["compact"]["rows"]
+        return {
+            place: {r["missing"] for r in rows if r["group"] == place}
+            for place in dict.fromkeys(row["group"] for row in rows)
+        }
+
+    monkeypatch.setattr(compact.Question, "_at", at)
+    options, run = Options(threads=1, output=tmp_path), 1
+    compact.QUESTION.ask(options)
+    titles = ["SmolLM2", "V 262,144", "random weights", "toy"]
+    assert written() == {title: {"in run 1"} for title in titles}
+    run = 2
+    answer = replace(compact.QUESTION, places=("V 262,144",)).ask(options)
+    assert written()["V 262,144"] == {"in run 2"} and written()["toy"] == {"in run 1"}
+    assert list(written()) == titles
+    assert {row["group"] for row in answer["rows"]} == set(written())
 
 
 # the targets
