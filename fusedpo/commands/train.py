@@ -64,8 +64,8 @@ _TITLES = {
         *("max_length", "eval_fraction", "evaluations", "save_steps", "resume", "seed", "compare"),
     ),
     "memory and precision": (
-        *("memory_budget", "gradient_tolerance", "dtype", "autocast", "gradient_checkpointing"),
-        "cpu",
+        *("memory_budget", "gradient_tolerance", "length_groups", "dtype", "autocast"),
+        *("gradient_checkpointing", "cpu"),
     ),
     "tracking": ("report_to", "run_name"),
 }

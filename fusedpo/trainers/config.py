@@ -13,7 +13,7 @@ import torch
 
 from fusedpo.benchmarks.compare import is_comparable
 from fusedpo.checks import bad_choice, bad_value, in_range, positive
-from fusedpo.losses import Loss
+from fusedpo.losses import Loss, PreferenceLoss
 from fusedpo.model_head import check_options
 from fusedpo.trainers import processes
 from fusedpo.trainers.methods import method_of
@@ -81,6 +81,8 @@ class TrainJob:
             or on a GPU 3 % of its memory, 4GiB at most.
         gradient_tolerance: the relative error that a gradient of the head may have, for less time:
             2e-3 is what rounding to bfloat16 costs; 0 is exact.
+        length_groups: run rows of nearly one length together, each group in a forward of its own
+            length: the same loss with little padding; by default for short and long contexts.
         dtype: of the weights; ``auto`` as they were saved.
         autocast: compute dtype over float32 weights; ``auto`` for bfloat16 where a GPU has it.
         gradient_checkpointing: recompute the layers in the backward pass rather than keep them.
@@ -115,6 +117,7 @@ class TrainJob:
     evaluations: int = 8
     memory_budget: str | None = None
     gradient_tolerance: float = 0.0
+    length_groups: bool | None = None
     dtype: Dtype = "float32"
     autocast: Autocast = "auto"
     gradient_checkpointing: bool = False
@@ -141,6 +144,8 @@ class TrainJob:
         if not 0 < self.eval_fraction < 1:
             raise bad_value("eval_fraction", "a number between 0 and 1", f"{self.eval_fraction:g}")
         check_options(self.memory_budget, "auto", self.gradient_tolerance)
+        if self.length_groups is not None and not isinstance(self.loss, PreferenceLoss):
+            raise bad_value("length_groups", "None for sampled responses", str(self.length_groups))
         if isinstance(self.report_to, str):
             got = repr(self.report_to)
             raise bad_value("report_to", "a sequence of names", got, f"write [{got}]")

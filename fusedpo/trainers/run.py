@@ -187,12 +187,14 @@ def make_trainer(
         # the newer name first; TrainingArguments has the same two and warns of the older
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    grouped = {} if job.length_groups is None else {"length_groups": job.length_groups}
     trainer = job.way.trainer(
         model,
         args,
         job.loss,
         train,
         held_out,
+        **grouped,
         memory_budget=job.memory_budget,
         gradient_tolerance=job.gradient_tolerance,
         processing_class=tokenizer,

@@ -17,12 +17,14 @@ from peft import PromptTuningConfig, get_peft_model
 from trainers.plain import plain_sgd
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from fusedpo.losses import DPO, KTO, ORPO, Loss, ShortToLong, SimPO
+from fusedpo.losses import DPO, GRPO, KTO, ORPO, Loss, ShortToLong, SimPO
 from fusedpo.model_head import add_fused_head
 from fusedpo.recipes.short_to_long import ShortToLongCollator
+from fusedpo.trainers.config import TrainJob
 from fusedpo.trainers.forwards import Batch
 from fusedpo.trainers.length_groups import GroupedBatch, are_on, in_length_groups, length_groups
 from fusedpo.trainers.responses import ResponseTrainer
+from fusedpo.trainers.run import make_trainer
 from fusedpo.trainers.transformers import PreferenceTrainer
 
 LENGTHS = (3, 30, 5, 41)  # of prompts
@@ -233,3 +235,13 @@ def test_experts_whose_load_is_balanced_are_run_in_one_forward(tmp_path) -> None
     config.output_router_logits = True
     made = trainer(tmp_path, MixtralForCausalLM(config), LOSSES["short to long"], None)
     assert made.length_groups is False
+
+
+def test_the_command_line_hands_it_on(tmp_path) -> None:
+    demo: dict[str, Any] = {"model": "demo", "dataset": "demo", "output": tmp_path / "out"}
+    job = TrainJob(**demo, loss=SimPO(), cpu=True, length_groups=True)
+    rows = rows_of(SimPO())
+    made = make_trainer(job, tiny.model(), tiny.tokenizer(), rows, rows[:2], tmp_path)
+    assert made.length_groups is True
+    with pytest.raises(ValueError, match=r"^length_groups: expected None for sampled responses"):
+        TrainJob(**demo, loss=GRPO(), length_groups=True)
