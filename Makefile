@@ -11,12 +11,17 @@ TRL_VERSIONS := 0.29.1 1.8.0 1.12.0 1.13.0 1.14.2
 # TRAINERS="trl-0.24 llamafactory" picks some; each has a file of pins in tests/real_trainers/requirements
 TRAINERS ?= trl-0.24 trl-0.29 trl-1.9 trl-1.16 llamafactory swift axolotl openrlhf verl
 
-.PHONY: demo losses check test test-slow coverage mutants test-oldest test-versions test-trl test-trainers test-zero lint docs bench bench-results bench-gpu clean
+.PHONY: demo demo-real losses check test test-slow coverage mutants test-oldest test-versions test-trl test-trainers test-zero lint docs bench bench-results bench-gpu clean
 
 # threads that spin while they wait bring two cores to a crawl as soon as anything else runs
 demo: export OMP_WAIT_POLICY = passive
 demo: .venv/ready
 	$(BIN)/fusedpo train --model demo --dataset demo --loss simpo --output build/demo
+
+# a real language model, tuned with LoRA in some minutes, and TRL's trainer beside it
+demo-real: export OMP_WAIT_POLICY = passive
+demo-real: .venv/ready
+	$(BIN)/python -m fusedpo.benchmarks.demo_real
 
 check: .venv/ready lint
 	$(PYTEST) -n 2 --dist loadgroup -m "not slow" $(CHECKED)

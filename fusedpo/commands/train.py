@@ -12,7 +12,8 @@ from fusedpo import losses
 from fusedpo.checks import bad_choice, bad_value
 from fusedpo.commands.options import Group, parser_of
 from fusedpo.trainers import methods, processes
-from fusedpo.trainers.config import SERVED, TrainJob
+from fusedpo.trainers.adapters import AdapterSettings
+from fusedpo.trainers.config import ADAPTED, SERVED, TrainJob
 from fusedpo.trainers.layout_choice import parse_columns
 from fusedpo.trainers.methods.base import TUNED, Method
 from fusedpo.trainers.run import require
@@ -40,6 +41,10 @@ examples:
   a loss with a reference, checkpoints, and going on after a stop:
     fusedpo train --model owner/name --dataset pairs.jsonl --loss dpo --save-steps 100 --output out
     ... the same again, and --resume
+
+  adapters in place of whole weights, on a real model that is a package; and these merged:
+    fusedpo train --model smollm2 --dataset pairs.jsonl --loss dpo --lora-rank 16 --output adapter
+    fusedpo train --model adapter --dataset more.jsonl --merge-adapter --output whole
 
   another optimizer and schedule, by the names of transformers.TrainingArguments:
     fusedpo train --model owner/name --dataset pairs.jsonl --optim adafactor --output out
@@ -69,6 +74,7 @@ _TITLES = {
     ),
     "tracking": ("report_to", "run_name"),
 }
+_ADAPTERS = Group("adapters (LoRA), in place of whole weights", AdapterSettings)
 # of TrainingArguments, where they are not its own
 _OTHER_DEFAULTS = {
     "lr_scheduler_type": "cosine",
@@ -94,7 +100,8 @@ def options(words: Sequence[str]) -> argparse.ArgumentParser:
         for name, usual in asdict(TUNED).items()
     }
     told |= _OTHER_DEFAULTS
-    parser = parser_of([*groups, *chosen.groups, trainer], told)
+    told["learning_rate"] += f"; {ADAPTED.learning_rate:g} for adapters"
+    parser = parser_of([*groups, _ADAPTERS, *chosen.groups, trainer], told)
     parser.set_defaults(chosen=chosen, trainer=trainer)
     group = parser.add_argument_group("the loss")
     group.add_argument(
@@ -130,6 +137,7 @@ def _job(given: dict[str, Any]) -> TrainJob:
     if "report_to" in own:
         names = (name.strip() for name in own["report_to"].split(","))
         own["report_to"] = tuple(name for name in names if name and name != "none")
+    own["adapters"] = AdapterSettings(**_ADAPTERS.take(given))
     own["output"] = own["output"].expanduser().resolve()
     return TrainJob(**own, training=trainer.take(given))
 

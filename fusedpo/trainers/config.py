@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,7 @@ from fusedpo.checks import bad_choice, bad_value, in_range, positive
 from fusedpo.losses import Loss, PreferenceLoss
 from fusedpo.model_head import check_options
 from fusedpo.trainers import processes
+from fusedpo.trainers.adapters import AdapterSettings, is_adapter
 from fusedpo.trainers.methods import method_of
 from fusedpo.trainers.methods.base import TUNED, Defaults, Method
 
@@ -26,6 +27,9 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Autocast = Literal["auto", "none", "bfloat16", "float16"]
 
 DEMO = "demo"
+
+# adapters take larger steps than the weights below them
+ADAPTED = replace(TUNED, learning_rate=10 * TUNED.learning_rate)
 
 # of transformers.TrainingArguments, beside those that a run has under names of its own
 SERVED = (
@@ -60,8 +64,9 @@ class TrainJob:
     """Everything a run depends on; the fields are the options of ``fusedpo train``.
 
     Attributes:
-        model: a folder or a Hub name of a causal language model; ``demo`` for a small Llama with
-            random weights.
+        model: a folder or a Hub name of a causal language model, or an adapter's folder;
+            ``smollm2`` for a real one that is a package; ``demo`` for a small Llama with random
+            weights.
         dataset: a .jsonl or .json file, a file or folder that ``datasets`` reads, or a Hub name, in
             one of the layouts of docs/training.md; ``demo`` for pairs from the standard library of
             Python.
@@ -97,6 +102,7 @@ class TrainJob:
         seed: of weights, split and order.
         columns: of the dataset, under other names than those that are read: a mapping, or on the
             command line prompt=question,chosen=yes; NAME= leaves one out (docs/training.md).
+        adapters: those of LoRA that are trained in place of all weights, see ``trainers.adapters``.
         training: further arguments of ``transformers.TrainingArguments``, by their names there:
             those of ``SERVED``.
     """
@@ -129,6 +135,7 @@ class TrainJob:
     cpu: bool = False
     seed: int = 0
     columns: Mapping[str, str] = field(default_factory=dict)
+    adapters: AdapterSettings = field(default_factory=AdapterSettings)
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -149,8 +156,12 @@ class TrainJob:
         if isinstance(self.report_to, str):
             got = repr(self.report_to)
             raise bad_value("report_to", "a sequence of names", got, f"write [{got}]")
+        self.adapters.check_model(
+            self.model, from_folder=self._from_adapter, kept=self.model != DEMO
+        )
         if self.compare and not self._comparable:
-            raise bad_value("compare", "False for a loss that is not of pairs alone", "True")
+            expected = "False for a loss that is not of pairs alone, and with adapters"
+            raise bad_value("compare", expected, "True")
         self.way.check(self.loss)
         size = self.batch_size or self.defaults.batch_size
         self.way.check_batch(self.loss, size, self.accumulation)
@@ -172,7 +183,9 @@ class TrainJob:
 
     @property
     def defaults(self) -> Defaults:
-        return self.way.from_scratch if self.model == DEMO else TUNED
+        if self.model == DEMO:
+            return self.way.from_scratch
+        return ADAPTED if self.trains_adapters else TUNED
 
     @property
     def compares(self) -> bool:
@@ -182,8 +195,18 @@ class TrainJob:
 
     @property
     def _comparable(self) -> bool:
-        """Whether the program with full logits is written for this loss."""
-        return is_comparable(self.loss) and self.way.comparable
+        """Whether the program with full logits is written for this loss and model."""
+        return is_comparable(self.loss) and self.way.comparable and not self.trains_adapters
+
+    @property
+    def _from_adapter(self) -> bool:
+        return is_adapter(Path(self.model).expanduser())
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether adapters are trained, and not all weights."""
+        merged = self.adapters.merge_adapter
+        return self.adapters.lora_rank > 0 or (self._from_adapter and not merged)
 
     @property
     def checkpoints(self) -> Path:

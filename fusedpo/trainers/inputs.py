@@ -11,6 +11,7 @@ import torch
 from fusedpo.checks import bad_value
 from fusedpo.recipes import stdlib_pairs
 from fusedpo.trainers import pretrained
+from fusedpo.trainers.adapters import adapted
 from fusedpo.trainers.config import DEMO, TrainJob
 from fusedpo.trainers.layout_choice import read_rows as read_layout
 from fusedpo.trainers.methods.base import Passages
@@ -28,8 +29,11 @@ def load_model(job: TrainJob) -> tuple[Any, Any]:
         train, _ = demo_passages(job.seed)
         tokenizer = stdlib_pairs.train_tokenizer((p.text for p in train), _VOCAB)
         model: Any = stdlib_pairs.small_llama(tokenizer)
-        return model if job.dtype == "auto" else model.to(getattr(torch, job.dtype)), tokenizer
-    return pretrained.load(job.model, None if job.dtype == "auto" else getattr(torch, job.dtype))
+        if job.dtype != "auto":
+            model.to(getattr(torch, job.dtype))
+        return adapted(model, job.adapters), tokenizer
+    dtype = None if job.dtype == "auto" else getattr(torch, job.dtype)
+    return pretrained.load(job.model, dtype, job.adapters)
 
 
 @functools.lru_cache(maxsize=1)

@@ -13,6 +13,7 @@ from fusedpo.checks import bad_value
 from fusedpo.files import write_json
 from fusedpo.report import History, draw_training, training_table
 from fusedpo.trainers import processes
+from fusedpo.trainers.adapters import merged
 from fusedpo.trainers.config import TrainJob
 
 if TYPE_CHECKING:
@@ -89,10 +90,15 @@ def save(
     if trainer.is_fsdp_enabled:
         # checkpoints may be of shards; this is for transformers to load
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(folder))
+    if not job.adapters.merge_output:
+        trainer.save_model(str(folder))
     with processes.together():
         if not processes.is_first():
             return
+        if job.adapters.merge_output:
+            merged(trainer.accelerator.unwrap_model(trainer.model)).save_pretrained(folder)
+            tokenizer: Any = trainer.processing_class
+            tokenizer.save_pretrained(folder)
         # a pickle with this machine's paths, of use to nobody else
         (folder / "training_args.bin").unlink(missing_ok=True)
         train, held_out = (metrics[f"{name}_pairs"] for name in ("training", "held_out"))

@@ -126,6 +126,9 @@ def _check_sharding(job: TrainJob) -> None:
         raise bad_value("accelerate launch", "whole weights for a loss's reference", got, remedy)
     if job.compare:
         raise bad_value("compare", "False under FSDP, where no process has the head", "True")
+    if job.adapters.merge_output:
+        expected = "False under FSDP, where no process has all weights"
+        raise bad_value("merge_output", expected, "True")
 
 
 def _console(console: Console | None) -> Console:

@@ -210,6 +210,15 @@ def test_what_does_not_go_with_a_model_is_refused(
         assert str(caught.value) == message
 
 
+def test_the_packages_model_is_quantised_already() -> None:
+    with pytest.raises(ValueError) as caught:
+        load("smollm2", adapters=AdapterSettings(lora_rank=2, quantize="4bit"))
+    assert str(caught.value) == (
+        "quantize: expected none with 'smollm2', whose weights come in 4 bits, got 4bit; leave it "
+        "out"
+    )
+
+
 def test_an_adapter_without_its_model_is_refused(
     learned: tuple[Path, torch.Tensor], tmp_path: Path
 ) -> None:

@@ -96,6 +96,7 @@ class SelfAugmented(Method):
             PreferenceTrainer,
             padding_token,
         )
+        from fusedpo.trainers.transformers.reference import frozen_copy
 
         tokenizer = options["processing_class"]
         lengths = (len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in [*train, *held_out])
@@ -116,6 +117,9 @@ class SelfAugmented(Method):
         by_sums = isinstance(loss, MarginLoss) and loss.gradient_structure.unit == "margin"
         if self.skip_shared_prefix and by_sums:
             collator = MaskSharedPrefix(collator)
+        if loss.needs_reference and self.ref_mode != "fixed" and hasattr(model, "peft_config"):
+            # which is renewed, and so is more than the model without its adapters
+            options["ref_model"] = frozen_copy(model)
         trainer = PreferenceTrainer(
             model,
             args,
