@@ -171,10 +171,8 @@ class TrainJob:
         if needed and self.dataset == DEMO:
             raise bad_value("dataset", f"one with the columns {', '.join(needed)}", repr(DEMO))
         for name, value in self.training.items():
-            if name in INSTEAD:
-                raise bad_value(name, "no such argument", repr(value), f"use {INSTEAD[name]}")
             if name not in SERVED:
-                raise bad_choice("training", name, SERVED)
+                raise _not_served(name, value)
 
     @property
     def way(self) -> Method:
@@ -218,6 +216,17 @@ class TrainJob:
         if self.save_steps:
             return self.checkpoints
         return self.output.parent / f"{self.output.name}-logs"
+
+
+def _not_served(name: str, value: Any) -> ValueError:
+    from transformers import TrainingArguments
+
+    if name not in TrainingArguments.__dataclass_fields__:
+        return bad_choice("training", name, SERVED)
+    remedy = f"use {INSTEAD[name]}" if name in INSTEAD else "leave it out"
+    return bad_value(
+        name, "no such argument, which fusedpo train cannot serve", repr(value), remedy
+    )
 
 
 def training_arguments(job: TrainJob, rows: int, folder: Path) -> TrainingArguments:
