@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 
@@ -56,22 +56,10 @@ setup(
     # kernels/ and benchmarks/ are top-level folders, installed below fusedpo; fusedpo/kernels.py
     # explains how they are found from a checkout.
     packages=[
-        "fusedpo",
-        "fusedpo.commands",
-        "fusedpo.data",
-        "fusedpo.engine",
-        "fusedpo.engine.routes",
-        "fusedpo.lazy",
+        *find_packages(include=["fusedpo", "fusedpo.*"]),
+        # without __init__.py
         "fusedpo.lazy.plugins",
         "fusedpo.lazy.site",
-        "fusedpo.losses",
-        "fusedpo.model_head",
-        "fusedpo.objective",
-        "fusedpo.recipes",
-        "fusedpo.recipes.self_augmented",
-        "fusedpo.recipes.semantic",
-        "fusedpo.recipes.short_to_long",
-        "fusedpo.trainers",
         "fusedpo.kernels",
         "fusedpo.benchmarks",
     ],
