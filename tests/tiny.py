@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fusedpo.data.rows import TokenRow
 from fusedpo.recipes.stdlib_pairs import train_tokenizer
-from fusedpo.trainers.rows import TokenRow, check_row, tokenize
+from fusedpo.trainers.rows import check_row, tokenize
 
 COLOURS, NUMBERS = ["red", "green", "blue"], ["one", "two", "three"]
 WORDS = [*COLOURS, *NUMBERS, "cat", "dog", "fish", "sun", "moon", "star"]

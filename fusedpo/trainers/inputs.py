@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusedpo.checks import bad_value
+from fusedpo.data.reading import load
 from fusedpo.recipes import stdlib_pairs
 from fusedpo.trainers import pretrained
 from fusedpo.trainers.adapters import adapted
 from fusedpo.trainers.config import DEMO, TrainJob
 from fusedpo.trainers.layout_choice import read_rows as read_layout
 from fusedpo.trainers.methods.base import Passages
-from fusedpo.trainers.rows import load
 
 if TYPE_CHECKING:
     from rich.console import Console

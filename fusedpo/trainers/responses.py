@@ -22,12 +22,12 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from fusedpo.checks import vocabulary
+from fusedpo.data.tokenizing import keep_end
 from fusedpo.functional import LossOutput
 from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import Loss
 from fusedpo.trainers.forwards import Batch
 from fusedpo.trainers.methods.responses import check_loss, check_size, takes_kl
-from fusedpo.trainers.rows import keep_end
 from fusedpo.trainers.transformers import (
     PreferenceCollator,
     PreferenceTrainerMixin,

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusedpo import preference_loss
+from fusedpo.data.rows import TokenRow
 from fusedpo.files import read_file, write_file
 from fusedpo.losses import DPO
 from fusedpo.recipes.self_augmented import (
@@ -34,7 +35,6 @@ from fusedpo.recipes.self_augmented import (
     splice,
 )
 from fusedpo.recipes.self_augmented.buffer import unpack_rows
-from fusedpo.trainers.rows import TokenRow
 from fusedpo.trainers.transformers import PreferenceCollator
 
 VOCAB, PAD, EOS = 32, 0, 2

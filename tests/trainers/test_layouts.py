@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from repository import ROOT
 
 from fusedpo.cli import main
+from fusedpo.data.reading import Splits
 from fusedpo.trainers.layout_choice import parse_columns, read_rows
 from fusedpo.trainers.layouts import CONTEXTS, LAYOUTS, PAIRS, RESPONSES
-from fusedpo.trainers.rows import Splits, check_row, load, tokenize
+from fusedpo.trainers.rows import check_row, load, tokenize
 
 Row = dict[str, Any]
 

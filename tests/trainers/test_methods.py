@@ -14,6 +14,8 @@ from transformers import TrainingArguments
 
 from fusedpo import losses
 from fusedpo.cli import main
+from fusedpo.data.reading import Splits
+from fusedpo.data.rows import COLUMNS
 from fusedpo.recipes.self_augmented import SelfAugmented, Settings
 from fusedpo.recipes.stdlib_pairs import hold_out, read_passages
 from fusedpo.trainers.methods import base, method_of, self_augmented, two_contexts
@@ -23,7 +25,6 @@ from fusedpo.trainers.methods.sampled import Sampled, reward_function
 from fusedpo.trainers.methods.self_augmented import SelfAugmented as ByItself
 from fusedpo.trainers.methods.semantic import Semantic
 from fusedpo.trainers.methods.two_contexts import TwoContexts
-from fusedpo.trainers.rows import COLUMNS, Splits
 from fusedpo.trainers.self_augmented import MaskSharedPrefix, SelfAugmentedCallback
 
 

@@ -15,13 +15,13 @@ from trainers.plain import plain_sgd
 from transformers import AutoModelForCausalLM
 
 from fusedpo.cli import main
+from fusedpo.data.reading import Splits
 from fusedpo.losses import DPO, KTO, SimPO
 from fusedpo.recipes.stdlib_pairs import hold_out, read_passages
 from fusedpo.trainers.config import TrainJob
 from fusedpo.trainers.methods.pairs import Pairs
 from fusedpo.trainers.methods.responses import Responses
 from fusedpo.trainers.responses import ResponseCollator, ResponseTrainer
-from fusedpo.trainers.rows import Splits
 
 LOSS = KTO(beta=0.5, desirable_weight=1.2, undesirable_weight=0.7)
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusedpo.checks import bad_value
+from fusedpo.data.reading import Splits
+from fusedpo.data.rows import check_row
+from fusedpo.data.tokenizing import Tokenized, tokenize
 from fusedpo.losses import Loss, PreferenceLoss
 from fusedpo.losses.base import Input, check_hyperparameters
 from fusedpo.recipes import stdlib_pairs
 from fusedpo.report import PAIR_SIGNALS, Signal
 from fusedpo.trainers.layouts import PAIRS
-from fusedpo.trainers.rows import Splits, Tokenized, check_row, tokenize
 
 if TYPE_CHECKING:
     from fusedpo.trainers.transformers import FusedTrainerMixin

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusedpo.checks import bad_value, vocabulary
+from fusedpo.data.reading import Splits
+from fusedpo.data.rows import check_row
+from fusedpo.data.tokenizing import Tokenized
 from fusedpo.losses import KTO, Loss, PreferenceLoss
 from fusedpo.losses.base import Input
 from fusedpo.report import LOSS, MARGIN, Signal
 from fusedpo.trainers.layouts import RESPONSES
 from fusedpo.trainers.methods.base import Defaults, Method, Passages
-from fusedpo.trainers.rows import Splits, Tokenized, check_row
 
 if TYPE_CHECKING:
     from fusedpo.trainers.transformers import FusedTrainerMixin

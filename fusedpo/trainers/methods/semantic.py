@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from fusedpo.data.reading import Splits
 from fusedpo.losses import Loss, SemanticSPPO
 from fusedpo.losses.base import hyperparameter
 from fusedpo.report import PAIR_SIGNALS, Signal
 from fusedpo.trainers.methods.base import Defaults, Method
-from fusedpo.trainers.rows import Splits
 
 
 @dataclass(frozen=True)

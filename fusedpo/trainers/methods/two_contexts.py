@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusedpo.checks import vocabulary
+from fusedpo.data.reading import Splits
+from fusedpo.data.tokenizing import Tokenized
 from fusedpo.losses import Loss, ShortToLong
 from fusedpo.report import PAIR_SIGNALS, Signal
 from fusedpo.trainers.layouts import CONTEXTS
 from fusedpo.trainers.methods.base import Defaults, Method, Passages
-from fusedpo.trainers.rows import Splits, Tokenized
 
 if TYPE_CHECKING:
     from fusedpo.trainers.transformers import FusedTrainerMixin
