@@ -20,6 +20,8 @@ demo: .venv/ready
 
 # a real language model, tuned with LoRA in some minutes, and TRL's trainer beside it
 demo-real: export OMP_WAIT_POLICY = passive
+# when it saves adapters PEFT would look for the model there, which is not from there
+demo-real: export HF_HUB_OFFLINE = 1
 demo-real: .venv/ready
 	$(BIN)/python -m fusedpo.benchmarks.demo_real
 
