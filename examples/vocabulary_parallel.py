@@ -51,7 +51,8 @@ def main() -> tuple[list[float], list[float]]:
     """Train on two processes and on one, and return the losses of both."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(process, (f"{folder}/store", folder), nprocs=WORLD)
-        first, second = (torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD))
+        files = (Path(folder) / f"{rank}.pt" for rank in range(WORLD))
+        first, second = (torch.load(file, weights_only=True) for file in files)
     assert first == second  # every process has the same loss, to the last bit
     alone = train(None, 0, 1)
     print("two processes:", *(f"{loss:.6f}" for loss in first))

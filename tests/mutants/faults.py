@@ -1671,7 +1671,7 @@ _PROGRAMS = (
         "fusedpo/cli.py",
         "test_cli.py -k 'not demo'",
         (
-            "if jobs.ranks().first:\n            super",
+            "if processes.is_first():\n            super",
             "if True:\n            super",
             "every process prints its help",
             "test_cli.py -k prints_help",
