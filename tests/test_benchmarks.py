@@ -298,11 +298,11 @@ def test_a_file_is_written_whole_or_not_at_all(
     assert measure.write(path, "before").read_text() == "before"
     assert path.stat().st_mode & 0o777 == 0o644
 
-    def interrupted(self: Path, target: Path) -> Path:
+    def interrupted(source: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Path, "replace", interrupted)
+        patched.setattr(os, "replace", interrupted)
         measure.write(path, "after")
     assert path.read_text() == "before"
     assert list(path.parent.iterdir()) == [path]

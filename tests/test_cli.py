@@ -495,7 +495,8 @@ JOBS = {
     "checkpoints": ({"save_steps": -1}, "save_steps: expected at least 0, got -1"),
     "comparison": (
         {"loss": losses.get("s-sppo"), "compare": True},
-        "compare: expected False for a loss that is not of pairs alone, got True",
+        "compare: expected False with adapters, and for a loss that is not of pairs alone, "
+        "got True",
     ),
     "columns": (
         {"loss": Weighted()},

@@ -1926,7 +1926,7 @@ def test_an_encoder_decoder_that_makes_no_input_of_labels(monkeypatch: pytest.Mo
         model(input_ids=tokens(), labels=tokens(), fused=True)
     assert str(error.value) == (
         "decoder_input_ids: expected token ids, as BartForConditionalGeneration does not make them "
-        "of labels, got none"
+        "of labels, got none; pass decoder_input_ids: labels shifted right, behind the start token"
     )
 
 

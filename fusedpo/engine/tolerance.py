@@ -197,7 +197,7 @@ class Record:
             else:  # nothing is seen where all is kept, and it would stay so
                 found = max(min(_GUESSED_COHERENCE[name], self.coherence[name]) / 4, floor)
             # up at once, down slowly: too much kept costs time, too little a backward
-            self.coherence[name] = max(found, math.sqrt(self.coherence[name] * found))
+            self.coherence[name] = max(found, self.coherence[name] ** (2 / 3) * found ** (1 / 3))
         self._change_parts()
         within = all(error <= self.tolerance for error in seen.errors.values())
         self.breaches += not within

@@ -160,7 +160,7 @@ class TrainJob:
             self.model, from_folder=self._from_adapter, kept=self.model != DEMO
         )
         if self.compare and not self._comparable:
-            expected = "False for a loss that is not of pairs alone, and with adapters"
+            expected = "False with adapters, and for a loss that is not of pairs alone"
             raise bad_value("compare", expected, "True")
         self.way.check(self.loss)
         size = self.batch_size or self.defaults.batch_size
