@@ -51,10 +51,14 @@ def _about(answer: dict[str, Any]) -> str:
     return f"{measure.describe(answer['machine'])}{'; quick' if answer['quick'] else ''}"
 
 
+def headline_machine() -> str:
+    """The first machine that was asked both questions."""
+    return next(m for m, of in answers().items() if {"length", "precision"} <= of.keys())
+
+
 def headline() -> list[str]:
-    """Three numbers and a picture, of the first machine that was asked both questions."""
-    found = answers()
-    machine = next(m for m, of in found.items() if {"length", "precision"} <= of.keys())
+    """Three numbers and a picture."""
+    found, machine = answers(), headline_machine()
     length, precision = (found[machine][name] for name in ("length", "precision"))
     group, longest = length["rows"][0]["group"], max(row["x"] for row in length["rows"])
     here = [row for row in length["rows"] if (row["group"], row["x"]) == (group, longest)]

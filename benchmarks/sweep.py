@@ -432,7 +432,19 @@ def remarks(answer: dict[str, Any]) -> list[str]:
     """What is to be said below the table."""
     said = getattr(kind_of(answer), "remarks", None) if "kind" in answer else None
     absent = [f"Not measured: {entry}: {why}." for entry, why in missing_everywhere(answer)]
-    return [*(said(answer) if said else []), *absent]
+    return [*(said(answer) if said else []), *absent, *([OUTDATED] if outdated(answer) else [])]
+
+
+OUTDATED = "Measured with other plans than today's, whose memory and time differ."
+
+
+def outdated(answer: dict[str, Any]) -> bool:
+    """Whether the planner would no longer foretell what it did when this was measured."""
+    return any(
+        predicted(Case.from_json(row["case"])) != row["predicted_bytes"]
+        for row in answer["rows"]
+        if isinstance(row, dict) and row.get("predicted_bytes") is not None
+    )
 
 
 def kind_of(answer: dict[str, Any]) -> Any:
