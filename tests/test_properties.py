@@ -160,7 +160,8 @@ class Problem:
         chosen = plan(
             self.scored,
             *head.shape,
-            dtype=head.dtype,
+            dtype=self.data["hidden"].dtype,
+            weight_dtype=head.dtype,
             needs=needs,
             scope=loss.gradient_structure.scope,
             groups=self.sequences,
@@ -1207,8 +1208,6 @@ def test_a_loss_under_autocast(
     weight.requires_grad_(route != "frozen")
     case = Problem(problem.loss, {**problem.data, "hidden": hidden, "weight": weight}, {})
     chosen = case.plan(route, 7, 32, backend)
-    if dtypes[0] != dtypes[1]:  # a plan is for the dtype of the hidden states
-        chosen = dataclasses.replace(chosen, dtype=dtypes[0])
     found = []
     for inside in (True, False):
         with torch.autocast("cpu", dtype=torch.bfloat16):
