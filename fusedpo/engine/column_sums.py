@@ -149,8 +149,9 @@ class ColumnSums:
 
     def _sum_slabs(self, values: Tensor) -> Tensor:
         """[slabs] from [N]."""
-        out = torch.zeros_like(self.values[:, 0])
-        return out.index_add_(0, self._slabs, values)
+        values = values if self._order is None else values[self._order]
+        missing = -len(values) % self.t.plan.slab
+        return torch.nn.functional.pad(values, (0, missing)).view(-1, self.t.plan.slab).sum(1)
 
 
 def main_directions(t: Tiles, count: int) -> Tensor:

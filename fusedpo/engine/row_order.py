@@ -14,8 +14,8 @@ from fusedpo.engine.cost import Problem
 from fusedpo.engine.tiles import Tiles
 
 # numbers that stand for a row, each the sum of a run of features, and power iterations for a main
-# direction. A third less is kept than in the given order, of a language model's states; with all
-# features, or more iterations, little less again (benchmarks/compact_errors.py)
+# direction: a pass over the features, and next to nothing. What the order saves is asked by
+# benchmarks/compact_errors.py
 _FEATURES, _ITERATIONS = 64, 2
 
 
