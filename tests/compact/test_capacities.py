@@ -66,7 +66,7 @@ def test_the_first_call_is_exact_and_the_later_ones_are_within_the_tolerance() -
     case = of_few_columns()
     truth = naive(case, torch.float64).gradients
     routes = []
-    for i in range(6):
+    for i in range(10):
         found, route = step(case)
         routes.append(route)
         assert not shortfalls(found, truth, TOLERANCE if i else 1e-6)

@@ -2095,7 +2095,7 @@ _COLUMNS = (
         ),
         ("rested = self.skipped >= _PATIENCE", "rested = False", "never again"),
         (
-            "max(found, math.sqrt(self.coherence[name] * found))",
+            "max(found, self.coherence[name] ** (2 / 3) * found ** (1 / 3))",
             "self.coherence[name]",
             "no learning",
         ),
