@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
-from fusedpo import losses
-from fusedpo.checks import bad_choice, bad_value
+from fusedpo.commands.loss_choice import Chosen, add_loss_options, chosen_loss
 from fusedpo.commands.options import Group, parser_of
-from fusedpo.trainers import methods, processes
+from fusedpo.trainers import processes
 from fusedpo.trainers.adapters import AdapterSettings
 from fusedpo.trainers.config import ADAPTED, SERVED, TrainJob
 from fusedpo.trainers.layout_choice import parse_columns
-from fusedpo.trainers.methods.base import TUNED, Method
+from fusedpo.trainers.methods.base import TUNED
 from fusedpo.trainers.run import require
 from fusedpo.trainers.run import run as run_job
 
@@ -82,7 +80,6 @@ _OTHER_DEFAULTS = {
     "per_device_eval_batch_size": "that of training",
     "warmup_steps": "by --warmup",
 }
-_BASES = ("dpo", "simpo", "orpo")
 
 
 def options(words: Sequence[str]) -> argparse.ArgumentParser:
@@ -90,7 +87,7 @@ def options(words: Sequence[str]) -> argparse.ArgumentParser:
     require("transformers", "accelerate")
     from transformers import TrainingArguments
 
-    chosen = _chosen(words)
+    chosen = chosen_loss(words)
     groups = [Group(title, TrainJob, names) for title, names in _TITLES.items()]
     names = tuple(f.name for f in fields(TrainingArguments) if f.init)
     trainer = Group("of transformers.TrainingArguments", TrainingArguments, names, SERVED)
@@ -103,19 +100,7 @@ def options(words: Sequence[str]) -> argparse.ArgumentParser:
     told["learning_rate"] += f"; {ADAPTED.learning_rate:g} for adapters"
     parser = parser_of([*groups, _ADAPTERS, *chosen.groups, trainer], told)
     parser.set_defaults(chosen=chosen, trainer=trainer)
-    group = parser.add_argument_group("the loss")
-    group.add_argument(
-        "--loss",
-        default="simpo",
-        metavar="NAME",
-        help=f"one of {', '.join(_trainable())}; or sspo, s-sppo, sapo (self-augmented), "
-        "solopo (default: simpo)",
-    )
-    group.add_argument(
-        "--base",
-        metavar="NAME",
-        help="the loss within sapo (default: orpo) or solopo (default: simpo): dpo, simpo, orpo",
-    )
+    add_loss_options(parser)
     return parser
 
 
@@ -127,7 +112,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _job(given: dict[str, Any]) -> TrainJob:
-    chosen: _Chosen = given.pop("chosen")
+    chosen: Chosen = given.pop("chosen")
     trainer: Group = given.pop("trainer")
     del given["loss"], given["base"]
     given["loss"], given["method"] = chosen.make(given)
@@ -140,67 +125,3 @@ def _job(given: dict[str, Any]) -> TrainJob:
     own["adapters"] = AdapterSettings(**_ADAPTERS.take(given))
     own["output"] = own["output"].expanduser().resolve()
     return TrainJob(**own, training=trainer.take(given))
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """The loss that was asked for, the loss within it if it has one, and its method."""
-
-    loss: type[losses.Loss]
-    base: type[losses.Loss] | None
-    method: type[Method]
-    fixed: dict[str, Any]  # hyperparameters that the name stands for
-    factor: float
-
-    @property
-    def groups(self) -> list[Group]:
-        """Of options: of everything with settings of its own."""
-        inner = [] if self.base is None else [Group(f"the loss {self.base.__name__}", self.base)]
-        method = Group(f"the method {self.method.__name__}", self.method)
-        return [Group(f"the loss {self.loss.__name__}", self.loss), *inner, method]
-
-    def make(self, given: dict[str, Any]) -> tuple[losses.Loss, Method]:
-        """The loss and the method; their settings are taken out of what was given."""
-        of_loss, *inner, of_method = (group.take(given) for group in self.groups)
-        if self.base is not None:
-            of_loss["base"] = self.base(**inner[0])
-        loss = self.loss(**{**self.fixed, **of_loss})
-        if self.factor != 1.0 and isinstance(loss, losses.PreferenceLoss):
-            loss = self.factor * loss
-        return loss, self.method(**of_method)
-
-
-def _chosen(words: Sequence[str]) -> _Chosen:
-    """The loss decides which further options there are, so it is read first."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--loss", default="simpo")
-    first.add_argument("--base", default=None)
-    found, _ = first.parse_known_args(words)
-    if found.base is not None and found.base not in _BASES:
-        raise bad_choice("base", found.base, _BASES)
-    method = methods.named(found.loss)
-    if method is not None and method.base is not None:
-        return _Chosen(type(losses.get(found.base or method.base)), None, method, {}, 1.0)
-    loss, fixed, factor = losses.find(found.loss)
-    method = _method_for(loss)
-    within = None
-    if method.base is not None:
-        within = type(losses.get(found.base or method.base))
-    elif found.base is not None:
-        raise bad_value("base", f"no such option with --loss {found.loss}", repr(found.base))
-    return _Chosen(loss, within, method, fixed, factor)
-
-
-def _method_for(loss: type[losses.Loss]) -> type[Method]:
-    """The method of a loss; a ValueError if none serves it."""
-    method = methods.method_of(loss)
-    method().check(loss())
-    return method
-
-
-def _trainable() -> Iterator[str]:
-    """Names of the losses that a method serves."""
-    for name, loss in losses.available().items():
-        with contextlib.suppress(ValueError):
-            _method_for(loss)
-            yield name
