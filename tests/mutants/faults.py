@@ -1970,6 +1970,40 @@ _COLUMNS = (
         ),
     ),
     *_in(
+        "fusedpo/engine/row_order.py",
+        "compact/test_row_order.py",
+        ("(rows < t.count and rows % slab)", "False", "a slab crosses a row block"),
+        (
+            "for start, stop in t.row_blocks():",
+            "for start, stop in [(0, t.count)]:",
+            "rows leave it",
+        ),
+        ("(slabs + 1) // 2 * slab", "(stop - start) // 2", "halves that cut a slab"),
+        (".argsort(stable=True)]", ".argsort(stable=True).argsort()]", "the inverse of an order"),
+        ("own - first", "own - first - start", "features of other rows"),
+        (".nan_to_num_(0.0, 0.0, 0.0)", "", "a row that is no number spoils the order of others"),
+        ("t.shard.of_first(order)", "order", "ranks cut their slabs of other rows"),
+    ),
+    *_in(
+        "fusedpo/engine/hidden_gradient.py",
+        "compact/test_row_order.py",
+        (
+            "out[:, start:stop].index_copy_(0, order, part)",
+            "out[:, start:stop].copy_(part[order])",
+            "an order that is applied again rather than undone",
+        ),
+    ),
+    *_in(
+        "fusedpo/engine/tiles.py",
+        "compact/test_row_order.py",
+        ("rows, self.targets[order]", "rows, self.targets", "labels of other rows"),
+        (
+            "scale[order] if isinstance(scale, Tensor) else scale",
+            "scale",
+            "temperatures of other rows",
+        ),
+    ),
+    *_in(
         "fusedpo/engine/routes/compact.py",
         "compact/test_records.py",
         (
@@ -1988,6 +2022,19 @@ _COLUMNS = (
             "        pass\n",
             "records of a slice of the vocabulary",
             "distributed/test_compact.py",
+        ),
+        ("g=b.g[order]", "g=b.g", "upstream gradients of other rows", "compact/test_row_order.py"),
+        (
+            "{name: values[order] for name",
+            "{name: values for name",
+            "statistics of other rows",
+            "compact/test_row_order.py",
+        ),
+        (
+            "write_rows(t.reordered(order), out,",
+            "write_rows(t, out,",
+            "gradients at the positions of other rows",
+            "compact/test_row_order.py",
         ),
     ),
     *_in(
@@ -2035,6 +2082,30 @@ _COLUMNS = (
             "FINISHED_ROWS",
             "more rows than a tile has",
             "compact/test_generated.py",
+        ),
+        (
+            "torch.empty_like(order).index_copy_(0, order, self._slabs)",
+            "self._slabs[order]",
+            "sums of the rows of other slabs",
+            "compact/test_row_order.py",
+        ),
+        (
+            "values if self._order is None else values[self._order]",
+            "values",
+            "sums brought to the statistics of other rows",
+            "compact/test_row_order.py",
+        ),
+        (
+            "in (self.row_products, self.row_sizes):",
+            "in (self.row_sizes,):",
+            "products of other rows",
+            "compact/test_row_order.py",
+        ),
+        (
+            "in (self.row_products, self.row_sizes):",
+            "in (self.row_products,):",
+            "sizes of other rows",
+            "compact/test_row_order.py",
         ),
     ),
     *_in(
