@@ -662,13 +662,13 @@ def test_a_terminal_keeps_its_width_and_a_file_gets_one(folder, tmp_path, termin
 @pytest.mark.parametrize("autocast", ["none", "bfloat16"])
 def test_autocast_is_what_the_job_says(folder, tmp_path, monkeypatch, autocast):
     seen = set()
-    compute = PreferenceTrainer._fused_loss
+    compute = PreferenceTrainer.functional
 
-    def watched(self, *args, **options):
+    def watched(*args, **options):
         seen.add(torch.is_autocast_enabled("cpu"))
-        return compute(self, *args, **options)
+        return compute(*args, **options)
 
-    monkeypatch.setattr(PreferenceTrainer, "_fused_loss", watched)
+    monkeypatch.setattr(PreferenceTrainer, "functional", staticmethod(watched))
     run(small_job(folder, tmp_path / "out", autocast=autocast))
     assert seen == {autocast == "bfloat16"}
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")

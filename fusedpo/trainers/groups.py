@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from fusedpo.checks import bad_type, bad_value, vocabulary
 from fusedpo.data.sampling import Sampling, generate_segments
 from fusedpo.files import read_file, understood, write_file
 from fusedpo.functional import LossOutput, policy_loss
-from fusedpo.head import Head
 from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import Loss, PolicyLoss
 from fusedpo.model_head import Score, aligned_labels, at_head, evaluating
@@ -64,6 +63,8 @@ class GroupTrainer(FusedTrainer):
     ``eval_completions/mean_length`` alone, without a loss.
     """
 
+    functional: ClassVar[Callable[..., LossOutput]] = staticmethod(policy_loss)
+
     def __init__(
         self,
         model: Any = None,
@@ -76,8 +77,6 @@ class GroupTrainer(FusedTrainer):
         updates: int = 2,
         temperature: float = 1.0,
         eval_prompts: int = 64,
-        ref_model: Any = None,
-        memory_budget: int | float | str | None = None,
         **options: Any,
     ) -> None:
         if not isinstance(loss, PolicyLoss):
@@ -103,9 +102,7 @@ class GroupTrainer(FusedTrainer):
             got = repr(options["data_collator"])
             raise bad_value("data_collator", "None, as batches are sampled", got)
         options["data_collator"] = _as_they_are
-        super().__init__(
-            model, args, loss=loss, ref_model=ref_model, memory_budget=memory_budget, **options
-        )
+        super().__init__(model, args, loss=loss, **options)
         if self._sharded:
             raise bad_value(
                 "args",
@@ -135,21 +132,13 @@ class GroupTrainer(FusedTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         return batches, None
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The loss of a batch of prompts: sampled now, or a few steps ago."""
+    def _batch(self, model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Responses to the prompts: sampled now, or a few steps ago."""
         if self._left == 0:
             self._sampled = self._sample(model, inputs["rows"])
             self._left = self.updates
         self._left -= 1
-        batch = {name: value for name, value in self._sampled.items() if name != "rewards"}
-        loss = super().compute_loss(model, batch, num_items_in_batch=self._counts(batch))
-        return (loss, {}) if return_outputs else loss
+        return {name: value for name, value in self._sampled.items() if name != "rewards"}
 
     def _counts(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Responses and their tokens, [2], averaged over the processes as gradients are."""
@@ -160,23 +149,17 @@ class GroupTrainer(FusedTrainer):
         counts: Tensor = self.accelerator.reduce(own.double(), "mean")
         return counts
 
-    def _further_metrics(self) -> dict[str, Tensor]:
+    def _further_metrics(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rewards = self._sampled["rewards"].view(-1, self.group_size)
-        lengths = (self._sampled["labels"] != IGNORE_INDEX).sum(1)
+        lengths = (batch["labels"] != IGNORE_INDEX).sum(1)
         return {
             "reward": rewards.mean(),
             "reward_std": rewards.std(1).mean(),
             "completions/mean_length": lengths.double().mean(),
         }
 
-    def _fused_loss(
-        self,
-        hidden: Tensor,
-        head: Head,
-        labels: Tensor,
-        step_counts: Tensor | None,
-        **arguments: Any,
-    ) -> LossOutput:
+    def _loss_arguments(self, step_counts: Tensor | None) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"temperature": self.temperature}
         if step_counts is not None:
             assert isinstance(self.loss, PolicyLoss), "checked when this was made"
             of_tokens = self.loss.aggregation == "token_mean"
@@ -185,9 +168,7 @@ class GroupTrainer(FusedTrainer):
                 arguments["num_items"] = responses
             if of_tokens or self.loss.entropy_bonus:
                 arguments["num_tokens"] = tokens
-        return policy_loss(
-            self.loss, hidden, head.weight, labels, temperature=self.temperature, **arguments
-        )
+        return arguments
 
     def _sample(self, model: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Groups of responses with their advantages and log-probabilities, on the device."""

@@ -14,7 +14,7 @@ over all processes, taken for each batch by a forward of its own without a gradi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +23,6 @@ from transformers import Trainer, TrainingArguments
 
 from fusedpo.checks import vocabulary
 from fusedpo.data.tokenizing import keep_end
-from fusedpo.functional import LossOutput
 from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import Loss
 from fusedpo.trainers.forwards import Batch
@@ -169,19 +168,13 @@ class ResponseTrainerMixin(PreferenceTrainerMixin):
             )
         super().__init__(model, args, loss=loss, **options)
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The loss of a batch, as of ``FusedTrainerMixin``."""
+    def _batch(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The rows themselves, and what the loss takes of the mismatched ones."""
         own = {n: v for n, v in inputs.items() if not n.startswith(_MISMATCHED)}
         if takes_kl(self.loss):
             others = {n.removeprefix(_MISMATCHED): inputs[n] for n in inputs if n not in own}
             own["kl"] = self._mean_log_ratio(model, Batch.of(others), self._examples(own))
-        return super().compute_loss(model, own, return_outputs, num_items_in_batch)
+        return own
 
     @torch.no_grad()
     def _mean_log_ratio(self, model: Any, batch: Batch, rows: int) -> Tensor:
@@ -200,11 +193,9 @@ class ResponseTrainerMixin(PreferenceTrainerMixin):
         total, count = self.accelerator.reduce(sums, "sum").unbind()
         return total / count.clamp(min=1)
 
-    def _fused_loss(self, *given: Any, **arguments: Any) -> LossOutput:
-        output = super()._fused_loss(*given, **arguments)
+    def _further_metrics(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # a mean over the desirable ones says nothing without how many they are
-        share = arguments["desirable"].mean().to(output.loss)
-        return replace(output, metrics={**output.metrics, "share": share})
+        return {"share": batch["desirable"].mean()}
 
 
 class ResponseTrainer(ResponseTrainerMixin, Trainer):

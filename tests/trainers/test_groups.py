@@ -135,7 +135,7 @@ def test_rewards_are_of_their_prompts_and_vary_within_groups(tmp_path: Path) -> 
     for row, group in zip(rows, groups, strict=True):
         assert torch.all(group >= 10 * int(row["prompt_ids"][1]))
         assert torch.all(group <= 10 * int(row["prompt_ids"][1]) + 1)
-    logged = made._further_metrics()
+    logged = made._further_metrics(made._sampled)
     assert float(logged["reward"]) == pytest.approx(float(groups.mean()), rel=1e-6)
     within = sum(float(torch.tensor(group.tolist()).std()) for group in groups) / 3
     assert float(logged["reward_std"]) == pytest.approx(within, rel=1e-5)

@@ -1067,7 +1067,7 @@ def test_an_interrupted_forward_leaves_the_head(tmp_path, monkeypatch):
     def interrupted(*a: Any, **k: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(subject, "_fused_loss", interrupted)
+    monkeypatch.setattr(subject, "functional", interrupted)
     with pytest.raises(KeyboardInterrupt):
         subject.train()
     assert "forward" not in vars(model.lm_head) and not model.lm_head._forward_hooks

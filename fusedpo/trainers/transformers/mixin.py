@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -66,6 +66,8 @@ class FusedTrainerMixin(_Base):
     loss_is_scaled_for_ga: bool = True
     length_groups: bool = False
     means: ClassVar[type[Means]] = Means
+    # of fusedpo.functional: it computes the loss
+    functional: ClassVar[Callable[..., LossOutput]]
 
     def __init__(
         self,
@@ -182,20 +184,21 @@ class FusedTrainerMixin(_Base):
         """How many examples a batch has."""
         raise NotImplementedError
 
-    def _further_metrics(self) -> dict[str, Tensor]:
-        """What is logged of a training batch beside the metrics of the loss."""
-        return {}
+    def _batch(self, model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """What the model and the loss take, of what the collator made."""
+        return inputs
 
-    def _fused_loss(
-        self,
-        hidden: Tensor,
-        head: Head,
-        labels: Tensor,
-        step_counts: Tensor | None,
-        **arguments: Any,
-    ) -> LossOutput:
-        """The loss of a batch; arguments are the reference, head options, and the batch's rest."""
+    def _counts(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """[2], examples and tokens of the step, where Trainer has not counted them before."""
+        return None
+
+    def _loss_arguments(self, step_counts: Tensor | None) -> dict[str, Any]:
+        """What ``functional`` is told beside the batch, such as what to divide by."""
         raise NotImplementedError
+
+    def _further_metrics(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of a batch, beside the metrics of the loss."""
+        return {}
 
     def compute_loss(
         self,
@@ -217,6 +220,8 @@ class FusedTrainerMixin(_Base):
             raise bad_type(
                 "num_items_in_batch", "[2], pairs and chosen tokens of the step, or None", "an int"
             )
+        inputs = self._batch(model, inputs)
+        counts = self._counts(inputs) if num_items_in_batch is None else num_items_in_batch
         of_loss = {*OF_LOSS, *self.loss.inputs}
         rest = {name: value for name, value in inputs.items() if name in of_loss}
         batch = Batch.of({name: value for name, value in inputs.items() if name not in of_loss})
@@ -230,11 +235,12 @@ class FusedTrainerMixin(_Base):
 
         def task(hidden: Tensor, head: Head) -> Tensor:
             # with a model split over devices the head may be on another one than the batch
-            given = {**rest, "labels": batch.labels, "step_counts": num_items_in_batch}
+            given = {**rest, "labels": batch.labels, **self._loss_arguments(counts)}
             given |= reference_arguments(reference, head, batch.labels)
-            output = self._fused_loss(
+            output = self.functional(
+                self.loss,
                 hidden,
-                head,
+                head.weight,
                 memory_budget=self.memory_budget,
                 gradient_tolerance=self.gradient_tolerance,
                 **head.options(),
@@ -246,10 +252,10 @@ class FusedTrainerMixin(_Base):
         loss, aux_loss = batch.at_head(model, task)
         if aux_loss is not None:
             metrics["aux_loss"] = aux_loss.detach()
-            loss = loss + self._aux_weight(model, inputs, num_items_in_batch) * aux_loss
+            loss = loss + self._aux_weight(model, inputs, counts) * aux_loss
+        metrics |= moved(self._further_metrics(inputs), loss.device)
         if model.training:
-            of_batch = {**metrics, **self._further_metrics()}
-            self._train_means.add(of_batch, self._examples(inputs))
+            self._train_means.add(metrics, self._examples(inputs))
         return (loss, metrics) if return_outputs else loss
 
     def _in_groups(self, batch: Batch) -> Batch:

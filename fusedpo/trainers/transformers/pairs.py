@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from fusedpo.checks import bad_type, vocabulary
 from fusedpo.functional import LossOutput, preference_loss
-from fusedpo.head import Head
 from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import Loss, PreferenceLoss
 from fusedpo.model_head import aligned_labels, causal_model
@@ -56,14 +55,14 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
     A mixture of experts whose ``output_router_logits`` is set adds its load-balancing loss.
     """
 
+    functional: ClassVar[Callable[..., LossOutput]] = staticmethod(preference_loss)
+
     def __init__(
         self,
         model: Any = None,
         args: TrainingArguments | None = None,
         *,
         loss: Loss,
-        ref_model: Any = None,
-        memory_budget: int | float | str | None = None,
         length_groups: bool | None = None,
         **options: Any,
     ) -> None:
@@ -80,9 +79,7 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
         if isinstance(options["data_collator"], PreferenceCollator):
             check_rows(options, options["data_collator"].columns)
         self.roles = len(loss.roles)
-        super().__init__(
-            model, args, loss=loss, ref_model=ref_model, memory_budget=memory_budget, **options
-        )
+        super().__init__(model, args, loss=loss, **options)
         config = causal_model(self.model).config.get_text_config()
         experts = bool(getattr(config, "output_router_logits", False))
         self.length_groups = are_on(length_groups, self, self.roles, experts=experts)
@@ -111,24 +108,9 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
         chosen = labels[:examples] if borders is None else labels[0, : int(borders[examples])]
         return int((chosen != IGNORE_INDEX).sum())
 
-    def _fused_loss(
-        self,
-        hidden: Tensor,
-        head: Head,
-        labels: Tensor,
-        step_counts: Tensor | None,
-        **arguments: Any,
-    ) -> LossOutput:
+    def _loss_arguments(self, step_counts: Tensor | None) -> dict[str, Any]:
         pairs, tokens = (None, None) if step_counts is None else step_counts.unbind()
-        return preference_loss(
-            self.loss,
-            hidden,
-            head.weight,
-            labels,
-            num_items=pairs,
-            num_tokens=tokens if self.loss.nll_weight else None,
-            **arguments,
-        )
+        return {"num_items": pairs, "num_tokens": tokens if self.loss.nll_weight else None}
 
     def prediction_step(
         self,
