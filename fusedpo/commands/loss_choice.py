@@ -36,30 +36,27 @@ def add_loss_options(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The loss that was asked for, the loss within it if it has one, and its method."""
+    """A loss, and the loss within it if it has one, by their names; and the method of both."""
 
-    loss: type[losses.Loss]
-    base: type[losses.Loss] | None
+    loss: str
+    base: str | None
     method: type[Method]
-    fixed: dict[str, Any]  # hyperparameters that the name stands for
-    factor: float
 
     @property
     def groups(self) -> list[Group]:
         """Of options: of everything with settings of its own."""
-        inner = [] if self.base is None else [Group(f"the loss {self.base.__name__}", self.base)]
-        method = Group(f"the method {self.method.__name__}", self.method)
-        return [Group(f"the loss {self.loss.__name__}", self.loss), *inner, method]
+        parts = [losses.find(name)[0] for name in (self.loss, self.base) if name is not None]
+        return [
+            *(Group(f"the loss {part.__name__}", part) for part in parts),
+            Group(f"the method {self.method.__name__}", self.method),
+        ]
 
     def make(self, given: dict[str, Any]) -> tuple[losses.Loss, Method]:
         """The loss and the method; their settings are taken out of what was given."""
         of_loss, *inner, of_method = (group.take(given) for group in self.groups)
         if self.base is not None:
-            of_loss["base"] = self.base(**inner[0])
-        loss = self.loss(**{**self.fixed, **of_loss})
-        if self.factor != 1.0 and isinstance(loss, losses.PreferenceLoss):
-            loss = self.factor * loss
-        return loss, self.method(**of_method)
+            of_loss["base"] = losses.get(self.base, **inner[0])
+        return losses.get(self.loss, **of_loss), self.method(**of_method)
 
 
 def chosen_loss(words: Sequence[str]) -> Chosen:
@@ -72,15 +69,11 @@ def chosen_loss(words: Sequence[str]) -> Chosen:
         raise bad_choice("base", found.base, BASES)
     method = methods.named(found.loss)
     if method is not None and method.base is not None:
-        return Chosen(type(losses.get(found.base or method.base)), None, method, {}, 1.0)
-    loss, fixed, factor = losses.find(found.loss)
-    method = _method_for(loss)
-    within = None
-    if method.base is not None:
-        within = type(losses.get(found.base or method.base))
-    elif found.base is not None:
+        return Chosen(found.base or method.base, None, method)
+    method = _method_for(losses.find(found.loss)[0])
+    if method.base is None and found.base is not None:
         raise bad_value("base", f"no such option with --loss {found.loss}", repr(found.base))
-    return Chosen(loss, within, method, fixed, factor)
+    return Chosen(found.loss, found.base or method.base, method)
 
 
 def _method_for(loss: type[losses.Loss]) -> type[Method]:
