@@ -266,6 +266,11 @@ TABLE = (
         none=("test_from_end_to_end",),
     ),
     Slow(
+        "trainers/test_earlier_checkpoints.py",
+        "trains and goes on",
+        first=("test_a_checkpoint_of_0_1_0_is_gone_on_from",),
+    ),
+    Slow(
         "trainers/test_groups.py",
         "several trainings with samples of their own",
         none=(
