@@ -4,29 +4,29 @@
 #     benchmarks/gpu.sh [--dry-run] [--only PART,...] [first | second | both]
 #
 #     call     part     what                                                        seconds at most
-#     first    bench    python -m fusedpo.benchmarks.gpu: whether every route is    180
-#                       right, and nothing more if one is not; products of tiles,
-#                       bits, kernels, folds, routes, trace, tail
+#     first    check    tests/gpu/test_parity.py: whether every route is right,     45
+#                       and nothing more if one is not
+#              bench    fusedpo bench kernels routes: each over its floor, and      130
+#                       over the bare products that it makes
 #              tune     python -m tools.tune                                        45
 #     second   tests    tests/gpu: the engine on the device                         110
 #              kernels  tests/kernels: the kernels, compiled                        90
-#              more     python -m fusedpo.benchmarks.gpu: shapes, memory            80
+#              more     fusedpo bench routes at other shapes, and tiles             90
 #
 # The first takes at most 230 s, the second at most 300 s; ``both``, the default, is one after the
 # other. Each leaves one archive in $OUT (build/gpu), first.tgz and second.tgz, with logs, answers
-# (JSON) and the tests' reports (XML), and prints its last lines, at most 60, as a table of what
-# there is to know. A part that fails does not stop the next one, except where a route is wrong. One
-# that runs out of time is interrupted (SIGINT), so that it says what it knows. The exit status is 1
-# if one failed.
+# (JSON), plots and the tests' reports (XML), and prints in its last lines, at most 60, what failed.
+# A part that fails does not stop the next one, except where a route is wrong. One that runs out of
+# time is interrupted (SIGINT); the questions that it has answered are kept. The exit status is 1 if
+# one failed.
 #
 # PYTHON (python3) has to have torch with CUDA, triton, numpy, pytest, hypothesis and mpmath.
-# pytest-xdist, liger-kernel and trl are used where they are installed; without, tests run one after
-# the other, and those programs are missing in the tables. Of trl its kernels are enough. Where
-# nothing can be installed, unpack wheels into a folder and name it in PYTHONPATH. The repository
-# need not be installed. Other questions: python -m fusedpo bench budget --device cuda, and so on.
+# pytest-xdist is used where it is installed; without, tests run one after the other. Where nothing
+# can be installed, unpack wheels into a folder and name it in PYTHONPATH. The repository need not
+# be installed. Other questions: python -m fusedpo bench length --device cuda, and so on.
 #
-# --only runs some of the parts. --dry-run tries the parts on the CPU at tiny sizes, in Triton's
-# interpreter; no number of it means anything.
+# --only runs some of the parts. --dry-run tries the parts on the CPU at tiny sizes, tests in
+# Triton's interpreter and benchmarks by PyTorch; no number of it means anything.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -53,10 +53,11 @@ while [ $# -gt 0 ]; do
 done
 for part in ${only//,/ }; do
     case $part in
-    bench | tune | tests | kernels | more) ;;
+    check | bench | tune | tests | kernels | more) ;;
     *) usage ;;
     esac
 done
+only=${only/bench/check,bench} # nothing is measured of a route that is wrong
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 [ -z "$dry" ] || export OMP_NUM_THREADS=1
@@ -101,15 +102,24 @@ tests() {
         "--junitxml=$work/$name.xml" "${workers[@]}" "$@"
 }
 
+# bench NAME SECONDS SECONDS-A-SHAPE QUESTION-OR-OPTION...
+bench() {
+    local name=$1 most=$2 each=(--seconds "$3" --device cuda)
+    shift 3
+    [ -z "$dry" ] || each=(--seconds 1 --quick --threads 1 --shapes 16,32,300 32,32,300)
+    part "$name" "$most" "$python" -m fusedpo bench "$@" "${each[@]}" --no-verify \
+        --output "$work/$name"
+}
+
 first() {
-    local which=smoke,products,bits,kernels,folds,routes,trace,tail
-    local sizes=(--seconds 170 --only "$which") tiles=(--seconds 40 --rounds 10)
-    [ -z "$dry" ] || sizes=(--dry-run --only "$which") tiles=(--dry-run)
-    part bench 180 "$python" -m fusedpo.benchmarks.gpu "${sizes[@]}" --json "$work/gpu.json"
-    if grep -qs "^smoke FAILED" "$work/bench.log"; then
+    local tiles=(--seconds 40 --rounds 10) right="planner_chooses or losses_equal"
+    [ -z "$dry" ] || right="planner_chooses and triton" tiles=(--dry-run)
+    tests check 45 tests/gpu/test_parity.py -k "$right"
+    if [[ "${verdicts[*]}" == check:* && "${verdicts[*]}" != "check: passed"* ]]; then
         verdicts+=("a route is wrong: nothing else was run")
         return
     fi
+    bench bench 130 45 kernels routes
     # compiled at once, since compiling takes longer than measuring
     part tune 45 "$python" -m tools.tune "${tiles[@]}" --processes "$processes" \
         --json "$work/tune.json"
@@ -119,24 +129,19 @@ second() {
     # what needs no GPU is tested without one
     local elsewhere=(--ignore tests/kernels/test_machine_code.py
         --ignore tests/kernels/test_tune.py --ignore tests/kernels/test_launches.py)
-    local sizes=(--seconds 70 --only shapes,memory) which=("${elsewhere[@]}" tests/kernels)
-    if [ -n "$dry" ]; then
-        sizes=(--dry-run --only shapes,memory)
-        which=(tests/kernels/test_tail.py -k links_with_their_options)
-    fi
+    local which=("${elsewhere[@]}" tests/kernels)
+    [ -z "$dry" ] || which=(tests/kernels/test_tail.py -k links_with_their_options)
     # examples of a property are of new shapes, most of which are compiled anew
     export FUSEDPO_TEST_EXAMPLES=8
     tests tests 110 tests/gpu
     tests kernels 90 "${which[@]}"
-    part more 80 "$python" -m fusedpo.benchmarks.gpu "${sizes[@]}" --json "$work/more.json"
+    bench more 90 10 routes tiles --shapes 1024,4096,128256 16384,4096,128256 8192,4096,32000 \
+        8192,4096,262144
 }
 
-# what a call found, in at most 60 lines
+# what failed, in at most 60 lines
 table() {
-    grep -hE "^(FAILED|ERROR) " "$work"/*.log | cut -c 1-160 | head -10 || true
-    for log in bench more; do
-        [ ! -f "$work/$log.log" ] || sed -n '/^=== summary/,$p' "$work/$log.log" | sed 1d
-    done | head -47
+    grep -hE "^(FAILED|ERROR) |WRONG|MISSED" "$work"/*.log | cut -c 1-160 | head -50 || true
     printf '%s\n' "${verdicts[@]}"
 }
 

@@ -11,30 +11,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from types import ModuleType
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedpo import losses
-from fusedpo.benchmarks import measure, plots, routes, sweep
-from fusedpo.benchmarks.options import Options
-from fusedpo.benchmarks.section import Cell, Section, Setting, Verdict, cells, number, quotient
-from fusedpo.benchmarks.shapes import GPU, MIB, Inputs, Shape, head_of, make_inputs
-from fusedpo.benchmarks.timing import Clock, Deadline, Measured, Step
+from fusedpo.benchmarks import plots, routes, section, sweep
+from fusedpo.benchmarks.section import Cell, Question, Section, Setting, number, quotient
+from fusedpo.benchmarks.shapes import MIB, Inputs, make_inputs
+from fusedpo.benchmarks.timing import Deadline, Measured, Step
+from fusedpo.engine.plan import Plan
 from fusedpo.engine.precision import multiply
-from fusedpo.losses import gates, links
-
-TAIL_MICROSECONDS = 40.0
-TAIL_SPEEDUP = 8.0
 
 _ROTATED_BYTES = 256 * MIB
 _COPY_BYTES = 1024 * MIB
-
-# of which another row, or section, says enough for a summary
-_DETAILS = ("settle, none moved", "finish", "row gather", "row scatter", "tail, SimPO")
 
 
 def _note(row: Mapping[str, Any]) -> str:
@@ -78,67 +70,12 @@ class Kernel:
         return self.name
 
 
-@dataclass(frozen=True)
-class Question:
-    """Asked as those of benchmarks/sweep.py are, of kernels instead of programs."""
-
-    name: str = "kernels"
-    title: str = (__doc__ or "").splitlines()[0]
-
-    def ask(self, options: Options) -> dict[str, Any]:
-        return ask(options)
-
-
-def ask(options: Options) -> dict[str, Any]:
-    """Measure every kernel at every shape, and return what is to be saved."""
-    answer: dict[str, Any] = {
-        "question": QUESTION.name,
-        "kind": "kernels",
-        "title": QUESTION.title,
-        "machine": measure.machine(options.device, options.threads),
-        "quick": options.quick,
-        "rows": [],
-        "ran_out": [],
-        "wrong": [],
-    }
-    wanted = _shapes(options)
-    with sweep.progress(QUESTION.title, len(wanted)) as advance:
-        for shape in wanted:
-            advance(str(shape))
-            section = kernels(_setting(options, shape), Deadline(options.seconds_a_point))
-            answer["rows"] += [{"shape": str(shape), **row} for row in section.rows]
-            answer["ran_out"] += section.ran_out
-            answer["wrong"] += section.wrong
-    return answer
-
-
-def _shapes(options: Options) -> Sequence[Shape]:
-    if options.shapes:
-        return options.shapes
-    if options.on_cpu:
-        return (head_of("pythia-70m", 512 if options.quick else 1024),)
-    return (replace(GPU, tokens=256) if options.quick else GPU,)
-
-
-def _setting(options: Options, shape: Shape) -> Setting:
-    return Setting(
-        Clock(options.device),
-        shape,
-        getattr(torch, options.dtype_name),
-        rounds=3 if options.quick else 15,
-        calls=4 if options.on_cpu else 16,
-    )
-
-
 def table(answer: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows, in words."""
-    several = len({row["shape"] for row in answer["rows"]}) > 1
-    columns = {**({"at": "shape"} if several else {}), **COLUMNS}
-    blank = ["", *"-" * 3] if not several else ["", "", *"-" * 3]
-    lines = cells(columns, answer["rows"])
-    lines += [["WRONG", *blank, what] for what in answer["wrong"]]
-    lines += [[what, *blank, "no time was left for it"] for what in answer["ran_out"]]
-    return list(columns), lines
+    return section.table(answer, COLUMNS)
+
+
+remarks = section.remarks
 
 
 def plot(answer: dict[str, Any]) -> Any:
@@ -174,56 +111,56 @@ def plot(answer: dict[str, Any]) -> Any:
 
 def kernels(setting: Setting, deadline: Deadline) -> Section:
     """Every kernel's time over its floor, and what gathering rows costs of a step."""
-    shape = setting.shape
-    section = Section(f"kernels, {shape}, {setting.dtype_name}", COLUMNS)
-    inputs = make_inputs(routes.case_of(setting, shape))
+    case, shape, found = setting.case, setting.case.shape, Section()
+    inputs = make_inputs(case)
     bare = routes.bare_products(inputs)
-    found = [
-        *_streams(setting),
-        *_tile_products(setting, inputs),
-        *_fused_products(setting, inputs),
+    way = routes.Way("recompute", setting.backend)
+    chosen = way.plan(case)
+    known = [
+        *_streams(setting, chosen),
+        *_tile_products(setting, chosen, inputs),
+        *(_fused_kernels(setting, inputs) if setting.cuda else []),
         *_rows(setting),
     ]
-    words = torch.randint(2**62, (_bytes(setting, _COPY_BYTES) // 8,), device=setting.device)
+    words = torch.randint(2**62, (_bytes(setting, _COPY_BYTES) // 8,), device=case.device)
     target = torch.empty_like(words)
     functions: dict[str, Step] = {
         "copy": lambda: target.copy_(words),
         **bare,
-        "step": _way(setting).step(setting, shape, inputs),
+        "step": way.step(chosen, inputs),
     }
-    for kernel in section.in_time(found, deadline):
-        with section.attempt(kernel):
+    for kernel in found.in_time(known, deadline):
+        with found.attempt(kernel):
             times = 1 if kernel.once else setting.calls
             functions[kernel.name] = setting.clock.repeated(kernel.call, times)
     times_of = setting.clock.interleaved(functions, setting.rounds, deadline)
 
     bandwidth = quotient(2.0 * words.nbytes, times_of["copy"].median)
-    speeds = {name: quotient(routes.flop(shape), times_of[name].median) for name in bare}
-    section.add(
+    speeds = {name: quotient(case.flop, times_of[name].median) for name in bare}
+    found.add(
         name="copy",
         what=f"{words.nbytes / MIB:.0f} MiB",
         seconds=times_of["copy"].median,
         bytes_per_second=bandwidth,
     )
     for name, speed in speeds.items():
-        section.add(
+        found.add(
             name=name,
             what=f"{shape.positions} x {shape.vocab} x {shape.hidden}",
             seconds=times_of[name].median,
             flop_per_second=speed,
-            detail=True,  # routes.py shows them
         )
-    for kernel in found:
+    for kernel in known:
         if kernel.name in times_of:
-            per_call = 1 if kernel.once else setting.calls
+            calls = 1 if kernel.once else setting.calls
             taken = times_of[kernel.name]
-            _report(section, kernel, taken, per_call, bandwidth, speeds[kernel.against])
-    _share_of_a_step(section, times_of, setting.calls)
-    return section
+            _report(found, kernel, taken, calls, bandwidth, speeds[kernel.against])
+    _share_of_a_step(found, times_of, setting.calls)
+    return found
 
 
 def _report(
-    section: Section,
+    found: Section,
     kernel: Kernel,
     taken: Measured,
     calls: int,
@@ -231,11 +168,11 @@ def _report(
     speed: float | None,
 ) -> None:
     if taken.missing:
-        section.wrong.append(f"{kernel.name}: {taken.missing}")
+        found.failed(kernel, taken.missing)
     seconds = quotient(taken.median, calls)
     by_bytes, by_flop = quotient(kernel.bytes, bandwidth), quotient(kernel.flop, speed)
     floor = max(by_bytes or 0.0, by_flop or 0.0) or None
-    section.add(
+    found.add(
         name=kernel.name,
         what=kernel.what,
         seconds=seconds,
@@ -245,15 +182,14 @@ def _report(
         share_of_floor=quotient(floor, seconds),
         bound_by="products" if (by_flop or 0.0) > (by_bytes or 0.0) else "bytes",
         missing=taken.missing,
-        detail=kernel.name in _DETAILS,
     )
 
 
-def _share_of_a_step(section: Section, times: dict[str, Measured], calls: int) -> None:
+def _share_of_a_step(found: Section, times: dict[str, Measured], calls: int) -> None:
     step = times["step"].median
     moved = [times[name].median for name in ("row gather", "row scatter") if name in times]
     seconds = sum(m for m in moved if m is not None) / calls if moved else None
-    section.add(
+    found.add(
         name="row gather and scatter, of a step",
         what="by recompute",
         seconds=seconds,
@@ -262,51 +198,35 @@ def _share_of_a_step(section: Section, times: dict[str, Measured], calls: int) -
     )
 
 
-def _by_triton(setting: Setting) -> bool:
-    # a dry run tries the kernels in Triton's interpreter
-    return setting.cuda or setting.dry
-
-
-def _module(setting: Setting) -> ModuleType:
-    """The kernels of the tile."""
-    if _by_triton(setting):
-        from fusedpo.kernels import logit_tile_triton
-
-        return logit_tile_triton
-    from fusedpo.kernels import logit_tile
-
-    return logit_tile
-
-
-def _way(setting: Setting) -> routes.Way:
-    """The step whose tiles the kernels work on."""
-    return routes.Way("recompute", "triton" if _by_triton(setting) else "torch")
-
-
 def _bytes(setting: Setting, full: int) -> int:
-    if setting.cuda:
-        return full
     # a CPU takes a hundred times as long for them
-    return 4096 if setting.dry else full // 4
+    return full if setting.cuda else full // 4
 
 
 def _copies(setting: Setting, make: Callable[[], Tensor]) -> list[Tensor]:
     first = make()
-    tiny = setting.dry and not setting.cuda
-    count = 2 if tiny else -(-_bytes(setting, _ROTATED_BYTES) // first.nbytes)
+    count = -(-_bytes(setting, _ROTATED_BYTES) // first.nbytes)
     return [first, *(make() for _ in range(min(count, 8) - 1))]
 
 
-def _streams(setting: Setting) -> list[Kernel]:
+def _tiles(chosen: Plan) -> tuple[int, int, int, int]:
+    """Rows and columns of the forward's tiles, and of the backward's."""
+    rows, cols = min(chosen.rows, chosen.tokens), min(chosen.cols, chosen.vocab)
+    return rows, cols, min(chosen.back_rows, chosen.tokens), min(chosen.back_cols, chosen.vocab)
+
+
+def _streams(setting: Setting, chosen: Plan) -> list[Kernel]:
     """The kernels that work on a tile of the plan, and what finishes its rows."""
     from fusedpo.kernels.logit_map import LogitMap
     from fusedpo.kernels.row_stats import RowStats
 
-    kernels = _module(setting)
-    shape, device, dtype = setting.shape, setting.device, setting.dtype
-    chosen = _way(setting).plan(setting, shape)
-    n, v = min(chosen.rows, shape.positions), min(chosen.cols, shape.vocab)
-    back_n, back_v = min(chosen.back_rows, shape.positions), min(chosen.back_cols, shape.vocab)
+    kernels: Any
+    if setting.cuda:
+        from fusedpo.kernels import logit_tile_triton as kernels
+    else:
+        from fusedpo.kernels import logit_tile as kernels
+    shape, device, dtype = setting.case.shape, setting.case.device, setting.case.torch_dtype
+    n, v, back_n, back_v = _tiles(chosen)
     x = _copies(setting, lambda: torch.randn(n, v, device=device))
     back_x = _copies(setting, lambda: torch.randn(back_n, back_v, device=device))
     out = torch.empty(n, v, dtype=dtype, device=device)
@@ -355,12 +275,10 @@ def _streams(setting: Setting) -> list[Kernel]:
     ]
 
 
-def _tile_products(setting: Setting, inputs: Inputs) -> list[Kernel]:
+def _tile_products(setting: Setting, chosen: Plan, inputs: Inputs) -> list[Kernel]:
     """The three products as the sweeps make them, one tile after the other of the vocabulary."""
-    shape, device, dtype = setting.shape, setting.device, setting.dtype
-    chosen = _way(setting).plan(setting, shape)
-    n, v = min(chosen.rows, shape.positions), min(chosen.cols, shape.vocab)
-    back_n, back_v = min(chosen.back_rows, shape.positions), min(chosen.back_cols, shape.vocab)
+    shape, device, dtype = setting.case.shape, setting.case.device, setting.case.torch_dtype
+    n, v, back_n, back_v = _tiles(chosen)
     hidden, weight = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach()
     logits = torch.empty(n, v, device=device)
     jacobian = torch.rand(n, v, device=device).to(dtype)
@@ -403,39 +321,50 @@ def _tile_products(setting: Setting, inputs: Inputs) -> list[Kernel]:
     ]
 
 
-def _fused_products(setting: Setting, inputs: Inputs) -> list[Kernel]:
-    if not _by_triton(setting):
-        return []  # PyTorch has no such thing
+def _fused_kernels(setting: Setting, inputs: Inputs) -> list[Kernel]:
+    """What PyTorch has no definition of: product and fold in one, and the tail."""
     from fusedpo.kernels.product_fold import product_fold
+    from fusedpo.kernels.tail import tail
 
-    shape = setting.shape
+    case, shape = setting.case, setting.case.shape
     hidden, weight = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach()
     target = inputs.labels.flatten()
     entries = shape.positions * shape.hidden + shape.vocab * shape.hidden
+    count, length = 64, 512
+    logprob = -torch.rand(count * length, device=case.device)
+    lengths = torch.full((count,), length, device=case.device)
+    starts = torch.arange(count, device=case.device) * length
+    algebra = losses.SimPO().tail
+    assert algebra is not None, "SimPO is in the algebra"
     return [
         Kernel(
             "product_fold",
             f"{shape.positions} x {shape.vocab} x {shape.hidden}",
-            entries * setting.dtype.itemsize,
+            entries * case.torch_dtype.itemsize,
             lambda i: product_fold(hidden, weight, target),
-            flop=routes.flop(shape),
+            flop=case.flop,
             once=True,
-        )
+        ),
+        Kernel(
+            "tail, SimPO",
+            f"{count} x {length}",
+            # read twice; its gradient cleared and written
+            4.0 * 4 * logprob.numel(),
+            lambda i: tail(logprob, starts, lengths, **asdict(algebra)),
+        ),
     ]
 
 
 def _rows(setting: Setting) -> list[Kernel]:
-    """Rows of the hidden states that are gathered and scattered by PyTorch, and the tail."""
-    shape, device = setting.shape, setting.device
-    n, width = shape.positions, shape.hidden
-    states = _copies(setting, lambda: torch.randn(n, width, device=device).to(setting.dtype))
-    # every other row, as behind a prompt, all in another order
-    positions = torch.randperm(n, device=device)[: max(1, n // 2)].sort().values
-    values = torch.randn(len(positions), width, device=device).to(setting.dtype)
-    moved = 2 * values.nbytes
+    """Rows of the hidden states that are gathered and scattered by PyTorch."""
+    case = setting.case
+    n, width = case.shape.positions, case.shape.hidden
+    made: dict[str, Any] = {"dtype": case.torch_dtype, "device": case.device}
+    states = _copies(setting, lambda: torch.randn(n, width, **made))
+    # every other row, as behind a prompt
+    positions = torch.randperm(n, device=case.device)[: max(1, n // 2)].sort().values
+    values = torch.randn(len(positions), width, **made)
     what = f"{len(positions)} of {n} x {width}"
-    problem = tail_problems(setting)["SimPO"]
-    by_tail = problem.by_kernel if _by_triton(setting) else problem.by_torch
 
     def gather(i: int) -> Tensor:
         return states[i % len(states)][positions]
@@ -444,184 +373,14 @@ def _rows(setting: Setting) -> list[Kernel]:
         states[i % len(states)][positions] = values
 
     return [
-        Kernel("row gather", what, moved, gather),
-        Kernel("row scatter", what, moved, scatter),
-        Kernel(
-            "tail, SimPO",
-            f"{2 * setting.tail[0]} x {setting.tail[1]}",
-            # read twice; its gradient cleared and written
-            4.0 * 4 * problem.logprob.numel(),
-            lambda i: by_tail(),
-        ),
+        Kernel("row gather", what, 2 * values.nbytes, gather),
+        Kernel("row scatter", what, 2 * values.nbytes, scatter),
     ]
 
 
-@dataclass(frozen=True)
-class TailProblem:
-    """Log-probabilities [N], and what to make of them."""
-
-    logprob: Tensor
-    starts: Tensor
-    lengths: Tensor
-    index: Tensor  # [N], the sequence of each token
-    algebra: links.Tail
-    options: dict[str, Any]  # baseline, reference, tau, weight
-
-    def by_kernel(self) -> tuple[Tensor, Tensor, Tensor]:
-        from fusedpo.kernels.tail import tail
-
-        return tail(self.logprob, self.starts, self.lengths, **asdict(self.algebra), **self.options)
-
-    def by_torch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The definition: gates, sums and links in float64, and autograd."""
-        algebra, options = self.algebra, self.options
-        leaf = self.logprob.detach().requires_grad_()
-        delta = leaf.double()
-        if options.get("baseline") is not None:
-            delta = delta - options["baseline"]
-        tau = options.get("tau")
-        phi = gates.GATES[algebra.gate](delta, 1.0 if tau is None else tau[self.index])
-        sums = torch.zeros(len(self.lengths), dtype=torch.float64, device=leaf.device)
-        score = sums.index_add(0, self.index, phi)
-        if options.get("reference") is not None:
-            score = score - options["reference"]
-        if algebra.aggregate == "mean":
-            score = score / self.lengths
-        z = gates.MAPS[algebra.sequence_map](score)
-        if algebra.combine == "pair":
-            chosen, rejected = z.chunk(2)
-            z = chosen - rejected
-        loss = algebra.of_margin(z)
-        if options.get("weight") is not None:
-            loss = loss * options["weight"]
-        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-        return loss.detach(), score.detach(), gradient
-
-
-def tail_problems(setting: Setting) -> dict[str, TailProblem]:
-    """By name: two losses of pairs, and a soft gate with a sequence map and advantages."""
-    pairs, length = setting.tail
-    count, device = 2 * pairs, setting.device
-    g = torch.Generator().manual_seed(0)
-
-    def normal(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(size, generator=g, dtype=dtype).to(device)
-
-    logprob = -normal(count * length).abs()
-    baseline = logprob + 0.1 * normal(count * length)
-    lengths = torch.full((count,), length, device=device)
-    starts = torch.arange(count, device=device) * length
-    index = torch.arange(count, device=device).repeat_interleave(length)
-    tau = torch.linspace(0.5, 1.5, count, dtype=torch.float64, device=device)
-    reference = torch.full((count,), -0.8 * length, dtype=torch.float64, device=device)
-    soft = links.Tail("sigmoid_ratio", "mean", "exp", "single", "linear")
-    advantages = {"baseline": baseline, "tau": tau, "weight": normal(count, torch.float64)}
-
-    def made(algebra: links.Tail | None, **options: Tensor) -> TailProblem:
-        assert algebra is not None, "these losses are in the algebra"
-        return TailProblem(logprob, starts, lengths, index, algebra, options)
-
-    return {
-        "DPO": made(losses.DPO().tail, reference=reference + normal(count, torch.float64)),
-        "SimPO": made(losses.SimPO().tail),
-        "soft gate": made(soft, **advantages),
-    }
-
-
-def tail(setting: Setting, deadline: Deadline) -> Section:
-    """Losses and their gradient from log-probabilities: one launch, and PyTorch with autograd."""
-    pairs, length = setting.tail
-    section = Section(
-        f"the tail, {2 * pairs} sequences of {length} tokens, losses and gradient",
-        {
-            "loss": "loss",
-            "kernel us": ("kernel_seconds", 1e6, 1),
-            "torch us": ("torch_seconds", 1e6, 1),
-            "speed-up": ("speedup", 1, 1),
-            "in a graph: kernel us": ("kernel_graph_seconds", 1e6, 1),
-            "in a graph: torch us": ("torch_graph_seconds", 1e6, 1),
-            "error": lambda row: f"{row['gradient_difference']:.0e}",
-        },
-    )
-    problems = tail_problems(setting)
-    functions: dict[str, Step] = {}
-    for name, problem in problems.items():
-        for kind, run in (("kernel", problem.by_kernel), ("torch", problem.by_torch)):
-            # as called: one after the other, and what the host takes for each counts if it is more
-            functions[f"{name}/{kind}/called"] = _in_turn(run, setting.calls)
-            if deadline.over:
-                section.ran_out.append(f"{name} by {kind} in a graph")
-                continue
-            try:
-                functions[f"{name}/{kind}/graph"] = setting.clock.repeated(
-                    _dropping(run), setting.calls
-                )
-            except Exception as error:
-                section.ran_out.append(f"{name} by {kind} in a graph ({type(error).__name__})")
-    times = setting.clock.interleaved(functions, setting.rounds, deadline)
-    section.wrong += [f"{key}: {t.missing}" for key, t in times.items() if t.missing]
-    for name, problem in problems.items():
-        _add_tail(section, name, problem, times, setting.calls)
-    return section
-
-
-def _add_tail(
-    section: Section, name: str, problem: TailProblem, times: Mapping[str, Measured], calls: int
-) -> None:
-    def seconds(kind: str, how: str) -> float | None:
-        taken = times.get(f"{name}/{kind}/{how}", Measured())
-        # whichever limits: the device, or the host that queues for it
-        both = (taken.median, taken.host_median if how == "called" else None)
-        known = [each for each in both if each is not None]
-        return max(known) / calls if known else None
-
-    ours, theirs = seconds("kernel", "called"), seconds("torch", "called")
-    device, torch_device = seconds("kernel", "graph"), seconds("torch", "graph")
-    difference, speedup = _difference(problem), quotient(theirs, ours)
-    if not difference < 1e-6:
-        section.wrong.append(f"{name}: the kernel's gradient differs by {difference:.1e}")
-    section.add(
-        loss=name,
-        kernel_seconds=ours,
-        torch_seconds=theirs,
-        kernel_graph_seconds=device,
-        torch_graph_seconds=torch_device,
-        speedup=speedup,
-        graph_speedup=quotient(torch_device, device),
-        gradient_difference=difference,
-    )
-    micro = [None if s is None else 1e6 * s for s in (ours, device)]
-    section.verdicts += [
-        Verdict(f"{name}: microseconds as called", micro[0], at_most=TAIL_MICROSECONDS),
-        Verdict(f"{name}: microseconds in a graph", micro[1], at_most=TAIL_MICROSECONDS),
-        Verdict(f"{name}: speed-up over torch as called", speedup, at_least=TAIL_SPEEDUP),
-    ]
-
-
-def _dropping(run: Step) -> Callable[[int], object]:
-    """A graph hands nothing out."""
-    return lambda i: run()
-
-
-def _in_turn(run: Callable[[], object], calls: int) -> Callable[[], object]:
-    def several() -> None:
-        for _ in range(calls):
-            run()
-
-    return several
-
-
-def _difference(problem: TailProblem) -> float:
-    """Relative difference of the losses, the scores and the gradients; the largest."""
-    found = [problem.by_kernel(), problem.by_torch()]
-    gaps = []
-    for mine, truth in zip(*found, strict=True):
-        size = float(truth.double().norm())
-        gaps.append(float((mine.double() - truth.double()).norm()) / max(size, 1e-300))
-    return float(torch.tensor(gaps).max())  # NaN, if one is
-
-
-QUESTION = Question()
+QUESTION = Question(
+    "kernels", (__doc__ or "").splitlines()[0], "kernels", kernels, section.usual_shapes
+)
 
 if __name__ == "__main__":
     sys.exit(sweep.main(QUESTION))

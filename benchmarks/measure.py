@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import itertools
 import json
 import os
 import re
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ import torch
 
 from fusedpo.files import replacing
 from fusedpo.machine import ROOT, host
+
+Advance = Callable[[str], None]
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -91,6 +96,18 @@ def available_bytes() -> int:
     return int(found[1]) * 1024 if found else 0
 
 
+@contextlib.contextmanager
+def progress(title: str, steps: int) -> Iterator[Advance]:
+    """A line a step on stderr; call it at the start of every step."""
+    done = itertools.count(1)
+
+    def advance(what: str) -> None:
+        print(f"[{next(done)}/{steps}] {what}", file=sys.stderr, flush=True)
+
+    print(title, file=sys.stderr, flush=True)
+    yield advance
+
+
 def machine(device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
     """What a number depends on besides the code: the host, the GPU, the load, the day."""
     found = host()
@@ -99,10 +116,20 @@ def machine(device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
         **found,
         "threads": threads or found["threads"],
         "gpu": torch.cuda.get_device_name(device) if cuda else None,
+        **({"clocks": _clocks()} if cuda else {}),
         # of others, as nothing has been measured yet: timings on a busy machine are worth little
         "load": os.getloadavg()[0],
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def _clocks() -> str | None:
+    """Driver, clocks and the limit of power, as nvidia-smi says them."""
+    what = "driver_version,clocks.max.sm,clocks.sm,clocks.mem,power.limit"
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    return None
 
 
 def describe(machine: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from fusedpo.benchmarks import routes
 from fusedpo.benchmarks.formulas import TITLES, WITH_REFERENCE
 from fusedpo.benchmarks.options import Options
 from fusedpo.benchmarks.shapes import MIB, Shape, head_of
@@ -27,6 +29,8 @@ NAMES = (
     "vocabulary",
     "batch",
     "kernels",
+    "routes",
+    "tiles",
     "compact",
     "compact_errors",
 )
@@ -183,43 +187,54 @@ SWEEPS = {
 def question(name: str) -> Asked:
     if name in SWEEPS:
         return SWEEPS[name]
+    if name == routes.OF_TILES.name:
+        return routes.OF_TILES
     found: Asked = importlib.import_module(f"fusedpo.benchmarks.{name}").QUESTION
     return found
 
 
 def ask(names: Sequence[str], options: Options, *, verified: bool = True) -> int:
     """Answer after answer, each saved as soon as it is there; 1 if what is measured is wrong."""
-    if verified and not verify(print_to_stderr=options.print_json):
+    if verified and not verify(options):
         return 1
+    wrong = False
     for name in names:
-        report(question(name).ask(options), options)
-    return 0
+        answer = question(name).ask(options)
+        report(answer, options)
+        wrong |= bool(answer.get("wrong"))
+    return int(wrong)
 
 
 TESTS = (
     "tests/test_benchmarks.py::test_every_peer_computes_the_same",
     "tests/test_benchmarks.py::test_a_wrong_peer_is_found_out",
 )
+GPU_TESTS = (
+    "tests/gpu/test_parity.py::test_tiles_as_the_planner_chooses_them",
+    "tests/gpu/test_parity.py::test_losses_equal_those_from_full_logits",
+)
 
 
-def verify(*, print_to_stderr: bool = False) -> bool:
+def verify(options: Options) -> bool:
     """Whether every program has the same loss and gradients, by the repository's tests of that.
 
     From an installed package they are not run, nor without pytest: this says so, and returns True.
     """
-    stream = sys.stderr if print_to_stderr else sys.stdout
-    if not (ROOT / "tests").is_dir():
-        print("not verified: the tests are in the repository alone", file=stream)
-        return True
-    try:
-        import pytest  # noqa: F401
-    except ImportError:
-        print("not verified: pytest is not installed", file=stream)
+    stream = sys.stderr if options.print_json else sys.stdout
+    tests, here = [*TESTS], {"OMP_NUM_THREADS": "1"}
+    if not options.on_cpu:
+        tests += GPU_TESTS
+        here["FUSEDPO_TEST_DEVICE"] = options.device
+    lacking = None if (ROOT / "tests").is_dir() else "the tests are in the repository alone"
+    if lacking is None and importlib.util.find_spec("pytest") is None:
+        lacking = "pytest is not installed"
+    if lacking:
+        print(f"not verified: {lacking}", file=stream)
         return True
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *TESTS],
+        [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *tests],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **here},
         capture_output=True,
         text=True,
     )

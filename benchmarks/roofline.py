@@ -4,7 +4,7 @@
 
 Arithmetic only: bytes and floating-point operations are counted from the shapes and from the plan,
 and divided by what an H200 was measured to move and multiply. Nothing here was measured on this
-library; benchmarks/gpu.py does that, and prints its ratios beside these. ``--write`` renews
+library; `fusedpo bench routes` does that, and prints its ratios beside these. ``--write`` renews
 benchmarks/ROOFLINE.md.
 """
 

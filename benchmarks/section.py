@@ -1,17 +1,18 @@
-"""What the sections of benchmarks/gpu.py share: their setting, and the form of their answers."""
+"""Kernels and routes at one shape each: the setting, what was found there, and its table."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TextIO, TypeVar
 
-import torch
-
 from fusedpo import tables
-from fusedpo.benchmarks.shapes import Shape
+from fusedpo.benchmarks import measure
+from fusedpo.benchmarks.options import Options
+from fusedpo.benchmarks.shapes import GPU, Case, Shape, head_of
 from fusedpo.benchmarks.timing import Clock, Deadline, told
+from fusedpo.engine.cost import Backend
 
 T = TypeVar("T")
 Cell = str | tuple[str, float, int] | Callable[[Mapping[str, Any]], str]
@@ -24,39 +25,24 @@ class Setting:
 
     Attributes:
         clock: of the device.
-        shape: of all sections but the one about shapes.
-        dtype: of hidden states and head.
-        rounds: interleaved rounds of a section, if there is time.
+        case: its shape, dtype and device.
+        rounds: interleaved rounds, if there is time.
         calls: launches of a small kernel that are timed together.
-        rows: N of the section about shapes, at the shape's vocabulary.
-        vocabularies: V of that section, at the shape's N.
-        peers: names in benchmarks/peers.py.
-        tail: pairs and tokens a sequence of the section about the tail.
-        dry: whether only the code is tried, and no number means anything.
     """
 
     clock: Clock
-    shape: Shape
-    dtype: torch.dtype
+    case: Case
     rounds: int
     calls: int
-    rows: tuple[int, ...] = ()
-    vocabularies: tuple[int, ...] = ()
-    peers: tuple[str, ...] = ()
-    tail: tuple[int, int] = (32, 512)
-    dry: bool = False
-
-    @property
-    def device(self) -> str:
-        return str(self.clock.device)
 
     @property
     def cuda(self) -> bool:
         return self.clock.cuda
 
     @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+    def backend(self) -> Backend:
+        """The kernels on a GPU, and elsewhere PyTorch's definitions of them."""
+        return "triton" if self.cuda else "torch"
 
 
 @dataclass(frozen=True)
@@ -76,27 +62,27 @@ class Verdict:
         low = self.at_most is None or self.measured <= self.at_most
         return low and (self.at_least is None or self.measured >= self.at_least)
 
-    def word(self, *, dry: bool) -> str:
-        if self.met is None:
-            return "not measured"
-        return "dry run" if dry else "met" if self.met else "MISSED"
+    @property
+    def word(self) -> str:
+        return {None: "not measured", True: "met", False: "MISSED"}[self.met]
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "met": self.met}
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Verdict:
+        return cls(*(values[name] for name in ("what", "measured", "at_most", "at_least")))
+
 
 @dataclass
 class Section:
-    """The answer of a section: what was measured, as numbers and as a table.
+    """What was measured at a shape.
 
     Attributes:
-        columns: of the table, by their headings.
-        ran_out: what there was no time for.
+        ran_out: what there was no time or no memory for.
         wrong: what failed, or computed something else than it should.
     """
 
-    title: str
-    columns: Mapping[str, Cell]
     rows: list[dict[str, Any]] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     ran_out: list[str] = field(default_factory=list)
@@ -119,30 +105,79 @@ class Section:
         try:
             yield
         except Exception as error:
-            self.wrong.append(f"{name}: {told(error)}")
+            self.failed(name, told(error))
 
-    def to_json(self) -> dict[str, Any]:
-        return {
+    def failed(self, name: object, why: str) -> None:
+        """Of a GPU that is too small nothing is wrong."""
+        small = why.startswith("OutOfMemoryError")
+        (self.ran_out if small else self.wrong).append(f"{name}: {why}")
+
+
+@dataclass(frozen=True)
+class Question:
+    """Asked as those of benchmarks/sweep.py are, of kernels or routes instead of programs.
+
+    Attributes:
+        kind: the module that has its table and its plot.
+        measure: what is measured at a shape.
+        shapes: where it is asked, if the options do not say.
+    """
+
+    name: str
+    title: str
+    kind: str
+    measure: Callable[[Setting, Deadline], Section]
+    shapes: Callable[[Options], Sequence[Shape]]
+
+    def ask(self, options: Options) -> dict[str, Any]:
+        """Measure at every shape, and return what is to be saved."""
+        answer: dict[str, Any] = {
+            "question": self.name,
+            "kind": self.kind,
             "title": self.title,
-            "rows": self.rows,
-            "verdicts": [verdict.to_json() for verdict in self.verdicts],
-            "ran_out": self.ran_out,
-            "wrong": self.wrong,
+            "machine": measure.machine(options.device, options.threads),
+            "quick": options.quick,
+            **{key: [] for key in ("rows", "ran_out", "wrong", "targets")},
         }
+        wanted = options.shapes or self.shapes(options)
+        with measure.progress(self.title, len(wanted)) as advance:
+            for shape in wanted:
+                advance(str(shape))
+                setting = Setting(
+                    Clock(options.device),
+                    options.case(shape),
+                    rounds=3 if options.quick else 15,
+                    calls=4 if options.on_cpu else 16,
+                )
+                found = self.measure(setting, Deadline(options.seconds_a_point))
+                answer["rows"] += [{"shape": str(shape), **row} for row in found.rows]
+                answer["ran_out"] += found.ran_out
+                answer["wrong"] += found.wrong
+                answer["targets"] += [verdict.to_json() for verdict in found.verdicts]
+        return answer
 
-    def show(self, *, dry: bool) -> None:
-        tables.show(self.title, list(self.columns), cells(self.columns, self.rows))
-        if self.verdicts:
-            show_targets(self.verdicts, dry=dry)
-        if self.ran_out:
-            print(f"no time was left for: {', '.join(self.ran_out)}")
-        for what in self.wrong:
-            print(f"WRONG: {what}")
+
+def usual_shapes(options: Options) -> Sequence[Shape]:
+    if options.on_cpu:
+        return (head_of("pythia-70m", 512 if options.quick else 1024),)
+    return (replace(GPU, tokens=256) if options.quick else GPU,)
 
 
-def cells(columns: Mapping[str, Cell], rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
-    """A table's cells in words."""
-    return [[_cell(read, row) for read in columns.values()] for row in rows]
+def table(
+    answer: Mapping[str, Any], columns: Mapping[str, Cell]
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows in words."""
+    several = len({row["shape"] for row in answer["rows"]}) > 1
+    columns = {**({"at": "shape"} if several else {}), **columns}
+    return list(columns), [
+        [_cell(read, row) for read in columns.values()] for row in answer["rows"]
+    ]
+
+
+def remarks(answer: Mapping[str, Any]) -> list[str]:
+    """What is wrong, and what there was no time or memory for."""
+    wrong = [f"WRONG: {what}." for what in answer["wrong"]]
+    return wrong + [f"No time or memory was left for {what}." for what in answer["ran_out"]]
 
 
 def _cell(read: Cell, row: Mapping[str, Any]) -> str:
@@ -155,11 +190,7 @@ def _cell(read: Cell, row: Mapping[str, Any]) -> str:
 
 
 def show_targets(
-    verdicts: Sequence[Verdict],
-    title: str = "targets",
-    stream: TextIO | None = None,
-    *,
-    dry: bool = False,
+    verdicts: Iterable[Verdict], title: str = "targets", stream: TextIO | None = None
 ) -> None:
     """A table of what was asked for: met, or missed."""
     lines = []
@@ -171,7 +202,7 @@ def show_targets(
         measured = verdict.measured
         small = measured is not None and 0 < measured < 0.01
         shown = f"{measured:.1e}" if small else number(measured, 1, 3)
-        lines.append([verdict.what, shown, " and ".join(limits), verdict.word(dry=dry)])
+        lines.append([verdict.what, shown, " and ".join(limits), verdict.word])
     tables.show(title, ("target", "measured", "asked for", ""), lines, stream)
 
 

@@ -12,13 +12,14 @@ import importlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from fusedpo import losses, tables
 from fusedpo.benchmarks import measure, plots
+from fusedpo.benchmarks.measure import Advance as Advance
+from fusedpo.benchmarks.measure import progress as progress
 from fusedpo.benchmarks.options import Options, options_of, parser
 from fusedpo.benchmarks.peer_memory import full_logits, liger_pairs, trl_chunked
 from fusedpo.benchmarks.peers import BASELINE, OURS, PEERS, step, why_not
@@ -32,7 +33,6 @@ from fusedpo.model_shapes import ModelShape
 from fusedpo.sizes import format_bytes, parse_budget
 
 Size = int | Literal["least"] | None
-Advance = Callable[[str], None]
 
 _LOSSES = {"sspo": "soft_sequence"}
 _FORMULAS = {"full_logits": full_logits, "trl": trl_chunked, "liger": liger_pairs}
@@ -331,35 +331,6 @@ def stepper(case: Case, shared: Inputs) -> Callable[[], object]:
 
 
 # what is shown of it
-
-
-@contextmanager
-def progress(title: str, steps: int) -> Iterator[Advance]:
-    """A bar on a terminal's stderr, elsewhere a line a step; call it at the start of every step."""
-    done = 0
-
-    def say(what: str) -> None:
-        nonlocal done
-        done += 1
-        print(f"[{done}/{steps}] {what}", file=sys.stderr, flush=True)
-
-    if not sys.stderr.isatty():
-        yield say
-        return
-    try:
-        from rich.console import Console
-        from rich.progress import Progress, TimeElapsedColumn
-    except ImportError:
-        yield say
-        return
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=steps)
-
-        def advance(what: str) -> None:
-            bar.update(task, advance=1, description=what)
-
-        yield advance
 
 
 def ratio(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float | None:

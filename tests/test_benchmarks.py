@@ -13,9 +13,7 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +23,23 @@ import pytest
 import torch
 from torch import Tensor
 
-import fusedpo
 from fusedpo import tables
-from fusedpo.benchmarks import gpu, kernels, measure, probes, roofline, routes, smoke, sweep, worker
+from fusedpo.benchmarks import (
+    kernels,
+    measure,
+    questions,
+    roofline,
+    routes,
+    sweep,
+    timing,
+    worker,
+)
 from fusedpo.benchmarks.formulas import FORMULAS, WITH_REFERENCE
 from fusedpo.benchmarks.options import Options, options_of, parser
 from fusedpo.benchmarks.peers import PEERS, Unsupported, by_formula, full_logits, step, why_not
-from fusedpo.benchmarks.section import Section, Setting
+from fusedpo.benchmarks.section import Setting, Verdict
 from fusedpo.benchmarks.shapes import MIB, TINY, Case, Inputs, Shape, head_of, make_inputs
-from fusedpo.benchmarks.timing import Clock, Deadline, Measured, median
+from fusedpo.benchmarks.timing import Clock, Deadline, median
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-5
@@ -649,7 +655,7 @@ def test_kernels_have_floors_on_the_cpu_too(
     rows = {row["name"]: row for row in answer["rows"] if row["shape"] == str(Shape(2, 8, 16, 300))}
     assert len(rows) * 2 == len(answer["rows"])
     expected = {"fold, statistics only", "fold, exponentials", "settle, all moved", "jacobian"}
-    expected |= {"finish", "row gather", "row scatter", "tail, SimPO"}
+    expected |= {"finish", "row gather", "row scatter"}
     products = ("hidden W^T", "J W", "J^T hidden")
     assert expected | {"copy", *products} | {f"{p}, a tile" for p in products} <= rows.keys()
     bandwidth = rows["copy"]["bytes_per_second"]
@@ -661,10 +667,11 @@ def test_kernels_have_floors_on_the_cpu_too(
         assert tile["floor_seconds"] == pytest.approx(max(by_flop, tile["bytes"] / bandwidth))
         assert tile["share_of_floor"] == pytest.approx(tile["floor_seconds"] / tile["seconds"])
     for found in (answer, {**answer, "rows": list(rows.values())}):
-        columns, lines = kernels.table({**found, "wrong": ["finish: NaN"], "ran_out": ["fold"]})
-        assert len(lines) == len(found["rows"]) + 2
+        columns, lines = kernels.table(found)
+        assert len(lines) == len(found["rows"])
         assert all(len(line) == len(columns) for line in lines)
-        assert "finish: NaN" in lines[-2] and lines[-1][0] == "fold"
+    said = sweep.remarks({**answer, "wrong": ["finish: NaN"], "ran_out": ["fold"]})
+    assert said == ["WRONG: finish: NaN.", "No time or memory was left for fold."]
     bars = [bar for axes in kernels.plot(answer).axes for bar in axes.patches]
     assert len(bars) == sum(row.get("share_of_floor") is not None for row in answer["rows"])
     assert (tmp_path / "kernels.png").read_bytes()[:4] == b"\x89PNG"
@@ -745,42 +752,19 @@ in_one_process = pytest.mark.xdist_group("dry run of gpu.sh")
 def test_the_dry_run_names_every_part(dry_run: Path) -> None:
     tables = (dry_run / "stdout").read_text(encoding="utf-8").split("=== the ")
     for table, parts in zip(
-        tables[1:], (["bench", "tune"], ["tests", "kernels", "more"]), strict=True
+        tables[1:], (["check", "bench", "tune"], ["tests", "kernels", "more"]), strict=True
     ):
         lines = table.split("\n=== ")[0].splitlines()[1:]
-        assert len(lines) <= 60
-        assert [line.split(": passed")[0] for line in lines[-len(parts) :]] == parts
-    log = (dry_run / "tests.log").read_text(encoding="utf-8")
-    assert " passed" in log and "is about CUDA devices alone" in log
-    assert (dry_run / "tests.xml").exists() and (dry_run / "kernels.xml").exists()
-
-
-@without_gpu
-@in_one_process
-def test_the_dry_run_goes_through_every_section(dry_run: Path) -> None:
-    answers = [
-        json.loads((dry_run / name).read_text(encoding="utf-8"))["gpu"]
-        for name in ("gpu.json", "more.json")
-    ]
-    answer = answers[1] | answers[0]
-    assert answer["dry_run"] is True
-    assert {"commit", "versions", "date", "python"} <= answer["machine"].keys()
-    for name in gpu.SECONDS:
-        assert answer[name]["rows"] and not answer[name]["wrong"], name
-        assert not answer[name]["ran_out"], name
-    routes = {row["name"]: row for row in answer["routes"]["rows"]}
-    for route in ("forward", "frozen", "retain", "one_pass", "recompute"):
-        for backend in ("triton", "torch"):
-            row = routes[f"{route}, {backend}"]
-            assert row["ratio"] == pytest.approx(row["seconds"] / row["product_seconds"])
-            assert max(row["differences"].values()) < 0.05
-    products = [routes[name]["seconds"] for name in ("hidden W^T", "J W", "J^T hidden")]
-    for route, counts in (("recompute", (2, 1, 1)), ("retain", (1, 1, 1)), ("frozen", (1, 1, 0))):
-        expected = sum(n * s for n, s in zip(counts, products, strict=True))
-        assert routes[f"{route}, triton"]["product_seconds"] == pytest.approx(expected)
-    at_most = [v["at_most"] for v in answer["routes"]["verdicts"]]
-    assert at_most == list(roofline.TARGETS.values())
-    assert {row["loss"] for row in answer["tail"]["rows"]} == {"DPO", "SimPO", "soft gate"}
+        assert [line.split(": passed")[0] for line in lines] == parts
+    for name in ("check", "tests"):
+        log = (dry_run / f"{name}.log").read_text(encoding="utf-8")
+        assert " passed" in log and (dry_run / f"{name}.xml").exists()
+    answers: dict[str, Any] = {}
+    for path in (*dry_run.glob("bench/*.json"), *dry_run.glob("more/*.json")):
+        answers |= json.loads(path.read_text(encoding="utf-8"))
+    assert answers.keys() == {"kernels", "routes", "tiles"}
+    for answer in answers.values():
+        assert answer["rows"] and not answer["wrong"]
 
 
 @without_gpu
@@ -812,15 +796,15 @@ def member(archive: Path, name: str) -> str:
 
 
 def test_a_part_that_fails_is_named_and_stops_nothing(tmp_path: Path) -> None:
-    case = "*tests/gpu*) echo 'FAILED tests/gpu/test_a.py::b - c'; exit 3 ;;"
+    case = "*tests/gpu) echo 'FAILED tests/gpu/test_a.py::b - c'; exit 3 ;;"
     done = run_script(tmp_path, shell_python(tmp_path / "python", case), "--dry-run")
     assert done.returncode == 1
     last = done.stdout.split("=== the second call")[1].splitlines()[1:]
     assert last[0] == "FAILED tests/gpu/test_a.py::b - c"
     assert last[1].startswith("tests: FAILED with status 3")
     assert all(": passed in " in line for line in last[2:]) and len(last) == 4
-    assert "ran -m fusedpo.benchmarks.gpu" in member(tmp_path / "first.tgz", "bench.log")
-    assert "ran -m fusedpo.benchmarks.gpu" in member(tmp_path / "second.tgz", "more.log")
+    assert "ran -m fusedpo bench kernels" in member(tmp_path / "first.tgz", "bench.log")
+    assert "ran -m fusedpo bench routes" in member(tmp_path / "second.tgz", "more.log")
 
 
 def test_fewer_examples_where_each_is_compiled(tmp_path: Path) -> None:
@@ -832,11 +816,12 @@ def test_fewer_examples_where_each_is_compiled(tmp_path: Path) -> None:
     assert hypothesis.settings.default.max_examples == expected
 
 
-def test_a_wrong_route_ends_both_calls(tmp_path: Path) -> None:
-    case = "*smoke*) echo 'smoke FAILED: not run: routes'; exit 1 ;;"
-    done = run_script(tmp_path, shell_python(tmp_path / "python", case), "--dry-run")
+@pytest.mark.parametrize("only", [[], ["--only", "bench,tests"]])
+def test_a_wrong_route_ends_both_calls(only: list[str], tmp_path: Path) -> None:
+    case = "*planner_chooses*) exit 1 ;;"
+    done = run_script(tmp_path, shell_python(tmp_path / "python", case), "--dry-run", *only)
     assert done.returncode == 1 and "a route is wrong: nothing else was run" in done.stdout
-    assert "=== tune" not in done.stdout and "=== tests" not in done.stdout
+    assert "=== bench" not in done.stdout and "=== tests" not in done.stdout
     assert not (tmp_path / "second.tgz").exists()
 
 
@@ -854,9 +839,9 @@ def test_what_runs_out_of_time_is_interrupted_and_says_what_it_knows(tmp_path: P
     script = tmp_path / "gpu.sh"
     text = (ROOT / "benchmarks" / "gpu.sh").read_text(encoding="utf-8")
     text = text.replace('cd "$(dirname "$0")/.."', f'cd "{ROOT}"')
-    script.write_text(text.replace("part more 80", "part more 4"))
+    script.write_text(text.replace("bench more 90", "bench more 4"))
     script.chmod(0o755)
-    case = "*shapes*) trap 'echo FAILED a::b; exit 2' INT; sleep 60 & wait ;;"
+    case = "*tiles*) trap 'echo FAILED a::b; exit 2' INT; sleep 60 & wait ;;"
     done = run_script(
         tmp_path,
         shell_python(tmp_path / "python", case),
@@ -873,158 +858,9 @@ def test_each_call_has_a_limit_below_five_minutes() -> None:
     text = (ROOT / "benchmarks" / "gpu.sh").read_text(encoding="utf-8")
     limits = [int(n) for n in re.findall(r"limit=\$\(\(SECONDS \+ (\d+) \* slack\)\)", text)]
     assert limits == [230, 300]
-    parts = [int(n) for n in re.findall(r"^    (?:part|tests) \w+ (\d+) ", text, re.MULTILINE)]
-    assert sum(parts[:2]) <= 230 and sum(parts[2:]) <= 300
-
-
-def planted_gradient(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
-    original = fusedpo.linear_logprobs
-
-    def planted(hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        seen = hidden.view_as(hidden)
-        seen.register_hook(change)
-        return original(seen, *arguments, **options)
-
-    monkeypatch.setattr(fusedpo, "linear_logprobs", planted)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter")
-@pytest.mark.parametrize("dtype", smoke.BOUNDS)
-def test_the_first_question_rejects_wrong_gradients(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("triton")
-    setting = gpu.setting_of("cpu", quick=False, dry=True)
-    check = smoke._of_logprobs(setting, dtype, (33, 32), 300)
-    assert max(check().values()) <= 1.0
-
-    def without_a_row(g: Tensor) -> Tensor:
-        return torch.cat([g[:-1], torch.zeros_like(g[-1:])])
-
-    for change in (torch.zeros_like, lambda g: 0.9 * g, without_a_row):
-        with monkeypatch.context() as patch:
-            planted_gradient(patch, change)
-            assert check()["hidden"] > 1.0
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter")
-@pytest.mark.parametrize("what", ["nothing", "rest", "exponentials", "log-probabilities"])
-def test_other_bits_are_seen(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a row that one warp did not rescale, or took relative to another shift; of a route."""
-    pytest.importorskip("triton")
-    from fusedpo.kernels import logit_tile_triton
-
-    fold, forward = logit_tile_triton.fold, routes.Way.forward
-
-    def late(x: Tensor, *arguments: Any, out: Tensor, rest: Tensor) -> None:
-        fold(x, *arguments, out=out, rest=rest)
-        (rest if what == "rest" else out)[-1, :5] += 1.0
-
-    def other(way: routes.Way, *arguments: Any) -> fusedpo.LossOutput:
-        found = forward(way, *arguments)
-        found.logprobs[0, 0] += float(way.route == "retain")
-        return found
-
-    setting = gpu.setting_of("cpu", quick=False, dry=True)
-    if what == "log-probabilities":
-        monkeypatch.setattr(routes.Way, "forward", other)
-        expected = [0, 1]
-    elif what == "nothing":
-        expected = [0, 0]
-    else:
-        # the routes' own are another question
-        monkeypatch.setattr(probes, "_of_routes", lambda *_: [("none", 0, 0)])
-        monkeypatch.setattr(logit_tile_triton, "fold", late)
-        expected = [4, 0]
-    section = probes.bits(setting, Deadline(100.0))
-    assert [row["different"] for row in section.rows] == expected
-    assert len(section.wrong) == sum(map(bool, expected)) and not section.ran_out
-
-
-def test_products_of_tiles_are_judged_by_their_operations() -> None:
-    """Half as fast where a tile has 96 columns, and else as fast as the whole."""
-
-    class Known(Clock):
-        def interleaved(self, functions: Any, *_: Any, **__: Any) -> dict[str, Measured]:
-            found = {}
-            for name, function in functions.items():
-                function()
-                rows, columns = name.split()[-2:] if name[-1].isdigit() else (whole, 0.25)
-                size = float(rows) * 4 * float(columns) * (1 + (columns == "96"))
-                found[name] = Measured(seconds=[size])
-            return found
-
-    setting = gpu.setting_of("cpu", quick=False, dry=True)
-    whole = setting.shape.positions * setting.shape.vocab
-    section = probes.products(replace(setting, clock=Known("cpu")), Deadline(100.0))
-    for row in section.rows:
-        for columns, ratios in row["by_columns"].items():
-            assert ratios == pytest.approx([2.0 if columns == 96 else 1.0] * 3)
-    assert len(section.rows) == 8 and not section.wrong
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of operators")
-def test_a_trace_tells_work_from_gaps() -> None:
-    a = torch.ones(300, 300)
-
-    def step() -> None:
-        a.mul(a)
-        time.sleep(0.03)
-        a.add(a)
-
-    found = probes._gaps(gpu.setting_of("cpu", quick=False, dry=True), step)
-    assert found["kernels"] == 2 and set(found["by_name"]) == {"aten::mul", "aten::add"}
-    assert 0.03 <= found["largest_gap_seconds"] == found["gap_seconds"]
-    work = sum(kind["seconds"] for kind in found["by_name"].values())
-    assert found["busy_seconds"] == pytest.approx(work, abs=1e-6)
-
-
-@pytest.mark.parametrize("failure", [None, KeyboardInterrupt(), ValueError("no kernel")])
-def test_nothing_is_measured_where_a_route_is_wrong(
-    failure: BaseException | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nor behind an interrupt, whose sections keep what they know."""
-
-    def first(setting: Setting, deadline: Deadline) -> Section:
-        if failure is not None:
-            raise failure
-        return Section("", {}, wrong=["retain: the error of its loss is 2.0"])
-
-    monkeypatch.setattr(gpu, "sections", lambda: {"smoke": first})
-    saved: list[bool] = []
-    answer: dict[str, Any] = {}
-    setting = gpu.setting_of("cpu", quick=False, dry=True)
-    gpu.run(["smoke", "routes"], setting, answer, 60.0, lambda: saved.append(True))
-    assert gpu.failures(answer, ["smoke", "routes"]) == ["smoke", "routes"] and saved
-    assert answer["routes"] == {"failed": "not run, as smoke failed"}
-    lines = gpu.summary(answer, ["smoke", "routes"])
-    assert lines[0].startswith("smoke: ") and lines[1].startswith("routes: FAILED: not run")
-
-
-def test_a_summary_is_short_and_begins_with_what_is_wrong() -> None:
-    rows = [{"name": f"way {i}", "seconds": 1e-3 * i, "ratio": 1.25} for i in range(99)]
-    rows.insert(1, {"name": "a detail", "detail": True})
-    answer = {"routes": {"rows": rows, "wrong": ["recompute: no"], "ran_out": ["Liger"]}}
-    lines = gpu.summary(answer, ["routes"])
-    assert len(lines) == 47 and lines[0] == "routes: WRONG: recompute: no"
-    assert lines[1] == "routes: no time was left for Liger"
-    assert lines[3] == "routes: way 1: 1000 us, 1.25 x its products"
-    assert lines[-1] == "55 lines more in the answers"
-
-
-def test_a_dry_run_is_none_of_the_results() -> None:
-    with pytest.raises(SystemExit) as stopped:
-        gpu.main(["--dry-run", "--json", str(measure.RESULTS / "machine.json")])
-    assert stopped.value.code == 2
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_nothing_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["--device", "cpu"], ["--only", "tail,nothing"]):
-        with pytest.raises(SystemExit) as stopped:
-            gpu.main(arguments)
-        assert stopped.value.code == 2
-    assert "'nothing'" in capsys.readouterr().err
+    parts = re.findall(r"^    (?:part|tests|bench) \w+ (\d+) ", text, re.MULTILINE)
+    assert len(parts) == 6
+    assert sum(map(int, parts[:3])) <= 230 and sum(map(int, parts[3:])) <= 300
 
 
 class PretendedEvent:
@@ -1048,97 +884,106 @@ class PretendedGraph:
 
 
 @pytest.fixture
-def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Setting:
     """A setting on the CPU that takes itself for a GPU, to run what is done on one alone."""
-    from fusedpo.benchmarks import kernels, timing
-
-    setting = gpu.setting_of("cpu", quick=False, dry=True)
-    setting.clock.cuda = True
-    setting = replace(setting, calls=3, rounds=2)
-    allocated = iter(range(10**6))
-    fakes = {
-        "synchronize": lambda device=None: None,
-        "empty_cache": lambda: None,
-        "Event": PretendedEvent,
-        "Stream": lambda: contextlib.nullcontext(),
-        "CUDAGraph": PretendedGraph,
-        "stream": lambda s: s,
-        "graph": lambda g: contextlib.nullcontext(),
-        "device": lambda d: contextlib.nullcontext(),
-        "memory_allocated": lambda device: next(allocated),
-        "max_memory_allocated": lambda device: next(allocated),
-        "reset_peak_memory_stats": lambda device: None,
-        "set_sync_debug_mode": lambda mode: warnings.warn(
-            f"called a synchronizing operation? {mode}", stacklevel=1
-        ),
-    }
 
     class Current:
         def wait_stream(self, other: object) -> None:
             pass
 
-    fakes["Stream"] = type("Stream", (contextlib.nullcontext, Current), {})
-    fakes["current_stream"] = Current
+    fakes = {
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "Event": PretendedEvent,
+        "Stream": type("Stream", (contextlib.nullcontext, Current), {}),
+        "current_stream": Current,
+        "CUDAGraph": PretendedGraph,
+        "stream": lambda s: s,
+        "graph": lambda g: contextlib.nullcontext(),
+        "device": lambda d: contextlib.nullcontext(),
+    }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(timing, "_CUSHION_SIDE", 8)
     monkeypatch.setattr(kernels, "_COPY_BYTES", 4096)
     monkeypatch.setattr(kernels, "_ROTATED_BYTES", 40_000)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="called a synchronizing")
-        yield setting
+    setting = Setting(Clock("cpu"), Case("full_logits", Shape(2, 4, 32, 300), "bfloat16"), 2, 3)
+    setting.clock.cuda = True
+    return setting
 
 
 @without_gpu
-def test_what_is_done_on_a_gpu_alone_runs(pretended, capsys: pytest.CaptureFixture[str]) -> None:
-    answer: dict = {}
-    saved = []
-    # a GPU that is only pretended has no kernels that a profiler could see
-    sections = [name for name in gpu.SECONDS if name != "trace"]
-    gpu.run(sections, pretended, answer, 60.0, lambda: saved.append(len(answer)))
-    assert saved == [*range(1, len(sections) + 1)]
-    assert gpu.failures(answer, sections) == [], capsys.readouterr()
-    routes = {row["name"]: row for row in answer["routes"]["rows"]}
+def test_what_is_done_on_a_gpu_alone_runs(pretended: Setting) -> None:
+    section = routes.routes(pretended, Deadline(60.0))
+    assert not section.wrong and not section.ran_out
+    found = {row["name"]: row for row in section.rows}
     # two milliseconds for anything: a route takes one over the number of its products
     for route, products in (("forward", 1), ("frozen", 2), ("retain", 3), ("recompute", 4)):
-        row = routes[f"{route}, triton"]
+        row = found[f"{route}, triton"]
         assert row["seconds"] == 2e-3 and row["ratio"] == pytest.approx(1 / products)
-    assert PretendedGraph.replayed > 0
-    fold = next(r for r in answer["kernels"]["rows"] if r["name"] == "fold, exponentials")
+        assert max(row["differences"].values()) < 0.05
+    assert [verdict.at_most for verdict in section.verdicts] == list(roofline.TARGETS.values())
+    assert all(verdict.met for verdict in section.verdicts)
+    section = kernels.kernels(pretended, Deadline(60.0))
+    assert not section.wrong and not section.ran_out and PretendedGraph.replayed > 0
+    found = {row["name"]: row for row in section.rows}
+    assert {"product_fold", "tail, SimPO"} <= found.keys()
+    fold = found["fold, exponentials"]
     assert fold["seconds"] == pytest.approx(2e-3 / 3)
     assert fold["share_of_floor"] == pytest.approx(fold["floor_seconds"] / fold["seconds"])
-    for row in answer["memory"]["rows"]:
-        assert row["kept"] is True
-        # the mode is set, which this one warns of, and set back
-        assert len(row["waits"]) == 2, row
-    assert all(v["met"] in (True, False) for v in answer["memory"]["verdicts"])
-    assert gpu.missed(answer, ["memory"]) and not gpu.missed(answer, ["routes"])
 
 
-@without_gpu
 def test_no_time_is_said_and_not_an_error() -> None:
-    answer: dict = {}
-    gpu.run(["shapes", "memory"], gpu.setting_of("cpu", quick=False, dry=True), answer, -9.0, list)
-    assert gpu.failures(answer, ["shapes", "memory"]) == []
-    assert answer["shapes"]["took_seconds"] < 30
+    setting = Setting(Clock("cpu"), Case("full_logits", TINY), 2, 3)
+    section = routes.tiles(setting, Deadline(-9.0))
+    assert len(section.ran_out) == len(routes.TILES) and not section.wrong
 
 
-@without_gpu
-def test_a_section_that_fails_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(setting: object, deadline: object) -> None:
-        raise RuntimeError("an illegal address")
+def test_routes_and_tiles_are_answered_on_the_cpu_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--threads", "1", "--quick", "--shapes", "32,16,300", "--output", str(tmp_path)]
+    for question in (routes.QUESTION, routes.OF_TILES):
+        assert sweep.main(question, arguments) == 0
+    (path,) = tmp_path.glob("*.json")
+    answers = json.loads(path.read_text())
+    rows = {row["name"]: row for row in answers["routes"]["rows"]}
+    products = [rows[name]["seconds"] for name in ("hidden W^T", "J W", "J^T hidden")]
+    for route, counts in (("recompute", (2, 1, 1)), ("retain", (1, 1, 1)), ("frozen", (1, 1, 0))):
+        row = rows[f"{route}, torch"]
+        assert row["product_seconds"] == pytest.approx(
+            sum(n * s for n, s in zip(counts, products, strict=True))
+        )
+        assert row["ratio"] == pytest.approx(row["seconds"] / row["product_seconds"])
+    names = {row["name"] for row in answers["tiles"]["rows"]}
+    assert {f"recompute, torch, {rows} x {cols}" for rows, cols in routes.TILES} <= names
+    assert "recompute, torch, 128 x 1024" in capsys.readouterr().out
 
-    monkeypatch.setattr(gpu, "sections", lambda: {"routes": broken, "tail": broken})
-    answer: dict = {}
-    setting = gpu.setting_of("cpu", quick=False, dry=True)
-    gpu.run(["routes", "tail"], setting, answer, 60.0, list)
-    assert gpu.failures(answer, ["routes", "tail"]) == ["routes", "tail"]
-    assert answer["tail"]["failed"] == "RuntimeError: an illegal address"
+
+def test_a_route_that_fails_or_is_wrong_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loss = routes.Way.loss
+
+    def planted(way: routes.Way, chosen: Any, inputs: Inputs) -> Tensor:
+        if way.route == "retain":
+            raise RuntimeError("an illegal address")
+        found = loss(way, chosen, inputs)
+        if way.route == "recompute":
+            inputs.hidden.grad *= 0.9
+        return found
+
+    monkeypatch.setattr(routes.Way, "loss", planted)
+    monkeypatch.setattr(questions, "verify", lambda options: True)
+    arguments = ["--threads", "1", "--quick", "--shapes", "32,16,300", "--output", str(tmp_path)]
+    options = options_of(parser(None).parse_args(arguments))
+    assert questions.ask(["routes"], options) == 1
+    shown = capsys.readouterr().out
+    assert "retain, torch: RuntimeError: an illegal address" in shown
+    assert "recompute, torch: its hidden differs from that of full logits by 1.0e-01" in shown
 
 
 def test_a_route_that_computes_something_else_is_found_out() -> None:
-    from fusedpo.benchmarks import routes
-
     good = {"loss": 1e-3, "hidden": 5e-3, "weight": 5e-3}
     assert not routes.faults("x", good)
     # no gradient, nine tenths of it, a lost tile out of sixteen, and none that is a number
@@ -1151,11 +996,11 @@ def test_a_route_that_computes_something_else_is_found_out() -> None:
 
 
 def test_targets_are_met_or_missed() -> None:
-    from fusedpo.benchmarks.section import Verdict
-
     assert Verdict("x", 1.1, at_most=1.1).met and not Verdict("x", 1.11, at_most=1.1).met
     assert Verdict("x", 8.0, at_least=8.0).met and not Verdict("x", 7.9, at_least=8.0).met
     assert not Verdict("x", float("nan"), at_most=1.0).met
     assert Verdict("x", None, at_most=1.0).met is None
-    words = [Verdict("x", v, at_most=1.0).word(dry=d) for v in (None, 2.0) for d in (False, True)]
-    assert words == ["not measured", "not measured", "MISSED", "dry run"]
+    words = [Verdict("x", v, at_most=1.0).word for v in (None, 1.0, 2.0)]
+    assert words == ["not measured", "met", "MISSED"]
+    verdict = Verdict("x", 2.0, at_most=1.0)
+    assert Verdict.of(json.loads(json.dumps(verdict.to_json()))) == verdict

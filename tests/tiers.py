@@ -123,7 +123,6 @@ TABLE = (
         first=("test_every_peer_computes_the_same",),
         none=(
             "test_what_runs_out_of_time_is_interrupted_and_says_what_it_knows",
-            "test_what_is_done_on_a_gpu_alone_runs",
             "test_out_of_memory_is_told_apart",
             "test_an_interrupted_measurement_is_not_taken_for_the_next",
         ),

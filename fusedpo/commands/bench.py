@@ -19,6 +19,8 @@ questions:
   vocabulary   by the size of the vocabulary
   batch        by the number of pairs
   kernels      each kernel against its roofline
+  routes       each route against the bare products that it makes
+  tiles        one route by its tile of logits
   compact      time, memory and error within a tolerance of gradients
   compact_errors  gradients' errors by tolerance, of many kinds of states
 """
