@@ -16,11 +16,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import fusedpo
-from fusedpo.commands import bench, doctor, env, losses, plan, run, train
+from fusedpo.commands import bench, doctor, env, evaluate, losses, plan, run, train
 from fusedpo.trainers import processes
 
 COMMANDS: dict[str, Any] = {
     "train": train,
+    "evaluate": evaluate,
     "losses": losses,
     "plan": plan,
     "run": run,

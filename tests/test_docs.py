@@ -388,7 +388,7 @@ def test_every_metric_is_explained() -> None:
     assert shown <= {*explained, *code(added)}
 
 
-COMMANDS = {"train", "losses", "plan", "run", "bench", "doctor", "env"}
+COMMANDS = {"train", "evaluate", "losses", "plan", "run", "bench", "doctor", "env"}
 # a name that stands for others, and what has its options
 STAND_INS = {"NAME": "simpo"}
 

@@ -65,27 +65,9 @@ def tokenize_rows(
     console: Console,
 ) -> tuple[list[Any], list[Any]]:
     """Rows to train on and rows held out."""
-    limit = getattr(model.config, "max_position_embeddings", None) or job.max_length
-    max_length = min(job.max_length, limit)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-
-    def prepare(rows: list[Any]) -> list[Any]:
-        done = job.way.tokenized(rows, tokenizer, max_length, vocabulary)
-        if done.dropped:
-            console.print(
-                f"dropped: {len(done.dropped)} of {len(rows)} rows {job.way.dropped} "
-                f"(the first: {done.dropped[0]})"
-            )
-        if done.truncated:
-            console.print(
-                f"truncated: {done.truncated} of {len(rows)} rows are longer than {max_length} "
-                f"tokens and lost the start of their prompt, or else the end of their response"
-            )
-        return done.rows
-
-    train = prepare(rows)
+    train = token_rows(job, rows, model, tokenizer, console)
     if rows_held_out is not None:
-        held_out = prepare(rows_held_out)
+        held_out = token_rows(job, rows_held_out, model, tokenizer, console)
     else:
         random.Random(job.seed).shuffle(train)
         size = max(1, round(job.eval_fraction * len(train)))
@@ -102,3 +84,24 @@ def tokenize_rows(
         f"{sum(lengths) / len(lengths):.0f} tokens a response"
     )
     return train, held_out
+
+
+def token_rows(
+    job: TrainJob, rows: list[Any], model: Any, tokenizer: Any, console: Console
+) -> list[Any]:
+    """The rows in token ids; what was dropped or truncated is printed."""
+    limit = getattr(model.config, "max_position_embeddings", None) or job.max_length
+    max_length = min(job.max_length, limit)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    done = job.way.tokenized(rows, tokenizer, max_length, vocabulary)
+    if done.dropped:
+        console.print(
+            f"dropped: {len(done.dropped)} of {len(rows)} rows {job.way.dropped} "
+            f"(the first: {done.dropped[0]})"
+        )
+    if done.truncated:
+        console.print(
+            f"truncated: {done.truncated} of {len(rows)} rows are longer than {max_length} "
+            f"tokens and lost the start of their prompt, or else the end of their response"
+        )
+    return done.rows

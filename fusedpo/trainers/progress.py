@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -13,6 +13,12 @@ from fusedpo.report import PAIR_SIGNALS, Signal
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+def shown(signals: Sequence[Signal], values: Mapping[str, float]) -> str:
+    """The signals that have values, in one line."""
+    parts = (f"{s.title} {values[s.key]:{s.style}}" for s in signals if s.key in values)
+    return ", ".join(parts)
 
 
 class Progress(TrainerCallback):
@@ -56,12 +62,7 @@ class Progress(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         done = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
         values = {**self.latest, **kwargs["metrics"]}
-        shown = [
-            f"{signal.title} {values[signal.key]:{signal.style}}"
-            for signal in self.signals
-            if signal.key in values
-        ]
-        self.console.print(f"{done}: {', '.join(shown)}", highlight=False)
+        self.console.print(f"{done}: {shown(self.signals, values)}", highlight=False)
 
     def __enter__(self) -> Progress:
         self.bar.start()

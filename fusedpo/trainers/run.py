@@ -51,8 +51,8 @@ def _run(job: TrainJob, console: Console | None) -> dict[str, Any]:
     with processes.together(job.cpu):
         require("transformers", "accelerate", "tokenizers", "datasets", "matplotlib", "rich")
         processes.check_launcher()
-        _check_sharding(job)
-    console = _console(console)
+        check_sharding(job)
+    console = quiet_console(console)
     with processes.together():
         trackers = _trackers(job)
     checkpoint = processes.of_first(lambda: _check_folders(job))
@@ -112,7 +112,7 @@ def require(*packages: str) -> None:
         )
 
 
-def _check_sharding(job: TrainJob) -> None:
+def check_sharding(job: TrainJob) -> None:
     """Refuse what needs whole weights, where FSDP leaves each process a part of them."""
     if not processes.asked("ACCELERATE_USE_FSDP"):
         return
@@ -131,7 +131,7 @@ def _check_sharding(job: TrainJob) -> None:
         raise bad_value("merge_output", expected, "True")
 
 
-def _console(console: Console | None) -> Console:
+def quiet_console(console: Console | None) -> Console:
     """The first process's console; progress bars of the libraries would break its own."""
     import datasets
     from huggingface_hub.utils import logging as hub_logging
@@ -179,9 +179,20 @@ def _check_folders(job: TrainJob) -> str | None:
 
 
 def make_trainer(
-    job: TrainJob, model: Any, tokenizer: Any, train: list[Any], held_out: list[Any], folder: Path
+    job: TrainJob,
+    model: Any,
+    tokenizer: Any,
+    train: list[Any],
+    held_out: list[Any],
+    folder: Path,
+    ref_model: Any = None,
 ) -> FusedTrainerMixin:
-    """The trainer of the method, on these rows; ``folder`` is for what it leaves."""
+    """The trainer of the method, on these rows.
+
+    Args:
+        folder: for what it leaves.
+        ref_model: the reference, where that is not the model as it is now.
+    """
     from transformers import PrinterCallback
 
     args = training_arguments(job, len(train), folder)
@@ -190,14 +201,14 @@ def make_trainer(
         # the newer name first; TrainingArguments has the same two and warns of the older
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    grouped = {} if job.length_groups is None else {"length_groups": job.length_groups}
+    asked = {"length_groups": job.length_groups, "ref_model": ref_model}
     trainer = job.way.trainer(
         model,
         args,
         job.loss,
         train,
         held_out,
-        **grouped,
+        **{name: value for name, value in asked.items() if value is not None},
         memory_budget=job.memory_budget,
         gradient_tolerance=job.gradient_tolerance,
         processing_class=tokenizer,

@@ -1668,6 +1668,12 @@ _PROGRAMS = (
         "test_cli.py -k 'not demo'",
     ),
     *_in(
+        "fusedpo/trainers/evaluation.py",
+        "test_evaluate.py",
+        ("trainer.ref_model = None", "pass", "an adapter is compared with itself"),
+        ("if split or held_out", "if held_out", "rows of training are evaluated on"),
+    ),
+    *_in(
         "fusedpo/cli.py",
         "test_cli.py -k 'not demo'",
         (

@@ -1,0 +1,99 @@
+"""``fusedpo evaluate``: the numbers of a run's last evaluation, from what the run has saved."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from rich.console import Console
+
+from fusedpo.cli import main
+from fusedpo.losses import DPO, SimPO
+from fusedpo.trainers.config import TrainJob
+from fusedpo.trainers.evaluation import evaluate
+
+SHORT = "--cpu --batch-size 4 --eval-fraction 0.2 --seed 3"
+TRAIN = "--max-steps 3 --evaluations 1 --learning-rate 1e-2"
+# by name: options of both commands, of training, and of evaluation
+RUNS = {
+    "simpo": ("--loss simpo --beta 3", "", ""),
+    "dpo": ("--loss dpo", "", "--reference {base}"),
+    "adapter": ("--loss dpo", "--lora-rank 4", ""),
+    "kto": ("--loss kto --dataset {kto}", "", "--reference {base}"),
+    "grpo": ("--loss grpo --group-size 8 --max-new-tokens 12", "--learning-rate 1", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("evaluate")
+    tiny.save(made / "model", initializer_range=0.02)
+    for name, rows in (("pairs", tiny.text_rows(40)), ("kto", tiny.response_rows(40))):
+        (made / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return made
+
+
+def command(folder: Path, name: str, model: str, words: str) -> int:
+    places = {"base": folder / "model", "kto": folder / "kto.jsonl"}
+    told = f"--dataset {folder / 'pairs.jsonl'} --model {folder / model} {words}"
+    return main([name, *told.format(**places).split()])
+
+
+def printed(text: str) -> dict[str, float]:
+    """The metrics in what the command has printed, a line each."""
+    lines = (line.split() for line in text.splitlines() if line.startswith("  eval_"))
+    return {name: float(value) for name, value in lines}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_has_the_numbers_of_the_last_evaluation(name: str, folder: Path, capsys: Any) -> None:
+    both, training, evaluation = RUNS[name]
+    to = f"--output {folder / name}"
+    assert command(folder, "train", "model", f"{SHORT} {both} {TRAIN} {training} {to}") == 0
+    log = json.loads((folder / name / "metrics.json").read_text())["log"]
+    first, *_, last = (e for e in log if "eval_loss" in e or "eval_reward" in e)
+    capsys.readouterr()
+    assert command(folder, "evaluate", name, f"{SHORT} {both} {evaluation}") == 0
+    found = printed(capsys.readouterr().out)
+    of_time = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    assert found.keys() == {k for k in last if k.startswith("eval_") and k not in of_time}
+    # six digits are printed
+    assert found == pytest.approx({key: last[key] for key in found}, rel=1e-5)
+    assert any(found[key] != pytest.approx(first[key], rel=1e-3) for key in found)
+
+
+def test_all_rows_are_evaluated_on_unless_a_fraction_is_asked_for(folder: Path) -> None:
+    said = io.StringIO()
+    job = TrainJob(
+        str(folder / "model"), str(folder / "pairs.jsonl"), Path(), SimPO(), cpu=True, batch_size=4
+    )
+    metrics = evaluate(job, console=Console(file=said))
+    assert ", 40 pairs on cpu" in said.getvalue() and "eval_rewards/accuracies" in metrics
+    evaluate(job, split=True, console=Console(file=said))
+    assert ", 2 pairs on cpu" in said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--loss dpo", "reference: expected the model that training began with, which DPO comp"),
+        ("--loss simpo --reference {base}", "reference: expected none, as SimPO is evaluated wi"),
+        ("--loss sapo", "loss: expected one of rows that stay, got SelfAugmented"),
+        ("--learning-rate 1", "unknown argument --learning-rate"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(
+    words: str, message: str, folder: Path, capsys: Any
+) -> None:
+    assert command(folder, "evaluate", "model", words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_does_not_differ_from_itself(folder: Path) -> None:
+    model = str(folder / "model")
+    job = TrainJob(model, str(folder / "pairs.jsonl"), Path(), DPO(), cpu=True)
+    assert evaluate(job, model, console=Console(quiet=True))["eval_rewards/margins"] == 0
