@@ -200,7 +200,7 @@ def tail(
     aggregate: str = "sum",
     sequence_map: str = "identity",
     combine: str = "pair",
-    link: str = "log_sigmoid",
+    link: str = "neg_log_sigmoid",
     scale: float = 1.0,
     shift: float = 0.0,
     label_smoothing: float = 0.0,
@@ -222,7 +222,7 @@ def tail(
         gate, aggregate, sequence_map, combine, link: names out of GATES, AGGREGATES, MAPS, COMBINES
             and LINKS.
         scale, shift: x = scale z + shift. A target of the squared link is a shift of its negative.
-        label_smoothing: in [0, 1), for the link "log_sigmoid".
+        label_smoothing: in [0, 1), for the link "neg_log_sigmoid".
         baseline: [N] fp32 or fp64, subtracted from logprob token by token.
         reference: [B] fp32 or fp64, subtracted from the sum over the sequence, before the mean;
             only with the gate "identity".
@@ -284,7 +284,7 @@ def _check_numbers(scale: float, shift: float, label_smoothing: float, link: str
             raise _wrong(name, "a finite number", number)
     if not 0.0 <= label_smoothing < 1.0:
         raise _wrong("label_smoothing", "a number in [0, 1)", label_smoothing)
-    if label_smoothing and link != "log_sigmoid":
+    if label_smoothing and link != "neg_log_sigmoid":
         raise _wrong("label_smoothing", f"0 with link={link!r}", label_smoothing)
 
 

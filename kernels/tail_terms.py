@@ -18,7 +18,7 @@
     exp             exp(min(S, 80))                      m(S), 0 above the limit
 
     link            f(x)                                 f'(x)
-    log_sigmoid     -(1 - s) log sigmoid(x)              s - sigmoid(-x)
+    neg_log_sigmoid -(1 - s) log sigmoid(x)              s - sigmoid(-x)
                     - s log sigmoid(-x), s the smoothing
     hinge           max(0, 1 - x)                        -1 where x < 1, else 0
     squared         x^2                                  2 x
@@ -46,7 +46,7 @@ GATES = (
     "clip_log",
 )
 MAPS = ("identity", "exp")
-LINKS = ("log_sigmoid", "hinge", "squared", "linear")
+LINKS = ("neg_log_sigmoid", "hinge", "squared", "linear")
 
 # exp(20) is beyond any ratio a gate tells from infinity; exp(80) times a weight still fits fp32
 _RATIO_LIMIT = tl.constexpr(20.0)
@@ -131,7 +131,7 @@ def map_and_slope(score, MAP: tl.constexpr):
 @triton.jit
 def link_and_slope(x, smoothing, LINK: tl.constexpr):
     """f(x) and f'(x) of a fp64 scalar."""
-    if LINK == "log_sigmoid":
+    if LINK == "neg_log_sigmoid":
         value = tl.maximum(-x, 0.0) + log1p(tl.exp(-tl.abs(x))) + x * smoothing
         slope = smoothing - sigmoid(-x)
     elif LINK == "hinge":

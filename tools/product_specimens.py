@@ -159,7 +159,7 @@ def _tail() -> list[Specimen]:
                     "AGGREGATE": c.get("aggregate", "sum"),
                     "MAP": c.get("sequence_map", "identity"),
                     "COMBINE": c.get("combine", "pair"),
-                    "LINK": c.get("link", "log_sigmoid"),
+                    "LINK": c.get("link", "neg_log_sigmoid"),
                     "BLOCK": tail.BLOCK,
                 },
                 divisible=("logprob", "starts", "lengths", *given, "loss", "score", "gradient"),

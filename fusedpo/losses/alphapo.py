@@ -23,7 +23,7 @@ from fusedpo.losses.base import (
     Scores,
     hyperparameter,
     label_smoothing,
-    log_sigmoid,
+    neg_log_sigmoid,
 )
 
 
@@ -38,7 +38,7 @@ class AlphaPO(PreferenceLoss):
 
     def per_example(self, chosen: Scores, rejected: Scores, **inputs: Any) -> Tensor:
         z = self.reward(chosen) - self.reward(rejected) - self.gamma
-        return log_sigmoid(z, self.label_smoothing)
+        return neg_log_sigmoid(z, self.label_smoothing)
 
     def reward(self, s: Scores) -> Tensor:
         if self.alpha == 0.0:

@@ -23,7 +23,7 @@ from fusedpo.losses.base import (
     hyperparameter,
     inverse_temperature,
     label_smoothing,
-    log_sigmoid,
+    neg_log_sigmoid,
 )
 
 
@@ -44,7 +44,7 @@ class AOT(RatioLoss):
         else:
             ahead, behind = chosen.ratio, rejected.ratio
         gap = _sorted(ahead) - _sorted(behind)
-        return log_sigmoid(self.beta * gap, self.label_smoothing)
+        return neg_log_sigmoid(self.beta * gap, self.label_smoothing)
 
 
 def _sorted(values: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
     flag, one_of, optional                                                         their checks
     Scores, Tokens, Input                                                          what it sees
     GradientStructure                                            when its gradient is known
-    Tail, log_sigmoid, exponential, clip_log, GATES, pick                          parts of formulas
+    Tail, neg_log_sigmoid, exponential, clip_log, GATES, pick                      parts of formulas
 
 Checks of numbers are in ``fusedpo.checks``: ``number``, ``positive``, ``non_negative``,
 ``in_range``.
@@ -25,7 +25,7 @@ from fusedpo.losses.hyperparameters import (
     one_of,
     optional,
 )
-from fusedpo.losses.links import Tail, log_sigmoid
+from fusedpo.losses.links import Tail, neg_log_sigmoid
 from fusedpo.losses.loss import Input, Loss, pick
 from fusedpo.losses.policy import Aggregation, ClippedLoss, PolicyLoss, advantage_sign
 from fusedpo.losses.preference import MarginLoss, PreferenceLoss, RatioLoss, ResponseLoss
@@ -57,7 +57,7 @@ __all__ = [
     "hyperparameter",
     "inverse_temperature",
     "label_smoothing",
-    "log_sigmoid",
+    "neg_log_sigmoid",
     "one_of",
     "optional",
     "pick",

@@ -13,7 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fusedpo.losses.base import RatioLoss, ResponseLoss, Scores, inverse_temperature, log_sigmoid
+from fusedpo.losses.base import (
+    RatioLoss,
+    ResponseLoss,
+    Scores,
+    inverse_temperature,
+    neg_log_sigmoid,
+)
 
 
 @dataclass(frozen=True)
@@ -24,4 +30,4 @@ class BCO(RatioLoss, ResponseLoss):
 
     def of_response(self, role: str, s: Scores, **inputs: Any) -> Tensor:
         r = self.reward(s)
-        return log_sigmoid(-r if role == "rejected" else r)
+        return neg_log_sigmoid(-r if role == "rejected" else r)

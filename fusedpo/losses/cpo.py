@@ -38,7 +38,7 @@ class CPO(MarginLoss):
         if self.link == "ipo":
             return Tail(aggregate="mean", link="squared", shift=-1 / (2 * self.beta))
         return Tail(
-            link="hinge" if self.link == "hinge" else "log_sigmoid",
+            link="hinge" if self.link == "hinge" else "neg_log_sigmoid",
             scale=self.beta,
             label_smoothing=self.label_smoothing,
         )

@@ -22,7 +22,7 @@ from fusedpo.losses.base import (
     exponential,
     hyperparameter,
     inverse_temperature,
-    log_sigmoid,
+    neg_log_sigmoid,
 )
 
 
@@ -35,6 +35,6 @@ class DiscoPOP(RatioLoss, MarginLoss):
 
     def of_margin(self, margin: Tensor, **inputs: Any) -> Tensor:
         z = self.beta * margin
-        return torch.sigmoid(-z / self.tau) * log_sigmoid(z) + torch.sigmoid(
+        return torch.sigmoid(-z / self.tau) * neg_log_sigmoid(z) + torch.sigmoid(
             z / self.tau
         ) * exponential(-z)

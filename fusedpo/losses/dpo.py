@@ -30,7 +30,7 @@ class DPO(RatioLoss, MarginLoss):
     def tail(self) -> Tail:
         return Tail(
             aggregate="mean" if self.length_normalized else "sum",
-            link="log_sigmoid",
+            link="neg_log_sigmoid",
             scale=self.beta,
             label_smoothing=self.label_smoothing,
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import bad_value, in_range
-from fusedpo.losses.base import MarginLoss, RatioLoss, hyperparameter, log_sigmoid
+from fusedpo.losses.base import MarginLoss, RatioLoss, hyperparameter, neg_log_sigmoid
 
 
 def _label_smoothing(name: str, value: Any) -> float:
@@ -37,5 +37,5 @@ class EXO(RatioLoss, MarginLoss):
 
     def of_margin(self, margin: Tensor, **inputs: Any) -> Tensor:
         z, e = self.beta * margin, self.label_smoothing
-        q, log_q, log_rest = torch.sigmoid(z), -log_sigmoid(z), -log_sigmoid(-z)
+        q, log_q, log_rest = torch.sigmoid(z), -neg_log_sigmoid(z), -neg_log_sigmoid(-z)
         return q * (log_q - math.log1p(-e)) + torch.sigmoid(-z) * (log_rest - math.log(e))

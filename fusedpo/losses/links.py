@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-def log_sigmoid(x: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def neg_log_sigmoid(x: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """-(1 - e) log sigmoid(x) - e log sigmoid(-x), e being the label smoothing."""
     loss = -torch.nn.functional.logsigmoid(x)
     if label_smoothing == 0.0:
@@ -39,7 +39,7 @@ def linear(x: Tensor) -> Tensor:
 
 
 LINKS: dict[str, Callable[..., Tensor]] = {
-    "log_sigmoid": log_sigmoid,
+    "neg_log_sigmoid": neg_log_sigmoid,
     "hinge": hinge,
     "squared": squared,
     "linear": linear,
@@ -57,7 +57,7 @@ class Tail:
     aggregate: Literal["sum", "mean"] = "sum"
     sequence_map: str = "identity"
     combine: Literal["pair", "single"] = "pair"
-    link: str = "log_sigmoid"
+    link: str = "neg_log_sigmoid"
     scale: float = 1.0
     shift: float = 0.0
     label_smoothing: float = 0.0
@@ -65,6 +65,6 @@ class Tail:
     def of_margin(self, margin: Tensor) -> Tensor:
         """The link at scale margin + shift."""
         x = self.scale * margin + self.shift
-        if self.link == "log_sigmoid":
-            return log_sigmoid(x, self.label_smoothing)
+        if self.link == "neg_log_sigmoid":
+            return neg_log_sigmoid(x, self.label_smoothing)
         return LINKS[self.link](x)

@@ -13,7 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fusedpo.losses.base import RatioLoss, ResponseLoss, Scores, inverse_temperature, log_sigmoid
+from fusedpo.losses.base import (
+    RatioLoss,
+    ResponseLoss,
+    Scores,
+    inverse_temperature,
+    neg_log_sigmoid,
+)
 
 
 @dataclass(frozen=True)
@@ -25,5 +31,5 @@ class NCA(RatioLoss, ResponseLoss):
     def of_response(self, role: str, s: Scores, **inputs: Any) -> Tensor:
         r = self.reward(s)
         if role == "rejected":
-            return 0.5 * log_sigmoid(-r)
-        return log_sigmoid(r) + 0.5 * log_sigmoid(-r)
+            return 0.5 * neg_log_sigmoid(-r)
+        return neg_log_sigmoid(r) + 0.5 * neg_log_sigmoid(-r)

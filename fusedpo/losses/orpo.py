@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fusedpo.checks import non_negative, positive
-from fusedpo.losses.base import PreferenceLoss, Scores, hyperparameter, log_sigmoid
+from fusedpo.losses.base import PreferenceLoss, Scores, hyperparameter, neg_log_sigmoid
 
 _LARGEST = -1e-7
 
@@ -35,7 +35,7 @@ class ORPO(PreferenceLoss):
 
     def per_example(self, chosen: Scores, rejected: Scores, **inputs: Any) -> Tensor:
         gap = self.alignment_reward(chosen) - self.alignment_reward(rejected)
-        return self.beta * log_sigmoid(gap)
+        return self.beta * neg_log_sigmoid(gap)
 
     def alignment_reward(self, s: Scores) -> Tensor:
         """[P], the log-odds of the response."""
@@ -52,7 +52,7 @@ class ORPO(PreferenceLoss):
         gap = self.alignment_reward(responses[0]) - self.alignment_reward(responses[1])
         return {
             **super().metrics(*responses, **inputs),
-            "log_odds_ratio": -log_sigmoid(gap).mean(),
+            "log_odds_ratio": -neg_log_sigmoid(gap).mean(),
             "log_odds_chosen": gap.mean(),
         }
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fusedpo.losses.base import MarginLoss, RatioLoss, label_smoothing, log_sigmoid
+from fusedpo.losses.base import MarginLoss, RatioLoss, label_smoothing, neg_log_sigmoid
 
 
 @dataclass(frozen=True)
@@ -26,4 +26,4 @@ class RobustDPO(RatioLoss, MarginLoss):
     def of_margin(self, margin: Tensor, **inputs: Any) -> Tensor:
         z, e = self.beta * margin, self.label_smoothing
         # (1 - e) l(z) - e l(-z) with l(-z) = l(z) + z
-        return log_sigmoid(z) - e / (1 - 2 * e) * z
+        return neg_log_sigmoid(z) - e / (1 - 2 * e) * z

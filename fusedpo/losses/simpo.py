@@ -43,7 +43,7 @@ class SimPO(MarginLoss):
     def tail(self) -> Tail:
         return Tail(
             aggregate="mean",
-            link="hinge" if self.link == "hinge" else "log_sigmoid",
+            link="hinge" if self.link == "hinge" else "neg_log_sigmoid",
             scale=self.beta,
             shift=-self.gamma,
             label_smoothing=self.label_smoothing,

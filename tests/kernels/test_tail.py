@@ -114,7 +114,7 @@ Outcome = tuple[Tensor, Tensor, Tensor]
 def definition(problem: Problem) -> Outcome:
     """Losses, scores and the gradient, out of torch functions and autograd, in float64."""
     o = {"gate": "identity", "aggregate": "sum", "sequence_map": "identity", "combine": "pair"}
-    o |= {"link": "log_sigmoid", "scale": 1.0, "shift": 0.0, "label_smoothing": 0.0}
+    o |= {"link": "neg_log_sigmoid", "scale": 1.0, "shift": 0.0, "label_smoothing": 0.0}
     o |= dict.fromkeys(("baseline", "reference", "tau", "weight")) | problem.options
     leaf = problem.logprob.double().requires_grad_()
     scores = []
@@ -134,8 +134,8 @@ def definition(problem: Problem) -> Outcome:
     if o["combine"] == "pair":
         z = z[: z.shape[0] // 2] - z[z.shape[0] // 2 :]
     x = o["scale"] * z + o["shift"]
-    if o["link"] == "log_sigmoid":
-        loss = links.log_sigmoid(x, o["label_smoothing"])
+    if o["link"] == "neg_log_sigmoid":
+        loss = links.neg_log_sigmoid(x, o["label_smoothing"])
     else:
         loss = links.LINKS[o["link"]](x)
     if o["weight"] is not None:
@@ -233,7 +233,7 @@ def test_kernel_equals_definition(gate: str, aggregate: str) -> None:
 @pytest.mark.parametrize("link", LINKS)
 def test_links_with_their_options(link: str, combine: str) -> None:
     for scale, shift, smoothing in ((1.0, 0.0, 0.0), (2.5, -5.0, 0.1), (-0.1, 3.0, 0.45)):
-        smoothing = smoothing if link == "log_sigmoid" else 0.0
+        smoothing = smoothing if link == "neg_log_sigmoid" else 0.0
         problem = problem_of(
             (5, 2, 9, 12), link=link, combine=combine, scale=scale, shift=shift, baseline=False
         )
@@ -483,7 +483,7 @@ def test_map_is_limited() -> None:
     assert found[0][2] == found[0][1] and found[2][2] == 0.0 and found[2][1] == found[0][1]
 
 
-@pytest.mark.parametrize("link", ["log_sigmoid", "squared"])
+@pytest.mark.parametrize("link", ["neg_log_sigmoid", "squared"])
 @pytest.mark.parametrize("gate", ["arctan_log", "sigmoid_ratio"])
 def test_gradient_is_the_difference_quotient_of_the_loss(gate: str, link: str) -> None:
     """Against the kernel's own losses: no definition has a say."""

@@ -1083,8 +1083,8 @@ _LOSSES = (
         "fusedpo/losses/orpo.py",
         _OF_LOSSES,
         (
-            '"log_odds_ratio": -log_sigmoid(gap).mean()',
-            '"log_odds_ratio": log_sigmoid(gap).mean()',
+            '"log_odds_ratio": -neg_log_sigmoid(gap).mean()',
+            '"log_odds_ratio": neg_log_sigmoid(gap).mean()',
             "the sign of a metric",
         ),
         (
