@@ -8,6 +8,7 @@ those of the padded batch; random numbers, as of dropout, are others.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,8 @@ class GroupedBatch(Batch):
 
 
 def in_length_groups(batch: Batch, accelerator: Any = None) -> Batch:
-    """The batch in length groups; itself where it is one group, packed, or of other inputs.
+    """The batch in length groups; itself where it is one group, packed, or of other inputs, which
+    a warning says.
 
     Waits for the device. Of several processes all run as many forwards, as a wrapper may wait for
     the others in each.
@@ -81,8 +83,12 @@ def in_length_groups(batch: Batch, accelerator: Any = None) -> Batch:
     mask = batch.inputs.get("attention_mask")
     tensors = {name: v for name, v in batch.inputs.items() if isinstance(v, Tensor)}
     shape = batch.labels.shape
-    others = any(value.shape != shape for value in tensors.values())
-    if batch.cu_seqlens is not None or mask is None or others:
+    if batch.cu_seqlens is not None:
+        return batch
+    others = sorted(name for name, value in tensors.items() if value.shape != shape)
+    if mask is None or others:
+        what = f"with {', '.join(others)} beside the tokens" if others else "without attention_mask"
+        warnings.warn(f"length_groups: batches {what} are padded, one forward each", stacklevel=2)
         return batch
     places = torch.arange(1, shape[1] + 1, device=mask.device)
     lengths = ((mask != 0) * places).amax(1).clamp(min=1).tolist()
@@ -105,8 +111,9 @@ def are_on(length_groups: object, trainer: Any, roles: int, *, experts: bool) ->
 
     Raises:
         TypeError: for anything else.
-        ValueError: for True where groups are not possible: sharded weights are gathered once a
-            forward and step, and the load of experts is balanced over a whole batch.
+        ValueError: for True where groups are not possible or of no use: sharded weights are
+            gathered once a forward and step, the load of experts is balanced over a whole batch,
+            images have no rows to cut, and packed rows no padding.
     """
     if not isinstance(length_groups, bool | None):
         raise bad_type("length_groups", "True, False or None", repr(length_groups))
@@ -114,6 +121,9 @@ def are_on(length_groups: object, trainer: Any, roles: int, *, experts: bool) ->
         "under FSDP": trainer.is_fsdp_enabled,
         "under DeepSpeed": trainer.is_deepspeed_enabled,
         "with the auxiliary loss of experts": experts,
+        # as TRL finds them
+        "with images": getattr(trainer, "_is_vision_dataset", False),
+        "with packed rows": getattr(trainer.data_collator, "packed", False),
     }
     hindered = [where for where, there in hindrances.items() if there]
     if length_groups and hindered:

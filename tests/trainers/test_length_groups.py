@@ -176,9 +176,11 @@ def test_a_batch_that_cannot_be_cut_stays_as_it_is() -> None:
     assert isinstance(in_length_groups(batch), GroupedBatch)
     assert in_length_groups(padded_batch([20, 20])).cu_seqlens is None
     pictures = Batch({**batch.inputs, "pixel_values": torch.zeros(2, 3)}, batch.labels)
-    assert in_length_groups(pictures) is pictures
+    with pytest.warns(UserWarning, match="^length_groups: batches with pixel_values beside the to"):
+        assert in_length_groups(pictures) is pictures
     without = Batch({"input_ids": batch.inputs["input_ids"]}, batch.labels)
-    assert in_length_groups(without) is without
+    with pytest.warns(UserWarning, match="^length_groups: batches without attention_mask are pad"):
+        assert in_length_groups(without) is without
     left = padded_batch([20, 20])
     left.inputs["attention_mask"][1, :16] = 0
     assert in_length_groups(left) is left
@@ -217,11 +219,18 @@ def test_what_is_no_bool_is_refused(tmp_path) -> None:
         trainer(tmp_path, tiny.model(), SimPO(), 2)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("where", ["FSDP", "DeepSpeed", "the auxiliary loss of experts"])
+WHOLE = ["FSDP", "DeepSpeed", "the auxiliary loss of experts", "images", "packed rows"]
+
+
+@pytest.mark.parametrize("where", WHOLE)
 def test_where_a_batch_has_to_be_one_forward(where: str) -> None:
-    fsdp, deepspeed = where == "FSDP", where == "DeepSpeed"
-    made = types.SimpleNamespace(is_fsdp_enabled=fsdp, is_deepspeed_enabled=deepspeed)
-    experts = not (fsdp or deepspeed)
+    made = types.SimpleNamespace(
+        is_fsdp_enabled=where == "FSDP",
+        is_deepspeed_enabled=where == "DeepSpeed",
+        _is_vision_dataset=where == "images",
+        data_collator=types.SimpleNamespace(packed=where == "packed rows"),
+    )
+    experts = "experts" in where
     assert not are_on(None, made, 3, experts=experts)
     assert not are_on(False, made, 3, experts=experts)
     with pytest.raises(

@@ -44,8 +44,8 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
         length_groups: run rows of nearly one length together, each group in a forward of its own
             length, where a batch would be padded to its longest row: the same loss, with at most
             1.1 times the tokens of the rows. If not given, for a loss of more than two responses
-            (``ShortToLong``). Not where weights are sharded, and not with experts whose load is
-            balanced over a batch: there a batch is one forward.
+            (``ShortToLong``). Not where weights are sharded, not with images or packed rows, and
+            not with experts whose load is balanced over a batch: there a batch is one forward.
         options: ``gradient_tolerance``, and as of ``transformers.Trainer``. The datasets have rows
             as ``rows.tokenize`` makes them. Arguments of Trainer and TrainingArguments that change
             a loss of logits are refused.
