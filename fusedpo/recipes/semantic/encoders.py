@@ -9,14 +9,13 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from fusedpo.checks import bad_choice, bad_value
+from fusedpo.checks import bad_value
 from fusedpo.data.messages import first_line
-from fusedpo.losses.hyperparameters import whole
 from fusedpo.recipes.semantic.rates import Array
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -28,63 +27,43 @@ class Encoder(Protocol):
     def __call__(self, texts: list[str], /) -> Any: ...
 
 
-@dataclass(frozen=True)
+# characters in a row that count as one feature, and the features' places
+_GRAM, _DIMENSIONS = 3, 4096
+
+
 class LexicalEncoder:
-    """Hashed counts of n-grams: see ``lexical_encoder``."""
+    """Hashed counts of character trigrams [n, 4096]: see ``lexical_encoder``."""
 
-    n: int
-    unit: Literal["character", "word"]
-    dimensions: int
-
-    @property
-    def name(self) -> str:
-        return f"lexical {self.unit} {self.n}-grams in {self.dimensions} dimensions, version 1"
+    name = "lexical character 3-grams in 4096 dimensions, version 1"
 
     def __call__(self, texts: list[str]) -> Array:
-        vectors = np.zeros((len(texts), self.dimensions))
+        vectors = np.zeros((len(texts), _DIMENSIONS))
         for vector, text in zip(vectors, texts, strict=True):
             for gram, count in Counter(self._grams(text)).items():
                 digest = hashlib.blake2b(gram.encode("utf-8", "surrogatepass"), digest_size=8)
                 number = int.from_bytes(digest.digest(), "big")
                 # with a sign, n-grams that share a place cancel on average rather than add up
                 sign = 1 if number & 1 else -1
-                vector[(number >> 1) % self.dimensions] += sign * (1 + math.log(count))
+                vector[(number >> 1) % _DIMENSIONS] += sign * (1 + math.log(count))
         return vectors
 
-    def _grams(self, text: str) -> list[str]:
+    @staticmethod
+    def _grams(text: str) -> list[str]:
         words = text.casefold().split()
         if not words:
             return []
         line = f" {' '.join(words)} "
-        if self.unit == "character":
-            return [line[i : i + self.n] for i in range(max(1, len(line) - self.n + 1))]
-        return [" ".join(words[i : i + self.n]) for i in range(max(1, len(words) - self.n + 1))]
+        return [line[i : i + _GRAM] for i in range(max(1, len(line) - _GRAM + 1))]
 
 
-def lexical_encoder(
-    n: int = 3, *, unit: Literal["character", "word"] = "character", dimensions: int = 4096
-) -> LexicalEncoder:
+def lexical_encoder() -> LexicalEncoder:
     """An encoder that needs no model: it compares spelling and wording, not meaning.
 
     For demonstrations and tests without a network. A paraphrase in other words looks different to
     it, and a negation looks much the same; S-SPPO means ``sentence_encoder``. The vectors are
-    the same on every machine and in every process.
-
-    Args:
-        n: characters or words in a row that count as one feature. Case and the amount of white
-            space are ignored.
-        unit: of what.
-        dimensions: of the vectors, into which the features are hashed.
-
-    Raises:
-        TypeError: if ``n`` or ``dimensions`` is no int.
-        ValueError: if one of them is below 1, or ``unit`` is another.
+    the same on every machine and in every process. Case and the amount of white space are ignored.
     """
-    whole("n", n, 1)
-    whole("dimensions", dimensions, 1)
-    if unit not in ("character", "word"):
-        raise bad_choice("unit", unit, ("character", "word"))
-    return LexicalEncoder(n, unit, dimensions)
+    return LexicalEncoder()
 
 
 @dataclass(frozen=True)
