@@ -136,15 +136,15 @@ def _cut(text: str, prompt_chars: int, response_chars: int) -> Iterator[tuple[st
     """One prompt and response after the other, as long as the text lasts."""
     start = 0
     while start + prompt_chars + response_chars <= len(text):
-        middle = _word_start(text, start + prompt_chars)
-        end = _word_start(text, middle + response_chars)
+        middle = word_start(text, start + prompt_chars)
+        end = word_start(text, middle + response_chars)
         if end > len(text):
             return
         yield text[start:middle], text[middle:end]
         start = end
 
 
-def _word_start(text: str, position: int) -> int:
+def word_start(text: str, position: int) -> int:
     """The first white space from here on, so that a word is cut off neither end."""
     while position < len(text) and not text[position].isspace():
         position += 1

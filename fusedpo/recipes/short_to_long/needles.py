@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from fusedpo.checks import bad_choice, bad_value, positive
 from fusedpo.recipes.short_to_long.contexts import TextRow, build_contexts, token_counter
-from fusedpo.recipes.stdlib_pairs import Passage
+from fusedpo.recipes.stdlib_pairs import Passage, word_start
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,4 @@ def _excerpts(
 
 def _word_end(text: str, position: int) -> int:
     """The first white space from here on, or the end of the text."""
-    while position < len(text) and not text[position].isspace():
-        position += 1
-    return min(position, len(text))
+    return min(word_start(text, position), len(text))
