@@ -78,6 +78,11 @@ def whole(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
+def at_least(least: int) -> Check:
+    """A check that a value is an int of at least so much."""
+    return lambda name, value: whole(name, value, least)
+
+
 def flag(name: str, value: Any) -> bool:
     """The value, checked to be True or False."""
     if not isinstance(value, bool):

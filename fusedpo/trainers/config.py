@@ -13,6 +13,7 @@ import torch
 
 from fusedpo.benchmarks.compare import is_comparable
 from fusedpo.checks import bad_choice, bad_value, in_range, positive
+from fusedpo.data.messages import first_line
 from fusedpo.losses import Loss, PreferenceLoss
 from fusedpo.model_head import check_options
 from fusedpo.trainers import processes
@@ -303,7 +304,7 @@ def _as_asked_for(job: TrainJob) -> Iterator[None]:
         if not job.training:
             raise
         told = ", ".join(f"{name}={value!r}" for name, value in job.training.items())
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise bad_value("training", "what transformers takes", f"{told} ({reason})") from error
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusedpo.checks import bad_choice, bad_value
+from fusedpo.data.messages import first_line
 from fusedpo.files import write_json
 from fusedpo.trainers import checkpoints, output, processes
 from fusedpo.trainers.comparison import add_comparison
@@ -161,7 +162,7 @@ def _trackers(job: TrainJob) -> list[Any]:
         try:
             made.append(INTEGRATION_TO_CALLBACK[name]())
         except (RuntimeError, ImportError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise bad_value(
                 "report_to", "a tracker that is installed", f"{name!r} ({reason})"
             ) from error
@@ -205,9 +206,9 @@ def make_trainer(
     trainer = job.way.trainer(
         model,
         args,
-        job.loss,
-        train,
-        held_out,
+        loss=job.loss,
+        train_dataset=train,
+        eval_dataset=held_out,
         **{name: value for name, value in asked.items() if value is not None},
         memory_budget=job.memory_budget,
         gradient_tolerance=job.gradient_tolerance,

@@ -357,7 +357,6 @@ _TRAINERS = (
             "if about.default is None",
             "optional columns are dropped",
         ),
-        ("or value < least:", "or value <= least:", "the least is refused"),
     ),
     *_in(
         "fusedpo/trainers/methods/semantic.py",

@@ -146,7 +146,7 @@ def test_resuming_self_augmented_goes_on(folder: Path, tmp_path: Path) -> None:
         (("--loss", "sapo", "--base", "kto"), "base: expected one of 'dpo', 'simpo', 'orpo'"),
         (
             ("--loss", "sspo", "--group-size", "1"),
-            "group_size: expected a whole number",
+            "group_size: expected an int of at least 2",
         ),
         (("--loss", "sapo", "--ref-every", "5"), "ref_every: expected 108 without a reference"),
         (
@@ -189,7 +189,12 @@ def test_a_model_that_writes_gets_all_settings(tmp_path: Path, monkeypatch) -> N
     for loss, masked in ((losses.DPO(), True), (losses.IPO(average=True), False)):
         made.clear()
         trainer = method.trainer(
-            model, arguments(tmp_path), loss, rows[:6], rows[6:], processing_class=tiny.tokenizer()
+            model,
+            arguments(tmp_path),
+            loss=loss,
+            train_dataset=rows[:6],
+            eval_dataset=rows[6:],
+            processing_class=tiny.tokenizer(),
         )
         assert isinstance(trainer.data_collator, MaskSharedPrefix) is masked
         source, held_out = made
@@ -215,7 +220,8 @@ def test_a_sampling_method_gets_all_settings(tmp_path: Path, monkeypatch) -> Non
     monkeypatch.setattr("fusedpo.trainers.groups.GroupTrainer", lambda *a, **k: noted.update(k))
     settings = {"group_size": 3, "max_new_tokens": 5, "updates": 4, "temperature": 0.5}
     options = {"memory_budget": "1MiB", "gradient_tolerance": 2e-3}
-    Sampled(**settings).trainer(None, None, losses.GRPO(), [1], [2], **options)
+    data = {"train_dataset": [1], "eval_dataset": [2]}
+    Sampled(**settings).trainer(None, None, loss=losses.GRPO(), **data, **options)
     assert {name: noted[name] for name in settings} == settings
     assert (noted["train_dataset"], noted["eval_dataset"]) == ([1], [2])
     assert {name: noted[name] for name in options} == options
@@ -229,7 +235,12 @@ def test_rows_of_two_contexts_are_collated_as_the_loss_has_them(tmp_path: Path) 
     for both, roles in ((False, 3), (True, 4)):
         loss = losses.ShortToLong(both=both)
         trainer = TwoContexts().trainer(
-            tiny.model(), arguments(tmp_path), loss, rows, rows, processing_class=tiny.tokenizer()
+            tiny.model(),
+            arguments(tmp_path),
+            loss=loss,
+            train_dataset=rows,
+            eval_dataset=rows,
+            processing_class=tiny.tokenizer(),
         )
         batch = trainer.data_collator(rows)
         assert batch["labels"].shape[0] == 2 * roles and trainer._examples(batch) == 2
@@ -361,7 +372,8 @@ def test_padding_that_the_model_has_no_row_for_is_passed_over(tmp_path, method):
     loss = losses.DPO() if isinstance(method, ByItself) else losses.ShortToLong(losses.SimPO())
     args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, max_steps=1)
     model = tiny.model()
-    made = method.trainer(model, args, loss, rows, rows[:2], processing_class=tokenizer)
+    options = {"train_dataset": rows, "eval_dataset": rows[:2], "processing_class": tokenizer}
+    made = method.trainer(model, args, loss=loss, **options)
     collator = getattr(made.data_collator, "collator", made.data_collator)
     assert collator.pad_token_id == tokenizer.eos_token_id < model.config.vocab_size
     assert made.train().training_loss > 0

@@ -36,11 +36,12 @@ from fusedpo.recipes.self_augmented.buffer import ReplayBuffer
 from fusedpo.recipes.self_augmented.loop import plain_loop
 from fusedpo.recipes.self_augmented.prefix import mask_shared_prefix
 from fusedpo.recipes.self_augmented.segments import choose_segment, splice
-from fusedpo.recipes.self_augmented.settings import Settings
+from fusedpo.recipes.self_augmented.settings import PairSettings, Settings
 from fusedpo.recipes.self_augmented.source import SelfAugmented
 
 __all__ = [
     "PairRow",
+    "PairSettings",
     "PolicyAverage",
     "ReplayBuffer",
     "SelfAugmented",

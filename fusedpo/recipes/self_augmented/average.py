@@ -57,11 +57,6 @@ class PolicyAverage:
                 own.copy_(other)
         self.updates += 1
 
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Overwrite a model, such as a moving reference, rounding to its dtypes."""
-        copy_weights(self.module, model)
-
     def _state(self) -> Stored:
         return weights_of(self.module, "average."), {"updates": self.updates}
 
@@ -108,7 +103,8 @@ def _matched(own: nn.Module, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def copy_weights(own: nn.Module, model: nn.Module) -> None:
-    """Overwrite the parameters and buffers of the second model by those of the first."""
+    """Overwrite the parameters and buffers of the second model by those of the first, rounding to
+    its dtypes."""
     for ours, theirs in _matched(own, model):
         theirs.copy_(ours)
 

@@ -9,30 +9,21 @@ from torch import nn
 
 from fusedpo.checks import bad_value, in_range, positive
 from fusedpo.data.sampling import share
-from fusedpo.losses.base import Check, check_hyperparameters, hyperparameter, one_of
-from fusedpo.losses.hyperparameters import whole
+from fusedpo.losses.base import check_hyperparameters, hyperparameter, one_of
+from fusedpo.losses.hyperparameters import at_least
 
 RefMode = Literal["ema", "policy", "fixed"]
 
 
-def _at_least(least: int) -> Check:
-    return lambda name, value: whole(name, value, least)
-
-
 @dataclass(frozen=True)
-class Settings:
-    """Defaults are those of the authors' scripts.
+class PairSettings:
+    """What a run is told of its pairs and its reference.
 
     Attributes:
         segment_length: tokens generated a response, at most.
         ema_decay: of the average, [0, 1); 0 is the policy itself.
         buffer_size: pairs kept, per process.
         sample_every: batches drawn for each batch generated.
-        top_k: tokens to sample from; 0 is all of them.
-        top_p: share of the probability to sample from, (0, 1].
-        temperature: of sampling.
-        max_length: tokens of prompt and response together; longer responses lose their end.
-        seed: of segments, sampling and drawing.
         ema_every: steps between updates of the average; the paper has 2.
         ref_every: steps between renewals of the reference, a whole number of epochs or so: 108 was
             about one of the authors'.
@@ -40,27 +31,49 @@ class Settings:
             policy; or nothing, so that it stays the model that it is (``fixed``).
     """
 
-    segment_length: int = hyperparameter(256, "tokens generated a response", _at_least(1))
+    segment_length: int = hyperparameter(
+        256, "tokens written anew a response, at most", at_least(1)
+    )
     ema_decay: float = hyperparameter(
         0.5, "of the average", lambda name, value: in_range(name, value, 0, 1)
     )
-    buffer_size: int = hyperparameter(2000, "pairs kept", _at_least(1))
-    sample_every: int = hyperparameter(1, "batches drawn for each generated", _at_least(1))
-    top_k: int = hyperparameter(50, "tokens to sample from", _at_least(0))
-    top_p: float = hyperparameter(0.95, "share of the probability to sample from", share)
-    temperature: float = hyperparameter(0.7, "of sampling", positive)
-    max_length: int = hyperparameter(2048, "tokens of prompt and response", _at_least(2))
-    seed: int = hyperparameter(0, "of segments, sampling and drawing", _at_least(0))
-    ema_every: int = hyperparameter(1, "steps between updates of the average", _at_least(1))
+    buffer_size: int = hyperparameter(2000, "pairs kept", at_least(1))
+    sample_every: int = hyperparameter(1, "batches drawn for each batch written", at_least(1))
+    ema_every: int = hyperparameter(
+        1, "steps between updates of the average (2 in the paper)", at_least(1)
+    )
     ref_every: int = hyperparameter(
         108,
-        "steps between renewals of the reference",
-        _at_least(1),
+        "steps between renewals of the reference, an epoch or so",
+        at_least(1),
         only={"ref_mode": ("ema", "policy")},
     )
     ref_mode: RefMode = hyperparameter(
-        "ema", "what the reference becomes", one_of("ema", "policy", "fixed")
+        "ema",
+        "what the reference becomes: the average, or the policy; or it stays",
+        one_of("ema", "policy", "fixed"),
     )
+
+
+@dataclass(frozen=True)
+class Settings(PairSettings):
+    """All settings; defaults are those of the authors' scripts.
+
+    Attributes:
+        segment_length, ema_decay, buffer_size, sample_every, ema_every, ref_every, ref_mode: as of
+            ``PairSettings``.
+        top_k: tokens to sample from; 0 is all of them.
+        top_p: share of the probability to sample from, (0, 1].
+        temperature: of sampling.
+        max_length: tokens of prompt and response together; longer responses lose their end.
+        seed: of segments, sampling and drawing.
+    """
+
+    top_k: int = hyperparameter(50, "tokens to sample from", at_least(0))
+    top_p: float = hyperparameter(0.95, "share of the probability to sample from", share)
+    temperature: float = hyperparameter(0.7, "of sampling", positive)
+    max_length: int = hyperparameter(2048, "tokens of prompt and response", at_least(2))
+    seed: int = hyperparameter(0, "of segments, sampling and drawing", at_least(0))
 
     def __post_init__(self) -> None:
         check_hyperparameters(self)

@@ -40,17 +40,6 @@ _PROMPT_CHARS = _RESPONSE_CHARS = 150
 _DEMO_HELD_OUT = 512
 
 
-def whole(least: int) -> Any:
-    """The check of a whole number."""
-
-    def check(name: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise bad_value(name, f"a whole number of at least {least}", repr(value))
-        return value
-
-    return check
-
-
 @dataclass(frozen=True)
 class Method:
     """How a loss gets its batches: from pairs, where a method does not say otherwise.
@@ -128,12 +117,8 @@ class Method:
         """Whether every process has written to a checkpoint what the method goes on from."""
         return True
 
-    def trainer(
-        self, model: Any, args: Any, loss: Loss, train: Any, held_out: Any, **options: Any
-    ) -> FusedTrainerMixin:
-        """A trainer on these rows."""
+    def trainer(self, model: Any, args: Any, **options: Any) -> FusedTrainerMixin:
+        """The trainer; options are its loss, train_dataset, eval_dataset, and others of it."""
         from fusedpo.trainers.transformers import PreferenceTrainer
 
-        return PreferenceTrainer(
-            model, args, loss=loss, train_dataset=train, eval_dataset=held_out, **options
-        )
+        return PreferenceTrainer(model, args, **options)

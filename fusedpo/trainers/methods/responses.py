@@ -102,29 +102,20 @@ class Responses(Method):
         ]
         return replace(done, rows=single)
 
-    def trainer(
-        self, model: Any, args: Any, loss: Loss, train: Any, held_out: Any, **options: Any
-    ) -> FusedTrainerMixin:
+    def trainer(self, model: Any, args: Any, **options: Any) -> FusedTrainerMixin:
         from fusedpo.trainers.responses import ResponseCollator, ResponseTrainer
         from fusedpo.trainers.transformers import padding_token
 
         tokenizer = options["processing_class"]
-        lengths = (len(r["prompt_ids"]) + len(r["completion_ids"]) for r in [*train, *held_out])
-        collator = ResponseCollator(
+        rows = [*options["train_dataset"], *options["eval_dataset"]]
+        lengths = (len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows)
+        options["data_collator"] = ResponseCollator(
             padding_token(tokenizer, vocabulary(model)),
-            mismatched=takes_kl(loss),
+            mismatched=takes_kl(options["loss"]),
             max_length=max(lengths),
             bos_token_id=tokenizer.bos_token_id,
         )
-        return ResponseTrainer(
-            model,
-            args,
-            loss=loss,
-            train_dataset=train,
-            eval_dataset=held_out,
-            data_collator=collator,
-            **options,
-        )
+        return ResponseTrainer(model, args, **options)
 
 
 def _unpaired(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fusedpo.checks import bad_value, positive
 from fusedpo.losses import Loss, PolicyLoss
 from fusedpo.losses.base import hyperparameter
+from fusedpo.losses.hyperparameters import at_least
 from fusedpo.recipes.groups import token_overlap
 from fusedpo.report import Signal
-from fusedpo.trainers.methods.base import Defaults, Method, whole
+from fusedpo.trainers.methods.base import Defaults, Method
 
 if TYPE_CHECKING:
     from fusedpo.trainers.transformers import FusedTrainerMixin
@@ -40,9 +41,9 @@ class Sampled(Method):
         "and token ids to a number",
         lambda name, value: value,
     )
-    group_size: int = hyperparameter(8, "responses a prompt", whole(2))
-    max_new_tokens: int = hyperparameter(48, "of a response", whole(1))
-    updates: int = hyperparameter(2, "optimizer steps on one batch of samples", whole(1))
+    group_size: int = hyperparameter(8, "responses a prompt", at_least(2))
+    max_new_tokens: int = hyperparameter(48, "of a response", at_least(1))
+    updates: int = hyperparameter(2, "optimizer steps on one batch of samples", at_least(1))
     temperature: float = hyperparameter(1.0, "of sampling", positive)
 
     def check_batch(self, loss: Loss, size: int, accumulation: int) -> None:
@@ -59,22 +60,17 @@ class Sampled(Method):
     def check(self, loss: Loss) -> None:
         assert isinstance(loss, PolicyLoss), "the loss decides the method"
 
-    def trainer(
-        self, model: Any, args: Any, loss: Loss, train: Any, held_out: Any, **options: Any
-    ) -> FusedTrainerMixin:
+    def trainer(self, model: Any, args: Any, **options: Any) -> FusedTrainerMixin:
         from fusedpo.trainers.groups import GroupTrainer
 
         return GroupTrainer(
             model,
             args,
-            loss=loss,
             reward=reward_function(self.reward),
             group_size=self.group_size,
             max_new_tokens=self.max_new_tokens,
             updates=self.updates,
             temperature=self.temperature,
-            train_dataset=train,
-            eval_dataset=held_out,
             **options,
         )
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from fusedpo.checks import in_range, vocabulary
+from fusedpo.checks import vocabulary
 from fusedpo.losses import Loss, MarginLoss
-from fusedpo.losses.base import flag, hyperparameter, one_of
+from fusedpo.losses.base import flag, hyperparameter
 from fusedpo.recipes import self_augmented as recipe
 from fusedpo.report import PAIR_SIGNALS, Signal
-from fusedpo.trainers.methods.base import Defaults, Method, whole
+from fusedpo.trainers.methods.base import Defaults, Method
 
 if TYPE_CHECKING:
     from fusedpo.trainers.transformers import FusedTrainerMixin
@@ -21,7 +21,7 @@ _GENERATED = 64
 
 
 @dataclass(frozen=True)
-class SelfAugmented(Method):
+class SelfAugmented(recipe.PairSettings, Method):
     """Pairs that an average of the policy makes, by writing a segment of each response anew.
 
     Each of several processes writes pairs of its own rows into a buffer of its own, with an average
@@ -41,26 +41,6 @@ class SelfAugmented(Method):
     )
     from_scratch: ClassVar[Defaults] = Defaults(1e-3, 16, 100, 1.0)
 
-    segment_length: int = hyperparameter(256, "tokens written anew a response, at most", whole(1))
-    ema_decay: float = hyperparameter(
-        0.5, "of the average", lambda name, value: in_range(name, value, 0.0, 1.0)
-    )
-    buffer_size: int = hyperparameter(2000, "pairs kept", whole(1))
-    sample_every: int = hyperparameter(1, "batches drawn for each batch written", whole(1))
-    ema_every: int = hyperparameter(
-        1, "steps between updates of the average (2 in the paper)", whole(1)
-    )
-    ref_every: int = hyperparameter(
-        108,
-        "steps between renewals of the reference, an epoch or so",
-        whole(1),
-        only={"ref_mode": ("ema", "policy")},
-    )
-    ref_mode: Literal["ema", "policy", "fixed"] = hyperparameter(
-        "ema",
-        "what the reference becomes: the average, or the policy; or it stays",
-        one_of("ema", "policy", "fixed"),
-    )
     skip_shared_prefix: bool = hyperparameter(
         True, "leave out the tokens that both responses begin with, where they cancel", flag
     )
@@ -71,8 +51,7 @@ class SelfAugmented(Method):
 
     def settings(self, **others: Any) -> recipe.Settings:
         """Of the recipe: those that are told here, and others."""
-        names = {f.name for f in fields(recipe.Settings)}
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}
+        own = {f.name: getattr(self, f.name) for f in fields(recipe.PairSettings)}
         return recipe.Settings(**own, **others)
 
     def is_saved(self, checkpoint: Path, processes: int) -> bool:
@@ -83,9 +62,7 @@ class SelfAugmented(Method):
             for name in ("self_augmented", "ahead")
         )
 
-    def trainer(
-        self, model: Any, args: Any, loss: Loss, train: Any, held_out: Any, **options: Any
-    ) -> FusedTrainerMixin:
+    def trainer(self, model: Any, args: Any, **options: Any) -> FusedTrainerMixin:
         from fusedpo.trainers.self_augmented import (
             MaskSharedPrefix,
             SelfAugmentedCallback,
@@ -98,7 +75,8 @@ class SelfAugmented(Method):
         )
         from fusedpo.trainers.transformers.reference import frozen_copy
 
-        tokenizer = options["processing_class"]
+        loss, tokenizer = options["loss"], options["processing_class"]
+        train, held_out = options["train_dataset"], options["eval_dataset"]
         lengths = (len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in [*train, *held_out])
         settings = self.settings(max_length=max(lengths), seed=args.seed)
         pad = padding_token(tokenizer, vocabulary(model))
@@ -112,23 +90,17 @@ class SelfAugmented(Method):
         for start in range(0, len(held_out), _GENERATED):
             by_itself.next_batch(min(_GENERATED, len(held_out) - start))
         dataset = SelfAugmentedDataset(source)
+        options |= {"train_dataset": dataset, "eval_dataset": list(by_itself.buffer.rows)}
         collator: Any = PreferenceCollator(pad)
         # of sums, what both responses begin with cancels in the margin
         by_sums = isinstance(loss, MarginLoss) and loss.gradient_structure.unit == "margin"
         if self.skip_shared_prefix and by_sums:
             collator = MaskSharedPrefix(collator)
+        options["data_collator"] = collator
         if loss.needs_reference and self.ref_mode != "fixed" and hasattr(model, "peft_config"):
             # which is renewed, and so is more than the model without its adapters
             options["ref_model"] = frozen_copy(model)
-        trainer = PreferenceTrainer(
-            model,
-            args,
-            loss=loss,
-            train_dataset=dataset,
-            eval_dataset=list(by_itself.buffer.rows),
-            data_collator=collator,
-            **options,
-        )
+        trainer = PreferenceTrainer(model, args, **options)
         settings.check_loss(loss.needs_reference, adapters=trainer.ref_model is None)
         trainer.add_callback(SelfAugmentedCallback(dataset, ref_model=trainer.ref_model))
         return trainer

@@ -74,13 +74,10 @@ class TwoContexts(Method):
         done = tokenize_rows(rows, tokenizer, max_length, vocab_size=vocab_size)
         return Tokenized(done.rows, done.dropped)
 
-    def trainer(
-        self, model: Any, args: Any, loss: Loss, train: Any, held_out: Any, **options: Any
-    ) -> FusedTrainerMixin:
+    def trainer(self, model: Any, args: Any, **options: Any) -> FusedTrainerMixin:
         from fusedpo.recipes.short_to_long import ShortToLongCollator
         from fusedpo.trainers.transformers import padding_token
 
-        assert isinstance(loss, ShortToLong), "the loss decides the method"
         pad = padding_token(options["processing_class"], vocabulary(model))
-        options["data_collator"] = ShortToLongCollator(pad, both=loss.both)
-        return super().trainer(model, args, loss, train, held_out, **options)
+        options["data_collator"] = ShortToLongCollator(pad, both=options["loss"].both)
+        return super().trainer(model, args, **options)
