@@ -72,7 +72,7 @@ class Kernel:
 
 def table(answer: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows, in words."""
-    return section.table(answer, COLUMNS)
+    return section.by_shape(answer, *COLUMNS.items())
 
 
 remarks = section.remarks

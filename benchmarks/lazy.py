@@ -17,7 +17,6 @@ import argparse
 import importlib
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,8 +25,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fusedpo.benchmarks import toys
-from fusedpo.machine import ROOT, host
+from fusedpo import tables
+from fusedpo.benchmarks import measure, toys
+from fusedpo.benchmarks.shapes import MIB
+from fusedpo.machine import ROOT
 
 TRAINERS = {
     "TRL 0.24, DPO": ("trl-0.24", "dpo"),
@@ -35,20 +36,31 @@ TRAINERS = {
     "LLaMA-Factory 0.9.5, DPO": ("llamafactory", "dpo"),
 }
 WAYS = ("as it is", "lazy logits")
-SIZES = ("pairs", "tokens", "prompt", "vocab", "hidden")
+PAIRS, PROMPT, TOKENS, VOCAB, HIDDEN, BUDGET = 2, 64, 448, 50_304, 576, "64MiB"
 STEPS = 3  # the first of them warms up
+ARGUMENTS = {
+    "max_steps": STEPS,
+    "per_device_train_batch_size": PAIRS,
+    "logging_steps": 1,
+    "learning_rate": 1e-4,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "optim": "sgd",
+}
 
 
-def model(options: argparse.Namespace, seed: int) -> Any:
-    return toys.llama(options.vocab, options.hidden, 2, seed, feed_forward=2)
+def model(seed: int) -> Any:
+    return toys.llama(VOCAB, HIDDEN, 2, seed, feed_forward=2)
 
 
-def rows(options: argparse.Namespace) -> list[dict[str, str]]:
-    return toys.rows(options.pairs * STEPS, options.prompt, options.tokens)
+def rows() -> list[dict[str, str]]:
+    return toys.rows(PAIRS * STEPS, PROMPT, TOKENS)
 
 
-class Clock:
-    """Times the steps and takes the first loss; made a callback of transformers in the worker."""
+class Watch:
+    """Times the steps and takes the first loss; a callback of transformers."""
 
     def __init__(self) -> None:
         self.stamps: list[float] = []
@@ -58,71 +70,50 @@ class Clock:
     def callback(self) -> Any:
         from transformers import TrainerCallback
 
-        clock = self
+        watch = self
 
         class Callback(TrainerCallback):
             def on_train_begin(self, *_: Any, **__: Any) -> None:
-                clock.before = peak()
-                clock.stamps.append(time.perf_counter())
+                watch.before = measure.status_bytes("VmHWM")
+                watch.stamps.append(time.perf_counter())
 
             def on_step_end(self, *_: Any, **__: Any) -> None:
-                clock.stamps.append(time.perf_counter())
+                watch.stamps.append(time.perf_counter())
 
             def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
-                if "loss" in logs:
-                    clock.losses.append(logs["loss"])
+                watch.losses += [logs["loss"]] if "loss" in logs else []
 
         return Callback()
 
 
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def arguments(options: argparse.Namespace, folder: str) -> dict[str, Any]:
-    return {
-        "output_dir": f"{folder}/out",
-        "max_steps": STEPS,
-        "per_device_train_batch_size": options.pairs,
-        "logging_steps": 1,
-        "learning_rate": 1e-4,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "optim": "sgd",
-    }
-
-
-def with_trl(options: argparse.Namespace, folder: str, clock: Clock) -> None:
+def with_trl(loss: str, folder: str, watch: Watch) -> None:
     from datasets import Dataset
 
     trl: Any = importlib.import_module("trl")  # an earlier one than the types are of
 
-    length = options.prompt + options.tokens + 1
     given = {
-        **arguments(options, folder),
-        "max_length": length,
-        "max_prompt_length": options.prompt,
+        **ARGUMENTS,
+        "output_dir": f"{folder}/out",
+        "max_length": PROMPT + TOKENS + 1,
+        "max_prompt_length": PROMPT,
         "bf16": False,
         "gradient_checkpointing": True,
     }
     common = {
-        "model": model(options, 0),
-        "train_dataset": Dataset.from_list(rows(options)),
+        "model": model(0),
+        "train_dataset": Dataset.from_list(rows()),
         "processing_class": toys.tokenizer(),
-        "callbacks": [clock.callback()],
+        "callbacks": [watch.callback()],
     }
-    if options.loss == "dpo":
-        reference = model(options, 1)
-        trainer = trl.DPOTrainer(**common, ref_model=reference, args=trl.DPOConfig(**given))
+    if loss == "dpo":
+        trainer = trl.DPOTrainer(**common, ref_model=model(1), args=trl.DPOConfig(**given))
     else:
         given |= {"loss_type": "simpo", "cpo_alpha": 0.0, "remove_unused_columns": False}
         trainer = trl.CPOTrainer(**common, args=trl.CPOConfig(**given))
     trainer.train()
 
 
-def with_llamafactory(options: argparse.Namespace, folder: str, clock: Clock) -> None:
+def with_llamafactory(loss: str, folder: str, watch: Watch) -> None:
     os.environ["DISABLE_VERSION_CHECK"] = "1"
     sys.path.insert(0, str(ROOT / "tests"))
     import transformers.trainer  # noqa: F401  which looks for what is installed
@@ -131,15 +122,16 @@ def with_llamafactory(options: argparse.Namespace, folder: str, clock: Clock) ->
     from llamafactory.train.tuner import run_exp
 
     for name, seed in (("model", 0), ("reference", 1)):
-        model(options, seed).save_pretrained(f"{folder}/{name}")
+        model(seed).save_pretrained(f"{folder}/{name}")
         toys.tokenizer().save_pretrained(f"{folder}/{name}")
-    Path(folder, "pairs.json").write_text(json.dumps(rows(options)))
+    Path(folder, "pairs.json").write_text(json.dumps(rows()))
     columns = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
     described = {"pairs": {"file_name": "pairs.json", "ranking": True, "columns": columns}}
     Path(folder, "dataset_info.json").write_text(json.dumps(described))
     given = {
-        **arguments(options, folder),
-        "stage": "dpo",
+        **ARGUMENTS,
+        "output_dir": f"{folder}/out",
+        "stage": loss,
         "do_train": True,
         "finetuning_type": "full",
         "model_name_or_path": f"{folder}/model",
@@ -147,107 +139,91 @@ def with_llamafactory(options: argparse.Namespace, folder: str, clock: Clock) ->
         "dataset_dir": folder,
         "dataset": "pairs",
         "template": "empty",
-        "cutoff_len": options.prompt + options.tokens + 1,
+        "cutoff_len": PROMPT + TOKENS + 1,
         "preprocessing_num_workers": 1,
         "overwrite_cache": True,
         "plot_loss": False,
         "fp16": False,
     }
-    run_exp(given, [clock.callback()])
+    run_exp(given, [watch.callback()])
 
 
-def work(options: argparse.Namespace) -> None:
+def work(trainer: str, loss: str, way: str) -> None:
     """One training; its numbers as JSON in the last line."""
-    if options.way == WAYS[1]:
+    if way == WAYS[1]:
         import fusedpo
 
-        fusedpo.lazy_logits(memory_budget=options.budget, unknown="raise")
-    clock = Clock()
+        fusedpo.lazy_logits(memory_budget=BUDGET, unknown="raise")
+    watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
-        run = with_trl if options.trainer.startswith("trl") else with_llamafactory
-        run(options, folder, clock)
-    seconds = [b - a for a, b in zip(clock.stamps[1:], clock.stamps[2:], strict=False)]
-    numbers = {"seconds": seconds, "bytes": peak() - clock.before, "loss": clock.losses[0]}
-    print("\n" + json.dumps(numbers))
+        (with_trl if trainer.startswith("trl") else with_llamafactory)(loss, folder, watch)
+    seconds = [b - a for a, b in zip(watch.stamps[1:], watch.stamps[2:], strict=False)]
+    held = measure.status_bytes("VmHWM") - watch.before
+    print("\n" + json.dumps({"seconds": seconds, "bytes": held, "loss": watch.losses[0]}))
 
 
-def measured(options: argparse.Namespace, trainer: str, loss: str, way: str) -> dict[str, Any]:
+def measured(trainer: str, loss: str, way: str) -> dict[str, Any]:
+    """The same in a process that sees the trainer's packages."""
     folder = ROOT / "build" / "trainers" / trainer
     if not (folder / "ready").exists():
         sys.exit(f'install it first: make test-trainers TRAINERS="{trainer}"')
-    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "TQDM_DISABLE": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "fusedpo.benchmarks.lazy",
-        "--trainer",
-        trainer,
-        "--loss",
-        loss,
-        "--way",
-        way,
-    ]
-    for name in ("pairs", "tokens", "prompt", "vocab", "hidden", "budget"):
-        command += [f"--{name}", str(getattr(options, name))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "fusedpo.benchmarks.lazy", "--work", trainer, loss, way],
+        env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "TQDM_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
+def summary(trainer: str, loss: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Medians of the rounds, by the way."""
+    outcomes: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    for _ in range(rounds):
+        for way in WAYS:
+            outcomes[way].append(measured(trainer, loss, way))
+    plain, lazy = (of_way[0]["loss"] for of_way in outcomes.values())
+    # a trainer logs four digits behind the point
+    if abs(plain - lazy) > 1.01e-4 + 2e-4 * abs(plain):
+        sys.exit(f"{trainer}, {loss}: another loss, {lazy} for {plain}")
+    return {
+        way: {
+            "seconds": statistics.median(s for each in of_way for s in each["seconds"]),
+            "bytes": statistics.median(each["bytes"] for each in of_way),
+            "loss": of_way[0]["loss"],
+        }
+        for way, of_way in outcomes.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=448, help="of a response")
-    parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--vocab", type=int, default=50304)
-    parser.add_argument("--hidden", type=int, default=576)
-    parser.add_argument("--budget", default="64MiB")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="", help="trainers whose titles have this")
     parser.add_argument("--json", type=Path, help="where the numbers go")
-    for name in ("--trainer", "--loss", "--way"):
-        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.trainer:
-        work(options)
+    if options.work:
+        work(*options.work)
         return
-    results: dict[str, Any] = {
-        "machine": host(),
-        "shape": {n: getattr(options, n) for n in SIZES},
-        "budget": options.budget,
-        "trainers": {},
-    }
-    print("| trainer | step | beyond the trainer | loss |\n|---|--:|--:|--:|")
-    for title, (trainer, loss) in TRAINERS.items():
-        if options.only not in title:
-            continue
-        outcomes: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
-        for _ in range(options.rounds):
-            for way in WAYS:
-                outcomes[way].append(measured(options, trainer, loss, way))
-        summary = {
-            way: {
-                "seconds": statistics.median(s for each in of_way for s in each["seconds"]),
-                "bytes": statistics.median(each["bytes"] for each in of_way),
-                "loss": of_way[0]["loss"],
-            }
-            for way, of_way in outcomes.items()
-        }
-        plain, lazy = (summary[way] for way in WAYS)
-        # a trainer logs four digits behind the point
-        if abs(plain["loss"] - lazy["loss"]) > 1.01e-4 + 2e-4 * abs(plain["loss"]):
-            sys.exit(f"{title}: another loss, {lazy['loss']} for {plain['loss']}")
-        results["trainers"][title] = summary
-        for way in WAYS:
-            seconds, memory = summary[way]["seconds"], summary[way]["bytes"]
-            print(
-                f"| {title}, {way} | {seconds:.2f} s ({seconds / plain['seconds']:.2f} x) "
-                f"| {memory / 2**20:.0f} MiB ({memory / plain['bytes']:.2f} x) "
-                f"| {summary[way]['loss']:.5f} |"
-            )
+    about = measure.machine()
+    found = {title: summary(*each, options.rounds) for title, each in TRAINERS.items()}
+    print(measure.describe(about))
+    lines = [
+        [
+            f"{title}, {way}",
+            *(f"{s['seconds']:.2f}", f"{s['seconds'] / ways[WAYS[0]]['seconds']:.2f}"),
+            *(f"{s['bytes'] / MIB:.0f}", f"{s['bytes'] / ways[WAYS[0]]['bytes']:.2f}"),
+            f"{s['loss']:.5f}",
+        ]
+        for title, ways in found.items()
+        for way, s in ways.items()
+    ]
+    shape = f"{PAIRS} pairs of {PROMPT} + {TOKENS} tokens, H {HIDDEN}, V {VOCAB}, {BUDGET}"
+    tables.show(shape, ("trainer", "s a step", "x", "MiB beyond the trainer", "x", "loss"), lines)
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        measure.save("lazy", {"machine": about, "shape": shape, "trainers": found}, options.json)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from fusedpo.benchmarks.formulas import FORMULAS
 from fusedpo.benchmarks.peers import BASELINE, PEERS
 from fusedpo.benchmarks.shapes import Case, Shape
 from fusedpo.checks import bad_value
-from fusedpo.sizes import parse_budget
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,6 @@ class Options:
         threads: of the CPU.
         seconds: for timing at each point; a round is measured in any case.
         print_json: the answer on stdout, tables on stderr.
-        memory: bytes, for the longest training that fits; None: as the question has it.
     """
 
     device: str = "cpu"
@@ -44,7 +42,6 @@ class Options:
     threads: int = 2
     seconds: float | None = None
     print_json: bool = False
-    memory: int | None = None
 
     @property
     def on_cpu(self) -> bool:
@@ -93,12 +90,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, default=2, help="of the CPU (default: 2)")
     parser.add_argument("--seconds", type=float, help="for timing at each point")
-    parser.add_argument(
-        "--memory",
-        metavar="SIZE",
-        help="training: for which the longest response is to be found (default: 1GiB on the CPU, "
-        "40GiB elsewhere)",
-    )
     parser.add_argument("--quick", action="store_true", help="fewer and smaller points")
     parser.add_argument(
         "--output",
@@ -132,11 +123,6 @@ def options_of(given: argparse.Namespace) -> Options:
     )
     if not parent.is_dir():
         raise bad_value("--output", "a folder", f"{given.output}, and {parent} is a file")
-    if given.memory is not None:
-        try:
-            given.memory = parse_budget(given.memory)
-        except ValueError as error:
-            raise ValueError(str(error).replace("memory_budget", "--memory")) from error
     options = Options(
         device=given.device,
         quick=given.quick,
@@ -149,7 +135,6 @@ def options_of(given: argparse.Namespace) -> Options:
         threads=given.threads,
         seconds=given.seconds,
         print_json=given.json,
-        memory=given.memory,
     )
     torch.set_num_threads(given.threads)
     return options

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedpo.benchmarks.formulas import FORMULAS, Tokens
+from fusedpo.benchmarks.formulas import FORMULAS, WITH_REFERENCE, Tokens
 from fusedpo.benchmarks.shapes import TINY, Case, Inputs, make_inputs
 from fusedpo.benchmarks.timing import told
 from fusedpo.labels import IGNORE_INDEX
@@ -159,45 +159,25 @@ def liger(case: Case, inputs: Inputs) -> Tensor:
 
     if case.reference == "precomputed":
         raise Unsupported("has no precomputed reference")
-    options = {"ignore_index": IGNORE_INDEX, "compiled": case.device != "cpu"}
-    hidden, weight, labels = inputs[:3]
-    reference = {"ref_input": inputs.ref_hidden, "ref_weight": inputs.ref_weight}
-    if case.loss == "simpo":
-        module = its.LigerFusedLinearSimPOLoss(
-            beta=2.0, gamma=0.5, compute_nll_loss=False, **options
-        )
-        return module(weight, hidden, labels)[0]
-    if case.loss == "dpo":
+    made: dict[str, Callable[..., Any]] = {
+        "simpo": partial(
+            its.LigerFusedLinearSimPOLoss, beta=2.0, gamma=0.5, compute_nll_loss=False
+        ),
         # averaged over tokens it would be another loss
-        module = its.LigerFusedLinearDPOLoss(beta=0.1, use_ref_model=True, **options)
-        return module(weight, hidden, labels, **reference)[0]
-    if case.loss == "orpo":
-        module = its.LigerFusedLinearORPOLoss(beta=0.1, **options)
-        return module(weight, hidden, labels)[0]
+        "dpo": partial(its.LigerFusedLinearDPOLoss, beta=0.1, use_ref_model=True),
+        "orpo": partial(its.LigerFusedLinearORPOLoss, beta=0.1),
+        "kto": partial(its.LigerFusedLinearKTOLoss, beta=0.1, use_ref_model=True),
+    }
+    if case.loss not in made:
+        raise Unsupported(f"has no such loss: {case.loss}")
+    module = made[case.loss](ignore_index=IGNORE_INDEX, compiled=case.device != "cpu")
+    hidden, weight, labels = inputs[:3]
+    more = {}
+    if case.loss in WITH_REFERENCE:
+        more = {"ref_input": inputs.ref_hidden, "ref_weight": inputs.ref_weight}
     if case.loss == "kto":
-        module = its.LigerFusedLinearKTOLoss(beta=0.1, use_ref_model=True, **options)
-        return module(hidden, weight, labels, preference_labels=inputs.desirable, **reference)[0]
-    raise Unsupported(f"has no such loss: {case.loss}")
-
-
-def liger_cross_entropy(case: Case, inputs: Inputs) -> Tensor:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    if case.loss != "sft":
-        raise Unsupported("gives one number for all tokens: SFT only")
-    module = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX)
-    return module(inputs.weight, inputs.hidden.flatten(0, 1), inputs.labels.flatten())
-
-
-def quack(case: Case, inputs: Inputs) -> Tensor:
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    if case.loss != "sft":
-        raise Unsupported("gives one number for all tokens: SFT only")
-    flat, labels = inputs.hidden.flatten(0, 1), inputs.labels.flatten()
-    return chunked_linear_cross_entropy(
-        flat, inputs.weight, labels, ignore_index=IGNORE_INDEX, reduction="mean"
-    )
+        return module(hidden, weight, labels, preference_labels=inputs.desirable, **more)[0]
+    return module(weight, hidden, labels, **more)[0]
 
 
 def fusedpo(case: Case, inputs: Inputs) -> Tensor:
@@ -217,10 +197,6 @@ def fusedpo(case: Case, inputs: Inputs) -> Tensor:
             memory_budget=case.budget,
             gradient_tolerance=case.tolerance,
         ).loss
-    if case.loss == "sft":
-        # of all rows, as the others have it, and not of chosen ones
-        logprobs = fusedpo_logprobs(case, hidden, weight, labels)
-        return -logprobs.sum() / (labels != IGNORE_INDEX).sum()
     return fusedpo_preference(case, inputs).loss
 
 
@@ -325,23 +301,11 @@ PEERS: dict[str, Peer] = {
         "liger_kernel.ops.LigerFusedLinearScaledCrossEntropyFunction",
         liger_scaled,
     ),
-    "liger_cross_entropy": Peer(
-        "Liger cross-entropy",
-        "liger-kernel",
-        "liger_kernel.transformers.LigerFusedLinearCrossEntropyLoss",
-        loss=liger_cross_entropy,
-    ),
     "cut_cross_entropy": Peer(
         "cut-cross-entropy",
         "cut-cross-entropy",
         "cut_cross_entropy.linear_cross_entropy",
         cut_cross_entropy,
-    ),
-    "quack": Peer(
-        "QuACK",
-        "quack-kernels",
-        "quack.linear_cross_entropy.chunked_linear_cross_entropy",
-        loss=quack,
     ),
     "fusedpo": Peer(
         "fusedpo", "fusedpo", "fusedpo.preference_loss", fusedpo_logprobs, fusedpo, budgeted=True

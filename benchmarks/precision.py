@@ -25,6 +25,7 @@ from fusedpo.benchmarks.formulas import FORMULAS, TITLES, WITH_REFERENCE, Tokens
 from fusedpo.benchmarks.options import Options
 from fusedpo.benchmarks.peers import OURS, PEERS, Logprobs, Unsupported, full_logits
 from fusedpo.benchmarks.shapes import MIB, Case, Inputs, Shape, head_of
+from fusedpo.benchmarks.timing import told
 from fusedpo.labels import IGNORE_INDEX
 from fusedpo.sizes import format_bytes
 
@@ -248,7 +249,7 @@ def errors(case: Case, inputs: Inputs, truth: Truth) -> tuple[Values, list[str]]
         except Unsupported as error:
             notes.append(str(error))
         except Exception as error:  # another library's failure is a line of the table
-            notes.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            notes.append(told(error))
 
     def gradients() -> Values:
         own = inputs.for_case(case)
@@ -439,12 +440,11 @@ def remarks(answer: dict[str, Any]) -> list[str]:
 
 
 def plot(answer: dict[str, Any]) -> Any:
-    """A dot for each program and column, further to the left is better; 0 is the left edge."""
+    """A dot for each program and column, further to the left is better."""
     groups = {
         group: [row for row in rows if row["missing"] is None]
         for group, rows in _groups(answer).items()
     }
-    ranks = ranking(answer)
     heights = [len(rows) + 1 for rows in groups.values()]
     size = 3.0 + 1.85 * len(COLUMNS), 1.4 + 0.25 * sum(heights)
     figure = plots.figure(answer, *size, below=0.025)
@@ -453,66 +453,35 @@ def plot(answer: dict[str, Any]) -> Any:
     )
     for (group, rows), line in zip(groups.items(), panels, strict=True):
         for column, axes in zip(COLUMNS, line, strict=True):
-            _panel(axes, column, rows, ranks[group].get(column.key))
+            _panel(axes, column, rows)
             if group == next(iter(groups)):
                 axes.set_title(column.panel, fontsize=8)
-        names = line[0]
-        names.set_ylabel(group, fontsize=11, fontweight="bold")
-        names.set_ylim(len(rows) - 0.4, -0.6)
-        names.set_yticks(range(len(rows)), [row["entry"] for row in rows], fontsize=8)
-        for row, text in zip(rows, names.get_yticklabels(), strict=True):
+        line[0].set_ylabel(group, fontsize=11, fontweight="bold")
+        line[0].set_ylim(len(rows) - 0.4, -0.6)
+        line[0].set_yticks(range(len(rows)), [row["entry"] for row in rows], fontsize=8)
+        for row, text in zip(rows, line[0].get_yticklabels(), strict=True):
             text.set_color(_colour(row))
-            text.set_fontweight("bold" if _ours(row) else "normal")
     return figure
 
 
 def _colour(row: dict[str, Any]) -> str:
-    return "#d62728" if _ours(row) else "0.55" if row["case"] is None else "#1f4e79"
+    ours, others = plots.OUR_COLOURS[0], plots.COLOURS[2]
+    return plots.COLOURS[0] if row["case"] is None else ours if _ours(row) else others
 
 
-def _panel(
-    axes: Any, column: Column, rows: Sequence[dict[str, Any]], rank: dict[str, Any] | None
-) -> None:
-    shown = [(y, row, row["values"][column.key]) for y, row in enumerate(rows)]
-    positive = [value for _, _, value in shown if value]
-    low, high = (min(positive), max(positive)) if positive else (1e-3, 1e-3)
-    # room for the zeros at the left and for a number at the right
-    decades = max(1.0, math.log10(high / low))
-    left, right = low / 10 ** (0.3 * decades), high * 10 ** (0.75 * decades)
-    axes.set_xscale("log")
-    axes.set_xlim(left, right)
-    axes.minorticks_off()
-    axes.tick_params(labelsize=6, left=False, bottom=bool(positive), labelbottom=bool(positive))
-    axes.grid(True, which="major", color="0.92")
-    axes.set_axisbelow(True)
-    axes.spines[:].set_color("0.8")
-    for y, row, value in shown:
-        if value is None:
-            axes.annotate("-", (0.03, y), xycoords=axes.get_yaxis_transform(), **_SMALL)
-            continue
-        best = rank is not None and row["case"] is not None and row["entry"] in rank["first"]
-        axes.plot(
-            value or left,
-            y,
-            marker="o" if row["case"] is not None else "|",
-            ms=6 if row["case"] is not None else 9,
-            mew=1,
-            zorder=3,
-            color=_colour(row),
-            clip_on=False,
-        )
-        axes.annotate(
-            _number(value),
-            (value or left, y),
-            xytext=(6, 0),
-            textcoords="offset points",
-            color=_colour(row),
-            fontweight="bold" if best else "normal",
-            **_SMALL,
-        )
-
-
-_SMALL: dict[str, Any] = {"fontsize": 6.5, "va": "center"}
+def _panel(axes: Any, column: Column, rows: Sequence[dict[str, Any]]) -> None:
+    values = [row["values"][column.key] for row in rows]
+    # linear below the least, so that a 0 has a place
+    axes.set_xscale("symlog", linthresh=min((value for value in values if value), default=1.0))
+    axes.margins(x=0.5)
+    axes.set_xticks([], [])
+    axes.tick_params(left=False)
+    for y, (row, value) in enumerate(zip(rows, values, strict=True)):
+        if value is not None:
+            style = {"color": _colour(row)}
+            axes.plot(value, y, marker="|" if row["case"] is None else "o", **style)
+            place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(_number(value), (value, y), fontsize=6.5, **place, **style)
 
 
 if __name__ == "__main__":

@@ -266,7 +266,7 @@ COLUMNS: dict[str, Cell] = {
 
 def table(answer: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows, in words."""
-    return section.table(answer, COLUMNS)
+    return section.by_shape(answer, *COLUMNS.items())
 
 
 remarks = section.remarks

@@ -164,14 +164,19 @@ def usual_shapes(options: Options) -> Sequence[Shape]:
 
 
 def table(
-    answer: Mapping[str, Any], columns: Mapping[str, Cell]
+    rows: Sequence[Mapping[str, Any]], *columns: tuple[str, Cell]
 ) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows in words."""
+    """Headings, and cells in words."""
+    lines = [[_cell(read, row) for _, read in columns] for row in rows]
+    return [heading for heading, _ in columns], lines
+
+
+def by_shape(
+    answer: Mapping[str, Any], *columns: tuple[str, Cell]
+) -> tuple[list[str], list[list[str]]]:
+    """The same, with the shapes where there are several."""
     several = len({row["shape"] for row in answer["rows"]}) > 1
-    columns = {**({"at": "shape"} if several else {}), **columns}
-    return list(columns), [
-        [_cell(read, row) for read in columns.values()] for row in answer["rows"]
-    ]
+    return table(answer["rows"], *([("at", "shape")] if several else []), *columns)
 
 
 def remarks(answer: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ import importlib
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -24,6 +24,7 @@ from fusedpo.benchmarks.options import Options, options_of, parser
 from fusedpo.benchmarks.peer_memory import full_logits, liger_pairs, trl_chunked
 from fusedpo.benchmarks.peers import BASELINE, OURS, PEERS, step, why_not
 from fusedpo.benchmarks.section import number
+from fusedpo.benchmarks.section import table as table_of
 from fusedpo.benchmarks.shapes import MIB, TINY, Case, Inputs, make_inputs
 from fusedpo.benchmarks.timing import Clock, in_rounds, median, told
 from fusedpo.benchmarks.worker import OutOfMemory, Peak, fresh_peak
@@ -238,8 +239,6 @@ def workload(case: Case) -> Workload:
 
 def predicted(case: Case) -> int | None:
     """Bytes beyond the gradients, by arithmetic; None where there is no formula."""
-    if case.loss == "sft":
-        return None
     if case.peer == OURS:
         return workload(case).plan().bytes
     formula = _FORMULAS.get(case.peer)
@@ -333,7 +332,7 @@ def stepper(case: Case, shared: Inputs) -> Callable[[], object]:
 # what is shown of it
 
 
-def ratio(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float | None:
+def ratio(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Of its time to the baseline's at the same point."""
     for other in rows:
         same = (other["group"], other["x"]) == (row["group"], row["x"])
@@ -345,22 +344,18 @@ def ratio(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float | None:
 
 def table(answer: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows, in words; without programs that could not be run at all."""
-    columns = ["", answer["axis"], "program", "ms", "x full logits", "extra MiB", "products", ""]
-    absent = dict(missing_everywhere(answer))
-    return columns, [
-        [
-            row["group"],
-            f"{row['x']:g}{answer['unit']}",
-            row["entry"],
-            number(row["median_seconds"], 1e3, 0),
-            number(ratio(row, answer["rows"])),
-            number(row["extra_bytes"], 1 / MIB, 1),
-            number(row["products"], 1, 1),
-            row["missing"] or "",
-        ]
-        for row in answer["rows"]
-        if row["entry"] not in absent
-    ]
+    absent, rows = dict(missing_everywhere(answer)), answer["rows"]
+    return table_of(
+        [row for row in rows if row["entry"] not in absent],
+        ("", "group"),
+        (answer["axis"], lambda row: f"{row['x']:g}{answer['unit']}"),
+        ("program", "entry"),
+        ("ms", ("median_seconds", 1e3, 0)),
+        ("x full logits", lambda row: number(ratio(row, rows))),
+        ("extra MiB", ("extra_bytes", 1 / MIB, 1)),
+        ("products", ("products", 1, 1)),
+        ("", "missing"),
+    )
 
 
 def plot(answer: dict[str, Any]) -> Any:

@@ -6,7 +6,6 @@ checkpointing, which is TRL's default. What differs is how log-probabilities com
 
     TRL, full logits     as up to TRL 1.13: the model's own forward. CPOTrainer still is so.
     TRL's fused head     TRL as it is since 1.15
-    TRL, Liger's loss    as TRL up to 1.13 with use_liger_kernel=True
     fusedpo              FusedDPOTrainer, FusedCPOTrainer
 
 Tokens count prompts too. Memory is what a fresh process comes to hold beyond the trainer that it
@@ -25,7 +24,7 @@ import tempfile
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import pairwise
@@ -35,11 +34,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fusedpo.benchmarks import measure, plots, sweep, toys
+from fusedpo.benchmarks import measure, plots, section, sweep, toys
 from fusedpo.benchmarks.formulas import TITLES
 from fusedpo.benchmarks.options import Options
 from fusedpo.benchmarks.peers import BASELINE, OURS, PEERS
-from fusedpo.benchmarks.section import number
+from fusedpo.benchmarks.section import number, quotient
 from fusedpo.benchmarks.shapes import MIB, Shape
 from fusedpo.benchmarks.shapes import Case as Common
 from fusedpo.benchmarks.timing import in_rounds, told
@@ -51,10 +50,9 @@ PROGRAMS = {
     "dpo": {
         "full_logits": "TRL, full logits",
         "trl": "TRL's fused head",
-        "liger": "TRL, Liger's loss",
         "fusedpo": "fusedpo",
     },
-    # CPOTrainer has no fused head, and no use_liger_kernel
+    # CPOTrainer has no fused head
     "simpo": {"full_logits": "TRL, full logits", "fusedpo": "fusedpo"},
 }
 """Of each loss, by the names that benchmarks/peers.py has for them."""
@@ -109,8 +107,8 @@ class Row(sweep.Row):
 # a training
 
 
-def missing(peer: str) -> str | None:
-    """Why a program cannot run here, or None if it can."""
+def missing() -> str | None:
+    """Why trainings cannot run here, or None if they can."""
     try:
         import datasets  # noqa: F401
         import trl.trainer.dpo_trainer as module
@@ -120,7 +118,7 @@ def missing(peer: str) -> str | None:
         return f"not installed (pip install 'fusedpo[trl]'): {str(error).splitlines()[0]}"
     if not hasattr(module, "add_fused_lm_head"):
         return f"needs TRL 1.15 or later, got {version('trl')}"
-    return PEERS["liger"].missing() if peer == "liger" else None
+    return None
 
 
 def build(case: Case, steps: int, folder: str, step_done: Callable[[], None]) -> Any:
@@ -188,7 +186,6 @@ def _method(case: Case) -> tuple[Any, Any, dict[str, Any]]:
     made: dict[str, Any] = {
         BASELINE: DPOTrainer,  # built within _full_logits
         "trl": DPOTrainer,
-        "liger": _liger_trainer(not case.on_cpu),
         OURS: FusedDPOTrainer,
     }
     return made[case.peer], DPOConfig, {}
@@ -243,63 +240,6 @@ def _add_full_logits(model: Any, outputs: Sequence[str] = ("log_probs",)) -> Non
         return FusedCausalLMOutput(label_mask=mask, **found)
 
     model.forward = types.MethodType(forward, model)
-
-
-def _liger_trainer(compiled: bool) -> Any:
-    """DPOTrainer with Liger's loss, as ``use_liger_kernel=True`` meant up to TRL 1.13: the model
-    without its head, then the loss, which logs no entropy and no accuracy of tokens. Now the same
-    option changes layers only."""
-    from trl.trainer.dpo_trainer import DPOTrainer
-
-    class LigerDPOTrainer(DPOTrainer):
-        @functools.cached_property
-        def liger_loss(self) -> Any:
-            from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-
-            # compiled is its default; without a GPU that needs a compiler for C++
-            return LigerFusedLinearDPOLoss(beta=self.beta, compiled=compiled)
-
-        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-            own = self.accelerator.unwrap_model(model)
-            ids, scored = inputs["input_ids"], inputs["completion_mask"][:, 1:]
-            given = {
-                "input_ids": ids,
-                "attention_mask": inputs["attention_mask"],
-                "use_cache": False,
-            }
-            with self.accelerator.autocast():
-                hidden = own.base_model(**given).last_hidden_state[:, :-1].contiguous()
-                assert self.ref_model is not None
-                with torch.no_grad():
-                    behind = self.ref_model.base_model(**given).last_hidden_state[:, :-1]
-                loss, metrics = self.liger_loss(
-                    own.get_output_embeddings().weight,
-                    hidden,
-                    ids[:, 1:].masked_fill(scored == 0, IGNORE_INDEX),
-                    None,
-                    behind.contiguous(),
-                    self.ref_model.lm_head.weight,
-                )
-            chosen_logps, rejected_logps, chosen_logits, rejected_logits, _, chosen, rejected = (
-                metrics
-            )
-            noted = {
-                "num_tokens": inputs["attention_mask"].sum(),
-                "logps/chosen": chosen_logps,
-                "logps/rejected": rejected_logps,
-                "logits/chosen": chosen_logits,
-                "logits/rejected": rejected_logits,
-                "rewards/chosen": chosen,
-                "rewards/rejected": rejected,
-                "rewards/accuracies": (chosen > rejected).float(),
-                "rewards/margins": chosen - rejected,
-            }
-            for name, value in noted.items():
-                gathered = self.accelerator.gather_for_metrics(value)
-                self._metrics["train"][name].append(gathered.float().mean().item())
-            return loss
-
-    return LigerDPOTrainer
 
 
 @dataclass(frozen=True)
@@ -382,10 +322,7 @@ def peak_of(case: Case) -> Peak:
 
 def preload() -> None:
     """What a training imports."""
-    for losses in PROGRAMS.values():
-        for peer in losses:
-            missing(peer)
-    if missing(OURS) is None:
+    if missing() is None:
         _method(Case(OURS, Shape(1, 4, 64, 300), loss="dpo"))
 
 
@@ -397,27 +334,12 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 # the longest response
 
 
-@dataclass(frozen=True)
-class Longest:
-    """The longest response whose training stays within a memory.
+def longest(peaks: Sequence[tuple[float, float]], memory: float) -> tuple[int, str] | None:
+    """The longest response whose training stays within a memory, and how that is known.
 
-    Attributes:
-        tokens: by the line through the two nearest lengths; 0: not even the shortest.
-        how: "interpolated" or "extrapolated" from these two, or "at least", where it is farther
-            from what was measured than ``FARTHEST``.
-        residual: bytes, the largest distance of a measured peak from the straight line that fits
-            all of them best; None where there are two, through which any line goes.
-    """
-
-    tokens: int
-    how: str
-    residual: float | None
-
-
-def longest(peaks: Sequence[tuple[float, float]], memory: float) -> Longest | None:
-    """From lengths and their peaks in bytes; None where they do not tell.
-
-    Between two lengths the peak is taken to be linear; beyond them, as between the nearest two.
+    From lengths and their peaks in bytes, by the line through the two nearest lengths:
+    "interpolated" between them, "extrapolated" beyond them, or "at least" where it is farther than
+    ``FARTHEST``; None where they do not tell.
     """
     peaks = sorted(peaks)
     if len(peaks) < 2:
@@ -425,23 +347,14 @@ def longest(peaks: Sequence[tuple[float, float]], memory: float) -> Longest | No
     # the first pair whose longer length is too much, or else the last
     at = next((i for i, (_, peak) in enumerate(peaks[1:-1]) if peak > memory), len(peaks) - 2)
     (x0, y0), (x1, y1) = peaks[at], peaks[at + 1]
-    residual = _residual(peaks) if len(peaks) > 2 else None
-    limit = FARTHEST * peaks[-1][0]
-    # a peak that does not grow says no more than that
-    x = x0 + (memory - y0) * (x1 - x0) / (y1 - y0) if y1 > y0 else math.inf
     if y1 <= y0 and memory < y1:
         return None
+    # a peak that does not grow says no more than that
+    x = x0 + (memory - y0) * (x1 - x0) / (y1 - y0) if y1 > y0 else math.inf
+    limit = FARTHEST * peaks[-1][0]
     if x > limit:
-        return Longest(math.floor(limit), "at least", residual)
-    how = "interpolated" if x0 <= x <= x1 else "extrapolated"
-    return Longest(max(0, math.floor(x)), how, residual)
-
-
-def _residual(peaks: Sequence[tuple[float, float]]) -> float:
-    xs, ys = zip(*peaks, strict=True)
-    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
-    slope = sum((a - x) * (b - y) for a, b in peaks) / sum((a - x) ** 2 for a in xs)
-    return max(abs(b - y - slope * (a - x)) for a, b in peaks)
+        return math.floor(limit), "at least"
+    return max(0, math.floor(x)), "interpolated" if x0 <= x <= x1 else "extrapolated"
 
 
 # the question
@@ -478,13 +391,13 @@ class Question(sweep.Question):
                 f"--device: expected cuda, as trainers take the first GPU, got {options.device}; "
                 "set CUDA_VISIBLE_DEVICES"
             )
-        memory = options.memory or parse_budget(CPU_MEMORY if options.on_cpu else GPU_MEMORY)
+        memory = parse_budget(CPU_MEMORY if options.on_cpu else GPU_MEMORY)
         answer = super().ask(options)
         longest = _all_longest(answer["rows"], memory)
         return {**answer, "kind": "training", "memory": memory, "longest": longest}
 
     def rows(self, options: Options) -> list[list[sweep.Row]]:
-        reasons = {peer: missing(peer) for peer in PROGRAMS["dpo"]}
+        reason = missing()
         return [
             [
                 Row(
@@ -492,7 +405,7 @@ class Question(sweep.Question):
                     case.shape.tokens,
                     label,
                     replace(case, peer=peer),
-                    missing=reasons[peer],
+                    missing=reason,
                 )
                 for peer, label in PROGRAMS[case.loss].items()
                 if peer in options.peers
@@ -525,53 +438,41 @@ class Question(sweep.Question):
 
 
 def _all_longest(rows: Sequence[dict[str, Any]], memory: int) -> list[dict[str, Any]]:
-    found = []
-    for group, entry in dict.fromkeys((r["group"], r["entry"]) for r in rows):
-        peaks = [
-            (r["x"], r["extra_bytes"])
-            for r in rows
-            if (r["group"], r["entry"]) == (group, entry) and r["extra_bytes"]
-        ]
-        fit = longest(peaks, memory)
-        if fit is not None:
-            numbers = {"tokens": fit.tokens, "how": fit.how, "residual_bytes": fit.residual}
-            found.append({"group": group, "entry": entry, **numbers})
-    return found
+    peaks: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for r in rows:
+        if r["extra_bytes"]:
+            peaks.setdefault((r["group"], r["entry"]), []).append((r["x"], r["extra_bytes"]))
+    fits = {key: longest(known, memory) for key, known in peaks.items()}
+    return [
+        {"group": group, "entry": entry, "tokens": fit[0], "how": fit[1]}
+        for (group, entry), fit in fits.items()
+        if fit is not None
+    ]
 
 
 def table(answer: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows, in words. The longest response stands at a program's longest length."""
-    rows = answer["rows"]
-    columns = ["", answer["axis"], "program", "ms a step", "tokens/s", "x full logits"]
-    columns += ["MiB beyond the trainer"]
-    columns += [f"longest response in {format_bytes(answer['memory'])}", ""]
+    rows, memory = answer["rows"], format_bytes(answer["memory"])
     last = {(r["group"], r["entry"]): r["x"] for r in rows if r["extra_bytes"] is not None}
     fits = {(f["group"], f["entry"]): f for f in answer["longest"]}
-    lines = []
-    for row in rows:
+
+    def fit(row: Mapping[str, Any]) -> str:
         key = (row["group"], row["entry"])
-        fit = fits.get(key) if last.get(key) == row["x"] else None
-        slower = sweep.ratio(row, rows)
-        lines.append(
-            [
-                row["group"],
-                f"{row['x']:g}",
-                row["entry"],
-                number(row["median_seconds"], 1e3, 0),
-                number(row["tokens_per_second"], 1.0, 0),
-                number(slower and 1 / slower),
-                number(row["extra_bytes"], 1 / MIB, 1),
-                "" if fit is None else _fit_in_words(fit),
-                row["missing"] or "",
-            ]
-        )
-    return columns, lines
+        found = fits.get(key) if last.get(key) == row["x"] else None
+        return "" if found is None else f"{found['tokens']} {found['how']}, two lengths"
 
-
-def _fit_in_words(fit: dict[str, Any]) -> str:
-    residual = fit["residual_bytes"]
-    off = "two lengths" if residual is None else f"residual {residual / MIB:.1f} MiB"
-    return f"{fit['tokens']} {fit['how']}, {off}"
+    return section.table(
+        rows,
+        ("", "group"),
+        (answer["axis"], lambda row: f"{row['x']:g}"),
+        ("program", "entry"),
+        ("ms a step", ("median_seconds", 1e3, 0)),
+        ("tokens/s", ("tokens_per_second", 1.0, 0)),
+        ("x full logits", lambda row: number(quotient(1.0, sweep.ratio(row, rows)))),
+        ("MiB beyond the trainer", ("extra_bytes", 1 / MIB, 1)),
+        (f"longest response in {memory}", fit),
+        ("", "missing"),
+    )
 
 
 def plot(answer: dict[str, Any]) -> Any:

@@ -77,7 +77,6 @@ def test_an_interrupt_leaves_no_half_written_file(tmp_path: Path, interrupt: int
         (["length", "--device", "gpu"], "--device: expected cpu or cuda, got 'gpu'"),
         (["length", "--seconds", "0"], "--seconds: expected a positive number"),
         (["length", "--threads", "0"], "--threads: expected at least 1"),
-        (["length", "--memory", "much"], "--memory: expected a number of bytes"),
         (["length", "--dtypo", "x"], "unknown argument --dtypo; did you mean --dtype"),
         (["length", "--peers", "nobody"], "invalid choice: 'nobody'"),
     ],

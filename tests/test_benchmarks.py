@@ -447,12 +447,12 @@ def test_what_fails_is_a_row_with_its_reason(
 
     monkeypatch.setitem(PEERS, "trl", replace(PEERS["full_logits"], label="late", loss=late))
     broken = replace(PEERS["full_logits"], label="absent", needs="no_such_package.loss")
-    monkeypatch.setitem(PEERS, "quack", broken)
+    monkeypatch.setitem(PEERS, "liger_scaled", broken)
     monkeypatch.setitem(PEERS, "liger", replace(PEERS["full_logits"], label="large"))
     measured_at_once["liger"] = worker.OutOfMemory("out of memory")
     monkeypatch.setitem(PEERS, "compiled", replace(PEERS["full_logits"], label="gone"))
     measured_at_once["compiled"] = RuntimeError("compiled: the measuring process is gone")
-    names = ("full_logits", "trl", "quack", "liger", "compiled", "fusedpo")
+    names = ("full_logits", "trl", "liger_scaled", "liger", "compiled", "fusedpo")
     question = replace(QUESTION, entries=lambda options: [sweep.Entry(name) for name in names])
     answer = question.ask(Options(threads=1, seconds=0.02))
     rows = {row["entry"]: row for row in answer["rows"] if row["x"] == 32}

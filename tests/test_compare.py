@@ -98,7 +98,7 @@ def test_small_budget_is_the_fraction_or_the_least_that_will_do():
     )
     rows, vocab = 32 * 2 * PAIRS * (8 * LENGTH - 1), 40 * VOCAB
     assert small_budget(large) == rows * vocab * 4 // 16
-    # too little for any tile: doubled until it is enough
+    # too little for any tile
     least = small_budget(problem, fraction=1e-6)
     assert fused(replace(problem, memory_budget=least)).isfinite()
     with pytest.raises(ValueError, match="memory_budget"):
@@ -117,7 +117,7 @@ def test_the_fused_loss_has_the_tolerance_also_in_a_process_of_its_own(tmp_path,
     monkeypatch.setattr(compare_module, "preference_loss", preference_loss)
     fused(problem)
     path = tmp_path / "batch.pt"
-    torch.save(compare_module._packed(problem), path)
+    torch.save(problem, path)
     compare_module.answer({"way": FUSED, "path": str(path)})
     assert len(noted) > 2 and {*noted} == {2e-3}
 
