@@ -274,7 +274,7 @@ MISTAKES = {
     "unknown loss": (["--loss", "simpoo"], "loss: expected one of .*; did you mean 'simpo'"),
     "batch without mismatched rows": (
         ["--loss", "kto", "--batch-size", "1"],
-        "batch_size: expected at least 2, got 1; a batch of one has no mismatched rows",
+        "batch_size: expected at least 2, as KTO sets each prompt .* got 1; raise it, or take KTO",
     ),
     "pairs for single responses": (
         ["--loss", "kto"],
@@ -387,7 +387,8 @@ def test_an_output_that_is_a_file_stays_one(folder, tmp_path, capsys):
     output.write_text("years of work")
     assert main(arguments(folder, output, *quick())) == 2
     assert capsys.readouterr().err == (
-        f"fusedpo train: error: output: expected a folder to make, got {output}, which is a file\n"
+        f"fusedpo train: error: output: expected a folder to make, got {output}, which is a file; "
+        "choose another name\n"
     )
     assert output.read_text() == "years of work"
 
@@ -495,12 +496,13 @@ JOBS = {
     "checkpoints": ({"save_steps": -1}, "save_steps: expected at least 0, got -1"),
     "comparison": (
         {"loss": losses.get("s-sppo"), "compare": True},
-        "compare: expected False with adapters, and for a loss that is not of pairs alone, "
-        "got True",
+        "compare: expected False with adapters, or with a loss of more than the dataset's own "
+        "pairs, got True; leave it out",
     ),
     "columns": (
         {"loss": Weighted()},
-        "dataset: expected one with the columns pair_weight, got 'demo'",
+        "dataset: expected one with the columns pair_weight, which the loss takes, got 'demo'; "
+        "name a dataset of your own",
     ),
 }
 
@@ -525,8 +527,8 @@ def test_another_name_of_a_loss_trains_with_its_factor(folder, tmp_path):
 LAUNCHES = {
     "deepspeed": ([], {"ACCELERATE_USE_DEEPSPEED": "true"}, "FSDP, got DeepSpeed; leave"),
     "a reference": (["--loss", "dpo"], {"ACCELERATE_USE_FSDP": "true"}, "reference, got FSDP"),
-    "samples": (["--loss", "sspo"], {"ACCELERATE_USE_FSDP": "true"}, "writes, got FSDP"),
-    "own pairs": (["--loss", "sapo"], {"ACCELERATE_USE_FSDP": "true"}, "writes, got FSDP"),
+    "samples": (["--loss", "sspo"], {"ACCELERATE_USE_FSDP": "true"}, "is trained on, got FSDP"),
+    "own pairs": (["--loss", "sapo"], {"ACCELERATE_USE_FSDP": "true"}, "is trained on, got FSDP"),
     "logits": (["--compare"], {"ACCELERATE_USE_FSDP": "true"}, "compare: expected False"),
 }
 

@@ -52,7 +52,8 @@ def _part(part: object, where: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     text = part.get("text") if isinstance(part, Mapping) and kind == "text" else None
     if not isinstance(text, str):
-        raise bad_value(where, 'parts like {"type": "text", "text": ...}', f"one of {kind}")
+        remedy = "models are of text: leave other parts out"
+        raise bad_value(where, 'parts like {"type": "text", "text": ...}', f"one of {kind}", remedy)
     return text
 
 

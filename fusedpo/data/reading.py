@@ -78,7 +78,8 @@ def _read_json(path: Path) -> Iterator[Mapping[str, Any]]:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
-                    raise bad_value(f"{path} line {number}", "a JSON object", "an empty line")
+                    place, got = f"{path} line {number}", "an empty line"
+                    raise bad_value(place, "a JSON object", got, "remove the line")
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
@@ -93,7 +94,10 @@ def _read_json(path: Path) -> Iterator[Mapping[str, Any]]:
         ) from error
     except UnicodeDecodeError as error:
         raise bad_value(
-            str(path), "text in UTF-8", f"byte {error.object[error.start]:#x}"
+            str(path),
+            "text in UTF-8",
+            f"byte {error.object[error.start]:#x}",
+            "save the file in UTF-8",
         ) from error
 
 

@@ -135,7 +135,8 @@ def _template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise bad_type(place, "an object", type(options).__name__)
     for name in _DECIDED:
         if name in options:
-            raise bad_value(place, "what the chat template alone looks at", repr(name))
+            expected = "options that only the chat template reads"
+            raise bad_value(place, expected, f"{name!r}, which is decided here", "leave it out")
     for name, value in columns.items():
         if name in options and value is not None:
             expected = f"no {name} beside the column of that name"
@@ -154,7 +155,8 @@ def check_plain(row: Mapping[str, Any], where: str) -> None:
 def _refuse(row: Mapping[str, Any], columns: Sequence[str], where: str, expected: str) -> None:
     for column in columns:
         if not absent(row.get(column)):
-            raise bad_value(f"{where}, {column}", expected, "some")
+            remedy = "leave the column out"
+            raise bad_value(f"{where}, {column}", expected, "some", remedy)
 
 
 def _kind(text: Text) -> str:

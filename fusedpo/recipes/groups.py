@@ -162,7 +162,7 @@ def sampled_batch(
             not whole groups of ``group_size``.
     """
     if not len(prompts) == len(responses) == len(rewards):
-        got = f"{len(prompts)}, {len(responses)} and {len(rewards)}"
+        got = f"{len(rewards)} for {len(prompts)} prompts and {len(responses)} responses"
         raise bad_value("rewards", "as many as prompts and responses", got)
     batch = pad_sequences(prompts, responses, pad_token_id)
     given = torch.tensor(rewards, dtype=torch.float64)

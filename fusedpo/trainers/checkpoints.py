@@ -41,7 +41,10 @@ def to_resume(folder: Path, method: Method, processes: int) -> str:
             "go on with as many processes as wrote it",
         )
     raise bad_value(
-        "resume", f"a checkpoint in {folder}", "none", "checkpoints are written with save_steps"
+        "resume",
+        f"a checkpoint in {folder}",
+        "none",
+        "start without resume, and with save_steps, which writes them",
     )
 
 

@@ -153,7 +153,8 @@ class TrainJob:
             raise bad_value("eval_fraction", "a number between 0 and 1", f"{self.eval_fraction:g}")
         check_options(self.memory_budget, "auto", self.gradient_tolerance)
         if self.length_groups is not None and not isinstance(self.loss, PreferenceLoss):
-            raise bad_value("length_groups", "None for sampled responses", str(self.length_groups))
+            expected, got = "None for sampled responses", str(self.length_groups)
+            raise bad_value("length_groups", expected, got, "leave it out")
         if isinstance(self.report_to, str):
             got = repr(self.report_to)
             raise bad_value("report_to", "a sequence of names", got, f"write [{got}]")
@@ -161,16 +162,18 @@ class TrainJob:
             self.model, from_folder=self._from_adapter, kept=self.model != DEMO
         )
         if self.compare and not self._comparable:
-            expected = "False with adapters, and for a loss that is not of pairs alone"
-            raise bad_value("compare", expected, "True")
+            expected = "False with adapters, or with a loss of more than the dataset's own pairs"
+            raise bad_value("compare", expected, "True", "leave it out")
         self.way.check(self.loss)
         size = self.batch_size or self.defaults.batch_size
         self.way.check_batch(self.loss, size, self.accumulation)
         if self.columns and self.dataset == DEMO:
-            raise bad_value("columns", f"none beside dataset {DEMO!r}", repr(self.columns))
+            expected, remedy = f"none beside dataset {DEMO!r}", "name a dataset of your own"
+            raise bad_value("columns", expected, repr(self.columns), remedy)
         needed = [n for n, about in self.way.numbers(self.loss).items() if about.default is None]
         if needed and self.dataset == DEMO:
-            raise bad_value("dataset", f"one with the columns {', '.join(needed)}", repr(DEMO))
+            expected = f"one with the columns {', '.join(needed)}, which the loss takes"
+            raise bad_value("dataset", expected, repr(DEMO), "name a dataset of your own")
         for name, value in self.training.items():
             if name not in SERVED:
                 raise _not_served(name, value)
@@ -305,7 +308,8 @@ def _as_asked_for(job: TrainJob) -> Iterator[None]:
             raise
         told = ", ".join(f"{name}={value!r}" for name, value in job.training.items())
         reason = first_line(error)
-        raise bad_value("training", "what transformers takes", f"{told} ({reason})") from error
+        expected = "arguments that transformers.TrainingArguments takes"
+        raise bad_value("training", expected, f"{told} ({reason})") from error
 
 
 def _steps(job: TrainJob, batches: int) -> int:

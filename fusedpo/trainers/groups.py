@@ -92,7 +92,10 @@ class GroupTrainer(FusedTrainer):
         args = args or TrainingArguments()
         if args.gradient_accumulation_steps != 1:
             raise bad_value(
-                "gradient_accumulation_steps", "1", str(args.gradient_accumulation_steps)
+                "gradient_accumulation_steps",
+                "1, as responses are sampled for one batch at a time",
+                str(args.gradient_accumulation_steps),
+                "raise per_device_train_batch_size, which counts prompts",
             )
         tokenizer = options.get("processing_class")
         self.pad_token_id = padding_token(tokenizer, vocabulary(model))
@@ -100,7 +103,7 @@ class GroupTrainer(FusedTrainer):
         check_rows(options, ("prompt_ids",))
         if options.get("data_collator") is not None:
             got = repr(options["data_collator"])
-            raise bad_value("data_collator", "None, as batches are sampled", got)
+            raise bad_value("data_collator", "None, as batches are sampled", got, "leave it out")
         options["data_collator"] = _as_they_are
         super().__init__(model, args, loss=loss, **options)
         if self._sharded:

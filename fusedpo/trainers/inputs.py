@@ -77,6 +77,7 @@ def tokenize_rows(
             "dataset",
             "at least one row to train on and one to hold out",
             f"{len(train)} and {len(held_out)} in {name}",
+            "add rows, or raise max_length if they were dropped for it",
         )
     lengths = [len(row[name]) for row in train for name in job.way.responses]
     console.print(

@@ -90,7 +90,9 @@ def _after_system(row: Row, turns: list[Message], where: str) -> list[Message]:
     if row.get("system") in (None, ""):
         return turns
     if turns and turns[0]["role"] == "system":
-        raise bad_value(f"{where}, system", "none beside a first message of system", "some")
+        expected = "nothing beside messages that begin with one of role system"
+        remedy = "leave the column out with --columns system="
+        raise bad_value(f"{where}, system", expected, "some", remedy)
     return [_message("system", row["system"], f"{where}, system"), *turns]
 
 
@@ -101,8 +103,9 @@ def _trl(row: Row, where: str) -> dict[str, Any]:
     columns = [name for name in COLUMNS if row.get(name) is not None]
     pair: dict[str, Any] = {name: text_of(row[name], name, where) for name in columns}
     if isinstance(pair["chosen"], str) and row.get("system") not in (None, ""):
-        remedy = "name the prompt --columns question=prompt, or leave it out with system="
-        raise bad_value(f"{where}, system", "none beside a prompt of text", "some", remedy)
+        remedy = "make messages of it with --columns question=prompt, or leave the column out with "
+        remedy += "--columns system="
+        raise bad_value(f"{where}, system", "nothing beside a prompt of text", "some", remedy)
     return pair
 
 
@@ -194,13 +197,14 @@ def _calls(text: str, place: str) -> list[dict[str, Any]]:
 
 def _alpaca(row: Row, where: str) -> dict[str, Any]:
     if not _is_list(row["output"]) or len(row["output"]) != 2:
-        got = f"{len(row['output'])}" if _is_list(row["output"]) else kind_of(row["output"])
+        got = kind_of(row["output"])
+        got = f"a list of {len(row['output'])}" if _is_list(row["output"]) else got
         raise bad_value(f"{where}, output", "two texts, the chosen one first", got)
     turns = []
     for exchange in row.get("history") or ():
         place = f"{where}, history"
         if not _is_list(exchange) or len(exchange) != 2:
-            raise bad_value(place, "lists of an instruction and its response", repr(exchange))
+            raise bad_value(place, "lists of two texts, instruction and response", repr(exchange))
         turns += [_message("user", exchange[0], place), _message("assistant", exchange[1], place)]
     texts = [written(f"{where}, {n}", row.get(n) or "") for n in ("instruction", "input")]
     turns.append(_message("user", "\n".join(filter(None, texts)), f"{where}, instruction"))
@@ -226,7 +230,9 @@ def _completion(row: Row, where: str) -> dict[str, Any]:
 def _messages(row: Row, where: str) -> dict[str, Any]:
     messages = text_of(row["messages"], "messages", where)
     if isinstance(messages, str) or len(messages) < 2 or messages[-1]["role"] != "assistant":
-        got = kind_of(messages) if isinstance(messages, str) else f"{len(messages)} messages"
+        got = "text" if isinstance(messages, str) else f"{len(messages)} messages"
+        if not isinstance(messages, str) and messages:
+            got += f", the last of {messages[-1]['role']}"
         expected = "messages of a prompt and, as the last one, the response of assistant"
         raise bad_value(f"{where}, messages", expected, got)
     return {"prompt": messages[:-1], "completion": messages[-1:], "label": _label(row, where)}

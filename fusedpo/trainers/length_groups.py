@@ -127,7 +127,7 @@ def are_on(length_groups: object, trainer: Any, roles: int, *, experts: bool) ->
     }
     hindered = [where for where, there in hindrances.items() if there]
     if length_groups and hindered:
-        raise bad_value("length_groups", f"None or False {hindered[0]}", "True")
+        raise bad_value("length_groups", f"None or False {hindered[0]}", "True", "leave it out")
     return not hindered and (roles > 2 if length_groups is None else length_groups)
 
 

@@ -28,7 +28,8 @@ METRICS = "metrics.json"
 def check(output: Path) -> None:
     """Refuse now what could not be written after hours of training."""
     if output.exists() and not output.is_dir():
-        raise bad_value("output", "a folder to make", f"{output}, which is a file")
+        got = f"{output}, which is a file"
+        raise bad_value("output", "a folder to make", got, "choose another name")
     if output.is_dir() and any(output.iterdir()) and not (output / METRICS).is_file():
         raise bad_value(
             "output",

@@ -64,7 +64,7 @@ def check_launcher() -> None:
             "accelerate launch",
             "a launcher of several processes",
             "one process, as --cpu starts whatever --num_processes says",
-            "torchrun --nproc_per_node N -m fusedpo train --cpu ..., or accelerate launch "
+            "start torchrun --nproc_per_node N -m fusedpo train --cpu ..., or accelerate launch "
             "--multi_gpu --num_processes N -m fusedpo train --cpu ...",
         )
     if asked("ACCELERATE_USE_DEEPSPEED"):
@@ -88,8 +88,9 @@ def connect(cpu: bool) -> None:
         raise error if is_first() else ToldByFirst(str(error)) from None
     state = PartialState(cpu=cpu or not torch.accelerator.is_available(), timeout=_PATIENCE)
     if state.num_processes != count():
-        got = f"one of {count()} processes on accelerators"
-        raise bad_value("launcher", "torchrun or accelerate launch", got, "or train with --cpu")
+        expected = "torchrun or accelerate launch, where processes train on accelerators"
+        got = f"another one, of {count()} processes"
+        raise bad_value("launcher", expected, got, "start with one of these, or train with --cpu")
 
 
 def disconnect() -> None:

@@ -120,16 +120,20 @@ def check_sharding(job: TrainJob) -> None:
     remedy = "leave --use_fsdp out, for DistributedDataParallel"
     if job.way.writes:
         got = f"FSDP, with {type(job.way).__name__}"
-        raise bad_value("accelerate launch", "whole weights for a model that writes", got, remedy)
+        expected = "whole weights, as the model writes what it is trained on"
+        raise bad_value("accelerate launch", expected, got, remedy)
     if job.loss.needs_reference:
         got = f"FSDP, with {type(job.loss).__name__}"
         remedy += ", or take a loss without one, such as simpo"
-        raise bad_value("accelerate launch", "whole weights for a loss's reference", got, remedy)
+        expected = "whole weights, as the loss has a reference"
+        raise bad_value("accelerate launch", expected, got, remedy)
     if job.compare:
-        raise bad_value("compare", "False under FSDP, where no process has the head", "True")
+        expected = "False under FSDP, where no process has the head"
+        raise bad_value("compare", expected, "True", "leave it out")
     if job.adapters.merge_output:
         expected = "False under FSDP, where no process has all weights"
-        raise bad_value("merge_output", expected, "True")
+        remedy = "merge the saved adapter afterwards, with merge_adapter"
+        raise bad_value("merge_output", expected, "True", remedy)
 
 
 def quiet_console(console: Console | None) -> Console:
@@ -164,7 +168,10 @@ def _trackers(job: TrainJob) -> list[Any]:
         except (RuntimeError, ImportError) as error:
             reason = first_line(error)
             raise bad_value(
-                "report_to", "a tracker that is installed", f"{name!r} ({reason})"
+                "report_to",
+                "a tracker that is installed",
+                f"{name!r} ({reason})",
+                "install it, or leave it out",
             ) from error
     return made
 

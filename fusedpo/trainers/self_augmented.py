@@ -74,7 +74,7 @@ class SelfAugmentedDataset(Dataset[dict[str, Any]]):
         if get_worker_info() is not None:
             raise bad_value(
                 "dataloader_num_workers",
-                "0, as a worker has no part in the model's training",
+                "0, as pairs are made by the model that is trained, in its own process",
                 "a worker process",
             )
         asked = [int(index) for index in indices]
@@ -120,8 +120,8 @@ class SelfAugmentedDataset(Dataset[dict[str, Any]]):
                 raise ValueError("other pairs than those that were asked for")
         of_source, restore = self.source._saved(folder)
         if batches != of_source:
-            got = f"{batches} and {of_source} batches"
-            raise bad_value(str(path), "files of one save", got)
+            got = f"one after {batches} batches beside one after {of_source}"
+            raise bad_value(str(path), "files of one save", got, "take another checkpoint")
         restore()
         self.restart()
         pairs = iter(rows)

@@ -96,7 +96,11 @@ _TRAINERS = (
             "callbacks do not hear of evaluation",
         ),
         ("        self.log(found)\n", "", "evaluation is not logged"),
-        ("loss=loss, ref_model=ref_model, ", "loss=loss, ", "another reference than was given"),
+        (
+            "loss=loss, **options)",
+            'loss=loss, **{**options, "ref_model": None})',
+            "another reference than was given",
+        ),
         (
             "[self.max_new_tokens] * len(prompts)",
             "[self.max_new_tokens - 1] * len(prompts)",
@@ -232,8 +236,8 @@ _TRAINERS = (
             "experts' loss",
         ),
         (
-            "        if model.training:\n            of_batch",
-            "        if True:\n            of_batch",
+            "        if model.training:\n            self._train_means",
+            "        if True:\n            self._train_means",
             "evaluation in the training's means",
         ),
         ("config.dispatch_batches = False", "config.dispatch_batches = True", "batches are cut"),
@@ -407,7 +411,11 @@ _TRAINERS = (
     *_in(
         "fusedpo/trainers/methods/two_contexts.py",
         "trainers/test_methods.py -k 'settings or collated or may_take or every_process or reward or demonstration or mistake'",
-        ("ShortToLongCollator(pad, both=loss.both)", "ShortToLongCollator(pad)", "no fourth role"),
+        (
+            'ShortToLongCollator(pad, both=options["loss"].both)',
+            "ShortToLongCollator(pad)",
+            "no fourth role",
+        ),
     ),
     *_in(
         "fusedpo/trainers/methods/sampled.py",

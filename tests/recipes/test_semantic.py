@@ -319,7 +319,7 @@ def test_matrix_is_symmetric_with_a_diagonal_of_one():
     [
         ([[1.0]], r"expected \[2, d\] for 2 texts, got \[1, 1\]"),
         ([1.0, 2.0], r"expected \[2, d\] for 2 texts, got \[2\]"),
-        ([[1.0], [math.nan]], "expected finite vectors, got others for 'bb'"),
+        ([[1.0], [math.nan]], "expected finite vectors, got NaN or infinity for 'bb'"),
     ],
 )
 def test_encoders_that_return_something_else_are_refused(vectors, message):
@@ -468,7 +468,7 @@ ROW = {"prompt": "", "chosen": "east", "rejected": "west"}
             {"encode": Table()},
             "row 1: expected the columns chosen, rejected, got prompt, chosen",
         ),
-        ({**ROW, "rejected": [EAST]}, {"encode": Table()}, "row 1, chosen: expected text or"),
+        ({**ROW, "rejected": [EAST]}, {"encode": Table()}, "row 1, chosen: expected messages, as"),
         (
             {"chosen": [EAST], "rejected": [{"role": "assistant", "content": None}]},
             {"encode": Table()},

@@ -182,8 +182,10 @@ def test_an_order_that_takes_more_than_any_other_is_refused():
         refused += 1
         with pytest.raises(ValueError) as error:
             build_contexts(**given, seed=seed)
-        expected = "max_length: expected prompts of at most 2 tokens, got 3 with the fewest distrac"
-        assert str(error.value) == f"{expected}tors"
+        assert str(error.value) == (
+            "max_length: expected prompts of at most 2 tokens, got 3 with the fewest distractors; "
+            "raise it, or take fewer short_distractors"
+        )
     assert 0 < refused < 20
 
 

@@ -436,7 +436,7 @@ def test_evaluation_is_logged_and_callbacks_hear_of_it(tmp_path: Path) -> None:
         (
             {"args": {"gradient_accumulation_steps": 2}},
             ValueError,
-            "gradient_accumulation_steps: expected 1, got 2",
+            "gradient_accumulation_steps: expected 1, as responses are sampled for one batch",
         ),
     ],
 )

@@ -417,7 +417,11 @@ IMAGE = [{"type": "text", "text": "red"}, {"type": "image", "image": "a.png"}]
     ("good", "changes", "message"),
     [
         ({"prompt": "a", **TEXTS}, {"chosen": None}, "expected the columns prompt, chosen, rej"),
-        ({"prompt": "a", **TEXTS}, {"system": "b"}, ", system: expected none beside a prompt of t"),
+        (
+            {"prompt": "a", **TEXTS},
+            {"system": "b"},
+            ", system: expected nothing beside a prompt of",
+        ),
         (PAIR, {"prompt": [user(IMAGE)]}, ', prompt, content: expected parts like {"type": "text"'),
         (PAIR, {"chosen": [assistant(IMAGE)]}, "got one of image"),
         (
@@ -453,16 +457,20 @@ IMAGE = [{"type": "text", "text": "red"}, {"type": "image", "image": "a.png"}]
         (
             SHAREGPT,
             {"conversations": [{"from": "system", "value": "a"}], "system": "b"},
-            ", system: expected none beside a first message of system, got some",
+            ", system: expected nothing beside messages that begin with one of role system",
         ),
         *(
             (SHAREGPT, {"chosen": {"from": "function_call", "value": text}}, "a function_call like")
             for text in ("cat(1)", "[]", "3", '{"name": "cat"}', "[3]")
         ),
-        (ALPACA, {"output": ["a"]}, ", output: expected two texts, the chosen one first, got 1"),
+        (
+            ALPACA,
+            {"output": ["a"]},
+            ", output: expected two texts, the chosen one first, got a list of 1",
+        ),
         (ALPACA, {"output": "a"}, ", output: expected two texts, the chosen one first, got text"),
         (ALPACA, {"output": ["a", 3]}, ", output: expected text, got int"),
-        (ALPACA, {"history": [["a"]]}, ", history: expected lists of an instruction and its resp"),
+        (ALPACA, {"history": [["a"]]}, ", history: expected lists of two texts, instruction and"),
         (ALPACA, {"input": 3}, ", input: expected text, got int"),
     ],
     ids=str,
@@ -488,7 +496,10 @@ def test_a_row_that_is_not_of_the_layout_is_refused_with_its_place(
         *(
             ({"messages": PAIR["prompt"] + PAIR["chosen"], "label": True}, changes, message)
             for changes, message in (
-                ({"messages": [user("a")]}, "the response of assistant, got 1 messages"),
+                (
+                    {"messages": [user("a")]},
+                    "the response of assistant, got 1 messages, the last of user",
+                ),
                 ({"messages": [assistant("a"), user("a")]}, "line 2, messages: expected messages"),
                 ({"messages": "a"}, "the response of assistant, got text"),
                 ({"label": "yes"}, "line 2, label: expected true or false, got text"),

@@ -60,7 +60,9 @@ def test_blank_lines_before_json_lines_are_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", "", GOOD)
     with pytest.raises(ValueError) as error:
         load(path)
-    assert str(error.value) == f"{path} line 1: expected a JSON object, got an empty line"
+    assert str(error.value) == (
+        f"{path} line 1: expected a JSON object, got an empty line; remove the line"
+    )
 
 
 def test_saved_datasets_are_read_with_their_own_held_out_split(tmp_path):
@@ -241,8 +243,8 @@ def test_missing_files_are_refused_without_asking_the_hub(name, monkeypatch):
         ),
         (
             {**GOOD, "chat_template_kwargs": {"tokenize": True}},
-            "line 7, chat_template_kwargs: expected what the chat template alone looks at, "
-            "got 'tokenize'",
+            "line 7, chat_template_kwargs: expected options that only the chat template reads, "
+            "got 'tokenize', which is decided here; leave it out",
         ),
         (
             {**GOOD, "chosen": "b\ud83d"},

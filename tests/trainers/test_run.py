@@ -216,15 +216,15 @@ def test_further_arguments_reach_the_trainer_in_the_place_of_defaults(tmp_path: 
         ({"optimm": "sgd"}, "training: .*, got 'optimm'; did you mean 'optim'"),
         (
             {"lr_scheduler_type": "cosine_with_min_lr"},
-            r"training: expected what transformers takes, got lr_scheduler_type=.* \(.*min_lr",
+            r"training: expected arguments .*, got lr_scheduler_type=.* \(.*min_lr",
         ),
         (
             {"optim": "adam"},
-            r"training: expected what transformers takes, got optim='adam' \(adam",
+            r"training: expected arguments .*, got optim='adam' \(adam",
         ),
         (
             {"optim": "lomo"},
-            r"training: expected what transformers takes, got optim='lomo' \(.*lomo",
+            r"training: expected arguments .*, got optim='lomo' \(.*lomo",
         ),
     ],
 )

@@ -258,11 +258,11 @@ def test_files_of_two_saves_are_refused(tmp_path):
     data.save(tmp_path)
     data.__getitems__([0, 1])
     data.source.save(tmp_path)
-    with pytest.raises(ValueError, match="expected files of one save, got 0 and 1 batches"):
+    with pytest.raises(ValueError, match=r"expected files of one save, got one after 0 .* 1; take"):
         data.load(tmp_path)
     data.save(tmp_path)
     dataset(tiny.model()).source.save(tmp_path)
-    with pytest.raises(ValueError, match="expected files of one save, got 1 and 0 batches"):
+    with pytest.raises(ValueError, match=r"expected files of one save, got one after 1 .* 0; take"):
         data.load(tmp_path)
 
 

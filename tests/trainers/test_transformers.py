@@ -400,9 +400,9 @@ def test_adapters_merged_into_what_the_reference_shares_are_refused(tmp_path, wa
         subject.evaluate()
     got = "a model without them" if way == "away" else "merged ones"
     assert str(error.value) == (
-        "model: expected adapters beside the frozen weights, which the reference has in common "
-        f"with it, got {got}; call model.unmerge_adapter(), or give a ref_model with weights of "
-        "its own"
+        "model: expected adapters that are not merged into the frozen weights, which the reference "
+        f"shares, got {got}; call model.unmerge_adapter(), or give a ref_model with weights of its "
+        "own"
     )
     if way == "in place":
         model.unmerge_adapter()
@@ -547,7 +547,7 @@ def test_a_model_as_the_reference_is_refused_where_weights_are_sharded(tmp_path,
     assert str(error.value) == (
         "ref_model: expected none under FSDP and DeepSpeed, where it would be whole on every "
         "device, got LlamaForCausalLM; train new adapters, whose reference is the model without "
-        "them, or a loss without a reference, or under DistributedDataParallel"
+        "them, take a loss without a reference, or train under DistributedDataParallel"
     )
 
 
@@ -1176,22 +1176,23 @@ ARGUMENTS = {
     ),
     "label_names": (
         {"label_names": ["chosen"]},
-        "label_names: expected None or ['labels'], got ['chosen']",
+        "label_names: expected None or ['labels'], got ['chosen']; leave it out",
     ),
     "liger": (
         {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}},
-        "liger_kernel_config['fused_linear_cross_entropy']: expected not True, as the head is "
-        "fused here, got True",
+        "liger_kernel_config['fused_linear_cross_entropy']: expected False or nothing, as the "
+        "head is fused here, got True; leave it out",
     ),
     "train_sampling_strategy": (
         {"train_sampling_strategy": "group_by_length"},
-        "train_sampling_strategy: expected a datasets.Dataset with the column length beside it, "
-        "got 'group_by_length'",
+        "train_sampling_strategy: expected 'random', as train_dataset is no datasets.Dataset with "
+        "the column length, got 'group_by_length'; add the column length, of tokens a row, or "
+        "leave it out",
     ),
     "dispatch_batches": (
         {"accelerator_config": {"dispatch_batches": True}},
         "accelerator_config.dispatch_batches: expected None or False, as batches would be cut "
-        "between chosen and rejected, got True",
+        "between chosen and rejected, got True; leave it out",
     ),
 }
 

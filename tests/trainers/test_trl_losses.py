@@ -883,7 +883,8 @@ def test_images_in_prompts_are_refused(model, tmp_path) -> None:
     subject = groups(model(), tmp_path, FusedGRPOTrainer, FusedGRPOConfig, fused_loss="grpo")
     (batch, _), *_ = recorded(subject)
     got = repr(subject.args.the_loss())
-    with says(ValueError, f"fused_loss: expected None with images in the prompts, got {got}"):
+    text = f"fused_loss: expected None with images in the prompts, got {got}; leave it out"
+    with says(ValueError, text):
         subject._compute_loss(subject.model, {**batch, "num_images": [1, 1, 1, 1]})
 
 
@@ -962,7 +963,8 @@ GROUPED = {**COMMON, "per_device_train_batch_size": 8}
 def test_a_kl_weight_beside_another_beta_is_refused(tmp_path) -> None:
     given = {"fused_loss": "grpo", "fused_loss_args": {"kl_weight": 0.1}}
     for beta in (0.0, 0.04):
-        with says(ValueError, f"kl_weight: expected beta, {beta}, got 0.1; set beta"):
+        expected = f"kl_weight: expected {beta}, as beta, by which TRL loads a reference"
+        with says(ValueError, f"{expected}, got 0.1; set beta"):
             FusedGRPOConfig(str(tmp_path), **GROUPED, **given, beta=beta)
     assert FusedGRPOConfig(str(tmp_path), **GROUPED, **given, beta=0.1).the_loss().kl_weight == 0.1
 
@@ -975,8 +977,8 @@ def test_ratios_of_tokens_are_refused_for_losses_of_whole_responses(tmp_path) ->
     for mode in ("token_truncate", "token_mask"):
         with says(
             ValueError,
-            "vllm_importance_sampling_mode: expected sequence_truncate or sequence_mask, got "
-            f"{mode}",
+            "vllm_importance_sampling_mode: expected sequence_truncate or sequence_mask, as the "
+            f"loss has one ratio a response, got {mode}",
         ):
             config("gspo", mode)
         # of tokens, with the correction in its formula, and not corrected at all
@@ -996,7 +998,9 @@ def test_hyperparameters_that_are_no_dictionary_are_refused(tmp_path, given: Any
 
 def test_a_model_that_writes_has_no_columns_for_the_loss(tmp_path) -> None:
     got = repr(losses.SPPO())
-    with says(ValueError, f"fused_loss: expected one without inputs of its own, got {got}"):
+    expected = "a loss that takes no further columns, which self-augmented pairs lack"
+    text = f"fused_loss: expected {expected}, got {got}; leave self_augmented out"
+    with says(ValueError, text):
         FusedDPOConfig(str(tmp_path), **COMMON, self_augmented=True, fused_loss="sppo")
 
 

@@ -94,8 +94,8 @@ def _matched(own: nn.Module, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
             raise bad_value(
                 "model",
                 f"the {len(ours)} {kind} that the average was made of",
-                f"{len(theirs)}, or other shapes",
-                "sharded parameters (FSDP, DeepSpeed ZeRO-3) cannot be averaged here",
+                f"{len(theirs)} of other shapes",
+                "give the same model, whole: shards (FSDP, DeepSpeed ZeRO-3) cannot be averaged",
             )
         pairs += zip(ours, theirs, strict=True)
     return pairs
@@ -123,7 +123,10 @@ def saved_weights(
     own = weights_of(module, prefix)
     theirs = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     if {name: t.shape for name, t in theirs.items()} != {name: t.shape for name, t in own.items()}:
-        raise bad_value(str(path), f"the {prefix[:-1]} of this model", "that of another one")
+        remedy = "go on with the model that was saved"
+        raise bad_value(
+            str(path), f"the {prefix[:-1]} of this model", "that of another one", remedy
+        )
 
     def restore() -> None:
         for name, tensor in own.items():

@@ -275,10 +275,12 @@ class SelfAugmented:
             rng = generator(meta["generator"])
         if rows != len(self):
             got = f"one saved with {rows} rows"
-            raise bad_value(str(path), f"a run on these {len(self)} rows", got)
+            remedy = "go on with the rows that were trained on"
+            raise bad_value(str(path), f"a run on these {len(self)} rows", got, remedy)
         if updates != updates_of_first:
             got = f"{updates} and {updates_of_first} updates of the average"
-            raise bad_value(f"{path} and {first.name}", "files of one save", got)
+            remedy = "take another checkpoint"
+            raise bad_value(f"{path} and {first.name}", "files of one save", got, remedy)
         if reference != (self.ref_model is not None):
             run, save = ("without", "with") if reference else ("with", "without")
             raise bad_value(

@@ -131,7 +131,8 @@ def _responses(row: Mapping[str, Any], where: str) -> tuple[str, str]:
         return chosen, rejected
     for name, response in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(response, str):
-            raise bad_type(f"{where}, {name}", "text or messages, as the other response", "a str")
+            expected = "messages, as the other response is"
+            raise bad_type(f"{where}, {name}", expected, "a str")
     assert not isinstance(chosen, str) and not isinstance(rejected, str), "refused above"
     prompt = None if row.get("prompt") is None else text_of(row["prompt"], "prompt", where)
     _, chosen, rejected = split_messages(prompt, chosen, rejected)

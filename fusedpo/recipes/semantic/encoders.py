@@ -91,7 +91,8 @@ class SentenceEncoder:
 def _loaded(name: str, source: str, device: str | None) -> SentenceEncoder:
     encoder = sentence_encoder(source, device=device)
     if encoder.name != name:
-        raise bad_value("name", name, f"{encoder.name} in its place")
+        remedy = "its files have changed: make the encoder anew"
+        raise bad_value("name", name, f"{encoder.name} in its place", remedy)
     return encoder
 
 

@@ -103,7 +103,7 @@ def _vectors(encode: Encoder, texts: list[str]) -> Array:
         )
     bad = ~np.isfinite(found).all(-1)
     if bad.any():
-        got = f"others for {texts[int(bad.argmax())][:60]!r}"
+        got = f"NaN or infinity for {texts[int(bad.argmax())][:60]!r}"
         raise bad_value("encode", "finite vectors", got)
     # scaled first: the square of a large entry overflows
     found = found / np.maximum(np.abs(found).max(-1, keepdims=True), np.finfo(np.float64).tiny)

@@ -49,7 +49,10 @@ def check_aligned(labels: Tensor, *, both: bool = False) -> None:
             if tokens != other:
                 got = f"{len(tokens)} after the short one and {len(other)} others after the long"
                 raise bad_value(
-                    f"pair {i + 1}, {response}", "the same tokens after both contexts", got
+                    f"pair {i + 1}, {response}",
+                    "the same tokens after both contexts",
+                    got,
+                    "make the rows with tokenize_rows, which sees to it",
                 )
 
 

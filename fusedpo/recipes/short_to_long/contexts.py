@@ -144,8 +144,11 @@ def build_contexts(
     taken = pool[:short_distractors]
     short_tokens = tokens(text([*relevant, *taken])) + rest
     if max_length is not None and short_tokens > max_length:
-        got = f"{short_tokens} of the short one"
-        raise bad_value("max_length", f"prompts of at most {max_length} tokens", got)
+        expected, got = (
+            f"prompts of at most {max_length} tokens",
+            f"{short_tokens} of the short one",
+        )
+        raise bad_value("max_length", expected, got, "raise it, or take fewer short_distractors")
     limit = target(short_tokens)
     if max_length is not None:
         limit = min(limit, max_length)
@@ -163,8 +166,9 @@ def build_contexts(
     short = text(p for p, is_near in zip(passages, near, strict=True) if is_near)
     short_tokens = tokens(short) + rest
     if max_length is not None and max(short_tokens, total) > max_length:
+        expected = f"prompts of at most {max_length} tokens"
         got = f"{max(short_tokens, total)} with the fewest distractors"
-        raise bad_value("max_length", f"prompts of at most {max_length} tokens", got)
+        raise bad_value("max_length", expected, got, "raise it, or take fewer short_distractors")
     return Contexts(
         short=short,
         long=text(passages),

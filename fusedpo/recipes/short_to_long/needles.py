@@ -63,8 +63,9 @@ def needle_rows(
     excerpts = _excerpts(passages, opening_chars, response_chars, passage_chars)
     rows = len(excerpts) if rows is None else rows
     if len(excerpts) < max(rows, 2):
-        got = f"{len(excerpts)} of them"
-        raise bad_value("passages", f"at least {max(rows, 2)} that are long enough", got)
+        expected, got = f"at least {max(rows, 2)} that are long enough", f"{len(excerpts)} of them"
+        remedy = "give more text, fewer rows, or smaller opening_chars and response_chars"
+        raise bad_value("passages", expected, got, remedy)
     chooser = random.Random(seed)
     chooser.shuffle(excerpts)
     by_text = {excerpt.text: excerpt for excerpt in excerpts}
@@ -94,7 +95,7 @@ def needle_rows(
             candidates = [other.text for other in others if other.text not in inside]
         if len(inside) <= short_distractors or not candidates:
             got = f"{len(inside)} in the long context of row {i + 1}, {len(excerpts)} in all"
-            remedy = "a smaller ratio, a larger length or max_length, or more passages"
+            remedy = "take a smaller ratio, a larger length or max_length, or more passages"
             raise bad_value("passages", "distractors to tell the needle from", got, remedy)
         rejected = by_text[chooser.choice(candidates)].continuation
         found.append(contexts.row(needle.continuation, rejected))

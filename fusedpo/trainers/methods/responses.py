@@ -34,8 +34,9 @@ def check_loss(loss: Loss) -> None:
 def check_size(loss: Loss, argument: str, size: int) -> None:
     """Refuse batches without mismatched rows for a loss that takes z0."""
     if size < 2 and takes_kl(loss):
-        remedy = "a batch of one has no mismatched rows; KTO(variant='apo_zero') needs none"
-        raise bad_value(argument, "at least 2", str(size), remedy)
+        expected = "at least 2, as KTO sets each prompt beside the response to another one"
+        remedy = "raise it, or take KTO(variant='apo_zero'), which does not"
+        raise bad_value(argument, expected, str(size), remedy)
 
 
 @dataclass(frozen=True)

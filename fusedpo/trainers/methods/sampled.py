@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusedpo.checks import bad_value, positive
+from fusedpo.data.messages import first_line
 from fusedpo.losses import Loss, PolicyLoss
 from fusedpo.losses.base import hyperparameter
 from fusedpo.losses.hyperparameters import at_least
@@ -84,4 +85,5 @@ def reward_function(name: str) -> Any:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         expected = '"overlap", or module:function that can be imported'
-        raise bad_value("reward", expected, repr(name)) from error
+        got = f"{name!r} ({first_line(error)})"
+        raise bad_value("reward", expected, got) from error

@@ -26,10 +26,13 @@ def check_given(model: Any, loss: Loss, ref_model: Any, options: Mapping[str, An
             "leave it out",
         )
     if ref_model is model and ref_model is not None:
-        raise bad_value("ref_model", "a model of its own", "the model that is trained")
+        got = "the model that is trained"
+        remedy = "leave it out, for a frozen copy of the model as it is now"
+        raise bad_value("ref_model", "a model of its own", got, remedy)
     for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
         if options.get(name) is not None:
-            raise bad_value(name, "None, as no logits are made", repr(options[name]))
+            expected, remedy = "None, as no logits are made", "leave it out; the loss has metrics"
+            raise bad_value(name, expected, repr(options[name]), remedy)
     for name, each in (("model", model), ("ref_model", ref_model)):
         if each is not None:
             check_model(name, each)
@@ -55,30 +58,32 @@ def check_arguments(args: TrainingArguments, loss: Loss) -> None:
         got = str(args.label_smoothing_factor)
         raise bad_value("label_smoothing_factor", "0, as no logits are made", got, f"take {own}")
     if args.label_names not in (None, ["labels"]):
-        raise bad_value("label_names", "None or ['labels']", repr(args.label_names))
+        got = repr(args.label_names)
+        raise bad_value("label_names", "None or ['labels']", got, "leave it out")
     if args.world_size > 1 and not args.average_tokens_across_devices:
         expected = "True, as every pair counts the same on whichever process"
-        raise bad_value("average_tokens_across_devices", expected, "False")
+        raise bad_value("average_tokens_across_devices", expected, "False", "leave it out")
     past = getattr(args, "past_index", -1)  # gone from transformers 5.23
     if past >= 0:
         raise bad_value("past_index", "-1, as no states are kept", str(past))
     config: Any = args.accelerator_config
     if config.dispatch_batches:
         expected = "None or False, as batches would be cut between chosen and rejected"
-        raise bad_value("accelerator_config.dispatch_batches", expected, "True")
+        raise bad_value("accelerator_config.dispatch_batches", expected, "True", "leave it out")
     parallel = getattr(args, "parallelism_config", None)
     if any(getattr(parallel, name, False) for name in ("cp_enabled", "sp_enabled")):
         got = "context or sequence parallelism"
         expected = "whole sequences on every process"
-        raise bad_value("parallelism_config", expected, got, "see sequence_group for a loop of own")
+        remedy = "leave it out; in a loop of your own preference_loss takes sequence_group"
+        raise bad_value("parallelism_config", expected, got, remedy)
     if args.use_liger_kernel:
         # Liger's layers, but not its heads, of which one replaces the model's forward
         asked = args.liger_kernel_config or {}
         heads = ("fused_linear_cross_entropy", "cross_entropy")
         for name in heads:
             if asked.get(name):
-                expected = "not True, as the head is fused here"
-                raise bad_value(f"liger_kernel_config[{name!r}]", expected, "True")
+                expected = "False or nothing, as the head is fused here"
+                raise bad_value(f"liger_kernel_config[{name!r}]", expected, "True", "leave it out")
         args.liger_kernel_config = {**asked, **dict.fromkeys(heads, False)}
 
 
@@ -88,8 +93,10 @@ def check_sampling(args: TrainingArguments, rows: Any) -> None:
     of_lengths = strategy in ("group_by_length", "batch_rebalance")
     names = getattr(rows, "column_names", None) or ()
     if rows is not None and of_lengths and args.length_column_name not in names:
-        expected = f"a datasets.Dataset with the column {args.length_column_name} beside it"
-        raise bad_value("train_sampling_strategy", expected, repr(strategy))
+        column = args.length_column_name
+        expected = f"'random', as train_dataset is no datasets.Dataset with the column {column}"
+        remedy = f"add the column {column}, of tokens a row, or leave it out"
+        raise bad_value("train_sampling_strategy", expected, repr(strategy), remedy)
 
 
 def check_rows(options: Mapping[str, Any], columns: Sequence[str]) -> None:

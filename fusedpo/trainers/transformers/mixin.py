@@ -157,8 +157,8 @@ class FusedTrainerMixin(_Base):
                     "ref_model",
                     "none under FSDP and DeepSpeed, where it would be whole on every device",
                     type(self.ref_model).__name__,
-                    "train new adapters, whose reference is the model without them, or a loss "
-                    "without a reference, or under DistributedDataParallel",
+                    "train new adapters, whose reference is the model without them, take a loss "
+                    "without a reference, or train under DistributedDataParallel",
                 )
             check_new_adapters(model)
             self.ref_model = None

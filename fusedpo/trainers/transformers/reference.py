@@ -41,7 +41,7 @@ def frozen_copy(model: Any) -> Any:
         if getattr(model, "is_loaded_in_8bit", False):
             raise bad_value(
                 "model",
-                "new adapters over weights of 8 bits, which a loss with a reference has it without",
+                "new adapters over weights of 8 bits, as the reference is the model without them",
                 "adapters that have learned something",
                 "load the weights whole or in 4 bits, or take a loss without a reference",
             )
@@ -66,7 +66,7 @@ def check_adapters(model: Any, reference: Any) -> None:
     if len(own) < len(copied) or any(own) or any(copied):
         raise bad_value(
             "model",
-            "adapters beside the frozen weights, which the reference has in common with it",
+            "adapters that are not merged into the frozen weights, which the reference shares",
             "merged ones" if any(own) or any(copied) else "a model without them",
             "call model.unmerge_adapter(), or give a ref_model with weights of its own",
         )

@@ -153,11 +153,13 @@ class FusedDPOConfig(ByName, DPOConfig):
         super().__post_init__()
         if self.self_augmented_args is not None and not self.self_augmented:
             got = repr(self.self_augmented_args)
-            raise bad_value("self_augmented_args", "None without self_augmented", got)
+            expected, remedy = "None without self_augmented", "set self_augmented=True"
+            raise bad_value("self_augmented_args", expected, got, remedy)
         loss = self.the_loss()
         if loss is None:
             if self.length_groups:
-                raise bad_value("length_groups", "None or False without fused_loss", "True")
+                expected, remedy = "None or False without fused_loss", "name a fused_loss"
+                raise bad_value("length_groups", expected, "True", remedy)
             return
         if not isinstance(loss, PreferenceLoss):
             raise bad_value("fused_loss", "a loss of pairs", repr(loss), "use FusedGRPOConfig")
@@ -167,7 +169,8 @@ class FusedDPOConfig(ByName, DPOConfig):
         used = ("beta",) if self._takes_beta() else ()
         self._refuse(set(_OF_DPO).difference(used), "use fused_loss_args")
         if self.self_augmented and loss.inputs:
-            raise bad_value("fused_loss", "one without inputs of its own", repr(loss))
+            expected = "a loss that takes no further columns, which self-augmented pairs lack"
+            raise bad_value("fused_loss", expected, repr(loss), "leave self_augmented out")
         if self.self_augmented:
             settings = self.settings_of_pairs()
             settings.check_loss(loss.needs_reference)
@@ -217,7 +220,8 @@ class FusedGRPOConfig(ByName, GRPOConfig):
         if not isinstance(loss, PolicyLoss):
             raise bad_value("fused_loss", "a policy loss", repr(loss), "use FusedDPOConfig")
         if loss.kl_weight != self.beta:
-            raise bad_value("kl_weight", f"beta, {self.beta}", str(loss.kl_weight), "set beta")
+            expected = f"{self.beta}, as beta, by which TRL loads a reference"
+            raise bad_value("kl_weight", expected, str(loss.kl_weight), "set beta")
         self._refuse(_OF_GRPO, "use fused_loss_args")
         if "kl_estimator" in dictionary("fused_loss_args", self.fused_loss_args):
             self._refuse(("use_bias_correction_kl",), "kl_estimator in fused_loss_args decides")
@@ -226,7 +230,9 @@ class FusedGRPOConfig(ByName, GRPOConfig):
         mode = getattr(self, "vllm_importance_sampling_mode", "")
         if whole and corrected and str(mode).startswith("token"):
             raise bad_value(
-                "vllm_importance_sampling_mode", "sequence_truncate or sequence_mask", mode
+                "vllm_importance_sampling_mode",
+                "sequence_truncate or sequence_mask, as the loss has one ratio a response",
+                mode,
             )
 
     def the_loss(self) -> Any:

@@ -57,7 +57,8 @@ class LossOfGroups(Base):  # type: ignore[misc]
             "use_cache": False,
         }
         if inputs.get("num_images") is not None:
-            raise bad_value("fused_loss", "None with images in the prompts", repr(loss))
+            expected = "None with images in the prompts"
+            raise bad_value("fused_loss", expected, repr(loss), "leave it out")
         of_model |= {n: inputs[n] for n in _OF_IMAGES if inputs.get(n) is not None}
         if self.aux_loss_enabled:
             of_model["output_router_logits"] = True

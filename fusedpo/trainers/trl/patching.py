@@ -64,7 +64,7 @@ def patch(
     if not reached:
         raise RuntimeError(
             f"trl: expected a version from 0.29 to 1.16, got {trl.__version__}, in which nothing "
-            "is where it was; update fusedpo, or TRL"
+            "stands where it is replaced; install one of these, or update fusedpo"
         )
     for method, condition in reached.items():
         watch(method.lower(), condition)
