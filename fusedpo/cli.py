@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import os
+import re
 import signal
 import sys
 import threading
@@ -32,6 +34,7 @@ COMMANDS: dict[str, Any] = {
 
 _USER_ERROR = 2
 _INTERRUPTED = 130
+_UNREAD = 141
 
 
 class _Misuse(ValueError):
@@ -55,13 +58,17 @@ class _Parser(argparse.ArgumentParser):
     def refuse(self, words: Sequence[str]) -> NoReturn:
         """Words that no option took; the value after an unknown option is one of them."""
         word = next((word for word in words if word.startswith("-")), words[0]).partition("=")[0]
-        near = difflib.get_close_matches(word, self._option_string_actions, n=2)
+        known = list(self._option_string_actions)
+        # --lr for --learning-rate
+        near = [option for option in known if re.sub(r"([a-z])[a-z]*-?", r"\1", option) == word]
+        near = near[:2] or difflib.get_close_matches(word, known, n=2)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         self.error(f"unknown argument {word}{hint}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is 0, 2 for a user's error, 130 for an interruption.
+    """Run the command; the exit code is 0, 2 for a user's error, 130 for an interruption, 141 where
+    nobody reads on.
 
     A command may have others of its own. Of several processes the first one alone prints, but for
     what another one alone knows.
@@ -70,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     program = f"fusedpo {argv[0]}" if argv and argv[0] in COMMANDS else "fusedpo"
     try:
         with _terminable():
-            return _run(argv)
+            code = _run(argv)
+            sys.stdout.flush()
+            return code
     except KeyboardInterrupt:
         if processes.is_first():
             print(f"{program}: interrupted; no incomplete output was left", file=sys.stderr)
@@ -78,6 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except processes.ToldByFirst as error:
         processes.leave(error)
         return _USER_ERROR
+    except BrokenPipeError:
+        # whoever reads has enough, such as head; Python would flush once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _UNREAD
     except Exception as error:
         if not processes.is_for_the_user(error):
             raise

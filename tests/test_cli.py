@@ -294,6 +294,7 @@ MISTAKES = {
         ["--max-step", "3"],
         "unknown argument --max-step; did you mean --max-step",
     ),
+    "option by its initials": (["--lr", "1"], "argument --lr; did you mean --learning-rate or --"),
     "budget": (["--memory-budget", "lots"], "memory_budget: expected a number of bytes"),
     "budget too small": (["--memory-budget", "100"], "memory_budget: expected at least"),
     "tolerance": (["--gradient-tolerance", "1e-6"], "gradient_tolerance: expected 0 .exact.,"),
@@ -542,6 +543,15 @@ def test_a_launch_that_cannot_train_is_refused(name, folder, tmp_path, monkeypat
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error
     assert not list(tmp_path.iterdir())
+
+
+def test_whoever_reads_may_stop_as_head_does():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "fusedpo", "losses"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_the_command_is_a_module_too():

@@ -81,9 +81,9 @@ def _read_json(path: Path) -> Iterator[Mapping[str, Any]]:
                     place, got = f"{path} line {number}", "an empty line"
                     raise bad_value(place, "a JSON object", got, "remove the line")
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.rstrip())
                 except json.JSONDecodeError as error:
-                    got = f"{error.msg} at column {error.colno}"
+                    got = f"text that is none ({error.msg} at column {error.colno})"
                     raise bad_value(
                         f"{path} line {number}", "a JSON object", got, remedy
                     ) from error

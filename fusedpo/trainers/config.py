@@ -227,10 +227,10 @@ def _not_served(name: str, value: Any) -> ValueError:
 
     if name not in TrainingArguments.__dataclass_fields__:
         return bad_choice("training", name, SERVED)
-    remedy = f"use {INSTEAD[name]}" if name in INSTEAD else "leave it out"
-    return bad_value(
-        name, "no such argument, which fusedpo train cannot serve", repr(value), remedy
-    )
+    expected = "left out, as fusedpo train cannot serve it"
+    if name in INSTEAD:
+        expected = f"{INSTEAD[name]} in its place, as fusedpo train calls it"
+    return bad_value(name, expected, repr(value))
 
 
 def training_arguments(job: TrainJob, rows: int, folder: Path) -> TrainingArguments:

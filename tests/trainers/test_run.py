@@ -208,10 +208,10 @@ def test_further_arguments_reach_the_trainer_in_the_place_of_defaults(tmp_path: 
 @pytest.mark.parametrize(
     ("training", "message"),
     [
-        ({"num_train_epochs": 2.0}, "num_train_epochs: expected no such .*, got 2.0; use epochs"),
+        ({"num_train_epochs": 2.0}, "num_train_epochs: expected epochs in its place, .*, got 2.0"),
         (
             {"fsdp": "full_shard"},
-            "fsdp: expected no such argument, .*, got 'full_shard'; leave it out",
+            "fsdp: expected left out, as fusedpo train cannot serve it, got 'full_shard'",
         ),
         ({"optimm": "sgd"}, "training: .*, got 'optimm'; did you mean 'optim'"),
         (
