@@ -89,7 +89,7 @@ class TrainJob:
             2e-3 is what rounding to bfloat16 costs; 0 is exact.
         length_groups: run rows of nearly one length together, each group in a forward of its own
             length: the same loss with little padding; by default for short and long contexts.
-        dtype: of the weights; ``auto`` as they were saved.
+        dtype: of the weights; ``auto`` as they were saved. Half precision loses small steps.
         autocast: compute dtype over float32 weights; ``auto`` for bfloat16 where a GPU has it.
         gradient_checkpointing: recompute the layers in the backward pass rather than keep them.
         save_steps: steps between checkpoints in OUTPUT-checkpoints; 0 for none.

@@ -69,6 +69,7 @@ def _run(job: TrainJob, console: Console | None) -> dict[str, Any]:
             f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, "
             f"vocabulary {model.get_output_embeddings().weight.shape[0]}"
         )
+        _tell_of_rounding(model, console)
         with processes.together():
             train, held_out = tokenize_rows(job, *rows, model, tokenizer, console)
         del rows
@@ -184,6 +185,16 @@ def _check_folders(job: TrainJob) -> str | None:
     if job.save_steps:
         checkpoints.check_none(job.checkpoints, job.way)
     return None
+
+
+def _tell_of_rounding(model: Any, console: Console) -> None:
+    """Say that weights of half precision may stay as they are, however long they are trained."""
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    for dtype in trained & {torch.bfloat16, torch.float16}:
+        console.print(
+            f"note: weights trained in {str(dtype).removeprefix('torch.')} lose steps that are "
+            f"small beside them; --dtype float32 keeps them, and --autocast bfloat16 the time"
+        )
 
 
 def make_trainer(

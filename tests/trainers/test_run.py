@@ -156,6 +156,16 @@ def test_an_output_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch, er
     assert (output / "kept").is_file()
 
 
+def test_a_note_says_that_half_precision_loses_steps() -> None:
+    said = io.StringIO()
+    runs._tell_of_rounding(tiny.model(), Console(file=said))
+    # as below adapters
+    runs._tell_of_rounding(tiny.model().bfloat16().requires_grad_(False), Console(file=said))
+    assert not said.getvalue()
+    runs._tell_of_rounding(tiny.model().bfloat16(), Console(file=said, width=200))
+    assert said.getvalue().startswith("note: weights trained in bfloat16 lose steps")
+
+
 def test_the_end_is_evaluated_once(tmp_path: Path) -> None:
     log = [{"step": 2, "eval_loss": 1.0}, {"step": 4, "loss": math.pi}]
     trainer: Any = SimpleNamespace(state=SimpleNamespace(global_step=4, log_history=log))
