@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
+from fusedpo import tables
 from fusedpo.benchmarks.measure import describe, machine, peak_bytes
+from fusedpo.benchmarks.shapes import MIB
 from fusedpo.benchmarks.timing import Clock
 from fusedpo.benchmarks.worker import in_fresh_process
 
@@ -25,6 +27,10 @@ WAYS = {
     "SoLoPO, in length groups": ("short to long", True),
     "SimPO on the long context": ("long pairs", False),
 }
+
+
+SIZES = {"pairs": 1, "short": 1100, "long": 7500, "response": 200}
+SIZES |= {"hidden": 256, "layers": 2, "vocab": 8192}
 
 
 def rows(options: argparse.Namespace, *, pairs: bool) -> list[dict[str, list[int]]]:
@@ -101,21 +107,19 @@ def answer(request: dict[str, Any]) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    sizes = {"pairs": 1, "short": 1100, "long": 7500, "response": 200}
-    sizes |= {"hidden": 256, "layers": 2, "vocab": 8192}
-    for name, default in sizes.items():
+    for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--folder", default="build/lengths")
     options = parser.parse_args()
-    print(describe(machine()))
-    print("\n| way | tokens of the rows | tokens run | ratio | s a step | peak, MiB |")
-    print("|---|---|---|---|---|---|")
+    lines = []
     for way in WAYS:
         request = {**vars(options), "way": way, "threads": torch.get_num_threads()}
         found = in_fresh_process("fusedpo.benchmarks.lengths:answer", request)
-        ratio, peak = found["run"] / found["real"], found["peak"] / 2**20
-        numbers = f"{found['real']} | {found['run']} | {ratio:.2f} | {found['seconds']:.1f}"
-        print(f"| {way} | {numbers} | {peak:.0f} |", flush=True)
+        ratio, peak = found["run"] / found["real"], found["peak"] / MIB
+        numbers = (f"{ratio:.2f}", f"{found['seconds']:.1f}", f"{peak:.0f}")
+        lines.append([way, str(found["real"]), str(found["run"]), *numbers])
+    columns = ("way", "tokens of the rows", "tokens run", "ratio", "s a step", "peak, MiB")
+    tables.show(describe(machine()), columns, lines)
     return 0
 
 

@@ -28,8 +28,9 @@ def full_logits(work: Workload) -> dict[str, int] | None:
     }
 
 
-# trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE, trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
-_TRL_ROWS, _TRL_COLUMNS = 4096, 32_768
+# trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE, trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE: that
+# module needs packages that the kernel does not
+_TRL_ROWS, TRL_COLUMNS = 4096, 32_768
 
 
 def trl_chunked(work: Workload) -> dict[str, int] | None:
@@ -46,11 +47,11 @@ def trl_chunked(work: Workload) -> dict[str, int] | None:
     hidden, vocab, b = work.shape.hidden, work.shape.vocab, work.size
     on_gpu, rounded = work.device != "cpu", b != 4
     tokens = work.scored if on_gpu else work.positions
-    n, v = min(tokens, _TRL_ROWS), min(vocab, _TRL_COLUMNS)
+    n, v = min(tokens, _TRL_ROWS), min(vocab, TRL_COLUMNS)
     formula = n * v * (7 * 4 + 1 + 4 * (work.shape.softcap is not None))
     widened = 4 * (n * v + (v if work.frozen else max(n, v)) * hidden) if b < 4 else 0
     return {
-        "tile": n * _TRL_COLUMNS * b,
+        "tile": n * TRL_COLUMNS * b,
         "tile's temporaries": 0 if on_gpu else max(formula, widened),
         "hidden gradient in fp32": tokens * hidden * 4 if rounded or on_gpu else 0,
         "head gradient in fp32": vocab * hidden * 4 if rounded and not work.frozen else 0,

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedpo.benchmarks.formulas import FORMULAS, WITH_REFERENCE, Tokens
+from fusedpo.benchmarks.peer_memory import TRL_COLUMNS
 from fusedpo.benchmarks.shapes import TINY, Case, Inputs, make_inputs
 from fusedpo.benchmarks.timing import told
 from fusedpo.labels import IGNORE_INDEX
@@ -71,7 +72,7 @@ def trl(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         None,
         labels[mask] if compact else labels.clamp(min=0).flatten(),
         1.0,
-        _trl_chunk(),
+        TRL_COLUMNS,
         None,
         1.0,
         ("log_probs",),
@@ -79,19 +80,6 @@ def trl(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     if compact:
         return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs)
     return logprobs.view(mask.shape).masked_fill(~mask, 0)
-
-
-@cache
-def _trl_chunk() -> int:
-    """TRL's vocabulary entries a tile; its number in 1.16 where its trainers cannot be imported.
-
-    They need packages (datasets) that its kernel does not.
-    """
-    try:
-        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
-    except ImportError:
-        return 32768
-    return _CHUNKED_LOGPROB_CHUNK_SIZE
 
 
 def liger_scaled(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -131,13 +131,14 @@ def draw_training(
     path: Path, history: History, title: str, signals: Sequence[Signal] = PAIR_SIGNALS
 ) -> None:
     """The loss and the signals over the steps, a panel each, to a PNG."""
-    plt = _pyplot()
+    from matplotlib.figure import Figure
+
     others = [signal for signal in signals if signal is not LOSS]
     columns = min(3, 1 + len(others))
     rows = -(-(1 + len(others)) // columns)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(13, 4.2 * rows), layout="constrained", squeeze=False
-    )
+    # not pyplot's: no display is needed, and none is opened
+    figure = Figure(figsize=(13, 4.2 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
     # a loss within another one takes more than a line
     figure.suptitle(textwrap.fill(title, 110))
     loss, *panels = grid.flat
@@ -157,7 +158,7 @@ def draw_training(
         axes.margins(x=0.16)
     for axes in panels[len(others) :]:
         axes.set_visible(False)
-    _save(figure, path)
+    figure.savefig(path, dpi=120)
 
 
 def _curve(
@@ -180,18 +181,3 @@ def _curve(
         xytext=(3, 0),
         textcoords="offset points",
     )
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    # no display is needed, and none is opened
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=120)
-    _pyplot().close(figure)
