@@ -104,7 +104,7 @@ def progress(title: str, steps: int) -> Iterator[Advance]:
     def advance(what: str) -> None:
         print(f"[{next(done)}/{steps}] {what}", file=sys.stderr, flush=True)
 
-    print(title, file=sys.stderr, flush=True)
+    print(f"[0/{steps}] {title}", file=sys.stderr, flush=True)
     yield advance
 
 
