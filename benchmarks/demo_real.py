@@ -1,20 +1,24 @@
 """Tune a real language model by DPO with LoRA, and run TRL's trainer beside it: ``make demo-real``.
 
-    python -m fusedpo.benchmarks.demo_real [--model smollm2] [--steps 100] [--trl-steps 15] ...
+    python -m fusedpo.benchmarks.demo_real [--model smollm2] [--steps 100] [--compared-steps 8] ...
 
 Pairs are made of real text that every machine has, the docstrings of Python's standard library: the
 model is asked to continue one, the chosen answer is how it goes on, the rejected one what the model
 writes. ``fusedpo train`` tunes adapters on them; plain transformers and PEFT load these, and three
-prompts that are not trained on are answered before and after. TRL's DPOTrainer then takes its first
-steps on the same rows, batches of the same size, and the same adapters, learning rate and number
-format. Each training is a process of its own, whose peak is all that it holds, program and weights
-included; the seconds of a step are those of the training without its evaluations, by its steps.
+prompts that are not trained on are answered before and after.
+
+TRL's DPOTrainer then takes some steps on the same rows, and FusedDPOTrainer takes the same steps:
+one configuration, and the same batches in the same order, because a batch's longest row decides
+its peak. Each of the two is a process of its own. Its peak is all that it holds, program and
+weights included, and glibc hands free blocks back (``measure.MALLOC_ENV``): by default it keeps
+hundreds of MiB of them, which depend on the order of calls more than on what is held.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -31,7 +35,7 @@ from fusedpo.recipes import stdlib_pairs
 from fusedpo.trainers.pretrained import load
 
 REQUEST = "Continue this text:\n\n"
-_HELD_OUT, _SHOWN = 16, 3
+_HELD_OUT, _SHOWN = 8, 3
 _GENERATED = 24  # prompts at a time
 
 Message = dict[str, str]
@@ -44,7 +48,8 @@ class Settings:
 
     Attributes:
         model: as of ``fusedpo train``.
-        steps, trl_steps: of the two trainings; 0: TRL is left out.
+        steps: of ``fusedpo train``.
+        compared_steps: of TRL's trainer and of ours beside it; 0: neither is run.
         pairs: of a step.
         new_tokens: of an answer, at most.
         rank, rate: of the adapters, and their learning rate.
@@ -52,11 +57,11 @@ class Settings:
 
     model: str = smollm2.NAME
     steps: int = 100
-    trl_steps: int = 15
+    compared_steps: int = 8
     pairs: int = 2
-    new_tokens: int = 40
+    new_tokens: int = 32
     rank: int = 8
-    rate: float = 1e-4
+    rate: float = 2e-4
     max_length: int = 256
 
     @property
@@ -82,7 +87,7 @@ def train_command(given: Settings, rows: Path, output: Path) -> list[str]:
 def made_rows(model: Any, tokenizer: Any, given: Settings) -> list[Row]:
     """Rows of messages; those whose true continuation or whose answer is empty are left out."""
     prose = [p for p in stdlib_pairs.read_passages() if not p.text.startswith(("def ", "async "))]
-    texts = stdlib_pairs.make_pairs(prose, prompt_chars=120, response_chars=160, seed=0)
+    texts = stdlib_pairs.make_pairs(prose, prompt_chars=100, response_chars=120, seed=0)
     texts = texts[: given.rows]
     prompts = [[{"role": "user", "content": REQUEST + row["prompt"].strip()}] for row in texts]
     written = answers(model, tokenizer, prompts, given.new_tokens, sample=True)
@@ -122,11 +127,11 @@ def answers(
     return found
 
 
-# the two trainings, each in a process of its own
+# the trainings, each in a process of its own
 
 
-def by_fusedpo(given: Settings, rows: Path, output: Path) -> dict[str, float]:
-    """What ``fusedpo train`` took; its adapters are in ``output``."""
+def tune(given: Settings, rows: Path, output: Path) -> dict[str, float]:
+    """Seconds a step of ``fusedpo train``; its adapters are in ``output``."""
     from fusedpo.cli import main as fusedpo
 
     if code := fusedpo(train_command(given, rows, output)):
@@ -135,23 +140,37 @@ def by_fusedpo(given: Settings, rows: Path, output: Path) -> dict[str, float]:
     return _costs(log, given.steps)
 
 
+def by_fusedpo(given: Settings, rows: Path, output: Path) -> dict[str, float]:
+    """Seconds a step of FusedDPOTrainer on the rows."""
+    from fusedpo.trainers.trl import FusedDPOTrainer
+
+    return _steps_of(FusedDPOTrainer, given, rows, output)
+
+
 def by_trl(given: Settings, rows: Path, output: Path) -> dict[str, float]:
-    """What TRL's DPOTrainer took for its first steps on the same rows."""
+    """Seconds a step of TRL's DPOTrainer on the rows."""
+    import trl
+
+    theirs: Any = trl  # it has types, but not of what it loads lazily
+    return _steps_of(theirs.DPOTrainer, given, rows, output)
+
+
+def _steps_of(trainer_class: Any, given: Settings, rows: Path, output: Path) -> dict[str, float]:
     import trl
     from datasets import Dataset
     from peft import LoraConfig
 
-    theirs: Any = trl  # it has types, but not of what it loads lazily
+    config: Any = trl
     model, tokenizer = load(given.model)
-    found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
-    args = theirs.DPOConfig(
+    examples = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    args = config.DPOConfig(
         str(output),
         learning_rate=given.rate,
         lr_scheduler_type="cosine",
         per_device_train_batch_size=given.pairs,
-        max_steps=given.trl_steps,
+        max_steps=given.compared_steps,
         max_length=given.max_length,
-        # as the other one: neither is TRL's default
+        # as ``fusedpo train``: neither is TRL's default
         gradient_checkpointing=False,
         bf16=False,
         use_cpu=True,
@@ -163,15 +182,15 @@ def by_trl(given: Settings, rows: Path, output: Path) -> dict[str, float]:
     adapters = LoraConfig(
         r=given.rank, lora_alpha=2 * given.rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    trainer = theirs.DPOTrainer(
+    trainer = trainer_class(
         model,
         args=args,
-        train_dataset=Dataset.from_list(found),
+        train_dataset=Dataset.from_list(examples),
         processing_class=tokenizer,
         peft_config=adapters,
     )
     trainer.train()
-    return _costs(trainer.state.log_history, given.trl_steps)
+    return _costs(trainer.state.log_history, given.compared_steps)
 
 
 def _costs(log: Sequence[Mapping[str, float]], steps: int) -> dict[str, float]:
@@ -181,15 +200,17 @@ def _costs(log: Sequence[Mapping[str, float]], steps: int) -> dict[str, float]:
     return {"step": (whole - off) / steps}
 
 
-TRAININGS = {"fusedpo": by_fusedpo, "TRL": by_trl}
+COMPARED = {"fusedpo": by_fusedpo, "TRL": by_trl}
+TRAININGS = {"train": tune, **COMPARED}
 
 
 def alone(name: str, given: Settings, rows: Path, output: Path) -> dict[str, float]:
-    """What one training took in a process of its own: seconds of a step, and peak in bytes."""
+    """Seconds of a step of one training, and its peak in bytes, in a process of its own."""
     job = {"name": name, "given": asdict(given), "rows": str(rows), "output": str(output)}
     result = output.parent / f"{name}.json"
     words = ["-m", "fusedpo.benchmarks.demo_real", "--child", json.dumps(job), str(result)]
-    subprocess.run([sys.executable, *words], check=True)
+    environment = {**os.environ, **(measure.MALLOC_ENV if name in COMPARED else {})}
+    subprocess.run([sys.executable, *words], check=True, env=environment)
     found: dict[str, float] = json.loads(result.read_text(encoding="utf-8"))
     result.unlink()
     return found
@@ -209,7 +230,7 @@ def _child(job: str, result: str) -> int:
 
 def run(given: Settings, folder: Path) -> None:
     """Make pairs, train, answer and compare, and print what came of it."""
-    started = time.perf_counter()
+    started, machine = time.perf_counter(), measure.machine()
     folder.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load(given.model)
     rows = made_rows(model.eval(), tokenizer, given)
@@ -219,17 +240,32 @@ def run(given: Settings, folder: Path) -> None:
     del model
     file, output = folder / "pairs.jsonl", folder / "adapter"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    print(f"pairs: {len(rows)} in {file}, after {time.perf_counter() - started:.0f} s\n")
+    lengths = _lengths(rows, tokenizer)
+    print(
+        f"pairs: {len(rows)} in {file}, {sum(lengths) / len(lengths):.0f} tokens a row, the "
+        f"longest {max(lengths)}; after {time.perf_counter() - started:.0f} s\n"
+    )
     print("$ fusedpo", " ".join(train_command(given, file, output)), flush=True)
-    costs = {"fusedpo": alone("fusedpo", given, file, output)}
-    if given.trl_steps:
-        costs["TRL"] = alone("TRL", given, file, folder / "trl")
+    tuned = alone("train", given, file, output)
+    print(f"fusedpo train: {given.steps} steps, {tuned['step']:.2f} s each", flush=True)
+    costs = {}
+    if given.compared_steps:
+        costs = {name: alone(name, given, file, folder / name.lower()) for name in COMPARED}
     after = answers(_loaded(given.model, output), tokenizer, prompts, given.new_tokens)
     for row, *both in zip(asked, before, after, strict=True):
         _show(row, *both)
     print()
-    _compare(given, costs)
+    if costs:
+        _compare(given, costs)
+    print(measure.describe(machine))
     print(f"adapter: {output}; all of it took {time.perf_counter() - started:.0f} s")
+
+
+def _lengths(rows: Sequence[Row], tokenizer: Any) -> list[int]:
+    """Tokens of each prompt with each of its responses."""
+    texts = [row["prompt"] + row[name] for row in rows for name in ("chosen", "rejected")]
+    encoded = tokenizer.apply_chat_template(texts, return_dict=True)
+    return [len(ids) for ids in encoded["input_ids"]]
 
 
 def _loaded(name: str, folder: Path) -> Any:
@@ -253,19 +289,21 @@ def _show(row: Row, before: str, after: str) -> None:
 
 
 def _compare(given: Settings, costs: Mapping[str, Mapping[str, float]]) -> None:
-    steps = {"fusedpo": given.steps, "TRL": given.trl_steps}
+    classes = {"fusedpo": "FusedDPOTrainer", "TRL": "TRL's DPOTrainer"}
     rows = [
-        (name, str(steps[name]), f"{cost['step']:.2f}", f"{cost['peak'] / 2**20:,.0f}")
+        (classes[name], f"{cost['step']:.2f}", f"{cost['peak'] / 2**20:,.0f}")
         for name, cost in costs.items()
     ]
-    title = f"DPO, {given.pairs} pairs a step, LoRA of rank {given.rank}, the whole process"
-    tables.show(title, ("", "steps", "seconds a step", "peak, MiB"), rows)
-    if "TRL" in costs:
-        ours, theirs = costs["fusedpo"], costs["TRL"]
-        print(
-            f"fusedpo: {theirs['step'] / ours['step']:.2f} x as fast, with "
-            f"{ours['peak'] / theirs['peak']:.2f} x the peak"
-        )
+    title = (
+        f"DPO, LoRA of rank {given.rank}, the same {given.compared_steps} steps of {given.pairs} "
+        "pairs, the whole process"
+    )
+    tables.show(title, ("", "seconds a step", "peak, MiB"), rows)
+    ours, theirs = costs["fusedpo"], costs["TRL"]
+    print(
+        f"fusedpo: {theirs['step'] / ours['step']:.2f} x as fast, with "
+        f"{ours['peak'] / theirs['peak']:.2f} x the peak"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -279,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     own = Settings()
     parser.add_argument("--model", default=own.model, help=f"default: {own.model}")
-    for name in ("steps", "trl_steps", "pairs", "new_tokens", "rank"):
+    for name in ("steps", "compared_steps", "pairs", "new_tokens", "rank"):
         default = getattr(own, name)
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=int, default=default, help=f"default: {default}")

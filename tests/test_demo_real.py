@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from transformers import Trainer
 
 from fusedpo.benchmarks import demo_real
 from fusedpo.recipes import stdlib_pairs
@@ -30,17 +31,36 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_it_trains_answers_and_compares(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--model", str(folder / "model"), "--steps", "3", "--trl-steps", "2", "--rank", "2"]
-    words += ["--new-tokens", "4", "--output", str(folder / "demo")]
+def test_it_trains_answers_and_compares(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = []
+    step_of = Trainer.training_step
+
+    def step(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        batches.append(inputs["input_ids"].tolist())
+        return step_of(self, model, inputs, *rest)
+
+    monkeypatch.setattr(Trainer, "training_step", step)
+    words = ["--model", str(folder / "model"), "--steps", "3", "--compared-steps", "2"]
+    words += ["--rank", "2", "--new-tokens", "4", "--output", str(folder / "demo")]
     assert demo_real.main(words) == 0
+    train, ours, theirs = batches[:3], batches[3:5], batches[5:]
+    assert len(train) == 3 and ours == theirs and len(ours) == 2, "a peak is of its batches"
     shown = capsys.readouterr().out
     assert shown.count("a prompt that was not trained on") == 3
-    for part in ("before", "after", "as it goes on", "TRL", "x as fast", "$ fusedpo train"):
+    for part in (
+        "before",
+        "after",
+        "as it goes on",
+        "TRL's DPOTrainer",
+        "x as fast",
+        "$ fusedpo train",
+    ):
         assert part in shown
     lines = (folder / "demo" / "pairs.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert 3 * 2 < len(rows) <= 3 * 2 + 16
+    assert 3 * 2 < len(rows) <= 3 * 2 + 8
     for row in rows:
         assert row["prompt"][0]["content"].startswith(demo_real.REQUEST)
         # the true continuation, and something else
