@@ -268,6 +268,38 @@ _TRAINERS = (
         ),
     ),
     *_in(
+        "fusedpo/trainers/adapters.py",
+        "trainers/test_adapters.py",
+        ("is_trainable=True", "is_trainable=False", "an adapter of a folder stays as it is"),
+        (
+            "merged(model).requires_grad_(True)",
+            "merged(model)",
+            "weights that an adapter was merged into stay frozen",
+        ),
+        (
+            "2 * settings.lora_rank if alpha is None",
+            "settings.lora_rank if alpha is None",
+            "adapters count half as much as is said",
+        ),
+        ("lora_dropout=settings.lora_dropout,", "", "--lora-dropout is ignored"),
+        (
+            ' and not (folder / "config.json").is_file()',
+            "",
+            "whole weights beside an adapter's file are left alone",
+        ),
+        (
+            "self.lora_rank or (from_folder and not self.merge_adapter)",
+            "self.lora_rank",
+            "an adapter over quantised weights cannot be trained further",
+        ),
+        (
+            '            "bnb_4bit_compute_dtype": dtype,\n',
+            "",
+            "products of weights of 4 bits are in float32",
+        ),
+        ("merge_and_unload(safe_merge=True)", "unload()", "adapters are dropped, not merged"),
+    ),
+    *_in(
         "fusedpo/trainers/length_groups.py",
         "trainers/test_length_groups.py -k 'not evaluation'",
         ("order=places.argsort()", "order=places", "states in the order of the groups"),

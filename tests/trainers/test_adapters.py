@@ -6,11 +6,12 @@ import importlib.util
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import tiny
 import torch
+import transformers
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, TrainingArguments
 
@@ -208,6 +209,51 @@ def test_what_does_not_go_with_a_model_is_refused(
         with pytest.raises(ValueError) as caught:
             load(str(name), adapters=AdapterSettings(**settings))
         assert str(caught.value) == message
+
+
+def test_weights_are_quantised_below_adapters_alone() -> None:
+    few_bits = AdapterSettings(quantize="4bit")
+    few_bits.check_model("folder", from_folder=True)
+    message = "quantize: expected none where all weights are trained"
+    for subject, from_folder in (
+        (AdapterSettings(quantize="4bit", merge_adapter=True), True),
+        (few_bits, False),
+    ):
+        with pytest.raises(ValueError, match=message):
+            subject.check_model("folder", from_folder=from_folder)
+
+
+def test_what_bitsandbytes_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "BitsAndBytesConfig", dict)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name == "bitsandbytes" or find(name)
+    )
+    asked = {
+        bits: adapters.quantization(AdapterSettings(lora_rank=2, quantize=bits), torch.bfloat16)
+        for bits in get_args(adapters.Quantize)
+    }
+    assert asked == {
+        "none": None,
+        "8bit": {"load_in_8bit": True},
+        "4bit": {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.bfloat16,
+        },
+    }
+
+
+def test_whole_weights_beside_an_adapter_are_the_model(
+    base: Path, learned: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    adapters.merged(load(str(learned[0]))[0]).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_bytes(
+        (learned[0] / "adapter_config.json").read_bytes()
+    )
+    assert adapters.is_adapter(learned[0]) and not adapters.is_adapter(tmp_path)
 
 
 def test_the_packages_model_is_quantised_already() -> None:
