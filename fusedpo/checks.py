@@ -116,7 +116,8 @@ def in_range(argument: str, value: object, low: float, high: float) -> float:
 
 def is_tensor(argument: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
-        raise bad_type(argument, "a torch.Tensor", type(value).__name__)
+        remedy = "pass its weight" if hasattr(value, "weight") else ""
+        raise bad_type(argument, "a torch.Tensor", type(value).__name__, remedy)
     if type(value).__name__ == "DTensor":
         raise bad_type(argument, "a plain tensor", "a DTensor", f"pass {argument}.full_tensor()")
     # while a graph is traced, tensors are fake, and what they stand for is not
@@ -221,7 +222,7 @@ def head_inputs(
             f"{prefix}hidden",
             f"[..., H] with H = {weight.shape[1]} as in {prefix}weight {list(weight.shape)}",
             str(list(hidden.shape)),
-            f"is {prefix}weight transposed? pass {prefix}weight.T" if transposed else "",
+            f"pass {prefix}weight.T, or states rather than logits" if transposed else "",
         )
     if bias is not None:
         bias = floating(f"{prefix}bias", bias)
@@ -242,9 +243,8 @@ def _same_dtype(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
     # as torch.nn.Linear: autocast is what makes mixed dtypes meaningful
     if torch.is_autocast_enabled(device) and torch.float64 not in dtypes:
         return
-    got = f"{hidden.dtype} with weight {weight.dtype}" + (
-        "" if bias is None else f" and bias {bias.dtype}"
-    )
+    got = f"{hidden.dtype} with weight {weight.dtype}"
+    got += "" if bias is None else f" and bias {bias.dtype}"
     raise bad_type(
         f"{prefix}hidden",
         "the dtype of weight and bias",

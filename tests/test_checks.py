@@ -170,7 +170,12 @@ EVERYWHERE: dict[str, Row] = {
         {"weight": WEIGHT.T},
         ValueError,
         r"^hidden: expected .*H = 50 as in weight \[6, 50\], got \[4, 5, 6\]; "
-        r"is weight transposed\? pass weight.T$",
+        r"pass weight.T, or states rather than logits$",
+    ),
+    "weight in its layer": (
+        {"weight": torch.nn.Linear(6, 50)},
+        TypeError,
+        r"^weight: expected a torch.Tensor, got Linear; pass its weight$",
     ),
     "hidden of another width": (
         {"hidden": normal(B, T, H + 1)},
@@ -801,7 +806,7 @@ PER_SEQUENCE = normal(B)
         "ref_weight transposed": (
             {"ref_hidden": HIDDEN, "ref_weight": WEIGHT.T},
             ValueError,
-            r"^ref_hidden: expected .*ref_weight \[6, 50\], got \[4, 5, 6\]; is ref_weight transp",
+            r"^ref_hidden: expected .*ref_weight \[6, 50\], got \[4, 5, 6\]; pass ref_weight.T",
         ),
         "ref_weight of a smaller vocabulary": (
             {"ref_hidden": HIDDEN, "ref_weight": WEIGHT[:-1]},

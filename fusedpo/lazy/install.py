@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fusedpo.checks import bad_choice
+from fusedpo.checks import bad_choice, bad_type
 from fusedpo.head import Head
 from fusedpo.lazy import flash_attention
 from fusedpo.lazy.everywhere import NewModels
@@ -95,6 +95,11 @@ class LazyLogits:
                     delattr(module, attribute)
                 else:
                     setattr(module, attribute, forward.original)
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Refused: ``model = lazy_logits(model)`` is a mistake that is easily made."""
+        expected = "the model, which lazy_logits has changed in place, to be called"
+        raise bad_type("model", expected, "what lazy_logits returns", "keep the model's own name")
 
     def __repr__(self) -> str:
         return f"LazyLogits({', '.join(map(repr, self._heads))})"

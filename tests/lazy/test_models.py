@@ -326,6 +326,12 @@ def test_beside_a_fused_head() -> None:
         assert near(model(IDS).logits.materialize(), head.logits(states))
 
 
+def test_what_it_returns_is_not_the_model() -> None:
+    returned: Any = lazy_logits(llama())
+    with pytest.raises(TypeError, match=r"^model: expected the model, which lazy_logits has"):
+        returned(IDS)
+
+
 def test_calling_it_again_changes_the_options_only() -> None:
     model = llama()
     lazy_logits(model)
