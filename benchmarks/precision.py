@@ -27,7 +27,7 @@ from fusedpo.benchmarks.peers import OURS, PEERS, Logprobs, Unsupported, full_lo
 from fusedpo.benchmarks.shapes import MIB, Case, Inputs, Shape, head_of
 from fusedpo.benchmarks.timing import told
 from fusedpo.labels import IGNORE_INDEX
-from fusedpo.sizes import format_bytes
+from fusedpo.sizes import DEFAULT_BUDGET, format_bytes
 
 
 class Column(NamedTuple):
@@ -72,7 +72,7 @@ def entries(options: Options) -> list[sweep.Entry]:
     """
     small = 8 * MIB * (1 if options.on_cpu else 16)
     found = [
-        sweep.Entry(name, budget=sweep.DEFAULT_BUDGET if peer.budgeted else None)
+        sweep.Entry(name, budget=DEFAULT_BUDGET if peer.budgeted else None)
         for name, peer in PEERS.items()
     ]
     found += [
@@ -392,7 +392,6 @@ def ranking(answer: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
                 own, others = ours.get(column.key), [v for v, n in numbers if n not in variants]
                 found[group][column.key] = {
                     "order": [name for _, name in numbers],
-                    "best": best,
                     "first": [name for value, name in numbers if value <= TIE * best],
                     "fusedpo": own is not None and own <= TIE * min(others, default=own),
                 }

@@ -74,7 +74,6 @@ def head_of(model: str, positions: int, pairs: int = 2) -> Shape:
 
 
 TINY = Shape(pairs=2, tokens=5, hidden=16, vocab=300)
-QUICK = Shape(pairs=2, tokens=64, hidden=128, vocab=8192)
 GPU = Shape(pairs=4, tokens=1024, hidden=4096, vocab=128_256)
 
 

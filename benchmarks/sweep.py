@@ -31,7 +31,7 @@ from fusedpo.benchmarks.worker import OutOfMemory, Peak, fresh_peak
 from fusedpo.engine.plan import BudgetTooSmall
 from fusedpo.footprint import Workload
 from fusedpo.model_shapes import ModelShape
-from fusedpo.sizes import format_bytes, parse_budget
+from fusedpo.sizes import DEFAULT_BUDGET, format_bytes
 
 Size = int | Literal["least"] | None
 
@@ -55,9 +55,6 @@ class Entry:
     @property
     def name(self) -> str:
         return self.label or PEERS[self.peer].label
-
-
-DEFAULT_BUDGET = parse_budget(None)
 
 
 def budgets(options: Options) -> tuple[int, int]:
