@@ -255,11 +255,11 @@ def test_a_row_alone_has_no_mismatched_labels(packed: bool) -> None:
 
 
 def test_a_batch_of_one_is_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="batch_size: expected at least 2, got 1"):
+    with pytest.raises(ValueError, match="batch_size: expected at least 2, as KTO"):
         TrainJob("none", "none.jsonl", tmp_path / "out", KTO(), batch_size=1)
     TrainJob("none", "none.jsonl", tmp_path / "out", KTO(variant="apo_zero"), batch_size=1)
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-        with pytest.raises(ValueError, match=f"{name}: expected at least 2, got 1"):
+        with pytest.raises(ValueError, match=f"{name}: expected at least 2, as KTO"):
             trainer(tmp_path, tiny.model(), PLAIN, **{name: 1})
 
 

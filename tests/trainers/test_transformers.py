@@ -256,16 +256,14 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
 @pytest.mark.holds(25)
 def test_autocast_holds_in_the_forward(tmp_path, monkeypatch):
     seen = []
-    from fusedpo.trainers.transformers import pairs as module
-
-    original = module.preference_loss
-    monkeypatch.setattr(
-        module,
-        "preference_loss",
-        lambda *a, **k: (seen.append(torch.is_autocast_enabled("cpu")), original(*a, **k))[1],
-    )
     model = tiny.model()
     subject = trainer(tmp_path, model, bf16=True)
+    original = subject.functional
+    monkeypatch.setattr(
+        subject,
+        "functional",
+        lambda *a, **k: (seen.append(torch.is_autocast_enabled("cpu")), original(*a, **k))[1],
+    )
     subject.train()
     assert seen == [True]
     assert next(model.parameters()).dtype == torch.float32
