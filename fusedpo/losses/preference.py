@@ -50,7 +50,8 @@ class PreferenceLoss(Loss):
 
     def per_example(self, *responses: Any, **inputs: Any) -> Tensor:
         """[P], the loss of each example from the Scores [P] of each role, and the inputs."""
-        raise NotImplementedError(f"{type(self).__name__} has no formula")
+        remedy = "define per_example(self, chosen, rejected, **inputs), [P]"
+        raise NotImplementedError(f"{type(self).__name__} has no formula; {remedy}")
 
     def of_response(self, role: str, s: Scores, **inputs: Any) -> Tensor:
         """[P], the part of the loss of a response in this role, where responses stand alone."""
@@ -84,7 +85,8 @@ class PreferenceLoss(Loss):
 
     def reward(self, s: Scores) -> Tensor:
         """[P], the implicit reward, as trainers log it."""
-        raise NotImplementedError(f"{type(self).__name__} has no reward")
+        remedy = "define reward(self, s), [P], for the metrics: beta * s.mean, for one"
+        raise NotImplementedError(f"{type(self).__name__} has no reward; {remedy}")
 
     def alignment_reward(self, s: Scores) -> Tensor:
         """[P], the reward that a loss on two contexts compares."""

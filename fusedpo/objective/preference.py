@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusedpo.checks import bad_value
 from fusedpo.losses import PreferenceLoss
 from fusedpo.losses.links import Tail
 from fusedpo.losses.scores import Scores
@@ -137,7 +138,13 @@ class PreferenceProblem:
     def _formula(self, scores: Scores) -> Tensor:
         if self.loss.formula_structure.scope != "sequence":
             inputs = self._inputs_of(self.sides[0])
-            return self.loss.per_example(*(scores[side.sequences] for side in self.sides), **inputs)
+            responses = [scores[side.sequences] for side in self.sides]
+            per_example = self.loss.per_example(*responses, **inputs)
+            # a mean would be divided again
+            if per_example.shape != responses[0].logp.shape:
+                shapes = [str(list(x.shape)) for x in (responses[0].logp, per_example)]
+                raise bad_value("loss", f"{shapes[0]}, one number an example", shapes[1])
+            return per_example
         # of a group: its examples, each with the responses that are here
         parts = [
             self.loss.of_response(side.role, scores[side.sequences], **self._inputs_of(side))

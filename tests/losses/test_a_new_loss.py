@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import engine
 import pytest
@@ -19,9 +20,11 @@ import torch
 from losses import test_shared
 from losses.problems import scores_of
 from repository import ROOT, added, copy_with
+from torch import Tensor
 
 from fusedpo import losses, plan, preference_loss
 from fusedpo.losses import MarginLoss, PolicyLoss, PreferenceLoss
+from fusedpo.losses.base import Scores
 
 DIFF = ROOT / "tests" / "additions" / "loss.diff"
 TOY = added(DIFF)["fusedpo/losses/toy.py"]
@@ -138,6 +141,20 @@ class BarePolicy(PolicyLoss):
     """Likewise of tokens."""
 
 
+@dataclass(frozen=True)
+class Averaged(PreferenceLoss):
+    """A mean, where the loss of each example is asked for."""
+
+    def per_example(self, *responses: Scores, **inputs: Any) -> Tensor:
+        return (responses[1].mean - responses[0].mean).mean()
+
+
+def test_a_mean_in_the_place_of_examples_is_refused() -> None:
+    hidden, weight, labels = torch.randn(4, 3, 5), torch.randn(7, 5), torch.ones(4, 3).long()
+    with pytest.raises(ValueError, match=r"^loss: expected \[2\], one number an example, got"):
+        preference_loss(Averaged(), hidden, weight, labels)
+
+
 S = scores_of([-8.0], [-10.0])
 
 
@@ -157,7 +174,7 @@ S = scores_of([-8.0], [-10.0])
 def test_what_it_lacks_is_named(ask: Callable[[], object], said: str) -> None:
     with pytest.raises(NotImplementedError) as error:
         ask()
-    assert str(error.value) == said
+    assert str(error.value).partition("; ")[0] == said
 
 
 def test_it_is_gone_with_its_file() -> None:
