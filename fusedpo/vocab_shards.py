@@ -89,8 +89,13 @@ class VocabShard:
 
     def add_up(self, values: Tensor) -> None:
         """The sum over the ranks, in place."""
-        if values.numel():
-            dist.all_reduce(values, group=self.group)
+        if not values.numel():
+            return
+        # gloo adds up memory as it lies: of rows that are apart, also what is between them
+        whole = values.contiguous()
+        dist.all_reduce(whole, group=self.group)
+        if whole is not values:
+            values.copy_(whole)
 
     def of_first(self, values: Tensor) -> Tensor:
         """Those of the first rank, in place: its numbers decide where all have to decide alike."""
