@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusedpo.engine import audit
 from fusedpo.engine.columns import Kept, slabs
-from fusedpo.engine.cost import Buffers, Problem
+from fusedpo.engine.cost import Buffers, Problem, padded
 from fusedpo.engine.entries import Entries
 from fusedpo.engine.head_gradient import HeadGradient, add_slice, weighted
 from fusedpo.engine.precision import divide_, multiply
@@ -27,6 +27,7 @@ def buffers(p: Problem, slab: int, chunk: int, directions: int) -> Buffers:
     directions of the weight, in bytes."""
     slabs, head = -(-p.tokens // slab), bool(p.needs & {"weight", "bias"})
     few = slabs + audit.ROWS
+    in_columns = p.on_cpu and p.backend == "torch" and "hidden" in p.needs
     return {
         "kept weight rows": chunk * p.hidden * p.operand,
         "gathered weight rows": chunk * p.hidden * p.weight_size if p.weight_cast else 0,
@@ -34,8 +35,9 @@ def buffers(p: Problem, slab: int, chunk: int, directions: int) -> Buffers:
         "wide rows": slab * p.hidden * p.acc if p.operand < p.acc else 0,
         "slab pulls": slabs * (p.hidden + 1) * p.acc,
         "lacking products": p.tokens * directions * p.acc if "hidden" in p.needs else 0,
-        "few rows": few * p.hidden * p.acc,
-        "few coefficients": few * chunk * p.operand,
+        "slab gradient": in_columns * min(slab, p.hidden - 1) * padded(p.hidden) * p.acc,
+        "few rows": few * padded(p.hidden) * p.acc,
+        "few coefficients": few * padded(chunk) * p.operand,
     }
 
 
@@ -69,7 +71,7 @@ def add_kept(
         rows, hidden = slice(*r), t.hidden_rows(*r)
         missing = None if entries.missing is None else entries.missing[rows]
         scaled = hidden if head.weight is None else weighted(t, hidden, missing)
-        of_rows = None if hidden_grad is None else hidden_grad[rows].zero_()
+        of_rows = None if hidden_grad is None else _slab_gradient(t, hidden_grad[rows])
         of_head, of_hidden = kept.columns(i)
         for columns in _chunks(t, of_head):
             z = _add_rows(t, entries, rows, hidden, columns, lost, of_rows)
@@ -83,7 +85,20 @@ def add_kept(
         pulls[i, -1] = pull.sum()
         for columns in _chunks(t, of_hidden):
             _add_rows(t, entries, rows, hidden, columns, lost, of_rows)
+        if hidden_grad is not None and of_rows is not None and not _is_in_place(t, of_rows):
+            hidden_grad[rows] = of_rows
     return pulls, lost
+
+
+def _slab_gradient(t: Tiles, rows: Tensor) -> Tensor:
+    """Zeros to add a slab's hidden gradient to: its rows [n, H], or where it is added up faster."""
+    if not _is_in_place(t, rows):
+        rows = t.matrix("slab gradient", rows.shape[0], t.width, t.width)
+    return rows.zero_()
+
+
+def _is_in_place(t: Tiles, rows: Tensor) -> bool:
+    return not t.column_major(rows.shape[0], t.width)
 
 
 def _chunks(t: Tiles, columns: Tensor) -> Iterator[Tensor]:
@@ -188,10 +203,11 @@ def _few_rows(t: Tiles, entries: Entries, kept: Kept, rows: Tensor) -> tuple[Ten
     """
     states = t.reader.some(rows).to(t.operand)
     count = kept.slabs
-    out = t.take("few rows", count + states.shape[0], t.width)
+    out = t.matrix("few rows", count + states.shape[0], t.width, t.width)
     for c in blocks(0, t.vocab, t.plan.back_cols):
         weight = t.weight_rows(*c)
-        left = t.take("few coefficients", out.shape[0], weight.shape[0], dtype=t.operand)
+        shape = out.shape[0], weight.shape[0]
+        left = t.matrix("few coefficients", *shape, min(t.plan.back_cols, t.vocab), t.operand)
         # in fp16, shares of columns would be rounded to nothing
         left[:count] = kept.directions("hidden", c).mul_(t.gain)
         left[count:] = entries.tile(rows, states, c, weight)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedpo.engine.cost import padded
 from fusedpo.engine.head_gradient import row_coefficients
 from fusedpo.engine.precision import multiply
 from fusedpo.engine.tiles import Range, Tiles
@@ -44,9 +43,10 @@ class Entries:
             weight: [v, H], theirs.
         """
         t, n, v = self.t, hidden.shape[0], weight.shape[0]
-        z = x = self._memory("tile", n, v, t.acc)
+        most = min(t.plan.back_cols, t.vocab)
+        z = x = t.matrix("tile", n, v, most)
         if t.operand != t.acc:
-            z = self._memory("tile copies", n, v, t.operand)
+            z = t.matrix("tile copies", n, v, most, t.operand)
         targets, scale = t.targets[rows], t.call.scale
         which: Tensor | slice
         if isinstance(columns, Tensor):
@@ -72,12 +72,6 @@ class Entries:
             out=z,
         )
         return z
-
-    def _memory(self, name: str, n: int, v: int, dtype: torch.dtype) -> Tensor:
-        """[n, v]; of a buffer for as many columns as there ever are, so that it does not grow."""
-        t = self.t
-        most = padded(min(t.plan.back_cols, t.vocab))
-        return t.take(name, n * most, dtype=dtype)[: n * padded(v)].view(n, padded(v))[:, :v]
 
 
 def _positions(columns: Tensor, targets: Tensor) -> Tensor:

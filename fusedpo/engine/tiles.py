@@ -145,6 +145,8 @@ class Tiles:
         self.acc, self.operand = accumulated_dtype(hidden.dtype), call.operand
         self.kernels = tile_operations(call.backend)
         self.gain = FP16_GAIN if call.operand == torch.float16 else 1.0
+        # where products take operands in the dtype of sums
+        self.on_cpu = hidden.device.type == "cpu" and call.operand == self.acc
         self.vocab, self.width = weight.shape
         self.count = call.rows.count
         self.shard = call.shard
@@ -181,6 +183,26 @@ class Tiles:
     ) -> Tensor:
         """A declared buffer, or a part of one, in the dtype of sums if no other is asked for."""
         return self.workspace.take(name, *shape, dtype=dtype or self.acc, part=part)
+
+    def column_major(self, rows: int, columns: int) -> bool:
+        """Whether a product [rows, columns] is written faster by columns.
+
+        On a CPU it is where rows are few, as in the slabs of kept columns. Kernels write rows.
+        """
+        return self.on_cpu and self.call.backend == "torch" and rows < columns
+
+    def matrix(
+        self, name: str, rows: int, columns: int, most: int, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """[rows, columns] of a declared buffer, as a product is written fastest.
+
+        Args:
+            most: columns that there ever are: a buffer that grew would stand beside the smaller.
+        """
+        memory = self.take(name, rows * padded(most), dtype=dtype)
+        if self.column_major(rows, columns):
+            return memory[: rows * columns].view(columns, rows).T
+        return memory[: rows * padded(columns)].view(rows, padded(columns))[:, :columns]
 
     def tile(self) -> Tensor:
         """Memory for the logits of one tile [rows, cols].
