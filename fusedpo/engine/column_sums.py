@@ -76,10 +76,8 @@ class ColumnSums:
     def __init__(self, t: Tiles, order: Tensor | None = None) -> None:
         slabs, tiles = -(-t.count // t.plan.slab), -(-t.vocab // t.plan.cols)
         self.t, self._order = t, order
-        # [N], the slab of each row
-        self._slabs = torch.arange(t.count, device=t.hidden.device) // t.plan.slab
-        if order is not None:
-            self._slabs = torch.empty_like(order).index_copy_(0, order, self._slabs)
+        # [N], rows slab by slab
+        self._by_slabs = torch.arange(t.count, device=t.hidden.device) if order is None else order
         self.values = t.take("column sums", slabs, t.vocab).zero_()
         self._weights, self._steps = t.take("column weights", 2, tiles, t.count)
         self._targets, sizes = _targets_and_sizes(t)
@@ -113,12 +111,22 @@ class ColumnSums:
         t, slab = self.t, self.t.plan.slab
         first, rows = r[0] // slab, r[1] - r[0]
         count = -(-r[1] // slab) - first
+        out = self.values[first : first + count, slice(*c)]
+        # rows of the block, slab by slab
+        within = self._by_slabs[slice(*r)] - r[0]
+        weights = weights[within]
+        if t.on_cpu and exponentials.is_contiguous():
+            # a product with zeros for the rows of other slabs takes four times as long
+            starts = (torch.arange(first, first + count) * slab - r[0]).clamp_(min=0)
+            out += torch.nn.functional.embedding_bag(
+                within, exponentials, starts, mode="sum", per_sample_weights=weights
+            )
+            return
+        which = torch.arange(*r, device=within.device) // slab - first
         of_slabs = t.take("slab weights", count, rows, dtype=exponentials.dtype).zero_()
-        which = self._slabs[slice(*r)] - first
-        of_slabs.scatter_(0, which[None], weights[None].to(of_slabs.dtype))
+        of_slabs.view(-1)[which * rows + within] = weights.to(of_slabs.dtype)
         memory = t.take("slab sums", count, exponentials.shape[1], dtype=exponentials.dtype)
-        sums = torch.mm(of_slabs, exponentials, out=memory)
-        self.values[first : first + count, slice(*c)] += sums
+        out += torch.mm(of_slabs, exponentials, out=memory)
 
     def finish(self, stats: RowStats, rescale: Tensor | None) -> None:
         """Bring the sums to complete statistics.

@@ -1996,6 +1996,7 @@ _COLUMNS = (
             "return out.copy_(t.weight[: columns.shape[0]])",
             "weight rows of another chunk",
         ),
+        ("hidden_grad[rows] = of_rows", "pass", "a slab's hidden gradient is not written"),
         (
             "for columns in _chunks(t, of_hidden):",
             "for columns in _chunks(t, of_hidden[:-1]):",
@@ -2013,6 +2014,11 @@ _COLUMNS = (
             "shares of columns without their gain, divided by it",
             "compact/test_audit.py -k as_on_a_gpu",
         ),
+    ),
+    *_in(
+        "fusedpo/vocab_shards.py",
+        "distributed/test_compact.py",
+        ("whole = values.contiguous()", "whole = values", "memory between rows is added up"),
     ),
     *_in(
         "fusedpo/engine/row_order.py",
@@ -2129,8 +2135,8 @@ _COLUMNS = (
             "compact/test_generated.py",
         ),
         (
-            "torch.empty_like(order).index_copy_(0, order, self._slabs)",
-            "self._slabs[order]",
+            "within = self._by_slabs[slice(*r)] - r[0]",
+            "within = torch.arange(r[1] - r[0])",
             "sums of the rows of other slabs",
             "compact/test_row_order.py",
         ),

@@ -105,10 +105,9 @@ class Compact:
         allowed = {name: record.allowed(name) for name in ("hidden", "head")}
         capacities = None if _waits(t) else record.capacities(t.vocab, t.plan.slab)
         sizes = sums.row_sizes, sums.column_sizes
-        saved: tuple[Tensor, ...] = (sums.values, sums.directions, sums.row_products, *sizes)
-        if order is not None:
-            saved += (order,)
-        return Forward(stats, saved=saved, held={"aim": (allowed, capacities)})
+        saved = sums.values, sums.directions, sums.row_products, *sizes
+        held = {"aim": (allowed, capacities), "order": order}
+        return Forward(stats, saved=saved, held=held)
 
     def backward(self, t: Tiles, b: Backward) -> tuple[Tensor | None, HeadGradient]:
         needs = t.call.needs
@@ -118,7 +117,7 @@ class Compact:
             in_place = out.dtype == t.acc and t.rows.positions is None
             whole = out if in_place else t.take("hidden gradient", t.count, t.width)
         head = _accumulators(t)
-        order = b.saved[5] if len(b.saved) > 5 else None
+        order = b.held["order"]
         if t.count and not _within(t.reordered(order), _reordered(b, order), head, whole):
             # not beside those that take their place
             del out, whole, head
@@ -136,7 +135,7 @@ def _reordered(b: Backward, order: Tensor | None) -> Backward:
     if order is None:
         return b
     stats = {name: values[order] for name, values in b.stats.items() if values is not None}
-    return replace(b, stats=stats, g=b.g[order], saved=b.saved[:5])
+    return replace(b, stats=stats, g=b.g[order])
 
 
 def _growth(on_cpu: bool, slab: int) -> float:
