@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from fusedpo.devices import Device
+from fusedpo.engine.by_columns import widest
 from fusedpo.engine.cost import Needs
 from fusedpo.engine.ladder import product_tile
 from fusedpo.engine.plan import Plan, RouteName
@@ -38,6 +39,8 @@ GPU = Device("cuda", 141 * 10**9, MULTIPROCESSORS)
 FULL_SPEED = 825e12
 UNHIDDEN = 0.5
 LAUNCH, SMALL = 3e-6, 2e-6
+# a product of fewer tiles than multiprocessors is split along its depth, in parts not below this
+LEAST_DEPTH = 512
 # what is assumed of the bandwidth that kernels reach
 FOLD, JACOBIAN, COPY = 0.80, 0.87, 0.90
 # the host: seconds of a product, a Triton kernel and a small operation; small ones a call; the rest
@@ -49,13 +52,13 @@ HALF, SINGLE = 2, 4
 
 # what the project asks of each route, as a ratio to its bare products: what the model says
 TARGETS: dict[RouteName, float] = {
-    "forward": 1.24,
-    "frozen": 1.20,
+    "forward": 1.23,
+    "frozen": 1.19,
     "retain": 1.15,
-    "hybrid": 1.20,
+    "hybrid": 1.19,
     "one_pass": 1.15,
     "recompute": 1.20,
-    "compact": 1.92,
+    "compact": 1.80,
 }
 BUDGETS: dict[RouteName, str] = {
     "forward": "256MiB",
@@ -75,6 +78,8 @@ def needs_of(route: RouteName | None) -> tuple[Needs, ...]:
 
 # of the columns, those that compact keeps for each gradient, and rows that it does exactly
 KEPT, SAMPLED = 0.08, 16
+# small kernels that choose them, for all slabs at once, and those of a slab
+CHOOSING, LISTING = 80, 8
 
 # of the exponentials that were stored, those whose row's shift has risen since: half of the tiles
 # come before a rise if its place is any
@@ -148,9 +153,13 @@ def product_seconds(
         math.ceil(rows / a) * math.ceil(cols / b) for a, b in ((high, wide), (wide, high))
     )
     numbers = MULTIPROCESSORS * high * wide  # of a wave
-    multiplied = 2 * numbers * depth / FULL_SPEED
+    parts = min(max(1, MULTIPROCESSORS // programs), max(1, depth // LEAST_DEPTH))
+    multiplied = 2 * numbers * math.ceil(depth / parts) / FULL_SPEED
     written = UNHIDDEN * numbers * result * (1 + add) / BANDWIDTH
-    return math.ceil(programs / MULTIPROCESSORS) * (multiplied + written) + LAUNCH
+    waves = math.ceil(programs * parts / MULTIPROCESSORS)
+    read = (rows + cols) * depth * HALF / BANDWIDTH
+    added = 2 * parts * rows * cols * SINGLE / BANDWIDTH if parts > 1 else 0.0
+    return max(waves * (multiplied + written), read) + added + LAUNCH
 
 
 @dataclass
@@ -254,8 +263,11 @@ def _by_columns(step: Step, chosen: Plan) -> None:
     head = VOCAB * HIDDEN
     step.move("the weight's main directions", head * HALF)
     step.move("zeros in the head's gradient", head * SINGLE)
-    for n in sizes(TOKENS, chosen.slab):
-        step.move("importance of columns", 12 * VOCAB * SINGLE, launches=12)
+    slabs = sizes(TOKENS, chosen.slab)
+    # each reads and writes a number of each column and slab
+    step.move("choice of columns", 2 * CHOOSING * len(slabs) * VOCAB * SINGLE, launches=CHOOSING)
+    for n in slabs:
+        step.move("small kernels of slabs", n * HIDDEN * HALF, launches=LISTING)
         for v in sizes(columns, chosen.back_cols):
             step.move("gathering the weight", v * HIDDEN * 2 * HALF)
             step.multiply(n, v, HIDDEN)
@@ -263,12 +275,16 @@ def _by_columns(step: Step, chosen: Plan) -> None:
             step.multiply(n, HIDDEN, v, add=True)
             step.multiply(v, HIDDEN, n)
             step.move("adding to the head's gradient", v * HIDDEN * 3 * SINGLE)
-    for v in sizes(VOCAB, chosen.back_cols):
+    for v in sizes(VOCAB, widest(VOCAB, chosen.slab, chosen.back_cols, narrow=False)):
         step.multiply(SAMPLED, v, HIDDEN)
-        step.multiply(SAMPLED + math.ceil(TOKENS / chosen.slab), HIDDEN, v, add=True)
+        step.multiply(SAMPLED + len(slabs), HIDDEN, v, add=True)
     step.move("what is left out of the head's gradient", head * 2 * SINGLE)
+    step.move("the size of the head's gradient", head * SINGLE)
     step.move("rounding the head's gradient", head * (SINGLE + HALF))
-    step.move("scaling the hidden gradient", TOKENS * HIDDEN * (SINGLE + HALF))
+    # zeros, directions, main directions, factors and size
+    states = TOKENS * HIDDEN
+    step.move("what is left out of the hidden gradient", states * 9 * SINGLE, launches=13)
+    step.move("rounding the hidden gradient", states * (SINGLE + HALF))
 
 
 def _head(step: Step, chosen: Plan, retained: int) -> None:
@@ -293,7 +309,8 @@ def _head(step: Step, chosen: Plan, retained: int) -> None:
 _ABOUT_ROUTES = f"""
 A model, not a measurement. A product is cut into tiles of 128 x 256, of which each of
 {MULTIPROCESSORS} multiprocessors makes one at a time, so that its last wave costs as much as a full
-one, and the last tile of a vocabulary often more than its columns. While all multiply they do
+one, and the last tile of a vocabulary often more than its columns; of fewer tiles, each is split
+along its depth, in parts of at least {LEAST_DEPTH}, as cuBLAS may do. While all multiply they do
 {FULL_SPEED / 1e12:g} TFLOP/s; half of the writing of a wave's results is hidden, which are fp32,
 and read too where they are added to. A launch takes {LAUNCH * 1e6:g} µs to fill and drain, a small
 kernel {SMALL * 1e6:g} µs. Of the bandwidth the fold reaches {FOLD:.0%}, jacobian {JACOBIAN:.0%},

@@ -27,6 +27,10 @@ def test_a_target_is_what_the_model_says(route: str) -> None:
     assert ratio <= roofline.TARGETS[route] < ratio + 0.01
 
 
+def test_a_tolerance_takes_two_thirds_of_the_time_of_three_products() -> None:
+    assert roofline.predicted(roofline.plan_for("compact")).seconds <= 0.024
+
+
 def test_a_call_that_is_told_nothing_takes_three_products() -> None:
     chosen = roofline.plan_for(None)
     assert (chosen.route, chosen.products) == ("retain", 3)

@@ -21,10 +21,24 @@ from fusedpo.engine.precision import divide_, multiply
 from fusedpo.engine.rows import blocks
 from fusedpo.engine.tiles import Tiles
 
+# columns that few rows take at a time at most: as many tiles as a GPU has multiprocessors
+_WIDEST = 2**15
 
-def buffers(p: Problem, slab: int, chunk: int, directions: int) -> Buffers:
-    """The memory of the gradients, with slabs of so many rows, chunks of so many columns, and main
-    directions of the weight, in bytes."""
+
+def widest(vocab: int, slab: int, chunk: int, *, narrow: bool) -> int:
+    """Columns that few rows take at a time, in the memory of a tile [slab, chunk]. A chunk's would
+    leave most of a GPU idle.
+
+    Args:
+        narrow: whether they take no more than that, as on a CPU, or where the weight is copied.
+    """
+    fitting = slab * chunk // audit.ROWS // 16 * 16
+    return min(vocab, chunk if narrow else max(chunk, min(fitting, _WIDEST)))
+
+
+def buffers(p: Problem, slab: int, chunk: int, few_columns: int, directions: int) -> Buffers:
+    """The memory of the gradients, with slabs of so many rows, chunks of so many columns, so many
+    of few rows, and main directions of the weight, in bytes."""
     slabs, head = -(-p.tokens // slab), bool(p.needs & {"weight", "bias"})
     few = slabs + audit.ROWS
     in_columns = p.on_cpu and p.backend == "torch" and "hidden" in p.needs
@@ -37,7 +51,7 @@ def buffers(p: Problem, slab: int, chunk: int, directions: int) -> Buffers:
         "lacking products": p.tokens * directions * p.acc if "hidden" in p.needs else 0,
         "slab gradient": in_columns * min(slab, p.hidden - 1) * padded(p.hidden) * p.acc,
         "few rows": few * padded(p.hidden) * p.acc,
-        "few coefficients": few * padded(chunk) * p.operand,
+        "few coefficients": few * padded(few_columns) * p.operand,
     }
 
 
@@ -204,10 +218,11 @@ def _few_rows(t: Tiles, entries: Entries, kept: Kept, rows: Tensor) -> tuple[Ten
     states = t.reader.some(rows).to(t.operand)
     count = kept.slabs
     out = t.matrix("few rows", count + states.shape[0], t.width, t.width)
-    for c in blocks(0, t.vocab, t.plan.back_cols):
+    narrow, slab = t.on_cpu or t.weight.dtype != t.operand, min(t.plan.slab, t.count)
+    most = widest(t.vocab, slab, t.plan.back_cols, narrow=narrow)
+    for c in blocks(0, t.vocab, most):
         weight = t.weight_rows(*c)
-        shape = out.shape[0], weight.shape[0]
-        left = t.matrix("few coefficients", *shape, min(t.plan.back_cols, t.vocab), t.operand)
+        left = t.matrix("few coefficients", len(out), len(weight), most, t.operand)
         # in fp16, shares of columns would be rounded to nothing
         left[:count] = kept.directions("hidden", c).mul_(t.gain)
         left[count:] = entries.tile(rows, states, c, weight)
@@ -229,14 +244,13 @@ def finish_head(
         directions = kept.directions("head", c).T
         # nothing is in memory but where some slab keeps a column
         unset = None if touched is None else (~touched[slice(*c)]).nonzero()[:, 0]
-        for whole, pull in ((head.weight, pulls[:, :-1]), (head.bias, pulls[:, -1])):
+        for whole, pull in ((head.weight, pulls[:, :-1]), (head.bias, pulls[:, -1:])):
             if whole is None:
                 continue
             block = whole[slice(*c)]
             if unset is not None:
                 block.index_fill_(0, unset, 0.0)
-            memory = t.take("kept gradient rows", *block.shape)
-            block += torch.matmul(directions, pull, out=memory)
+            block.view(len(block), -1).addmm_(directions, pull)
             divide_(entries.gain, block)
             if block.dim() > 1:  # while it is in a cache
                 squares += block.norm().square()

@@ -25,18 +25,19 @@ _PER_OCTAVE, _LOWEST, _HIGHEST = 4, -64, 16
 _LEVELS = (_HIGHEST - _LOWEST) * _PER_OCTAVE
 
 
-def buffers(p: Problem, slabs: int, chunk: int) -> Buffers:
+def buffers(p: Problem, slabs: int, few_columns: int) -> Buffers:
     """The memory of a choice of columns, in bytes.
 
-    While they are chosen, three vectors over the vocabulary are in the memory of the tile. What is
-    left out of each gradient, and the columns of a slab, as flags and as numbers, are vectors of
-    their own.
+    While they are chosen, three vectors over the vocabulary, of as many slabs as there is room for,
+    are in the memory of the tile. What is left out of each gradient, and the columns of a slab, as
+    flags and as numbers, are vectors of their own.
     """
     return {
         **dict.fromkeys(("kept for hidden", "kept for head"), slabs * p.vocab),
-        "chosen columns": 0 if p.on_cpu else slabs * p.vocab * 8,
-        "columns of a slab": p.vocab * (2 * p.acc + 3 + (8 if p.on_cpu else 16)),
-        "directions": slabs * chunk * p.acc,
+        # and those of a gradient, while they are put in order
+        "chosen columns": 0 if p.on_cpu else 3 * slabs * p.vocab * 8,
+        "columns of a slab": p.vocab * (2 * p.acc + 3 + (8 if p.on_cpu else 0)),
+        "directions": slabs * few_columns * p.acc,
     }
 
 
@@ -64,7 +65,7 @@ class Kept:
     _sums: Tensor
     _kept: dict[str, Tensor]
     _lost: dict[str, Tensor]
-    # of capacities: [slabs, C], the head's first
+    # of capacities: [slabs, C], the head's first, both in order
     _chosen: tuple[Tensor, int] | None
 
     @property
@@ -76,7 +77,7 @@ class Kept:
         that the hidden states' takes besides; of a slab, [C] int64 in order."""
         if self._chosen is not None:
             chosen, count = self._chosen
-            return chosen[slab, :count].sort().values, chosen[slab, count:].sort().values
+            return chosen[slab, :count], chosen[slab, count:]
         of_head, of_hidden = (self._kept[name][slab] for name in ("head", "hidden"))
         return of_head.nonzero()[:, 0], (of_hidden & ~of_head).nonzero()[:, 0]
 
@@ -137,62 +138,78 @@ def choose(
     chosen = None
     if capacities is not None:
         chosen = t.take("chosen columns", len(sums), capacities["hidden"], dtype=torch.int64)
-    importance, rest, _ = _vectors(t)
-    for i, r in enumerate(slabs(t)):
-        _importance(sums[i], weights[i], of_columns, importance)
-        _put_first(importance, t.targets[slice(*r)])
-        if chosen is not None:
-            of_slab = chosen[i]
-            torch.topk(importance, len(of_slab), out=(rest[: len(of_slab)], of_slab))
+    targets = _by_slabs(t, t.targets, -1)
+    for some in _batches(t, len(sums)):
+        importance, rest, memory = _vectors(t, sums[some])
+        _importance(sums[some], weights[some], of_columns, importance)
+        _put_first(importance, targets[some])
+        if chosen is not None and capacities is not None:
+            of_slabs = chosen[some]
+            largest = rest.view(-1)[: of_slabs.numel()].view(of_slabs.shape)
+            torch.topk(importance, of_slabs.shape[1], out=(largest, of_slabs))
+            for part in of_slabs.tensor_split((capacities["head"],), dim=1):
+                part.copy_(part.sort().values)
         for name, threshold in least.items():
-            keep = torch.ge(importance, threshold, out=kept[name][i])
-            needed[name] = torch.maximum(needed[name], _count(keep, rest))
+            keep = torch.ge(importance, threshold, out=kept[name][some])
+            needed[name] = torch.maximum(needed[name], _count(keep, rest).amax())
             if chosen is not None and capacities is not None:
-                keep.zero_().index_fill_(0, chosen[i, : capacities[name]], True)
-            counts[name][i] = _count(keep, rest)
+                keep.zero_().scatter_(1, chosen[some, : capacities[name]], True)
+            counts[name][some] = _count(keep, rest)
         # those that come first are kept, and none of their importance is left out
         importance.square_()
         for name, flags in kept.items():
-            left_out[name] += rest.copy_(importance).masked_fill_(flags[i], 0.0)
-            lost[name][i] = rest.copy_(sums[i]).masked_fill_(flags[i], 0.0).sum()
+            rest.copy_(importance).masked_fill_(flags[some], 0.0)
+            left_out[name] += torch.sum(rest, 0, out=memory[0])
+            lost[name][some] = rest.copy_(sums[some]).masked_fill_(flags[some], 0.0).sum(1)
     for sums_left in lost.values():
         sums_left.clamp_(min=torch.finfo(sums.dtype).tiny)
     listed = None if chosen is None or capacities is None else (chosen, capacities["head"])
     return Kept(left_out, needed, counts, t, sums, kept, lost, listed)
 
 
-def _vectors(t: Tiles) -> Tensor:
-    """[3, V], in the memory of the tile."""
-    return t.take("tile", 3, t.vocab)
+def _batches(t: Tiles, count: int) -> Iterator[slice]:
+    """As many slabs at a time as the tile has memory for, and at least one."""
+    for start, stop in blocks(0, count, max(1, t.tile().numel() // (3 * t.vocab))):
+        yield slice(start, stop)
+
+
+def _vectors(t: Tiles, sums: Tensor) -> Tensor:
+    """[3, slabs, V], in the memory of the tile."""
+    return t.take("tile", 3, *sums.shape)
+
+
+def _by_slabs(t: Tiles, values: Tensor, fill: float) -> Tensor:
+    """[slabs, slab] from [N], with fill beyond the last."""
+    missing = -t.count % t.plan.slab
+    return torch.nn.functional.pad(values, (0, missing), value=fill).view(-1, t.plan.slab)
 
 
 def _count(flags: Tensor, memory: Tensor) -> Tensor:
-    """How many of [V] are True, exactly up to 2^24. A sum of flags would make wide ones of them."""
-    return memory.copy_(flags).sum()
+    """How many of each row [V] are True, exactly up to 2^24. A sum of flags would make wide ones of
+    them."""
+    return memory.copy_(flags).sum(1)
 
 
 def _put_first(importance: Tensor, targets: Tensor) -> None:
-    """Let the slab's targets come before all other columns [V], in place."""
-    here = (targets >= 0) & (targets < importance.shape[0])
+    """Let each slab's targets come before all other columns [slabs, V], in place."""
+    here = (targets >= 0) & (targets < importance.shape[1])
     first = torch.where(here, torch.inf, 0.0).to(importance.dtype)
-    where = targets.clamp(0, importance.shape[0] - 1)
-    importance.scatter_reduce_(0, where, first, "amax")
+    where = targets.clamp(0, importance.shape[1] - 1)
+    importance.scatter_reduce_(1, where, first, "amax")
 
 
 def _slab_weights(t: Tiles, g: Tensor, logprob: Tensor, sizes: Tensor) -> Tensor:
     """[slabs], the largest |g s| of each times a row's size, relative to the whole gradient."""
     scaled = t.scaled(g).abs()
     norm = (scaled * -torch.expm1(logprob)).norm()
-    scaled = scaled * sizes
-    missing = -t.count % t.plan.slab
-    largest = torch.nn.functional.pad(scaled, (0, missing)).view(-1, t.plan.slab).amax(1)
+    largest = _by_slabs(t, scaled * sizes, 0.0).amax(1)
     return torch.where(norm > 0, largest / norm, 0.0)
 
 
-def _importance(sums: Tensor, weight: Tensor, sizes: Tensor, out: Tensor) -> Tensor:
-    """[V]; what is no number counts as large, so that it is kept and seen."""
+def _importance(sums: Tensor, weights: Tensor, sizes: Tensor, out: Tensor) -> None:
+    """[slabs, V]; what is no number counts as large, so that it is kept and seen."""
     large = 2.0**_HIGHEST
-    return torch.mul(sums, weight, out=out).mul_(sizes).nan_to_num_(large, large)
+    torch.mul(sums, weights[:, None], out=out).mul_(sizes).nan_to_num_(large, large)
 
 
 def _thresholds(
@@ -203,13 +220,14 @@ def _thresholds(
     Of a gradient that is not wanted, what the other keeps.
     """
     energy = torch.zeros(_LEVELS, dtype=t.acc, device=sums.device)
-    importance, level, memory = _vectors(t)
-    whole = memory.view(torch.int32)
-    for i in range(sums.shape[0]):
-        _importance(sums[i], weights[i], sizes, importance)
+    for some in _batches(t, len(sums)):
+        importance, level, memory = _vectors(t, sums[some])
+        _importance(sums[some], weights[some], sizes, importance)
         torch.log2(importance, out=level)
+        whole = memory.view(torch.int32)
         whole.copy_(level.clamp_(min=_LOWEST).sub_(_LOWEST).mul_(_PER_OCTAVE))
-        energy.index_add_(0, whole.clamp_(max=_LEVELS - 1), importance.square_())
+        whole.clamp_(max=_LEVELS - 1)
+        energy.index_add_(0, whole.view(-1), importance.square_().view(-1))
     if t.shard is not None:
         t.shard.add_up(energy)
     reached = energy.cumsum(0)

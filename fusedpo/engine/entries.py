@@ -43,7 +43,7 @@ class Entries:
             weight: [v, H], theirs.
         """
         t, n, v = self.t, hidden.shape[0], weight.shape[0]
-        most = min(t.plan.back_cols, t.vocab)
+        most = max(v, min(t.plan.back_cols, t.vocab))
         z = x = t.matrix("tile", n, v, most)
         if t.operand != t.acc:
             z = t.matrix("tile copies", n, v, most, t.operand)

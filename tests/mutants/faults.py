@@ -1982,8 +1982,8 @@ _COLUMNS = (
             "dropped mass of the wrong sign",
         ),
         (
-            "torch.matmul(directions, pull, out=",
-            "torch.matmul(0.0 * directions, pull, out=",
+            ".addmm_(directions, pull)",
+            ".addmm_(0.0 * directions, pull)",
             "what the head's gradient leaves out is lost",
         ),
         (

@@ -41,7 +41,7 @@ _SLAB = {True: 128, False: 1024}
 _GROWTH = 0.44
 
 # kept columns that are gathered at a time, on the CPU and elsewhere: the best first
-_CHUNKS = {True: (2048, 1024, 512), False: (4096, 2048, 1024, 512)}
+_CHUNKS = {True: (2048, 1024, 512), False: (8192, 4096, 2048, 1024, 512)}
 
 
 class Compact:
@@ -74,6 +74,7 @@ class Compact:
         # of the exact gradients, if they have to be made after all
         exact = Recompute(split=False).cost(replace(p, entropy=True), n, v).backward
         exact |= copied.tile(back_rows, chunk, gradient=True)
+        few = by_columns.widest(p.vocab, rows, chunk, narrow=p.on_cpu or p.weight_cast)
         own = {
             **copied.tile(rows, chunk, gradient=True),
             "weighted rows": rows * p.hidden * p.operand,
@@ -83,8 +84,8 @@ class Compact:
         whole = 0 if p.is_whole_output or "hidden" not in p.needs else p.tokens
         backward |= {
             **column_sums.saved(p, rows),
-            **columns.buffers(p, count, chunk),
-            **by_columns.buffers(p, rows, chunk, column_sums.PRODUCTS),
+            **columns.buffers(p, count, few),
+            **by_columns.buffers(p, rows, chunk, few, column_sums.PRODUCTS),
             **audit.buffers(p),
             "tile": max(backward["tile"], columns.least_tile(p)),
             "hidden gradient": max(whole * p.hidden * p.acc, exact.get("hidden gradient", 0)),
