@@ -20,6 +20,7 @@ from fusedpo.devices import Device
 from fusedpo.engine.backend import _LEAST_TRITON, _triton_version
 from fusedpo.engine.batch import Batch
 from fusedpo.engine.plan import Plan
+from fusedpo.engine.routes import compact
 from fusedpo.engine.rows import Rows
 from fusedpo.engine.score import plan_for, score
 from fusedpo.engine.stats import TokenStats
@@ -31,6 +32,11 @@ KERNELS = (_triton_version() or (0, 0)) >= _LEAST_TRITON
 
 # what plan_of and run use, unless told; the fixture of this name in conftest.py sets it
 BACKEND = "torch"
+
+# on vocabularies as small as a test's it would never pay: compact/test_options.py asks when it does
+BESIDE = compact._beside
+compact._beside = lambda p, slabs: 0.0
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

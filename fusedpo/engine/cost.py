@@ -28,11 +28,13 @@ def padded(columns: int) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """The price of a route: matrix products, and the buffers of its forward and its backward."""
+    """The price of a route: matrix products, the buffers of its forward and its backward, and work
+    beside the products that others do not have, in products."""
 
     products: float
     forward: Buffers
     backward: Buffers
+    beside: float = 0.0
 
     @property
     def worst(self) -> Buffers:

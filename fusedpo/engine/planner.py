@@ -234,12 +234,12 @@ def _least(ways: Sequence[Route], p: Problem, budget: int, *, told: bool) -> int
 
 
 def _price(candidate: _Candidate) -> tuple[float, bool, int, int]:
-    """The order of choice: products, precision, shape, bytes.
+    """The order of choice: products and what stands beside them, precision, shape, bytes.
 
     The fused forward comes last, as a policy scored otherwise would not agree to the last bit.
     """
     rank, way, shape, cost = candidate
-    return cost.products, not shape.wide, rank + 100 * way.fused, _total(candidate)
+    return cost.products + cost.beside, not shape.wide, rank + 100 * way.fused, _total(candidate)
 
 
 def _total(candidate: _Candidate) -> int:

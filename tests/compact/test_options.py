@@ -351,6 +351,30 @@ def _judge(loss: Any) -> None:
         assert not shortfalls(gradients, truth, TOLERANCE, dict.fromkeys(truth, 1e-5))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "share", "device", "route"),
+    [
+        ((1024, 49_152, 576), 0.15, "cpu", "compact"),
+        ((2048, 8192, 128), 0.3, "cpu", "retain"),
+        ((8192, 128_256, 4096), 0.08, "cuda", "compact"),
+        ((512, 8192, 512), 0.15, "cuda", "retain"),
+    ],
+    ids=str,
+)
+def test_it_is_taken_where_it_is_expected_to_pay(
+    sizes: tuple[int, int, int],
+    share: float,
+    device: str,
+    route: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beside the products that it saves stand small steps, many on a small vocabulary."""
+    monkeypatch.setattr(compact, "_beside", engine.BESIDE)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    options: dict[str, Any] = {"budget": "4GiB", "gradient_tolerance": 2e-3, "kept_share": share}
+    assert plan(*sizes, dtype=dtype, device=device, **options).route == route
+
+
 def test_losses_are_by_kept_columns_as_planned() -> None:
     """Or the tests above would be of another route."""
     hidden, weight, labels = _sequences()

@@ -40,6 +40,11 @@ from fusedpo.engine.tolerance import Record, Seen, record_of
 _SLAB = {True: 128, False: 1024}
 _GROWTH = 0.44
 
+# Operations of a product that take about as long as the small steps of a slab, on a CPU (the toy
+# of benchmarks/compact.py) and elsewhere (the model of benchmarks/roofline.py). On a small
+# vocabulary these are more than the products that are saved.
+_SLAB_WORK = {True: 5e8, False: 8e10}
+
 # kept columns that are gathered at a time, on the CPU and elsewhere: the best first
 _CHUNKS = {True: (2048, 1024, 512), False: (8192, 4096, 2048, 1024, 512)}
 
@@ -95,7 +100,7 @@ class Compact:
         kept = 1 + len(p.needs & {"hidden", "weight"})
         products = 1 + kept * min(1.0, p.share * _growth(p.on_cpu, rows))
         products += audit.products(p) + 2 * count / max(1, p.tokens)
-        return Cost(products, forward, backward)
+        return Cost(products, forward, backward, _beside(p, count))
 
     def forward(self, t: Tiles) -> Forward:
         order = row_order.alike(t, t.plan.slab)
@@ -137,6 +142,13 @@ def _reordered(b: Backward, order: Tensor | None) -> Backward:
         return b
     stats = {name: values[order] for name, values in b.stats.items() if values is not None}
     return replace(b, stats=stats, g=b.g[order])
+
+
+def _beside(p: Problem, slabs: int) -> float:
+    """What small steps take, and the products with main directions, in products."""
+    product = 2 * max(1, p.tokens) * p.vocab * p.hidden
+    main = column_sums.PRODUCTS * (1 / p.hidden + 1 / max(1, p.tokens))
+    return main + slabs * _SLAB_WORK[p.on_cpu] / product
 
 
 def _growth(on_cpu: bool, slab: int) -> float:
