@@ -2076,6 +2076,12 @@ _COLUMNS = (
         ),
         ("g=b.g[order]", "g=b.g", "upstream gradients of other rows", "compact/test_row_order.py"),
         (
+            "Cost(products, forward, backward, _beside(p, count))",
+            "Cost(products, forward, backward)",
+            "it is taken where it does not pay",
+            "compact/test_options.py -k pay",
+        ),
+        (
             "{name: values[order] for name",
             "{name: values for name",
             "statistics of other rows",
