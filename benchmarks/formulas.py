@@ -38,6 +38,11 @@ class Tokens:
         return self.sums if self.ref is None else self.sums - self.ref
 
 
+def sft(t: Tokens) -> Tensor:
+    """Cross-entropy, the mean over tokens: all that some libraries have."""
+    return -(t.logprobs * t.scored).sum() / t.scored.sum()
+
+
 def simpo(t: Tokens, beta: float = 2.0, gamma: float = 0.5) -> Tensor:
     chosen, rejected = t.means.chunk(2)
     return -F.logsigmoid(beta * (chosen - rejected) - gamma).mean()
@@ -76,6 +81,7 @@ def sspo(t: Tokens, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Tensor:
 
 
 FORMULAS: dict[str, Callable[[Tokens], Tensor]] = {
+    "sft": sft,
     "simpo": simpo,
     "dpo": dpo,
     "orpo": orpo,
@@ -84,6 +90,7 @@ FORMULAS: dict[str, Callable[[Tokens], Tensor]] = {
 }
 WITH_REFERENCE = ("dpo", "kto")
 TITLES = {
+    "sft": "SFT",
     "simpo": "SimPO",
     "dpo": "DPO",
     "orpo": "ORPO",

@@ -168,6 +168,26 @@ def liger(case: Case, inputs: Inputs) -> Tensor:
     return module(weight, hidden, labels, **more)[0]
 
 
+def liger_cross_entropy(case: Case, inputs: Inputs) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    if case.loss != "sft":
+        raise Unsupported("gives one number for all tokens: SFT only")
+    module = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX)
+    return module(inputs.weight, inputs.hidden.flatten(0, 1), inputs.labels.flatten())
+
+
+def quack(case: Case, inputs: Inputs) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    if case.loss != "sft":
+        raise Unsupported("gives one number for all tokens: SFT only")
+    flat, labels = inputs.hidden.flatten(0, 1), inputs.labels.flatten()
+    return chunked_linear_cross_entropy(
+        flat, inputs.weight, labels, ignore_index=IGNORE_INDEX, reduction="mean"
+    )
+
+
 def fusedpo(case: Case, inputs: Inputs) -> Tensor:
     import fusedpo
     from fusedpo import losses
@@ -185,6 +205,10 @@ def fusedpo(case: Case, inputs: Inputs) -> Tensor:
             memory_budget=case.budget,
             gradient_tolerance=case.tolerance,
         ).loss
+    if case.loss == "sft":
+        # of all rows, as the others have it, and not of chosen ones
+        logprobs = fusedpo_logprobs(case, hidden, weight, labels)
+        return -logprobs.sum() / (labels != IGNORE_INDEX).sum()
     return fusedpo_preference(case, inputs).loss
 
 
@@ -289,11 +313,23 @@ PEERS: dict[str, Peer] = {
         "liger_kernel.ops.LigerFusedLinearScaledCrossEntropyFunction",
         liger_scaled,
     ),
+    "liger_cross_entropy": Peer(
+        "Liger cross-entropy",
+        "liger-kernel",
+        "liger_kernel.transformers.LigerFusedLinearCrossEntropyLoss",
+        loss=liger_cross_entropy,
+    ),
     "cut_cross_entropy": Peer(
         "cut-cross-entropy",
         "cut-cross-entropy",
         "cut_cross_entropy.linear_cross_entropy",
         cut_cross_entropy,
+    ),
+    "quack": Peer(
+        "QuACK",
+        "quack-kernels",
+        "quack.linear_cross_entropy.chunked_linear_cross_entropy",
+        loss=quack,
     ),
     "fusedpo": Peer(
         "fusedpo", "fusedpo", "fusedpo.preference_loss", fusedpo_logprobs, fusedpo, budgeted=True

@@ -39,7 +39,7 @@ LONG = ("compact_training",)
 QUICK = ("length", "budget", "precision")
 """Those of the short version."""
 
-LOSSES = ("dpo", "simpo", "orpo", "kto", "sspo")
+LOSSES = ("sft", "dpo", "simpo", "orpo", "kto", "sspo")
 BUDGETS = (1, 2, 4, 8, 16, 64, 256, 1024)
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)
 VOCABULARIES = (32_000, 65_536, 128_256, 151_936, 262_144)

@@ -236,6 +236,8 @@ def workload(case: Case) -> Workload:
 
 def predicted(case: Case) -> int | None:
     """Bytes beyond the gradients, by arithmetic; None where there is no formula."""
+    if case.loss == "sft":
+        return None
     if case.peer == OURS:
         return workload(case).plan().bytes
     formula = _FORMULAS.get(case.peer)
@@ -395,9 +397,12 @@ def remarks(answer: dict[str, Any]) -> list[str]:
     """What is to be said below the table."""
     said = getattr(kind_of(answer), "remarks", None) if "kind" in answer else None
     absent = [f"Not measured: {entry}: {why}." for entry, why in missing_everywhere(answer)]
+    if not answer["rows"]:
+        return [NOTHING]
     return [*(said(answer) if said else []), *absent, *([OUTDATED] if outdated(answer) else [])]
 
 
+NOTHING = "Nothing was measured: this question asks of none of the given --losses or --peers."
 OUTDATED = "Measured with other plans than today's, whose memory and time differ."
 
 
