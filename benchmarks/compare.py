@@ -267,7 +267,7 @@ def _peak(name: str, batch: Batch) -> int | None:
         return None
     with tempfile.TemporaryDirectory(prefix="fusedpo-") as folder:
         path = Path(folder, "batch.pt")
-        torch.save(batch, path)
+        torch.save(_packed(batch), path)
         request = {"way": name, "path": str(path), "threads": torch.get_num_threads()}
         return int(in_fresh_process("fusedpo.benchmarks.compare:answer", request)["peak"])
 
@@ -281,15 +281,29 @@ def peak_of(name: str, batch: Batch) -> int:
     return max(0, peak - batch.hidden.nbytes - batch.head.weight.nbytes)
 
 
+_TENSORS = ("hidden", "labels", "ref_logprobs", "memory_budget", "gradient_tolerance")
+
+
+def _packed(batch: Batch) -> dict[str, Any]:
+    """Plain values and tensors, which a file may hold."""
+    loss = {"loss": type(batch.loss).__name__, "hyperparameters": asdict(batch.loss)}
+    head = {
+        name: getattr(batch.head, name) for name in ("weight", "bias", "softcap", "logit_scale")
+    }
+    return {**loss, "head": head, **{name: getattr(batch, name) for name in _TENSORS}}
+
+
 def preload() -> None:
     """Nothing but this module."""
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """The peak of a batch in a file."""
-    # by itself written, a moment ago
-    batch = torch.load(request["path"], weights_only=False)
-    return {"peak": peak_of(request["way"], batch)}
+    packed = torch.load(request["path"], weights_only=True)
+    loss = losses.get(packed["loss"], **packed["hyperparameters"])
+    assert is_comparable(loss), "compare() lets nothing else through"
+    given = {name: packed[name] for name in _TENSORS}
+    return {"peak": peak_of(request["way"], Batch(loss, head=Head(**packed["head"]), **given))}
 
 
 def comparison_table(c: Comparison) -> Table:
