@@ -157,7 +157,10 @@ def test_a_name_that_the_hub_does_not_have_is_refused_with_its_reason(monkeypatc
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([GOOD, "{broken"], r"line 2: expected a JSON object, got Expecting .* at column 2; each"),
+        (
+            [GOOD, "{broken"],
+            r"line 2: expected a JSON object, got text .*Expecting .* at column 2",
+        ),
         ([GOOD, "", GOOD], "line 2: expected a JSON object, got an empty line"),
         (["3"], "line 1: expected an object with prompt, chosen, rejected, got int"),
         ([], "dataset: expected at least one row, got none in"),
