@@ -117,7 +117,7 @@ def test_the_fused_loss_has_the_tolerance_also_in_a_process_of_its_own(tmp_path,
     monkeypatch.setattr(compare_module, "preference_loss", preference_loss)
     fused(problem)
     path = tmp_path / "batch.pt"
-    torch.save(problem, path)
+    torch.save(compare_module._packed(problem), path)
     compare_module.answer({"way": FUSED, "path": str(path)})
     assert len(noted) > 2 and {*noted} == {2e-3}
 
