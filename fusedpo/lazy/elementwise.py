@@ -18,7 +18,7 @@ from fusedpo.lazy.tensor import LazyTensor
 
 @handles("nan_to_num")
 def _finite(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(lazy, LazyTensor) or not lazy.recipe.wide or kwargs.get("out") is not None:
+    if not isinstance(lazy, LazyTensor) or not lazy.recipe.wide:
         return NotImplemented
     expression = lazy.recipe.expression
     if expression.name in ("log_softmax", "softmax"):

@@ -133,7 +133,8 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
     if len(args) == 1 and "other" in kwargs:
         args, kwargs = (*args, kwargs["other"]), {k: v for k, v in kwargs.items() if k != "other"}
-    if (handler := HANDLERS.get(name)) is not None and not real_memory:
+    real_numbers = real_memory or _has_place(kwargs)
+    if (handler := HANDLERS.get(name)) is not None and not real_numbers:
         result = handler(func, *args, **kwargs)
         if result is not NotImplemented:
             return result
@@ -156,10 +157,15 @@ def _has_real_memory(*trees: Any) -> bool:
     return any(t.recipe.root.memory.value is not None for t in _lazy(*trees))
 
 
+def _has_place(kwargs: dict[str, Any]) -> bool:
+    """Whether an operation is to write into a tensor that is there."""
+    return kwargs.get("out") is not None or bool(kwargs.get("inplace"))
+
+
 def _on_real(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The operation on real tensors, with one warning where these are logits."""
     in_place = name in _ASSIGNMENTS or (name.endswith("_") and not name.endswith("__"))
-    in_place |= kwargs.get("out") is not None or name.startswith("set ")
+    in_place |= _has_place(kwargs) or name.startswith("set ")
     target = args[0] if args else None
     for lazy in _lazy(args, kwargs):
         if lazy.recipe.wide and lazy.recipe.root.memory.value is None:

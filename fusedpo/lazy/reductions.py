@@ -77,7 +77,7 @@ def take(
 
 @handles("gather", "take_along_dim")
 def _gather(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(lazy, LazyTensor) or kwargs.get("out") is not None:
+    if not isinstance(lazy, LazyTensor):
         return NotImplemented
     names = ("dim", "index") if func.__name__ == "gather" else ("indices", "dim")
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -131,8 +131,6 @@ def _reduce(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(lazy, LazyTensor) or not lazy.recipe.wide or not in_order(lazy):
         return NotImplemented
     name = func.__name__
-    if kwargs.get("out") is not None:
-        return NotImplemented
     spread = ("unbiased", "correction") if name in ("std", "var") else ()
     names = ("dim", *spread[:1], "keepdim")
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -196,7 +194,7 @@ def _extreme(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     if not args and not kwargs:
         return _of_all(f"a{name}", lazy)
     dim, keepdim, _ = _dims({**dict(zip(("dim", "keepdim"), args, strict=False)), **kwargs})
-    if not last(lazy, dim) or kwargs.get("out") is not None:
+    if not last(lazy, dim):
         return NotImplemented
 
     def largest(value: Tensor) -> Tensor:
@@ -211,7 +209,7 @@ def _extreme(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
 
 @handles("topk")
 def _topk(func: Any, lazy: Any, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(lazy, LazyTensor) or not last(lazy, dim) or kwargs.get("out") is not None:
+    if not isinstance(lazy, LazyTensor) or not last(lazy, dim):
         return NotImplemented
     recipe = lazy.recipe
 

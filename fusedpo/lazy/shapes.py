@@ -274,7 +274,7 @@ def _consumes(key: Any) -> int:
 
 @handles("cat", "concat", "concatenate", "stack", "hstack", "vstack")
 def _join(func: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
-    if kwargs.get("out") is not None or not all(isinstance(t, LazyTensor) for t in tensors):
+    if not all(isinstance(t, LazyTensor) for t in tensors):
         return NotImplemented
     first = tensors[0]
     recipes = [t.recipe for t in tensors]

@@ -182,6 +182,12 @@ def alpha(z, d):
 
 
 @trap
+def negative_logits_cut_off_in_place(z, d):
+    functional.relu(z, inplace=True)
+    return z.logsumexp(-1)
+
+
+@trap
 def a_view_copy(z, d):
     return torch.view_copy(z, (-1, V)).logsumexp(-1), torch.ops.aten.alias(z).logsumexp(-1)
 
@@ -449,6 +455,40 @@ def test_a_hook_that_comes_too_late_is_refused(scored: bool) -> None:
     with pytest.raises(RuntimeError, match="call it before"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run(late, lazy=True, dtype=torch.float32, unknown="warn")
+
+
+# what a program has a place for
+
+
+OUTPUTS: dict[str, Callable[[Tensor, Inputs, Tensor], Any]] = {
+    "softmax": lambda z, d, out: torch.softmax(z, -1, out=out),
+    "log_softmax": lambda z, d, out: torch.log_softmax(z, -1, out=out),
+    "logsumexp": lambda z, d, out: torch.logsumexp(z, -1, out=out),
+    "exp": lambda z, d, out: torch.exp(z, out=out),
+    "add": lambda z, d, out: torch.add(z, 1, out=out),
+    "max": lambda z, d, out: torch.max(z, -1, out=(out, out.long())),
+    "gather": lambda z, d, out: torch.gather(z, -1, d.tokens[..., None], out=out),
+    "cat": lambda z, d, out: torch.cat([z, z], out=out),
+    "index_select": lambda z, d, out: torch.index_select(z, 0, torch.tensor([1]), out=out),
+    "masked_select": lambda z, d, out: torch.masked_select(z.logsumexp(-1), d.mask, out=out),
+    "eq": lambda z, d, out: torch.eq(z.argmax(-1), d.tokens, out=out),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_numbers_are_written_where_a_program_wants_them(name: str) -> None:
+    def program(z: Tensor, d: Inputs) -> Tensor:
+        out = torch.empty(0, dtype=torch.bool if name == "eq" else z.dtype)
+        with torch.no_grad():
+            OUTPUTS[name](z, d, out)
+        return out.double()
+
+    plain = run(program, lazy=False, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lazy = run(program, lazy=True, dtype=torch.float32, unknown="warn")
+    assert plain.values[0].numel()
+    agree(lazy.values[0], plain.values[0], 1e-5)
 
 
 # what torch refuses
