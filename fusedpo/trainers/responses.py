@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from fusedpo.checks import vocabulary
+from fusedpo.data.padding import further_inputs
 from fusedpo.data.tokenizing import keep_end
 from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import Loss
@@ -69,14 +70,13 @@ class ResponseCollator(PreferenceCollator):
             mismatched row has no labels.
 
         Raises:
-            ValueError: for a row without token ids, or with one beyond ``vocab_size``.
+            ValueError: as of ``PreferenceCollator``.
         """
         self.check(rows)
         prompts = [row["prompt_ids"] for row in rows]
         responses = [row["completion_ids"] for row in rows]
         batch = self.joined(prompts, responses)
-        for name in rows[0].get("inputs", {}):
-            batch[name] = torch.tensor([row["inputs"][name] for row in rows])
+        batch |= further_inputs(rows)
         if self.mismatched:
             pairs = zip(prompts, mismatched(responses), strict=True)
             others = self.joined(*zip(*(self._cut(*pair) for pair in pairs), strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import json
 import math
@@ -41,6 +42,7 @@ from fusedpo.recipes.short_to_long import ShortToLongCollator
 from fusedpo.trainers.forwards import Batch
 from fusedpo.trainers.length_groups import length_groups
 from fusedpo.trainers.packing import packing_gap
+from fusedpo.trainers.responses import ResponseCollator
 from fusedpo.trainers.transformers import (
     FusedTrainer,
     PreferenceCollator,
@@ -138,11 +140,46 @@ def test_packed_rows_are_padded_behind_the_last():
         assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+COLLATORS = {
+    "padded": PreferenceCollator,
+    "packed": functools.partial(PreferenceCollator, packed=True),
+    "responses": ResponseCollator,
+    "two contexts": ShortToLongCollator,
+}
+
+
+@pytest.mark.parametrize("name", COLLATORS)
 @pytest.mark.parametrize("multiple", [-8, 2.0, True])
-def test_a_multiple_that_is_none_is_refused(packed, multiple):
+def test_a_multiple_that_is_none_is_refused(name, multiple):
     with pytest.raises((ValueError, TypeError), match=r"^pad_to_multiple_of: expected"):
-        PreferenceCollator(0, packed=packed, pad_to_multiple_of=multiple)
+        COLLATORS[name](0, pad_to_multiple_of=multiple)
+
+
+@pytest.mark.parametrize("name", COLLATORS)
+def test_rows_of_text_are_refused_with_what_makes_others(name):
+    collator = COLLATORS[name](0)
+    made_by = "short_to_long.tokenize_rows" if name == "two contexts" else "rows.tokenize"
+    match = f"^row 1 of the batch: expected rows with {', '.join(collator.columns)}, got prompt, "
+    with pytest.raises(
+        ValueError, match=rf"{match}chosen; make rows .* with fusedpo\..*{made_by}$"
+    ):
+        collator([{"prompt": "1 + 1 =", "chosen": "2"}])
+
+
+@pytest.mark.parametrize("name", ["padded", "packed", "responses"])
+def test_further_inputs_are_one_number_of_each_row(name):
+    """What only some rows have was left out of the batch, or no error that says where."""
+    collator = COLLATORS[name](0)
+    ids = {key: [1, 2] for key in collator.columns}
+    batch = collator([{**ids, "inputs": {"w": True}}, {**ids, "inputs": {"w": 2}}])
+    assert batch["w"].dtype == torch.float32 and batch["w"].tolist() == [1.0, 2.0]
+    for rows in ([{}, {"inputs": {"w": 1.0}}], [{"inputs": {"w": 1.0}}, {"inputs": {}}]):
+        with pytest.raises(ValueError, match="row 2 of the batch, inputs: expected those of the f"):
+            collator([{**ids, **row} for row in rows])
+    with pytest.raises(
+        TypeError, match=r"^row 2 of the batch, w: expected a number, got NoneType$"
+    ):
+        collator([{**ids, "inputs": {"w": 1.0}}, {**ids, "inputs": {"w": None}}])
 
 
 # the loss
@@ -1453,7 +1490,8 @@ def test_tokens_that_the_model_has_no_row_for_are_refused(tmp_path):
         ([wide], ShortToLongCollator(0)),
         ([], PreferenceCollator(largest)),
     ):
-        given = trainer(tmp_path, tiny.model(vocab_size=largest), data_collator=collator)
+        model = tiny.model(vocab_size=largest)
+        given = trainer(tmp_path, model, rows=rows or ROWS, data_collator=collator)
         with pytest.raises(ValueError, match=rf"expected tokens in \[0, {largest}\), of which"):
             given.data_collator(rows)
     with pytest.raises(ValueError, match="row 2 of the batch: expected rows with prompt_ids"):

@@ -932,6 +932,10 @@ def test_long_rows_are_those_of_the_roles() -> None:
     for roles, long in ((3, [11, 12]), (4, [11, 12, 111, 112])):
         batch = Collator(plain, (), roles)([{**row, "kl": 0.5} for row in rows])
         assert batch["input_ids"][:, 0].tolist() == [1, 2, 101, 102, *long]
+    with pytest.raises(TypeError, match=r"^row 2 of the batch, w: expected a number"):
+        Collator(plain, ("w",), 2)(
+            [{**row, "w": w} for row, w in zip(rows, (1, None), strict=True)]
+        )
 
 
 @pytest.mark.parametrize("both", [False, True])

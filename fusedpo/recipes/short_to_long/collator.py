@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, ClassVar, TypedDict
 
 from torch import Tensor
 
-from fusedpo.checks import bad_value, known_tokens
-from fusedpo.data.padding import pad_sequences
+from fusedpo.checks import bad_value
+from fusedpo.data.padding import RowCollator, pad_sequences
 from fusedpo.data.rows import Ids
 from fusedpo.labels import IGNORE_INDEX
 
@@ -57,7 +57,7 @@ def check_aligned(labels: Tensor, *, both: bool = False) -> None:
 
 
 @dataclass(frozen=True)
-class ShortToLongCollator:
+class ShortToLongCollator(RowCollator):
     """Rows of token ids to one batch of 3 P sequences, padded on the right.
 
     The order is P of chosen-short, P of rejected-short, P of chosen-long and, with ``both``, P of
@@ -71,6 +71,9 @@ class ShortToLongCollator:
         pad_to_multiple_of: see ``pad_sequences``.
         vocab_size: rows of the model's embedding, which no token may be beyond; not looked at if
             None.
+
+    Raises:
+        TypeError, ValueError: for a pad_to_multiple_of that is no whole number, or negative.
     """
 
     pad_token_id: int
@@ -78,27 +81,18 @@ class ShortToLongCollator:
     pad_to_multiple_of: int | None = None
     vocab_size: int | None = None
 
-    def __call__(self, rows: Sequence[ShortToLongRow]) -> dict[str, Tensor]:
+    columns: ClassVar[tuple[str, ...]] = tuple(ShortToLongRow.__annotations__)
+    made_by: ClassVar[str] = "fusedpo.recipes.short_to_long.tokenize_rows"
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """input_ids, attention_mask and labels [3 P, T] int64, or [4 P, T].
 
         Raises:
-            ValueError: for a token or padding beyond ``vocab_size``.
+            ValueError: for a row without token ids, or with one beyond ``vocab_size``, or such
+                padding.
         """
-        known_tokens("pad_token_id", [self.pad_token_id], self.vocab_size)
-        for number, row in enumerate(rows, start=1):
-            parts = (
-                row["prompt_ids"],
-                row["long_prompt_ids"],
-                row["chosen_ids"],
-                row["rejected_ids"],
-            )
-            tokens = [int(token) for part in parts for token in part]
-            known_tokens(f"row {number} of the batch", tokens, self.vocab_size)
-        chosen, rejected = (
-            [row["chosen_ids"] for row in rows],
-            [row["rejected_ids"] for row in rows],
-        )
-        short, long = [row["prompt_ids"] for row in rows], [row["long_prompt_ids"] for row in rows]
+        self.check(rows)
+        short, long, chosen, rejected = ([row[name] for row in rows] for name in self.columns)
         prompts, responses = [*short, *short, *long], [*chosen, *rejected, *chosen]
         if self.both:
             prompts, responses = [*prompts, *long], [*responses, *rejected]

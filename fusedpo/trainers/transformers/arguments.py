@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from fusedpo.checks import bad_type, bad_value
+from fusedpo.data.padding import RowCollator, check_columns
 from fusedpo.losses import Loss
 
 
@@ -99,7 +100,9 @@ def check_sampling(args: TrainingArguments, rows: Any) -> None:
         raise bad_value("train_sampling_strategy", expected, repr(strategy), remedy)
 
 
-def check_rows(options: Mapping[str, Any], columns: Sequence[str]) -> None:
+def check_rows(
+    options: Mapping[str, Any], columns: Sequence[str], made_by: str = RowCollator.made_by
+) -> None:
     """Refuse datasets that lack one of these columns, as those of text do."""
     for name in ("train_dataset", "eval_dataset"):
         of_name = options.get(name)
@@ -110,13 +113,6 @@ def check_rows(options: Mapping[str, Any], columns: Sequence[str]) -> None:
             if hasattr(each, "__len__") and (names or isinstance(each, Sequence)):
                 # columns of a table may be made into others on the way
                 if len(each):
-                    check_columns(each[0], columns, name)
+                    check_columns(each[0], columns, name, made_by)
             elif names:
-                check_columns(dict.fromkeys(names), columns, name)
-
-
-def check_columns(row: Any, columns: Sequence[str], where: str) -> None:
-    if not isinstance(row, Mapping) or any(name not in row for name in columns):
-        got = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-        remedy = "make rows of text into such with fusedpo.trainers.rows.tokenize"
-        raise bad_value(where, f"rows with {', '.join(columns)}", got, remedy)
+                check_columns(dict.fromkeys(names), columns, name, made_by)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fusedpo.checks import bad_type, bad_value, known_tokens
-from fusedpo.data.padding import pad_sequences
+from fusedpo.checks import bad_value
+from fusedpo.data.padding import RowCollator, further_inputs, pad_sequences
 from fusedpo.data.rows import TokenRow
 from fusedpo.labels import IGNORE_INDEX
-from fusedpo.trainers.transformers.arguments import check_columns
 
 
 @dataclass(frozen=True)
-class PreferenceCollator:
+class PreferenceCollator(RowCollator):
     """Rows of token ids to one batch of 2 P sequences, chosen first.
 
     Attributes:
@@ -40,13 +39,6 @@ class PreferenceCollator:
 
     columns: ClassVar[tuple[str, ...]] = ("prompt_ids", "chosen_ids", "rejected_ids")
 
-    def __post_init__(self) -> None:
-        multiple = self.pad_to_multiple_of
-        if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, int)):
-            raise bad_type("pad_to_multiple_of", "a whole number or None", repr(multiple))
-        if multiple is not None and multiple < 0:
-            raise bad_value("pad_to_multiple_of", "a number not below 0, or None", str(multiple))
-
     def __call__(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
         """Labels are those of Hugging Face: labels[t] is token t, -100 on prompt and padding.
 
@@ -56,24 +48,12 @@ class PreferenceCollator:
 
         Raises:
             ValueError: for a row without token ids, or with one beyond ``vocab_size``, or such
-                padding.
+                padding; and for one with other inputs than the first.
         """
         self.check(rows)
         responses = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
         batch = self.joined([row["prompt_ids"] for row in rows] * 2, responses)
-        for name in rows[0].get("inputs", {}):
-            batch[name] = torch.tensor([row["inputs"][name] for row in rows])
-        return batch
-
-    def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse rows without token ids, and tokens that the model has no row for."""
-        known_tokens("pad_token_id", [self.pad_token_id], self.vocab_size)
-        for number, row in enumerate(rows, start=1):
-            where = f"row {number} of the batch"
-            check_columns(row, self.columns, where)
-            if self.vocab_size is not None:
-                tokens = [int(token) for name in self.columns for token in row[name]]
-                known_tokens(where, tokens, self.vocab_size)
+        return {**batch, **further_inputs(rows)}
 
     def joined(self, prompts: Sequence[Any], responses: Sequence[Any]) -> dict[str, Tensor]:
         """Prompts, each followed by its response, padded or packed."""

@@ -12,11 +12,11 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from fusedpo.checks import bad_type, vocabulary
+from fusedpo.data.padding import RowCollator
 from fusedpo.functional import LossOutput, preference_loss
 from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import Loss, PreferenceLoss
 from fusedpo.model_head import aligned_labels, causal_model
-from fusedpo.recipes.short_to_long import ShortToLongCollator
 from fusedpo.trainers.length_groups import are_on
 from fusedpo.trainers.transformers.arguments import check_rows
 from fusedpo.trainers.transformers.batches import PreferenceCollator, padding_token
@@ -72,12 +72,11 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
         if options.get("data_collator") is None:
             pad = padding_token(options.get("processing_class"), vocab)
             options["data_collator"] = PreferenceCollator(pad)
-        collator = options["data_collator"]
-        checks_tokens = isinstance(collator, (PreferenceCollator, ShortToLongCollator))
-        if checks_tokens and collator.vocab_size is None:
-            options["data_collator"] = replace(collator, vocab_size=vocab)
-        if isinstance(options["data_collator"], PreferenceCollator):
-            check_rows(options, options["data_collator"].columns)
+        collator: Any = options["data_collator"]
+        if isinstance(collator, RowCollator):
+            if collator.vocab_size is None:
+                options["data_collator"] = replace(options["data_collator"], vocab_size=vocab)
+            check_rows(options, collator.columns, collator.made_by)
         self.roles = len(loss.roles)
         super().__init__(model, args, loss=loss, **options)
         config = causal_model(self.model).config.get_text_config()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fusedpo.checks import bad_value
+from fusedpo.data.padding import numbers_of_rows
 from fusedpo.losses import PreferenceLoss
 
 
@@ -37,7 +38,7 @@ class Collator:
             batch = _beside(batch, self.collator(longer), (self.roles - 2) * len(rows))
         for name in self.inputs:
             if name in rows[0]:
-                batch[name] = torch.tensor([float(row[name]) for row in rows])
+                batch[name] = numbers_of_rows(name, (row[name] for row in rows))
         return batch
 
 
