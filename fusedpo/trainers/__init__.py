@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -43,7 +42,7 @@ def patch(
         RuntimeError: for TRL before 0.29, unless LLaMA-Factory is imported, which wants one; and if
             nothing in the installed version is known here.
     """
-    from fusedpo.trainers import trl
+    from fusedpo.trainers import processes, trl
 
     factory = "llamafactory" in sys.modules
     try:
@@ -69,7 +68,7 @@ def patch(
         for package, title in _LAZY.items()
         if package in sys.modules
     ]
-    if not quiet and os.environ.get("RANK", "0") == "0":
+    if not quiet and processes.is_first():
         for line in lines:
             print(f"fusedpo: {line}", file=sys.stderr)
     return reached

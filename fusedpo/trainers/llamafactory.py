@@ -17,8 +17,9 @@ from torch import Tensor
 from fusedpo.engine.plan import Plan
 from fusedpo.lazy.at_head import with_lazy_logits
 from fusedpo.model_head import add_fused_head, check_options, fused_forward
+from fusedpo.trainers.replacements import Replacements
 
-_METHODS: list[tuple[Any, str, Any]] = []
+_replacements = Replacements("llamafactory")
 
 
 def patch(
@@ -41,24 +42,18 @@ def patch(
     from llamafactory.train.dpo.trainer import CustomDPOTrainer
     from llamafactory.train.kto.trainer import CustomKTOTrainer
 
-    unpatch()
     budget = memory_budget.budget if isinstance(memory_budget, Plan) else memory_budget
     options: dict[str, Any] = {"memory_budget": budget, "backend": backend}
     options["gradient_tolerance"] = gradient_tolerance
-    _replace(CustomDPOTrainer, "concatenated_forward", _of_pairs(options))
-    _replace(CustomKTOTrainer, "forward", _of_responses(options))
+    _replacements.exchange(
+        (CustomDPOTrainer, "concatenated_forward", _of_pairs(options)),
+        (CustomKTOTrainer, "forward", _of_responses(options)),
+    )
 
 
 def unpatch() -> None:
-    """Undo ``patch``."""
-    while _METHODS:
-        owner, name, original = _METHODS.pop()
-        setattr(owner, name, original)
-
-
-def _replace(owner: Any, name: str, method: Any) -> None:
-    _METHODS.append((owner, name, vars(owner)[name]))
-    setattr(owner, name, method)
+    """Undo ``patch``. What somebody else has replaced since stays replaced, with a warning."""
+    _replacements.undo()
 
 
 def _scores(

@@ -23,10 +23,12 @@ from fusedpo.head import Head
 from fusedpo.lazy.install import lazy_output
 from fusedpo.lazy.source import Options
 from fusedpo.model_head import FusedForward, causal_model, check_options, install_forward
+from fusedpo.trainers.replacements import Replacements
 
 BACKEND = "fusedpo"
 
 _options = Options()
+_replacements = Replacements("verl")
 _original = monkey_patch.patch_forward_with_backends
 
 
@@ -94,12 +96,14 @@ def patch(
     global _options
     check_options(memory_budget, backend, gradient_tolerance)
     _options = Options(memory_budget, backend, gradient_tolerance=gradient_tolerance)
-    monkey_patch.patch_forward_with_backends = patch_forward_with_backends
+    _replacements.exchange(
+        (monkey_patch, "patch_forward_with_backends", patch_forward_with_backends)
+    )
 
 
 def unpatch() -> None:
-    """Take it away again."""
-    monkey_patch.patch_forward_with_backends = _original
+    """Take it away again. What somebody else has replaced since stays replaced, with a warning."""
+    _replacements.undo()
 
 
 patch()

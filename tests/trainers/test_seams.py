@@ -94,6 +94,33 @@ def test_axolotl(seam: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seam.FusedPlugin().pre_model_load(types.SimpleNamespace())
 
 
+PLACES = {
+    VERL: ("verl.models.transformers", "monkey_patch", "patch_forward_with_backends"),
+    FACTORY: ("llamafactory.train.dpo.trainer", "CustomDPOTrainer", "concatenated_forward"),
+}
+
+
+@of("seam", PLACES, indirect=True)
+def test_what_somebody_has_replaced_since_stays(seam: Any) -> None:
+    module, owner, name = PLACES[seam.__name__]
+    place = getattr(importlib.import_module(module), owner)
+    seam.unpatch()
+    original = getattr(place, name)
+    theirs = lambda *_, **__: None  # noqa: E731
+    for again in (seam.patch, seam.unpatch):
+        seam.patch()
+        assert getattr(place, name) is not original
+        setattr(place, name, theirs)
+        with pytest.warns(UserWarning, match=rf"\.{name} was replaced by somebody else after"):
+            again()
+        assert getattr(place, name) is theirs
+        seam.unpatch()
+        setattr(place, name, original)
+    seam.patch()
+    seam.unpatch()
+    assert getattr(place, name) is original
+
+
 @of("seam", [FACTORY], indirect=True)
 def test_llama_factory(seam: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     noted: list[dict[str, Any]] = []

@@ -11,8 +11,8 @@ from typing import Any
 from fusedpo.engine.plan import Plan
 from fusedpo.lazy import lazy_logits
 from fusedpo.model_head import UnsupportedHead
+from fusedpo.trainers.replacements import tell
 from fusedpo.trainers.trl import places
-from fusedpo.trainers.trl.places import tell
 from fusedpo.trainers.trl.replace import Options, replace
 
 NO_FLAG = "not with use_liger_kernel=True"

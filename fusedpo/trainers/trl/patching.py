@@ -9,12 +9,13 @@ from collections.abc import Iterator
 import trl
 
 from fusedpo.model_head import check_options
+from fusedpo.trainers import processes
 from fusedpo.trainers.trl.concatenated import replace_concatenated
 from fusedpo.trainers.trl.fused_lm_head import replace_fused_lm_heads
 from fusedpo.trainers.trl.lazy_models import replace_by_lazy_logits
-from fusedpo.trainers.trl.places import check_version, main_process, tell
+from fusedpo.trainers.trl.places import check_version
 from fusedpo.trainers.trl.reach import in_words, tell_of_others, watch
-from fusedpo.trainers.trl.replace import ABSENT, Budget, Options, replace, replaced
+from fusedpo.trainers.trl.replace import Budget, Options, replace, replaced, undo
 from fusedpo.trainers.trl.tpo import replace_tpo
 
 _SEAMS = (
@@ -69,7 +70,7 @@ def patch(
     for method, condition in reached.items():
         watch(method.lower(), condition)
     tell_of_others(reached)
-    if not quiet and main_process():
+    if not quiet and processes.is_first():
         print(f"fusedpo: TRL {trl.__version__} {in_words(reached)}", file=sys.stderr)
     return reached
 
@@ -80,24 +81,7 @@ def unpatch() -> None:
     Trainers that were built meanwhile keep what they have, and what somebody else has replaced
     since stays replaced, with a warning.
     """
-    ours = {}
-    while replaced:
-        last = replaced.pop()
-        if last.original is not ABSENT:
-            ours[id(last.value)] = last.original
-        if last.stands():
-            last.restore()
-        else:
-            what = "replaced" if last.name in vars(last.owner) else "removed"
-            tell(
-                f"trl: {last.owner.__name__}.{last.name} was {what} by somebody else after "
-                "patch(), and stays so"
-            )
-    # modules of TRL that were imported meanwhile have ours under the name they imported
-    for module in [m for name, m in sys.modules.copy().items() if name.split(".")[0] == "trl"]:
-        for name, value in list(vars(module).items()):
-            if id(value) in ours:
-                setattr(module, name, ours[id(value)])
+    undo()
 
 
 @contextlib.contextmanager

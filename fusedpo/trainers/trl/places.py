@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import re
 import sys
 import warnings
 from typing import Any
 
 import trl
+
+from fusedpo.trainers.replacements import tell
 
 # where a method's trainer is, newest first
 PLACES = ("trl.trainer.{0}_trainer", "trl.experimental.{0}.{0}_trainer")
@@ -26,16 +27,6 @@ def check_version() -> None:
         raise RuntimeError(f"{expected}; update TRL")
     if number > _NEWEST:
         tell(f"{expected}, which fusedpo was not tried with; compare the first losses without it")
-
-
-def main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def tell(text: str) -> None:
-    """A warning, from the main process only."""
-    if main_process():
-        warnings.warn(text, stacklevel=3)
 
 
 def title_of(method: str) -> str:

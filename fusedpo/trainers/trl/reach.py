@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fusedpo.lazy.source import Source
+from fusedpo.trainers.replacements import tell
 from fusedpo.trainers.trl import places
-from fusedpo.trainers.trl.places import METHODS, of_package, shown_class, tell, title_of
+from fusedpo.trainers.trl.places import METHODS, of_package, shown_class, title_of
 from fusedpo.trainers.trl.replace import Calls, replace
 
 # where a trainer's loss is computed: who overrides one of these and does not call TRL's leaves the
