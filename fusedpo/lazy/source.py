@@ -26,6 +26,7 @@ from fusedpo.head import Head
 from fusedpo.lazy.expressions import NO_LABEL, Expression, Logits, evaluate
 from fusedpo.lazy.gradients import ByChunks, ScoredEntropy
 from fusedpo.lazy.statistics import Combination, combination
+from fusedpo.model_head.score import uncapped_mean_logits
 from fusedpo.sizes import parse_budget
 
 # tensors as wide as the vocabulary that an expression may hold at a time, with its gradient
@@ -282,13 +283,9 @@ class Source:
     def _mean_logit(self, logits: Logits, *, grad: bool) -> Tensor:
         """[R], the mean of logits without a soft cap, which takes no product."""
         hidden, weight, bias = self.tensors(grad=grad)
-        full = accumulated_dtype(hidden.dtype)
-        mean = hidden.to(full) @ weight.mean(0, dtype=full)
-        if bias is not None:
-            mean = mean + bias.mean(dtype=full)
-        mean = mean * logits.scale
+        mean = uncapped_mean_logits(hidden, Head(weight, bias, None, logits.scale))
         if logits.divisor is not None:
-            mean = mean / logits.divisor.full(self.count, self.device, fill=1.0).to(full)
+            mean = mean / logits.divisor.full(self.count, self.device, fill=1.0).to(mean.dtype)
         return mean
 
     def _value(self, scored: Pass, name: str, *, grad: bool) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fusedpo.engine.plan import Plan
+from fusedpo.engine.precision import accumulated_dtype
 from fusedpo.engine.stats import DIFFERENTIABLE, STATS, TokenStats
 from fusedpo.functional import linear_token_stats
 from fusedpo.head import Head
@@ -99,14 +100,21 @@ def mean_logits(
         [...], fp32, or fp64 for double states.
     """
     if head.softcap is None:
-        full = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        mean = hidden.to(full) @ head.weight.mean(0, dtype=full)
-        return (mean if head.bias is None else mean + head.bias.mean(dtype=full)) * head.logit_scale
+        return uncapped_mean_logits(hidden, head)
     labels = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
     score = Score(labels, ("mean_logit",), memory_budget=memory_budget, backend=backend)
     mean_logit = score(hidden, head).mean_logit
     assert mean_logit is not None, "it was asked for"
     return mean_logit
+
+
+def uncapped_mean_logits(hidden: Tensor, head: Head) -> Tensor:
+    """As ``mean_logits``, of a head without a soft cap, and with gradients."""
+    full = accumulated_dtype(hidden.dtype)
+    mean = hidden.to(full) @ head.weight.mean(0, dtype=full)
+    if head.bias is not None:
+        mean = mean + head.bias.mean(dtype=full)
+    return mean * head.logit_scale
 
 
 def strip_virtual_tokens(values: Tensor, labels: Tensor) -> Tensor:

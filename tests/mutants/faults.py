@@ -1460,6 +1460,18 @@ _CORE = (
             "-(logp.exp() * logp).sum(-1)",
             "NaN for tokens that are ruled out",
         ),
+        (
+            "return mean * head.logit_scale",
+            "return mean",
+            "the mean logit without the scale",
+            "lazy/test_idioms.py lazy/test_traps.py lazy/test_models.py",
+        ),
+        (
+            "mean = mean + head.bias.mean(dtype=full)",
+            "pass",
+            "the mean logit without the bias",
+            "lazy/test_idioms.py lazy/test_traps.py lazy/test_models.py",
+        ),
     ),
     *_in(
         "fusedpo/model_head/forward.py",
@@ -1837,8 +1849,6 @@ _LAZY = (
             "True",
             "no gradient after a pass without one",
         ),
-        ("mean = mean * logits.scale", "", "the mean logit without the scale"),
-        ("mean = mean + bias.mean(dtype=full)", "pass", "the mean logit without the bias"),
         (
             "Head(weight, bias, logits.softcap, logits.scale)",
             "Head(weight, bias, None, logits.scale)",
