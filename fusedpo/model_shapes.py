@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedpo.checks import bad_value
+from fusedpo.data.messages import first_line
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,6 @@ def read_model(name: str) -> ModelShape:
 
         found = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (ImportError, OSError, ValueError, KeyError) as error:
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise bad_value("--model", expected, f"{name!r} ({why})", remedy) from error
+        got = f"{name!r} ({first_line(error)})"
+        raise bad_value("--model", expected, got, remedy) from error
     return shape_of_config(found.to_dict(), name)

@@ -18,7 +18,7 @@ from fusedpo.engine.cost import Backend
 from fusedpo.engine.tolerance import GUESSED_SHARE, check_tolerance
 from fusedpo.footprint import Workload
 from fusedpo.model_shapes import HEADS, ModelShape, read_model
-from fusedpo.sizes import DEFAULT_BUDGET, format_bytes, format_products, parse_budget
+from fusedpo.sizes import format_bytes, format_products, parse_budget
 
 SUMMARY = "say what a loss would hold, by which route, and what would fit a device"
 DESCRIPTION = (
@@ -125,7 +125,7 @@ def run(given: argparse.Namespace) -> int:
     found = _found(work)
     if given.fit is not None:
         how = {"optimizer": given.optimizer, "checkpointing": not given.no_checkpointing}
-        found["fit"] = _fit(work, _size("--fit", given.fit), how)
+        found["fit"] = _fit(work, parse_budget(given.fit, "--fit"), how)
     if given.json:
         print(json.dumps(found, indent=1))
     else:
@@ -139,13 +139,6 @@ def run(given: argparse.Namespace) -> int:
             "raise it, or score fewer tokens in a call",
         )
     return 0
-
-
-def _size(option: str, text: str | None, default: int = DEFAULT_BUDGET) -> int:
-    try:
-        return parse_budget(text, default=default)
-    except ValueError as error:  # it has the name of the library's argument
-        raise ValueError(str(error).replace("memory_budget", option, 1)) from None
 
 
 def _workload(given: argparse.Namespace) -> Workload:
@@ -177,7 +170,7 @@ def _workload(given: argparse.Namespace) -> Workload:
         dtype=getattr(torch, given.dtype),
         backend=backend,
         frozen=given.frozen,
-        budget=_size("--budget", given.budget, device.budget),
+        budget=parse_budget(given.budget, "--budget", default=device.budget),
         gradient_tolerance=_tolerance(given),
     )
 
@@ -196,7 +189,7 @@ def _device(given: argparse.Namespace) -> Device:
         return device
     if device.type == "cpu":
         raise bad_value("--device-memory", "a GPU", "cpu", "add --device cuda")
-    return replace(device, memory=_size("--device-memory", given.device_memory))
+    return replace(device, memory=parse_budget(given.device_memory, "--device-memory"))
 
 
 def _found(work: Workload) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 
 from fusedpo import smollm2
 from fusedpo.checks import bad_value
+from fusedpo.data.messages import first_line
 from fusedpo.trainers.adapters import AdapterSettings, adapted, base_of, is_adapter, quantization
 
 
@@ -92,10 +93,9 @@ def _from_pretrained(name: str, options: dict[str, Any], whose: str) -> tuple[An
             transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False),
         )
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise bad_value(
             "model",
             "a folder or a Hub name of a causal language model with its tokenizer",
-            f"{name!r}{whose} ({reason})",
+            f"{name!r}{whose} ({first_line(error)})",
             "check the spelling, and the network for a Hub name",
         ) from error

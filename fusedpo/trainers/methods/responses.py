@@ -14,7 +14,7 @@ from fusedpo.losses import KTO, Loss, PreferenceLoss
 from fusedpo.losses.base import Input
 from fusedpo.report import LOSS, MARGIN, Signal
 from fusedpo.trainers.layouts import RESPONSES
-from fusedpo.trainers.methods.base import Defaults, Method, Passages
+from fusedpo.trainers.methods.base import Method, Passages
 
 if TYPE_CHECKING:
     from fusedpo.trainers.transformers import FusedTrainerMixin
@@ -52,7 +52,6 @@ class Responses(Method):
         MARGIN,
         Signal("z0", "eval_kl", ".3f", "nats a response"),
     )
-    from_scratch: ClassVar[Defaults] = Defaults(1e-3, 32, 280, 1.0)
 
     def check(self, loss: Loss) -> None:
         check_loss(loss)
