@@ -142,15 +142,8 @@ class FusedForward:
             decoder = decoder_input(self.model, shift_labels, self._by_name(args, kwargs))
             kwargs = {**kwargs, **decoder}
         aligned = shift_labels if labels is None else aligned_labels(labels)
-        task = Score(
-            aligned,
-            tuple(stats),
-            temperature,
-            self.memory_budget,
-            self.backend,
-            differentiable=tuple(differentiable),
-            gradient_tolerance=self.gradient_tolerance,
-        )
+        passed_on = tuple(differentiable)
+        task = Score(aligned, tuple(stats), temperature, differentiable=passed_on, **self.options)
         if self.reason:
             scores, aux_loss = self._by_logits(task, args, kwargs)
         else:

@@ -67,8 +67,7 @@ def add_fused_head(
             type(model).__name__,
             "load it by AutoModelForCausalLM, which has the head",
         )
-    options = (memory_budget, backend, unsupported, gradient_tolerance)
-    install_forward(causal, FusedForward, *options)
+    install_forward(causal, FusedForward, memory_budget, backend, unsupported, gradient_tolerance)
 
 
 def check_options(
@@ -87,22 +86,22 @@ def check_options(
     check_tolerance(gradient_tolerance)
 
 
-def install_forward(causal: Any, kind: type[FusedForward], *options: Any) -> None:
+def install_forward(causal: Any, kind: type[FusedForward], *options: Any, **named: Any) -> None:
     """Install a fused forward in a model, or exchange the one it has.
 
     Args:
         causal: the causal language model itself (see ``causal_model``).
         kind: ``FusedForward`` or a subclass.
-        options: of its constructor, after the model and the original forward.
+        options, named: of its constructor, after the model and the original forward.
     """
     earlier, current = fused_forward(causal), vars(causal).get("forward")
     if earlier is None:
-        causal.forward = kind(causal, current, *options)
+        causal.forward = kind(causal, current, *options, **named)
     elif forward_function(current) is earlier:
-        causal.forward = kind(causal, earlier.original, *options)
+        causal.forward = kind(causal, earlier.original, *options, **named)
     else:  # a wrapper of the forward holds on to it: it becomes the other
         earlier.__class__ = kind
-        kind.__init__(earlier, causal, earlier.original, *options)
+        kind.__init__(earlier, causal, earlier.original, *options, **named)
 
 
 def remove_fused_head(model: Any) -> None:

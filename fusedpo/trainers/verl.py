@@ -27,7 +27,7 @@ from fusedpo.trainers.replacements import Replacements
 
 BACKEND = "fusedpo"
 
-_options = Options()
+_options: dict[str, Any] = {}
 _replacements = Replacements("verl")
 _original = monkey_patch.patch_forward_with_backends
 
@@ -77,8 +77,7 @@ def patch_forward_with_backends(
     if not use_fused_kernels or fused_kernels_backend != BACKEND:
         _original(model, use_fused_kernels, fused_kernels_backend)
         return
-    given = (_options.memory_budget, _options.backend, "raise", _options.gradient_tolerance)
-    install_forward(causal_model(model), VerlForward, *given)
+    install_forward(causal_model(model), VerlForward, **_options)
     print(f"Using fusedpo for log-probabilities and entropies in {type(model).__name__}")
 
 
@@ -95,7 +94,8 @@ def patch(
     """
     global _options
     check_options(memory_budget, backend, gradient_tolerance)
-    _options = Options(memory_budget, backend, gradient_tolerance=gradient_tolerance)
+    _options = {"memory_budget": memory_budget, "backend": backend}
+    _options["gradient_tolerance"] = gradient_tolerance
     _replacements.exchange(
         (monkey_patch, "patch_forward_with_backends", patch_forward_with_backends)
     )

@@ -43,6 +43,5 @@ def at_fused_head(
 ) -> tuple[Any, Any]:
     """As ``model_head.at_head``; a model without a fused head gets one."""
     if fused_forward(model) is None:
-        given = (options.memory_budget, options.backend, "raise", options.gradient_tolerance)
-        install_forward(causal_model(model), FusedForward, *given)
+        install_forward(causal_model(model), FusedForward, **vars(options))
     return at_head(model, task, **inputs)

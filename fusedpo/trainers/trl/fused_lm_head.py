@@ -41,8 +41,7 @@ class TRLForward(FusedForward):
         fp32: bool,
         outputs: tuple[str, ...],
     ) -> None:
-        given = (options.memory_budget, options.backend, "fallback", options.gradient_tolerance)
-        super().__init__(model, original, *given)
+        super().__init__(model, original, unsupported="fallback", **vars(options))
         self.temperature, self.fp32 = temperature, fp32
         self.differentiable = DIFFERENTIABLE
         self.outputs = ("log_probs", *(name for name in outputs if name != "log_probs"))
