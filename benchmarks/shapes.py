@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -88,7 +88,10 @@ class Case:
         tolerance: of gradients, for programs that take one.
         states: a name in benchmarks/states.py, whose first rows and head the inputs are; None:
             random ones.
+        measured_by: what answers a request for its peak, as ``worker.in_fresh_process`` takes it.
     """
+
+    measured_by: ClassVar[str] = "fusedpo.benchmarks.worker:answer"
 
     peer: str
     shape: Shape

@@ -6,7 +6,6 @@ process of its own; then those that fit are timed in turn on the same inputs.
 
 from __future__ import annotations
 
-import functools
 import gc
 import importlib
 import json
@@ -25,9 +24,9 @@ from fusedpo.benchmarks.peer_memory import full_logits, liger_pairs, trl_chunked
 from fusedpo.benchmarks.peers import BASELINE, OURS, PEERS, step, why_not
 from fusedpo.benchmarks.section import number
 from fusedpo.benchmarks.section import table as table_of
-from fusedpo.benchmarks.shapes import MIB, TINY, Case, Inputs, make_inputs
+from fusedpo.benchmarks.shapes import MIB, Case, Inputs, make_inputs
 from fusedpo.benchmarks.timing import Clock, in_rounds, median, told
-from fusedpo.benchmarks.worker import OutOfMemory, Peak, fresh_peak
+from fusedpo.benchmarks.worker import OutOfMemory, fresh_peak
 from fusedpo.engine.plan import BudgetTooSmall
 from fusedpo.footprint import Workload
 from fusedpo.model_shapes import ModelShape
@@ -36,6 +35,10 @@ from fusedpo.sizes import DEFAULT_BUDGET, format_bytes
 Size = int | Literal["least"] | None
 
 _LOSSES = {"sspo": "soft_sequence"}
+# seconds of a step beside which what the first one pays does not count
+_LONG = 1.0
+# so many times as long as the fastest
+_HOPELESS = 2.0
 _FORMULAS = {"full_logits": full_logits, "trl": trl_chunked, "liger": liger_pairs}
 
 
@@ -164,7 +167,7 @@ class Question:
             for rows in here:
                 for row in rows:
                     advance(f"{row.group} {row.x:g}: memory of {row.entry}")
-                    measure_memory(row, options.threads, self.peak)
+                    measure_memory(row, options.threads)
                 compare(rows)
                 self.time([row for row in rows if not row.missing], options, advance)
         return {
@@ -183,27 +186,58 @@ class Question:
         asked = [entry for entry in self.entries(options) if entry.peer in options.peers]
         return [[_row(point, entry) for entry in asked] for point in self.points(options)]
 
-    def peak(self, case: Case, threads: int) -> Peak:
-        return fresh_peak(case, threads)
-
     def time(self, rows: Sequence[Row], options: Options, advance: Advance) -> None:
-        _time(rows, options, advance)
+        """Rounds in turn, for as long as the point may take.
+
+        The first one warms up, but counts for a program whose steps are long. Rounds go on with
+        those that are within a factor of the fastest; what the others take is known well enough. A
+        program that took long and was far behind when its memory was measured is not timed anew:
+        that counts.
+        """
+        fastest = min((row.alone for row in rows if row.alone > 0), default=math.inf)
+        for row in rows:
+            if row.alone > max(_HOPELESS * fastest, 2 * _LONG) and row.case.peer != BASELINE:
+                row.seconds = (row.alone,)
+        rows = [row for row in rows if not row.seconds]
+        if not rows:
+            return
+        clock, shared = Clock(options.device), make_inputs(rows[0].case)
+        steps = {id(row): stepper(row.case, shared) for row in rows}
+
+        def timed(row: Row, before: tuple[float, ...] = ()) -> None:
+            try:
+                row.seconds = (*before, clock.once(steps[id(row)]))
+            except Exception as error:  # another library's failure is a line of the table
+                row.missing, row.seconds = told(error), ()
+
+        for row in rows:
+            advance(f"{row.group} {row.x:g}: time of {row.entry}")
+            if PEERS[row.case.peer].compiles:
+                timed(row)
+            timed(row)
+        alive = [row for row in rows if row.seconds]
+        fastest = min((row.seconds[0] for row in alive), default=0.0)
+        if fastest > _LONG and sum(row.seconds[0] for row in alive) > options.seconds_a_point:
+            return
+        alive = [row for row in alive if row.seconds[0] < _HOPELESS * fastest]
+        for row in alive:
+            if row.seconds[0] < _LONG:
+                row.seconds = ()
+        for i in in_rounds(range(len(alive)), 15, options.seconds_a_point):
+            if not alive[i].missing:
+                timed(alive[i], alive[i].seconds)
+        gc.collect()
 
 
 def _row(point: Point, entry: Entry) -> Row:
     case = replace(point.case, peer=entry.peer)
     row = Row(point.group, point.x, entry.name, case)
-    row.missing = _why_not(replace(case.at(TINY), budget=None), PEERS[entry.peer])
+    row.missing = why_not(case)
     if row.missing is None and PEERS[entry.peer].budgeted:
         row.case = replace(case, budget=_budget(case, entry.budget))
     if row.missing is None:
         row.predicted = predicted(row.case)
     return row
-
-
-@functools.cache
-def _why_not(case: Case, peer: Any) -> str | None:
-    return why_not(case)
 
 
 def _budget(case: Case, size: Size) -> int | None:
@@ -245,12 +279,12 @@ def predicted(case: Case) -> int | None:
     return None if found is None else sum(found.values())
 
 
-def measure_memory(row: Row, threads: int, peak: Callable[[Case, int], Peak] | None = None) -> None:
-    """peak: what measures it; None: a step of the case."""
+def measure_memory(row: Row, threads: int) -> None:
+    """Of a step of its case."""
     if row.missing:
         return
     try:
-        found = (peak or fresh_peak)(row.case, threads)
+        found = fresh_peak(row.case, threads)
     except OutOfMemory:
         row.missing = "out of memory"
     except RuntimeError as error:
@@ -267,54 +301,6 @@ def compare(rows: Sequence[Row]) -> None:
         expected, found = ran[0].loss or 0.0, row.loss or 0.0
         if not abs(found - expected) <= row.case.loss_tolerance * max(1.0, abs(expected)):
             row.drop(f"another loss: {found:.6f}, {ran[0].entry}: {expected:.6f}")
-
-
-def _time(rows: Sequence[Row], options: Options, advance: Advance) -> None:
-    """Rounds in turn, for as long as the point may take.
-
-    The first one warms up, but counts for a program whose steps are long. Rounds go on with those
-    that are within a factor of the fastest; what the others take is known well enough. A program
-    that took long and was far behind when its memory was measured is not timed anew: that counts.
-    """
-    fastest = min((row.alone for row in rows if row.alone > 0), default=math.inf)
-    for row in rows:
-        if row.alone > max(_HOPELESS * fastest, 2 * _LONG) and row.case.peer != BASELINE:
-            row.seconds = (row.alone,)
-    rows = [row for row in rows if not row.seconds]
-    if not rows:
-        return
-    clock, shared = Clock(options.device), make_inputs(rows[0].case)
-    steps = {id(row): stepper(row.case, shared) for row in rows}
-
-    def timed(row: Row, before: tuple[float, ...] = ()) -> None:
-        try:
-            row.seconds = (*before, clock.once(steps[id(row)]))
-        except Exception as error:  # another library's failure is a line of the table
-            row.missing, row.seconds = told(error), ()
-
-    for row in rows:
-        advance(f"{row.group} {row.x:g}: time of {row.entry}")
-        if PEERS[row.case.peer].compiles:
-            timed(row)
-        timed(row)
-    alive = [row for row in rows if row.seconds]
-    fastest = min((row.seconds[0] for row in alive), default=0.0)
-    if fastest > _LONG and sum(row.seconds[0] for row in alive) > options.seconds_a_point:
-        return
-    alive = [row for row in alive if row.seconds[0] < _HOPELESS * fastest]
-    for row in alive:
-        if row.seconds[0] < _LONG:
-            row.seconds = ()
-    for i in in_rounds(range(len(alive)), 15, options.seconds_a_point):
-        if not alive[i].missing:
-            timed(alive[i], alive[i].seconds)
-    gc.collect()
-
-
-# seconds of a step beside which what the first one pays does not count
-_LONG = 1.0
-# so many times as long as the fastest
-_HOPELESS = 2.0
 
 
 def stepper(case: Case, shared: Inputs) -> Callable[[], object]:
@@ -411,7 +397,7 @@ def outdated(answer: dict[str, Any]) -> bool:
     return any(
         predicted(Case.from_json(row["case"])) != row["predicted_bytes"]
         for row in answer["rows"]
-        if isinstance(row, dict) and row.get("predicted_bytes") is not None
+        if row.get("predicted_bytes") is not None
     )
 
 

@@ -42,7 +42,7 @@ from fusedpo.benchmarks.section import number, quotient
 from fusedpo.benchmarks.shapes import MIB, Shape
 from fusedpo.benchmarks.shapes import Case as Common
 from fusedpo.benchmarks.timing import in_rounds, told
-from fusedpo.benchmarks.worker import Peak, fresh_peak, memory_errors
+from fusedpo.benchmarks.worker import Peak, memory_errors
 from fusedpo.labels import IGNORE_INDEX
 from fusedpo.sizes import format_bytes, parse_budget
 
@@ -72,6 +72,8 @@ class Case(Common):
         shape: ``pairs`` a step, and ``tokens`` of a response, the last of which ends it.
         prompt: tokens before both responses.
     """
+
+    measured_by = "fusedpo.benchmarks.training:answer"
 
     prompt: int = 0
     layers: int = 1
@@ -412,9 +414,6 @@ class Question(sweep.Question):
             ]
             for case in cases(options)
         ]
-
-    def peak(self, case: Common, threads: int) -> Peak:
-        return fresh_peak(case, threads, "fusedpo.benchmarks.training:answer")
 
     def time(self, rows: Sequence[sweep.Row], options: Options, advance: sweep.Advance) -> None:
         """Trainings of a few steps in turn, as long as the point may take; each is built anew."""

@@ -134,15 +134,10 @@ def peak_of(case: Case) -> Peak:
     return Peak(total, returned, products, float(losses[0]), seconds)
 
 
-def fresh_peak(
-    case: Case, threads: int = 2, function: str = "fusedpo.benchmarks.worker:answer"
-) -> Peak:
-    """Peak of one forward and backward of the case, in a process of its own on the CPU.
+def fresh_peak(case: Case, threads: int = 2) -> Peak:
+    """Peak of a step of the case, in a process of its own on the CPU.
 
     On a GPU its allocator counts, and this process will do.
-
-    Args:
-        function: what measures, as for ``in_fresh_process``; its answer is a ``Peak``'s values.
 
     Raises:
         OutOfMemory: if it does not fit.
@@ -150,10 +145,10 @@ def fresh_peak(
     """
     request = {"case": case.to_json(), "threads": threads}
     if case.on_cpu:
-        return Peak(**in_fresh_process(function, request))
+        return Peak(**in_fresh_process(case.measured_by, request))
     torch.cuda.empty_cache()
     try:
-        return Peak(**_function(function)(request))
+        return Peak(**_function(case.measured_by)(request))
     except OutOfMemory:
         raise
     except Exception as error:

@@ -542,7 +542,7 @@ def test_what_takes_too_long_is_timed_once(
     taken = iter([1.0, 0.001] * 1000)
     monkeypatch.setattr(Clock, "once", lambda clock, function: next(taken))
     rows = [sweep.Row("g", 1, PEERS[p].label, Case(p, TINY)) for p in ("full_logits", "fusedpo")]
-    sweep._time(rows, Options(seconds=1.5), lambda what: None)
+    QUESTION.time(rows, Options(seconds=1.5), lambda what: None)
     assert rows[0].seconds == (1.0,)
     assert len(rows[1].seconds) > 1
 
@@ -551,7 +551,7 @@ def test_what_was_far_behind_is_not_timed_anew(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Clock, "once", lambda clock, function: 0.25)
     alone = {"full_logits": 30.0, "trl": 30.0, "liger": 1.5, "fusedpo": 1.0}
     rows = [sweep.Row("g", 1, p, Case(p, TINY), alone=s) for p, s in alone.items()]
-    sweep._time(rows, Options(seconds=0.01), lambda what: None)
+    QUESTION.time(rows, Options(seconds=0.01), lambda what: None)
     # the baseline is timed in any case, and short steps too
     assert [set(row.seconds) for row in rows] == [{0.25}, {30.0}, {0.25}, {0.25}]
     assert len(rows[1].seconds) == 1

@@ -81,7 +81,7 @@ def test_programs_are_what_they_are_called(loss, peer, tmp_path):
 def asked(monkeypatch, peaks: dict[str, Any], losses: dict[str, float] | None = None):
     """An answer from made-up measurements: MiB by program, or what it raises."""
 
-    def fresh_peak(case: Case, threads: int, function: str) -> Peak:
+    def fresh_peak(case: Case, threads: int) -> Peak:
         found = peaks.get(case.peer, 10)
         if isinstance(found, Exception):
             raise found
@@ -90,7 +90,7 @@ def asked(monkeypatch, peaks: dict[str, Any], losses: dict[str, float] | None = 
     def train(case: Case, steps: int) -> tuple[Trained, None]:
         return Trained((losses or {}).get(case.peer, 0.5), (0.1, 0.3)), None
 
-    monkeypatch.setattr(training, "fresh_peak", fresh_peak)
+    monkeypatch.setattr(sweep, "fresh_peak", fresh_peak)
     monkeypatch.setattr(training, "train", train)
     monkeypatch.setattr(training, "missing", lambda: None)
     return QUESTION.ask(Options(quick=True, shapes=ON_TWO_LENGTHS))
