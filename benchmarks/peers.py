@@ -347,11 +347,14 @@ def step(case: Case, inputs: Inputs) -> Tensor:
 
 
 def why_not(case: Case) -> str | None:
-    """Why the case's peer cannot do it, tried at a tiny size; None if it can."""
-    peer = PEERS[case.peer]
+    """Why the case's peer cannot do it, tried once at a tiny size; None if it can."""
+    return _why_not(replace(case.at(TINY), budget=None, states=None), PEERS[case.peer])
+
+
+@cache
+def _why_not(tiny: Case, peer: Peer) -> str | None:
     if (missing := peer.missing()) is not None:
         return missing
-    tiny = replace(case.at(TINY), budget=None, states=None)
     try:
         step(tiny, make_inputs(tiny))
     except Unsupported as error:
