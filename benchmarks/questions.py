@@ -36,6 +36,7 @@ NAMES = (
 )
 LONG = ("compact_training",)
 """Asked by their own commands alone: an hour, or more."""
+ALL = (*NAMES, *LONG)
 QUICK = ("length", "budget", "precision")
 """Those of the short version."""
 

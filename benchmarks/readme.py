@@ -121,8 +121,8 @@ def page() -> str:
         "the peak of a fresh process beyond the inputs and the gradients it returns.",
     ]
     for machine, of in answers().items():
-        for name in (*questions.NAMES, *questions.LONG, "gpu"):
-            if name not in of or "title" not in of[name]:
+        for name in questions.ALL:
+            if name not in of:
                 continue
             answer = of[name]
             own = sweep.kind_of(answer)
@@ -162,7 +162,7 @@ def _pictures() -> list[tuple[Path, dict[str, Any]]]:
         (_picture(machine, name), answer)
         for machine, of in answers().items()
         for name, answer in of.items()
-        if name in (*questions.NAMES, *questions.LONG)
+        if name in questions.ALL
     ]
 
 
