@@ -30,7 +30,7 @@ def show(
         from rich.table import Table
         from rich.text import Text
     except Exception:  # not installed, or broken
-        print("\n".join([title, *_plain(columns, rows)]), file=stream)
+        print("\n".join([title, *plain(columns, rows)]), file=stream)
         return
     table = Table(show_header=any(columns), pad_edge=False)
     for i, column in enumerate(columns):
@@ -50,7 +50,8 @@ def are_numbers(cells: Iterable[str]) -> bool:
     return all(not cell or cell == "-" or cell.lstrip("-")[0].isdigit() for cell in cells)
 
 
-def _plain(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterable[str]:
+def plain(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterable[str]:
+    """Lines of a table, without its title."""
     lines = [columns, *rows]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     right = [are_numbers(row[i] for row in rows) for i in range(len(columns))]

@@ -14,7 +14,7 @@ import multiprocessing
 import pkgutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 import triton
 
+from fusedpo import tables
 from tools.instructions import wide
 from tools.machine_code import Specimen, compile_for, faults
 from tools.targets import TARGETS, target_named
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\r{len(rows)}/{len(jobs)}", end="", file=sys.stderr)
     if sys.stderr.isatty():
         print(file=sys.stderr)
-    print(_table([_COLUMNS, *map(_cells, rows)]))
+    print("\n".join(tables.plain(_COLUMNS, [*map(_cells, rows)])))
     for row in rows:
         for fault in row["faults"]:
             print(f"{row['name']} ({row['variant']}) on {row['target']}: {fault}")
@@ -113,10 +114,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _kernel_modules() -> list[str]:
-    """Modules of this package that offer specimens."""
+    """Modules of this package that offer specimens; what others import may not be there."""
     beside = pkgutil.iter_modules([str(Path(__file__).parent)])
-    names = [f"{__package__}.{m.name}" for m in beside if m.name != Path(__file__).stem]
-    return [name for name in names if hasattr(importlib.import_module(name), "specimens")]
+    return [f"{__package__}.{m.name}" for m in beside if m.name.endswith("_specimens")]
 
 
 @functools.cache
@@ -200,19 +200,6 @@ def _matrix(counts: dict[str, int]) -> str:
 
 def _share(counts: dict[str, int]) -> str:
     return f"{wide(counts)}/{sum(counts.values())}"
-
-
-def _table(lines: Iterable[Sequence[str]]) -> str:
-    lines = list(lines)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    words = {i for i, name in enumerate(_COLUMNS) if name in ("kernel", "variant", "target", "per")}
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i in words else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
 
 
 if __name__ == "__main__":
