@@ -10,7 +10,7 @@ the last call; where a cache is large enough for all of them, a share of the flo
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from fusedpo import losses
-from fusedpo.benchmarks import plots, routes, section, sweep
+from fusedpo.benchmarks import kernel_calls, plots, routes, section, sweep
+from fusedpo.benchmarks.kernel_calls import Call, Sizes
 from fusedpo.benchmarks.section import Cell, Question, Section, Setting, number, quotient
-from fusedpo.benchmarks.shapes import MIB, Inputs, make_inputs
+from fusedpo.benchmarks.shapes import MIB, Case, Inputs, make_inputs
 from fusedpo.benchmarks.timing import Deadline, Measured, Step
 from fusedpo.engine.plan import Plan
 from fusedpo.engine.precision import multiply
 
-_ROTATED_BYTES = 256 * MIB
 _COPY_BYTES = 1024 * MIB
 
 
@@ -61,7 +61,7 @@ class Kernel:
     name: str
     what: str
     bytes: float
-    call: Callable[[int], object]
+    call: Call
     flop: float = 0.0
     against: str = "hidden W^T"
     once: bool = False
@@ -116,46 +116,49 @@ def kernels(setting: Setting, deadline: Deadline) -> Section:
     bare = routes.bare_products(inputs)
     way = routes.Way("recompute", setting.backend)
     chosen = way.plan(case)
+    tiles = _tiles(chosen, case)
     known = [
-        *_streams(setting, chosen),
-        *_tile_products(setting, chosen, inputs),
-        *(_fused_kernels(setting, inputs) if setting.cuda else []),
-        *_rows(setting),
+        *_streams(setting, *tiles),
+        *_tile_products(inputs, *tiles),
+        *(_fused_kernels(case, inputs, tiles[0]) if setting.cuda else []),
+        *_rows(case),
     ]
-    words = torch.randint(2**62, (_bytes(setting, _COPY_BYTES) // 8,), device=case.device)
+    # a CPU takes a hundred times as long for them
+    copied = _COPY_BYTES if setting.cuda else _COPY_BYTES // 4
+    words = torch.randint(2**62, (copied // 8,), device=case.device)
     target = torch.empty_like(words)
     functions: dict[str, Step] = {
         "copy": lambda: target.copy_(words),
         **bare,
         "step": way.step(chosen, inputs),
     }
+    calls: dict[str, int] = {}
     for kernel in found.in_time(known, deadline):
         with found.attempt(kernel):
-            times = 1 if kernel.once else setting.calls
-            functions[kernel.name] = setting.clock.repeated(kernel.call, times)
-    times_of = setting.clock.interleaved(functions, setting.rounds, deadline)
+            calls[kernel.name] = 1 if kernel.once else setting.calls
+            functions[kernel.name] = setting.clock.repeated(kernel.call, calls[kernel.name])
+    timed = setting.clock.interleaved(functions, setting.rounds, deadline)
+    times = {name: taken.of_one(calls.get(name, 1)) for name, taken in timed.items()}
 
-    bandwidth = quotient(2.0 * words.nbytes, times_of["copy"].median)
-    speeds = {name: quotient(case.flop, times_of[name].median) for name in bare}
+    bandwidth = quotient(2.0 * words.nbytes, times["copy"].median)
+    speeds = {name: quotient(case.flop, times[name].median) for name in bare}
     found.add(
         name="copy",
         what=f"{words.nbytes / MIB:.0f} MiB",
-        seconds=times_of["copy"].median,
+        seconds=times["copy"].median,
         bytes_per_second=bandwidth,
     )
     for name, speed in speeds.items():
         found.add(
             name=name,
             what=f"{shape.positions} x {shape.vocab} x {shape.hidden}",
-            seconds=times_of[name].median,
+            seconds=times[name].median,
             flop_per_second=speed,
         )
     for kernel in known:
-        if kernel.name in times_of:
-            calls = 1 if kernel.once else setting.calls
-            taken = times_of[kernel.name]
-            _report(found, kernel, taken, calls, bandwidth, speeds[kernel.against])
-    _share_of_a_step(found, times_of, setting.calls)
+        if kernel.name in times:
+            _report(found, kernel, times[kernel.name], bandwidth, speeds[kernel.against])
+    _share_of_a_step(found, times)
     return found
 
 
@@ -163,32 +166,30 @@ def _report(
     found: Section,
     kernel: Kernel,
     taken: Measured,
-    calls: int,
     bandwidth: float | None,
     speed: float | None,
 ) -> None:
     if taken.missing:
         found.failed(kernel, taken.missing)
-    seconds = quotient(taken.median, calls)
     by_bytes, by_flop = quotient(kernel.bytes, bandwidth), quotient(kernel.flop, speed)
     floor = max(by_bytes or 0.0, by_flop or 0.0) or None
     found.add(
         name=kernel.name,
         what=kernel.what,
-        seconds=seconds,
+        seconds=taken.median,
         bytes=kernel.bytes,
         flop=kernel.flop,
         floor_seconds=floor,
-        share_of_floor=quotient(floor, seconds),
+        share_of_floor=quotient(floor, taken.median),
         bound_by="products" if (by_flop or 0.0) > (by_bytes or 0.0) else "bytes",
         missing=taken.missing,
     )
 
 
-def _share_of_a_step(found: Section, times: dict[str, Measured], calls: int) -> None:
+def _share_of_a_step(found: Section, times: dict[str, Measured]) -> None:
     step = times["step"].median
     moved = [times[name].median for name in ("row gather", "row scatter") if name in times]
-    seconds = sum(m for m in moved if m is not None) / calls if moved else None
+    seconds = sum(m for m in moved if m is not None) if moved else None
     found.add(
         name="row gather and scatter, of a step",
         what="by recompute",
@@ -198,169 +199,111 @@ def _share_of_a_step(found: Section, times: dict[str, Measured], calls: int) -> 
     )
 
 
-def _bytes(setting: Setting, full: int) -> int:
-    # a CPU takes a hundred times as long for them
-    return full if setting.cuda else full // 4
+def _tiles(chosen: Plan, case: Case) -> tuple[Sizes, Sizes]:
+    """Those of the forward, and of the backward."""
+    n, vocab, width = chosen.tokens, chosen.vocab, chosen.hidden
+
+    def sizes(rows: int, cols: int) -> Sizes:
+        tile = min(rows, n), min(cols, vocab)
+        return Sizes(*tile, n, vocab, width, case.torch_dtype, case.device)
+
+    return sizes(chosen.rows, chosen.cols), sizes(chosen.back_rows, chosen.back_cols)
 
 
-def _copies(setting: Setting, make: Callable[[], Tensor]) -> list[Tensor]:
-    first = make()
-    count = -(-_bytes(setting, _ROTATED_BYTES) // first.nbytes)
-    return [first, *(make() for _ in range(min(count, 8) - 1))]
-
-
-def _tiles(chosen: Plan) -> tuple[int, int, int, int]:
-    """Rows and columns of the forward's tiles, and of the backward's."""
-    rows, cols = min(chosen.rows, chosen.tokens), min(chosen.cols, chosen.vocab)
-    return rows, cols, min(chosen.back_rows, chosen.tokens), min(chosen.back_cols, chosen.vocab)
-
-
-def _streams(setting: Setting, chosen: Plan) -> list[Kernel]:
+def _streams(setting: Setting, forward: Sizes, backward: Sizes) -> list[Kernel]:
     """The kernels that work on a tile of the plan, and what finishes its rows."""
-    from fusedpo.kernels.logit_map import LogitMap
-    from fusedpo.kernels.row_stats import RowStats
-
     kernels: Any
     if setting.cuda:
         from fusedpo.kernels import logit_tile_triton as kernels
     else:
         from fusedpo.kernels import logit_tile as kernels
-    shape, device, dtype = setting.case.shape, setting.case.device, setting.case.torch_dtype
-    n, v, back_n, back_v = _tiles(chosen)
-    x = _copies(setting, lambda: torch.randn(n, v, device=device))
-    back_x = _copies(setting, lambda: torch.randn(back_n, back_v, device=device))
-    out = torch.empty(n, v, dtype=dtype, device=device)
-    back_out = torch.empty(back_n, back_v, dtype=dtype, device=device)
-    whole_rows = _copies(setting, lambda: torch.rand(n, v, device=device).to(dtype))
-    rest = _copies(setting, lambda: torch.randn(n, shape.hidden, device=device))
-    weight = torch.randn(shape.vocab, shape.hidden, device=device).to(dtype)
-    finished = torch.empty(n, shape.hidden, dtype=dtype, device=device)
-    rows = max(n, back_n)
-    target = torch.randint(v, (rows,), device=device)
-    shift, own = torch.full((rows,), 5.0, device=device), torch.rand(rows, device=device)
-    stats = RowStats.start(n, x[0])
-    # half and double by turns, for each buffer, so that the numbers stay in range
-    moved = [torch.full((1, n), f, device=device) for f in (0.5, 2.0)]
-    stayed = torch.ones(1, n, device=device)
-    half, head = dtype.itemsize, LogitMap()
-
-    def fold(i: int, into: Tensor | None = None) -> None:
-        kernels.fold(x[i % len(x)], head, target[:n], 0, stats, out=into)
-
-    def settle(i: int, factors: Sequence[Tensor]) -> None:
-        turn, which = divmod(i, len(whole_rows))
-        chosen = factors[turn % len(factors)]
-        kernels.settle(whole_rows[which], target[:n], own[:n], chosen, v)
-
-    def jacobian(i: int) -> None:
-        tile = back_x[i % len(back_x)]
-        mine = slice(0, back_n)
-        kernels.jacobian(
-            tile, head, target[mine], 0, shift[mine], own[mine], factor=own[mine], out=back_out
-        )
-
-    def finish(i: int) -> None:
-        unfinished = rest[i % len(rest)]
-        kernels.finish(unfinished, own[:n], weight, target[:n], own[:n], finished, None, block=n)
-
-    tile, back = f"{n} x {v}", f"{back_n} x {back_v}"
-    logits, back_logits, states = n * v, back_n * back_v, n * shape.hidden
+    calls = kernel_calls
+    n, v, width, half = forward.rows, forward.columns, forward.hidden, forward.dtype.itemsize
+    tile, back, back_logits = forward.tile, backward.tile, backward.rows * backward.columns
+    statistics = calls.fold(kernels, forward, exponentials=False)
+    unmoved = calls.settle(kernels, forward, factors=(1.0,))
     return [
-        Kernel("fold, statistics only", tile, 4 * logits, fold),
-        Kernel("fold, exponentials", tile, (4 + half) * logits, lambda i: fold(i, out)),
-        Kernel("settle, all moved", tile, 2 * half * logits, lambda i: settle(i, moved)),
-        Kernel("settle, none moved", tile, 0.0, lambda i: settle(i, [stayed])),
-        Kernel("jacobian", back, (4 + half) * back_logits, jacobian),
-        Kernel("finish", f"{n} x {shape.hidden}", (4 + 2 * half) * states, finish),
-    ]
-
-
-def _tile_products(setting: Setting, chosen: Plan, inputs: Inputs) -> list[Kernel]:
-    """The three products as the sweeps make them, one tile after the other of the vocabulary."""
-    shape, device, dtype = setting.case.shape, setting.case.device, setting.case.torch_dtype
-    n, v, back_n, back_v = _tiles(chosen)
-    hidden, weight = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach()
-    logits = torch.empty(n, v, device=device)
-    jacobian = torch.rand(n, v, device=device).to(dtype)
-    back_jacobian = torch.rand(back_n, back_v, device=device).to(dtype)
-    rest = torch.zeros(n, shape.hidden, device=device)
-    head = torch.zeros(back_v, shape.hidden, device=device)
-    places, back_places = shape.positions // n, shape.positions // back_n
-    tiles = shape.vocab // v
-
-    def slices(i: int, size: int, count: int) -> slice:
-        return slice(size * (i % count), size * (i % count + 1))
-
-    def forward(i: int) -> None:
-        rows, cols = slices(i, n, places), slices(i, v, tiles)
-        multiply(logits, hidden[rows], weight[cols].T, add=False)
-
-    def of_hidden(i: int) -> None:
-        multiply(rest, jacobian, weight[slices(i, v, tiles)], add=True)
-
-    def of_weight(i: int) -> None:
-        multiply(head, back_jacobian.T, hidden[slices(i, back_n, back_places)], add=True)
-
-    def made(name: str, n: int, v: int, entries: float, call: Callable[[int], None]) -> Kernel:
-        flop = 2.0 * n * v * shape.hidden
-        what = f"{n} x {v} x {shape.hidden}"
-        return Kernel(f"{name}, a tile", what, entries, call, flop=flop, against=name)
-
-    half, h = dtype.itemsize, shape.hidden
-    # operands are read; results are written, and read before if they are added up
-    return [
-        made("hidden W^T", n, v, half * (n + v) * h + 4.0 * n * v, forward),
-        made("J W", n, v, half * (n * v + v * h) + 8.0 * n * h, of_hidden),
-        made(
-            "J^T hidden",
-            back_n,
-            back_v,
-            half * (back_n * back_v + back_n * h) + 8.0 * back_v * h,
-            of_weight,
+        Kernel("fold, statistics only", tile, 4 * n * v, statistics),
+        Kernel("fold, exponentials", tile, (4 + half) * n * v, calls.fold(kernels, forward)),
+        Kernel("settle, all moved", tile, 2 * half * n * v, calls.settle(kernels, forward)),
+        Kernel("settle, none moved", tile, 0.0, unmoved),
+        Kernel("jacobian", back, (4 + half) * back_logits, calls.jacobian(kernels, backward)),
+        Kernel(
+            "finish", f"{n} x {width}", (4 + 2 * half) * n * width, calls.finish(kernels, forward)
         ),
     ]
 
 
-def _fused_kernels(setting: Setting, inputs: Inputs) -> list[Kernel]:
+def _tile_products(inputs: Inputs, forward: Sizes, backward: Sizes) -> list[Kernel]:
+    """The three products as the sweeps make them, one tile after the other of the vocabulary."""
+    device, dtype, h = forward.device, forward.dtype, forward.hidden
+    n, v, back_n, back_v = forward.rows, forward.columns, backward.rows, backward.columns
+    hidden, weight = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach()
+    logits = torch.empty(n, v, device=device)
+    jacobian = torch.rand(n, v, device=device).to(dtype)
+    back_jacobian = torch.rand(back_n, back_v, device=device).to(dtype)
+    rest = torch.zeros(n, h, device=device)
+    head = torch.zeros(back_v, h, device=device)
+
+    def part(of: Tensor, size: int, i: int) -> Tensor:
+        start = size * (i % (len(of) // size))
+        return of[start : start + size]
+
+    def project(i: int) -> None:
+        multiply(logits, part(hidden, n, i), part(weight, v, i).T, add=False)
+
+    def of_hidden(i: int) -> None:
+        multiply(rest, jacobian, part(weight, v, i), add=True)
+
+    def of_weight(i: int) -> None:
+        multiply(head, back_jacobian.T, part(hidden, back_n, i), add=True)
+
+    def made(name: str, tile: Sizes, moved: float, call: Call) -> Kernel:
+        flop = 2.0 * tile.rows * tile.columns * h
+        return Kernel(f"{name}, a tile", f"{tile.tile} x {h}", moved, call, flop, against=name)
+
+    half = dtype.itemsize
+    # operands are read; results are written, and read before if they are added up
+    return [
+        made("hidden W^T", forward, half * (n + v) * h + 4.0 * n * v, project),
+        made("J W", forward, half * (n * v + v * h) + 8.0 * n * h, of_hidden),
+        made("J^T hidden", backward, half * back_n * (back_v + h) + 8.0 * back_v * h, of_weight),
+    ]
+
+
+def _fused_kernels(case: Case, inputs: Inputs, sizes: Sizes) -> list[Kernel]:
     """What PyTorch has no definition of: product and fold in one, and the tail."""
     from fusedpo.kernels.product_fold import product_fold
-    from fusedpo.kernels.tail import tail
 
-    case, shape = setting.case, setting.case.shape
+    n, vocab, width = sizes.tokens, sizes.vocab, sizes.hidden
     hidden, weight = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach()
     target = inputs.labels.flatten()
-    entries = shape.positions * shape.hidden + shape.vocab * shape.hidden
-    count, length = 64, 512
-    logprob = -torch.rand(count * length, device=case.device)
-    lengths = torch.full((count,), length, device=case.device)
-    starts = torch.arange(count, device=case.device) * length
     algebra = losses.SimPO().tail
     assert algebra is not None, "SimPO is in the algebra"
     return [
         Kernel(
             "product_fold",
-            f"{shape.positions} x {shape.vocab} x {shape.hidden}",
-            entries * case.torch_dtype.itemsize,
+            f"{n} x {vocab} x {width}",
+            (n + vocab) * width * sizes.dtype.itemsize,
             lambda i: product_fold(hidden, weight, target),
             flop=case.flop,
             once=True,
         ),
         Kernel(
             "tail, SimPO",
-            f"{count} x {length}",
+            f"{sizes.sequences} x {sizes.length}",
             # read twice; its gradient cleared and written
-            4.0 * 4 * logprob.numel(),
-            lambda i: tail(logprob, starts, lengths, **asdict(algebra)),
+            4.0 * 4 * sizes.sequences * sizes.length,
+            kernel_calls.tail(sizes, **asdict(algebra)),
         ),
     ]
 
 
-def _rows(setting: Setting) -> list[Kernel]:
+def _rows(case: Case) -> list[Kernel]:
     """Rows of the hidden states that are gathered and scattered by PyTorch."""
-    case = setting.case
     n, width = case.shape.positions, case.shape.hidden
     made: dict[str, Any] = {"dtype": case.torch_dtype, "device": case.device}
-    states = _copies(setting, lambda: torch.randn(n, width, **made))
+    states = kernel_calls.copies(lambda: torch.randn(n, width, **made))
     # every other row, as behind a prompt
     positions = torch.randperm(n, device=case.device)[: max(1, n // 2)].sort().values
     values = torch.randn(len(positions), width, **made)

@@ -73,6 +73,14 @@ class Measured:
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return low, high
 
+    def of_one(self, calls: int) -> Measured:
+        """Of each of so many calls that were timed together."""
+        return Measured(
+            [seconds / calls for seconds in self.seconds],
+            [seconds / calls for seconds in self.host],
+            self.missing,
+        )
+
 
 def told(error: BaseException) -> str:
     """An error in a line."""

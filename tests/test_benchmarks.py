@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fusedpo import tables
 from fusedpo.benchmarks import (
+    kernel_calls,
     kernels,
     measure,
     questions,
@@ -655,7 +656,7 @@ def test_the_baseline_is_among_the_peers_in_any_case() -> None:
 @pytest.fixture
 def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_COPY_BYTES", MIB)
-    monkeypatch.setattr(kernels, "_ROTATED_BYTES", MIB)
+    monkeypatch.setattr(kernel_calls, "ROTATED_BYTES", MIB)
 
 
 def test_kernels_have_floors_on_the_cpu_too(
@@ -920,7 +921,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Setting:
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(timing, "_CUSHION_SIDE", 8)
     monkeypatch.setattr(kernels, "_COPY_BYTES", 4096)
-    monkeypatch.setattr(kernels, "_ROTATED_BYTES", 40_000)
+    monkeypatch.setattr(kernel_calls, "ROTATED_BYTES", 40_000)
     setting = Setting(Clock("cpu"), Case("full_logits", Shape(2, 4, 32, 300), "bfloat16"), 2, 3)
     setting.clock.cuda = True
     return setting

@@ -22,25 +22,29 @@ from typing import Any
 
 import torch
 
-from fusedpo.benchmarks.timing import Clock, Deadline, Measured
-from tools.candidates import FULL, KERNELS, TINY, Candidate, Sizes, candidates
+from fusedpo import tables
+from fusedpo.benchmarks import section
+from fusedpo.benchmarks.kernel_calls import Sizes
+from fusedpo.benchmarks.section import quotient
+from fusedpo.benchmarks.timing import Clock, Deadline, Measured, told
+from tools.candidates import FULL, KERNELS, TINY, Candidate, candidates
 
 _USER_ERROR = 2
 
 
-def warm(kernel: str, sizes: Sizes, device: str, few: bool, processes: int) -> None:
+def warm(kernel: str, sizes: Sizes, few: bool, processes: int) -> None:
     """Compile a kernel's candidates in processes of their own, which share Triton's cache."""
-    count = len(candidates(kernel, sizes, device, few=few))
+    count = len(candidates(kernel, sizes, few=few))
     # spawned, not forked: the device is in use
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, count), mp_context=context) as pool:
-        list(pool.map(partial(_warm, kernel, sizes, device, few), range(count)))
+        list(pool.map(partial(_warm, kernel, sizes, few), range(count)))
 
 
-def _warm(kernel: str, sizes: Sizes, device: str, few: bool, i: int) -> None:
+def _warm(kernel: str, sizes: Sizes, few: bool, i: int) -> None:
     # what cannot run says why when it is measured
     with suppress(Exception):
-        candidates(kernel, sizes, device, few=few)[i].call(0)
+        candidates(kernel, sizes, few=few)[i].call(0)
 
 
 def measure(
@@ -56,13 +60,10 @@ def measure(
         try:
             functions[candidate.tile] = clock.repeated(candidate.call, calls)
         except Exception as error:  # too much shared memory, say: a line of the table
-            first = (str(error).strip().splitlines() or ["no message"])[0]
-            missing[candidate.tile] = Measured(missing=f"{type(error).__name__}: {first}")
+            missing[candidate.tile] = Measured(missing=told(error))
     times = clock.interleaved(functions, rounds, deadline)
-    for taken in times.values():
-        taken.seconds = [seconds / calls for seconds in taken.seconds]
-        taken.host = [seconds / calls for seconds in taken.host]
-    return {c.tile: times.get(c.tile) or missing[c.tile] for c in found}
+    times = {tile: taken.of_one(calls) for tile, taken in times.items()} | missing
+    return {c.tile: times[c.tile] for c in found}
 
 
 def rows_of(found: Sequence[Candidate], times: dict[str, Measured]) -> list[dict[str, Any]]:
@@ -79,7 +80,7 @@ def rows_of(found: Sequence[Candidate], times: dict[str, Measured]) -> list[dict
                 "current": candidate.current,
                 "median_seconds": median,
                 "quartiles_seconds": taken.quartiles,
-                "ratio_to_current": median / current if median and current else None,
+                "ratio_to_current": quotient(median, current),
                 "missing": taken.missing,
             }
         )
@@ -97,20 +98,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.exit(_USER_ERROR, "tiles are measured on a GPU, and there is none; see --dry-run\n")
     sizes = TINY if args.dry_run else FULL
     given = {name: getattr(args, name) for name in ("rows", "columns", "tokens", "vocab", "hidden")}
-    sizes = replace(sizes, **{name: value for name, value in given.items() if value})
+    sizes = replace(sizes, device=args.device, **{k: v for k, v in given.items() if v})
     if args.dtype:
         sizes = replace(sizes, dtype=getattr(torch, args.dtype))
 
     clock = Clock(args.device)
-    kernels = args.kernel or KERNELS
+    kernels = args.kernel or list(KERNELS)
     rows: list[dict[str, Any]] = []
     whole = Deadline(args.seconds)
     for i, kernel in enumerate(kernels):
         print(f"{kernel} ...", file=sys.stderr, flush=True)
         # the tiles of the others compile in a moment
         if args.processes > 1 and kernel == "product_fold":
-            warm(kernel, sizes, args.device, args.dry_run, args.processes)
-        found = candidates(kernel, sizes, args.device, few=args.dry_run)
+            warm(kernel, sizes, args.dry_run, args.processes)
+        found = candidates(kernel, sizes, few=args.dry_run)
         deadline = Deadline(whole.left / (len(kernels) - i))
         # a product of seconds' length needs no repeating; a copy of microseconds' does
         calls = 1 if args.dry_run or kernel == "product_fold" else 16
@@ -123,8 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sizes": {**asdict(sizes), "dtype": str(sizes.dtype).removeprefix("torch.")},
         "dry_run": args.dry_run,
     }
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    print(_table(rows))
+    _show(", ".join(f"{name} {value}" for name, value in about.items()), rows)
     if args.json is not None:
         args.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     # where no tile runs, the kernel does not
@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure other tiles than those that the kernels choose.",
         allow_abbrev=False,
     )
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, help="default: all of them")
+    parser.add_argument("--kernel", nargs="+", choices=list(KERNELS), help="default: all of them")
     parser.add_argument("--rows", type=int, help="of the tile of logits")
     parser.add_argument("--columns", type=int, help="of the tile of logits")
     parser.add_argument("--tokens", type=int, help="N of product_fold")
@@ -159,26 +159,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [("kernel", "tile", "us", "x current", "")]
-    for row in rows:
-        median, ratio = row["median_seconds"], row["ratio_to_current"]
-        lines.append(
-            (
-                row["kernel"],
-                row["tile"],
-                "-" if median is None else f"{1e6 * median:.1f}",
-                "-" if ratio is None else f"{ratio:.2f}",
-                row["missing"] or ("<- current" if row["current"] else ""),
-            )
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(4)]
-    return "\n".join(
-        "  ".join(
-            (a.ljust(widths[0]), b.ljust(widths[1]), c.rjust(widths[2]), d.rjust(widths[3]), e)
-        ).rstrip()
-        for a, b, c, d, e in lines
+def _show(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    columns, lines = section.table(
+        rows,
+        ("kernel", "kernel"),
+        ("tile", "tile"),
+        ("us", ("median_seconds", 1e6, 1)),
+        ("x current", ("ratio_to_current", 1, 2)),
+        ("", lambda row: row["missing"] or ("<- current" if row["current"] else "")),
     )
+    tables.show(title, columns, lines)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ SIZES = replace(candidates.TINY, rows=2, columns=40)
 
 @pytest.mark.parametrize("kernel", candidates.KERNELS)
 def test_one_candidate_is_the_current_choice(kernel: str) -> None:
-    found = candidates.candidates(kernel, SIZES, "cpu")
+    found = candidates.candidates(kernel, SIZES)
     assert sum(c.current for c in found) == 1
     assert len({c.tile for c in found}) == len(found) > 3
-    few = candidates.candidates(kernel, SIZES, "cpu", few=True)
+    few = candidates.candidates(kernel, SIZES, few=True)
     assert len(few) == 3 and few[0].current
 
 
@@ -43,7 +43,7 @@ def test_the_tile_is_what_the_kernel_is_launched_with(monkeypatch: pytest.Monkey
         original(x, *args, **options)
 
     monkeypatch.setattr(fold, "fold", spy)
-    for candidate in candidates.candidates("fold", SIZES, "cpu"):
+    for candidate in candidates.candidates("fold", SIZES):
         candidate.call(0)
         assert candidate.tile == f"{asked[-1].block} x {asked[-1].warps} warps"
         assert candidate.current == (asked[-1] == whole_row_tile(SIZES.columns))
@@ -70,7 +70,7 @@ def test_no_split_of_a_product_is_empty(vocab: int) -> None:
 
 
 def test_the_tiles_of_a_product_include_another_shape_for_its_accumulator() -> None:
-    found = candidates.candidates("product_fold", replace(SIZES, dtype=torch.bfloat16), "cpu")
+    found = candidates.candidates("product_fold", replace(SIZES, dtype=torch.bfloat16))
     assert any(c.tile.startswith("128 x 128 x 64, 8 warps") for c in found)
 
 
