@@ -30,12 +30,15 @@ class NewModels:
         from transformers import PreTrainedModel
 
         self._model_class = PreTrainedModel
-        self._original = PreTrainedModel.post_init
-        self._installed = _after_init(self._original, install)
+        self._original: Any = PreTrainedModel.post_init
+        self._install: Callable[[Any], Any] | None = install
+        self._installed = self._after_init()
         PreTrainedModel.post_init = self._installed  # type: ignore[method-assign]
 
     def remove(self) -> None:
         """Make models as they are made without this; a second time, nothing."""
+        # what was put around it since goes on to call it
+        self._install = None
         if self._model_class.post_init is self._installed:
             self._model_class.post_init = self._original  # type: ignore[method-assign]
 
@@ -45,27 +48,29 @@ class NewModels:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
+    def _after_init(self) -> Any:
+        """The method that transformers calls at the end of a model's constructor, and lazy
+        logits."""
 
-def _after_init(original: Any, install: Callable[[Any], Any]) -> Any:
-    """The method that transformers calls at the end of a model's constructor, and lazy logits."""
-
-    @functools.wraps(original)
-    def post_init(model: Any) -> None:
-        original(model)
-        try:
-            if model.get_output_embeddings() is None:  # the body of a model, or a classifier
+        @functools.wraps(self._original)
+        def post_init(model: Any) -> None:
+            self._original(model)
+            if self._install is None:
                 return
-        except (AttributeError, NotImplementedError):
-            return
-        name = type(model).__name__
-        try:
-            install(model)
-        except ValueError as error:
-            warnings.warn(f"{name} makes its logits: {error}", stacklevel=2)
-        else:
-            _tell(name)
+            try:
+                if model.get_output_embeddings() is None:  # the body of a model, or a classifier
+                    return
+            except (AttributeError, NotImplementedError):
+                return
+            name = type(model).__name__
+            try:
+                self._install(model)
+            except ValueError as error:
+                warnings.warn(f"{name} makes its logits: {error}", stacklevel=2)
+            else:
+                _tell(name)
 
-    return post_init
+        return post_init
 
 
 @functools.cache

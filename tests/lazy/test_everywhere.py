@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    PreTrainedModel,
 )
 
 from fusedpo import lazy_logits
@@ -55,6 +56,19 @@ def test_calling_it_twice_changes_the_options_only() -> None:
         logits = llama()(IDS).logits
         assert isinstance(logits, LazyTensor)
         assert logits.recipe.source.options.memory_budget == "1MiB"
+
+
+def test_it_is_undone_in_any_order() -> None:
+    before = PreTrainedModel.post_init
+    one, two = lazy_logits(), lazy_logits()
+    one.remove()
+    assert isinstance(llama()(IDS).logits, LazyTensor)
+    two.remove()
+    assert type(llama()(IDS).logits) is Tensor
+    PreTrainedModel.post_init = before
+    with lazy_logits():
+        assert PreTrainedModel.post_init is not before
+    assert PreTrainedModel.post_init is before
 
 
 class Odd(LlamaForCausalLM):
