@@ -24,7 +24,7 @@ from oracles import relative
 from torch import Tensor, nn
 from tracking import Allocations
 
-from fusedpo import linear_token_stats
+from fusedpo import lazy_logits, linear_token_stats
 from fusedpo.engine.stats import STATS
 from fusedpo.model_head import (
     FusedForward,
@@ -806,6 +806,11 @@ def test_without_an_output_embedding_the_models_own_logits_are_made() -> None:
     with pytest.warns(UserWarning) as said:
         check(model)
     assert str(said[0].message) == f"{message}; its own logits are made instead"
+    for other in (torch.nn.Linear(2, 2), "gpt2"):
+        with pytest.raises(UnsupportedHead, match=f"^{message}"):
+            lazy_logits(other)
+    with pytest.raises(UnsupportedHead, match=f"^{message}"):
+        hidden_and_head(torch.nn.Linear(2, 2), input_ids=tokens())
     # what it was added with holds only as long as there is one
     model = make()
     add_fused_head(model)

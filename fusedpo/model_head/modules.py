@@ -66,7 +66,8 @@ class HeadModule:
         Raises:
             UnsupportedHead: if the model has no output embedding, or one of an unknown kind.
         """
-        embedding = model.get_output_embeddings()
+        find = getattr(model, "get_output_embeddings", None)
+        embedding = find() if callable(find) else None
         if embedding is None:
             raise unsupported("one with an output embedding", "none")
         return cls.of_module(embedding)
