@@ -76,23 +76,12 @@ def written(argument: str, value: object) -> str:
     return value
 
 
-def vocabulary(model: Any) -> int | None:
-    """How many rows the embedding has; None if that is not to be seen."""
-    find = getattr(model, "get_input_embeddings", None)
-    weight = getattr(find() if callable(find) else None, "weight", None)
-    # ZeRO-3 shows none of its rows
-    return int(weight.shape[0]) if weight is not None and weight.numel() else None
-
-
-def known_tokens(argument: str, ids: Sequence[int], vocab_size: int | None) -> None:
-    """Refuse a token that the model has no row for."""
-    if vocab_size is not None and ids and (max(ids) >= vocab_size or min(ids) < 0):
-        raise bad_value(
-            argument,
-            f"tokens in [0, {vocab_size}), of which the model has rows",
-            str(max(ids) if max(ids) >= vocab_size else min(ids)),
-            "take the model's own tokenizer, or call model.resize_token_embeddings",
-        )
+def count(argument: str, value: object, least: int) -> None:
+    """Refuse what is no whole number of at least so much."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise bad_type(argument, "a whole number", repr(value))
+    if value < least:
+        raise bad_value(argument, f"at least {least}", str(value))
 
 
 def positive(argument: str, value: object) -> float:

@@ -38,6 +38,8 @@ from fusedpo.trainers import inputs
 from fusedpo.trainers import output as outputs
 from fusedpo.trainers import run as runs
 from fusedpo.trainers.config import TrainJob
+from fusedpo.trainers.methods.sampled import Sampled
+from fusedpo.trainers.methods.two_contexts import TwoContexts
 from fusedpo.trainers.rows import check_row, tokenize
 from fusedpo.trainers.run import run
 from fusedpo.trainers.transformers import PreferenceTrainer
@@ -495,6 +497,26 @@ class Weighted(losses.SimPO):
 
 JOBS = {
     "checkpoints": ({"save_steps": -1}, "save_steps: expected at least 0, got -1"),
+    "seeds": ({"seed": -1}, "seed: expected at least 0, got -1"),
+    "large seeds": ({"seed": 2**32}, "seed: expected below 2**32, got 4294967296"),
+    "another loss's method": (
+        {"method": TwoContexts()},
+        f"loss: expected a ShortToLong, of a short and a long context, got {losses.SimPO()!r}",
+    ),
+    "another loss's samples": (
+        {"method": Sampled()},
+        f"loss: expected a policy loss, of sampled responses, got {losses.SimPO()!r}",
+    ),
+    "autocast": (
+        {"autocast": "bf16"},
+        "autocast: expected one of 'auto', 'none', 'bfloat16', 'float16', got 'bf16'; did you mean "
+        "'bfloat16' or 'float16'?",
+    ),
+    "dtype": (
+        {"dtype": "float8"},
+        "dtype: expected one of 'auto', 'float32', 'bfloat16', 'float16', got 'float8'; did you "
+        "mean 'float32' or 'float16' or 'bfloat16'?",
+    ),
     "comparison": (
         {"loss": losses.get("s-sppo"), "compare": True},
         "compare: expected False with adapters, or with a loss of more than the dataset's own "
@@ -514,6 +536,12 @@ def test_a_job_that_cannot_be_done_is_refused_when_it_is_made(name, tmp_path):
     with pytest.raises(ValueError) as error:
         TrainJob("demo", "demo", tmp_path, **{"loss": losses.SimPO(), **options})
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 2.5}, {"max_steps": "2"}, {"seed": True}])
+def test_a_count_of_a_job_is_a_whole_number(options, tmp_path):
+    with pytest.raises(TypeError, match=f"^{next(iter(options))}: expected a whole number, got "):
+        TrainJob("demo", "demo", tmp_path, losses.SimPO(), **options)
 
 
 def test_another_name_of_a_loss_trains_with_its_factor(folder, tmp_path):

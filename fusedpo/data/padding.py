@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fusedpo.checks import bad_type, bad_value, known_tokens
+from fusedpo.checks import bad_type, bad_value
+from fusedpo.data.rows import known_tokens
 from fusedpo.labels import IGNORE_INDEX
 
 

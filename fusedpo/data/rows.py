@@ -167,3 +167,22 @@ def _number(value: object, argument: str) -> float:
     if isinstance(value, (bool, int, float)):
         return float(value)
     raise bad_type(argument, "a number", type(value).__name__)
+
+
+def vocabulary(model: Any) -> int | None:
+    """How many rows the embedding has; None if that is not to be seen."""
+    find = getattr(model, "get_input_embeddings", None)
+    weight = getattr(find() if callable(find) else None, "weight", None)
+    # ZeRO-3 shows none of its rows
+    return int(weight.shape[0]) if weight is not None and weight.numel() else None
+
+
+def known_tokens(argument: str, ids: Sequence[int], vocab_size: int | None) -> None:
+    """Refuse a token that the model has no row for."""
+    if vocab_size is not None and ids and (max(ids) >= vocab_size or min(ids) < 0):
+        raise bad_value(
+            argument,
+            f"tokens in [0, {vocab_size}), of which the model has rows",
+            str(max(ids) if max(ids) >= vocab_size else min(ids)),
+            "take the model's own tokenizer, or call model.resize_token_embeddings",
+        )

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
-from fusedpo.checks import bad_value, known_tokens, positive, vocabulary
+from fusedpo.checks import bad_value, positive
+from fusedpo.data.rows import known_tokens, vocabulary
 from fusedpo.losses.base import check_hyperparameters, hyperparameter
 from fusedpo.losses.hyperparameters import whole
 

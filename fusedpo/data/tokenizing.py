@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from fusedpo.checks import bad_value, known_tokens
+from fusedpo.checks import bad_value
 from fusedpo.data.chat import rendered
 from fusedpo.data.messages import SAYING, shared_length
-from fusedpo.data.rows import COLUMNS, Preference, TokenRow
+from fusedpo.data.rows import COLUMNS, Preference, TokenRow, known_tokens
 
 # rows handed to the tokenizer at a time: enough for its threads, little to hold
 _CHUNK = 1024

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fusedpo.checks import bad_choice, bad_value, in_range, positive
+from fusedpo.checks import bad_choice, bad_value, count, in_range, positive
 
 Quantize = Literal["none", "8bit", "4bit"]
 
@@ -66,8 +66,7 @@ class AdapterSettings:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.lora_rank, bool) or self.lora_rank < 0:
-            raise bad_value("lora_rank", "at least 0", str(self.lora_rank))
+        count("lora_rank", self.lora_rank, 0)
         if self.lora_alpha is not None:
             positive("lora_alpha", self.lora_alpha)
         in_range("lora_dropout", self.lora_dropout, 0.0, 1.0)

@@ -7,12 +7,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from fusedpo.benchmarks.compare import is_comparable
-from fusedpo.checks import bad_choice, bad_value, in_range, positive
+from fusedpo.checks import bad_choice, bad_value, count, in_range, positive
 from fusedpo.data.messages import first_line
 from fusedpo.losses import Loss, PreferenceLoss
 from fusedpo.model_head import check_options
@@ -28,6 +28,12 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Autocast = Literal["auto", "none", "bfloat16", "float16"]
 
 DEMO = "demo"
+
+# the least of what is counted
+_COUNTS = {
+    **dict.fromkeys(("batch_size", "max_steps", "accumulation", "evaluations"), 1),
+    **{"save_steps": 0, "seed": 0},
+}
 
 # adapters take larger steps than the weights below them
 ADAPTED = replace(TUNED, learning_rate=10 * TUNED.learning_rate)
@@ -143,11 +149,14 @@ class TrainJob:
         for name in ("learning_rate", "epochs"):
             if (value := getattr(self, name)) is not None:
                 positive(name, value)
-        for name in ("batch_size", "max_steps", "accumulation", "evaluations"):
-            if (count := getattr(self, name)) is not None and count < 1:
-                raise bad_value(name, "at least 1", str(count))
-        if self.save_steps < 0:
-            raise bad_value("save_steps", "at least 0", str(self.save_steps))
+        for name, least in _COUNTS.items():
+            if (value := getattr(self, name)) is not None:
+                count(name, value, least)
+        if self.seed >= 2**32:
+            raise bad_value("seed", "below 2**32", str(self.seed))
+        for name, known in (("dtype", get_args(Dtype)), ("autocast", get_args(Autocast))):
+            if getattr(self, name) not in known:
+                raise bad_choice(name, getattr(self, name), known)
         in_range("warmup", self.warmup, 0.0, 1.0)
         if not 0 < self.eval_fraction < 1:
             raise bad_value("eval_fraction", "a number between 0 and 1", f"{self.eval_fraction:g}")

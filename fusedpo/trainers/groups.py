@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
-from fusedpo.checks import bad_type, bad_value, vocabulary
+from fusedpo.checks import bad_type, bad_value, count
+from fusedpo.data.rows import vocabulary
 from fusedpo.data.sampling import Sampling, generate_segments
 from fusedpo.files import read_file, understood, write_file
 from fusedpo.functional import LossOutput, policy_loss
@@ -87,8 +88,7 @@ class GroupTrainer(FusedTrainer):
             ("updates", updates, 1),
             ("eval_prompts", eval_prompts, 1),
         ):
-            if value < least:
-                raise bad_value(name, f"at least {least}", str(value))
+            count(name, value, least)
         args = args or TrainingArguments()
         if args.gradient_accumulation_steps != 1:
             raise bad_value(
@@ -98,6 +98,8 @@ class GroupTrainer(FusedTrainer):
                 "raise per_device_train_batch_size, which counts prompts",
             )
         tokenizer = options.get("processing_class")
+        if tokenizer is None:
+            raise bad_value("processing_class", "the tokenizer", "none")
         self.pad_token_id = padding_token(tokenizer, vocabulary(model))
         self.eos_token_id = getattr(tokenizer, "eos_token_id", None)
         check_rows(options, ("prompt_ids",))
@@ -226,6 +228,11 @@ class GroupTrainer(FusedTrainer):
                 for name, part in rows.items()
             )
             return {name: value for metrics in each for name, value in metrics.items()}
+        if isinstance(rows, str):
+            several: Any = self.eval_dataset
+            rows = several[rows]
+        if not hasattr(rows, "__len__"):
+            raise bad_type("eval_dataset", "rows whose number is known", type(rows).__name__)
         rows = [rows[i] for i in range(min(self.eval_prompts, len(rows)))]
         if not rows:
             raise bad_value("eval_dataset", "at least one row", "none")

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from fusedpo.checks import vocabulary
 from fusedpo.data.padding import further_inputs
+from fusedpo.data.rows import vocabulary
 from fusedpo.data.tokenizing import keep_end
 from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import Loss

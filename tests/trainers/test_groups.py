@@ -32,15 +32,19 @@ def trainer(folder: Path, loss: Any = None, **options: Any) -> GroupTrainer:
         **options.pop("args", {}),
     }
     rows = tiny.token_rows(24)
+    defaults = {
+        "train_dataset": rows,
+        "eval_dataset": rows[:6],
+        "processing_class": tiny.tokenizer(),
+        "group_size": 4,
+        "max_new_tokens": 8,
+    }
     return GroupTrainer(
         options.pop("model", None) or tiny.model(),
         TrainingArguments(str(folder), **given),
         loss=SoftSequence() if loss is None else loss,
         reward=options.pop("reward", longest_word),
-        train_dataset=rows,
-        eval_dataset=rows[:6],
-        processing_class=tiny.tokenizer(),
-        **{"group_size": 4, "max_new_tokens": 8, **options},
+        **{**defaults, **options},
     )
 
 
@@ -279,6 +283,9 @@ def test_evaluation_without_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         trainer(tmp_path).evaluate([])
     assert str(error.value) == "eval_dataset: expected at least one row, got none"
+    for rows in (None, iter(())):
+        with pytest.raises(TypeError, match=r"^eval_dataset: expected rows whose number is known"):
+            trainer(tmp_path, eval_dataset=None).evaluate(rows)
 
 
 def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,6 +440,12 @@ def test_evaluation_is_logged_and_callbacks_hear_of_it(tmp_path: Path) -> None:
         ({"group_size": 1}, ValueError, "group_size: expected at least 2, got 1"),
         ({"data_collator": list}, ValueError, "data_collator: expected None, as batches are sampl"),
         ({"updates": 0}, ValueError, "updates: expected at least 1, got 0"),
+        ({"updates": 1.5}, TypeError, "updates: expected a whole number, got 1.5"),
+        (
+            {"processing_class": None},
+            ValueError,
+            "processing_class: expected the tokenizer, got none",
+        ),
         (
             {"args": {"gradient_accumulation_steps": 2}},
             ValueError,

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fusedpo.checks import bad_value, known_tokens, vocabulary
-from fusedpo.data.rows import Ids
+from fusedpo.checks import bad_value
+from fusedpo.data.rows import Ids, known_tokens, vocabulary
 from fusedpo.data.rows import TokenRow as PairRow
 from fusedpo.data.sampling import generate_segments
 from fusedpo.files import read_file, understood, write_file

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fusedpo.checks import bad_value, known_tokens, written
+from fusedpo.checks import bad_value, written
+from fusedpo.data.rows import known_tokens
 from fusedpo.data.tokenizing import Tokenized, split_ids
 from fusedpo.recipes.short_to_long.collator import ShortToLongRow
 from fusedpo.recipes.short_to_long.contexts import TextRow

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fusedpo.checks import bad_value, vocabulary
+from fusedpo.checks import bad_value
 from fusedpo.data.reading import Splits
-from fusedpo.data.rows import check_row
+from fusedpo.data.rows import check_row, vocabulary
 from fusedpo.data.tokenizing import Tokenized
 from fusedpo.losses import KTO, Loss, PreferenceLoss
 from fusedpo.losses.base import Input

@@ -59,7 +59,8 @@ class Sampled(Method):
         )
 
     def check(self, loss: Loss) -> None:
-        assert isinstance(loss, PolicyLoss), "the loss decides the method"
+        if not isinstance(loss, PolicyLoss):
+            raise bad_value("loss", "a policy loss, of sampled responses", repr(loss))
 
     def trainer(self, model: Any, args: Any, **options: Any) -> FusedTrainerMixin:
         from fusedpo.trainers.groups import GroupTrainer

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fusedpo.checks import vocabulary
+from fusedpo.data.rows import vocabulary
 from fusedpo.losses import Loss, MarginLoss
 from fusedpo.losses.base import flag, hyperparameter
 from fusedpo.recipes import self_augmented as recipe

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fusedpo.checks import vocabulary
+from fusedpo.checks import bad_value
 from fusedpo.data.reading import Splits
+from fusedpo.data.rows import vocabulary
 from fusedpo.data.tokenizing import Tokenized
 from fusedpo.losses import Loss, ShortToLong
 from fusedpo.report import PAIR_SIGNALS, Signal
@@ -39,7 +40,8 @@ class TwoContexts(Method):
     from_scratch: ClassVar[Defaults] = Defaults(1e-3, 12, 100, 1.0)
 
     def check(self, loss: Loss) -> None:
-        assert isinstance(loss, ShortToLong), "the loss decides the method"
+        if not isinstance(loss, ShortToLong):
+            raise bad_value("loss", "a ShortToLong, of a short and a long context", repr(loss))
 
     def demo(self, passages: Passages, seed: int) -> Splits:
         from fusedpo.recipes.short_to_long import needle_rows

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from fusedpo.checks import bad_type, vocabulary
+from fusedpo.checks import bad_type
 from fusedpo.data.padding import RowCollator
+from fusedpo.data.rows import vocabulary
 from fusedpo.functional import LossOutput, preference_loss
 from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import Loss, PreferenceLoss

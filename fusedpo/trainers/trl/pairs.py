@@ -8,7 +8,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from fusedpo.checks import bad_type, bad_value, vocabulary
+from fusedpo.checks import bad_type, bad_value
+from fusedpo.data.rows import vocabulary
 from fusedpo.functional import LossOutput, preference_loss
 from fusedpo.head import Head
 from fusedpo.labels import IGNORE_INDEX
