@@ -54,6 +54,7 @@ def _operation(name: str) -> tuple[str, bool]:
     "__rmul__",
     "__truediv__",
     "__div__",
+    anywhere=True,
 )
 def _binary(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     if kwargs:  # alpha, rounding_mode, out
@@ -197,9 +198,9 @@ def _narrow(name: str, a: Any, b: Any) -> Any:
 
 
 @handles("div_", "mul_", "__itruediv__", "__imul__", "divide_", "multiply_", "true_divide_")
-def _scale_in_place(func: Any, lazy: Any, other: Any, **kwargs: Any) -> Any:
+def _scale_in_place(func: Any, lazy: LazyTensor, other: Any, **kwargs: Any) -> Any:
     """logits.div_(temperature): views of the same memory see it too."""
-    if kwargs or not isinstance(lazy, LazyTensor) or not lazy.recipe.wide or not in_order(lazy):
+    if kwargs or not lazy.recipe.wide or not in_order(lazy):
         return NotImplemented
     recipe, root = lazy.recipe, lazy.recipe.root
     name, _ = _operation(func.__name__)

@@ -29,9 +29,7 @@ def to_dtype(lazy: LazyTensor, dtype: torch.dtype, *, copy: bool = False) -> Any
 
 
 @handles("to")
-def _to(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(lazy, LazyTensor):
-        return NotImplemented
+def _to(func: Any, lazy: LazyTensor, *args: Any, **kwargs: Any) -> Any:
     # as torch reads them, of a tensor without numbers
     like = torch.empty((), dtype=lazy.recipe.dtype, device=lazy.recipe.source.device)
     args = tuple(_plain(each) for each in args)
@@ -42,14 +40,14 @@ def _to(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @handles("type")
-def _type(func: Any, lazy: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+def _type(func: Any, lazy: LazyTensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
     if dtype is None:
         with torch._C.DisableTorchFunctionSubclass():
             return func(lazy)
     return to_dtype(lazy, dtype) if isinstance(dtype, torch.dtype) else NotImplemented
 
 
-@handles("type_as")
+@handles("type_as", anywhere=True)
 def _type_as(func: Any, lazy: Any, other: Tensor) -> Any:
     if not isinstance(lazy, LazyTensor):
         return func(lazy, _plain(other))

@@ -17,8 +17,8 @@ from fusedpo.lazy.tensor import LazyTensor
 
 
 @handles("nan_to_num")
-def _finite(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(lazy, LazyTensor) or not lazy.recipe.wide:
+def _finite(func: Any, lazy: LazyTensor, *args: Any, **kwargs: Any) -> Any:
+    if not lazy.recipe.wide:
         return NotImplemented
     expression = lazy.recipe.expression
     if expression.name in ("log_softmax", "softmax"):
@@ -37,8 +37,8 @@ _UNARY: dict[str, Callable[[Expression], Expression]] = {
 
 
 @handles("tanh", "exp", "log", "neg", "negative", "__neg__")
-def _unary(func: Any, lazy: Any, **kwargs: Any) -> Any:
-    if kwargs or not isinstance(lazy, LazyTensor) or not lazy.recipe.dtype.is_floating_point:
+def _unary(func: Any, lazy: LazyTensor, **kwargs: Any) -> Any:
+    if kwargs or not lazy.recipe.dtype.is_floating_point:
         return NotImplemented
     name, expression = func.__name__, lazy.recipe.expression
     if name in _UNARY:
@@ -85,6 +85,7 @@ def _unary(func: Any, lazy: Any, **kwargs: Any) -> Any:
     "__le__",
     "__gt__",
     "__ge__",
+    anywhere=True,
 )
 def _elementwise(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     """Number by number, with numbers for arguments: an expression like others, for a reduction."""
@@ -142,7 +143,7 @@ def _compared(func: Any, lazy: LazyTensor, other: LazyTensor) -> Any:
     "new_empty",
     "new_tensor",
 )
-def _like(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
+def _like(func: Any, lazy: LazyTensor, *args: Any, **kwargs: Any) -> Any:
     """A tensor of other numbers, for which these need not be there."""
     recipe = lazy.recipe
     new = func.__name__.startswith("new_")

@@ -23,14 +23,14 @@ def kept(lazy: LazyTensor, mask: Tensor) -> Tensor | None:
 
 
 @handles("masked_fill")
-def _masked_fill(func: Any, lazy: Any, mask: Any, value: Any) -> Any:
-    if not isinstance(lazy, LazyTensor) or lazy.recipe.wide or isinstance(mask, LazyTensor):
+def _masked_fill(func: Any, lazy: LazyTensor, mask: Any, value: Any) -> Any:
+    if lazy.recipe.wide or isinstance(mask, LazyTensor):
         return NotImplemented
     keep = kept(lazy, ~mask)
     return NotImplemented if keep is None else func(lazy.score(keep), mask, value)
 
 
-@handles("__and__", "__rand__", "bitwise_and", "logical_and")
+@handles("__and__", "__rand__", "bitwise_and", "logical_and", anywhere=True)
 def _and(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     lazy, mask = (a, b) if isinstance(a, LazyTensor) else (b, a)
     if kwargs or isinstance(mask, LazyTensor) or not isinstance(mask, Tensor):
@@ -41,7 +41,7 @@ def _and(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     return NotImplemented if keep is None else lazy.score(keep) & mask
 
 
-@handles("where")
+@handles("where", anywhere=True)
 def _where(func: Any, condition: Any, *others: Any, **kwargs: Any) -> Any:
     if kwargs or len(others) != 2:
         return NotImplemented

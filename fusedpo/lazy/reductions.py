@@ -17,8 +17,8 @@ from fusedpo.lazy.tensor import LazyTensor
 
 
 @handles("log_softmax", "softmax")
-def _softmax(func: Any, lazy: Any, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(lazy, LazyTensor) or not last(lazy, dim):
+def _softmax(func: Any, lazy: LazyTensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
+    if not last(lazy, dim):
         return NotImplemented
     dtype = kwargs.get("dtype")
     for each in args:
@@ -76,9 +76,7 @@ def take(
 
 
 @handles("gather", "take_along_dim")
-def _gather(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(lazy, LazyTensor):
-        return NotImplemented
+def _gather(func: Any, lazy: LazyTensor, *args: Any, **kwargs: Any) -> Any:
     names = ("dim", "index") if func.__name__ == "gather" else ("indices", "dim")
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     dim, labels = arguments.get("dim"), arguments.get("index", arguments.get("indices"))
@@ -127,8 +125,8 @@ _REDUCTIONS = (
 
 
 @handles(*_REDUCTIONS)
-def _reduce(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(lazy, LazyTensor) or not lazy.recipe.wide or not in_order(lazy):
+def _reduce(func: Any, lazy: LazyTensor, *args: Any, **kwargs: Any) -> Any:
+    if not lazy.recipe.wide or not in_order(lazy):
         return NotImplemented
     name = func.__name__
     spread = ("unbiased", "correction") if name in ("std", "var") else ()
@@ -187,8 +185,8 @@ def _variance(lazy: LazyTensor) -> Tensor:
 
 
 @handles("max", "min")
-def _extreme(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(lazy, LazyTensor) or not lazy.recipe.wide or not in_order(lazy):
+def _extreme(func: Any, lazy: LazyTensor, *args: Any, **kwargs: Any) -> Any:
+    if not lazy.recipe.wide or not in_order(lazy):
         return NotImplemented
     name = func.__name__
     if not args and not kwargs:
@@ -208,8 +206,8 @@ def _extreme(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @handles("topk")
-def _topk(func: Any, lazy: Any, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(lazy, LazyTensor) or not last(lazy, dim):
+def _topk(func: Any, lazy: LazyTensor, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
+    if not last(lazy, dim):
         return NotImplemented
     recipe = lazy.recipe
 
@@ -234,12 +232,11 @@ def _topk(func: Any, lazy: Any, k: int, dim: int = -1, *args: Any, **kwargs: Any
 # losses
 
 
-def _has_classes(lazy: Any, target: Any, *further: object) -> bool:
+def _has_classes(lazy: LazyTensor, target: Any, *further: object) -> bool:
     """Whether a loss is of one class a row, along the axis where torch has the classes, and has no
     weights of classes nor arguments of old."""
-    if not isinstance(lazy, LazyTensor) or not lazy.recipe.wide:
-        return False
-    if isinstance(target, LazyTensor) or any(each is not None for each in further):
+    given = isinstance(target, LazyTensor) or any(each is not None for each in further)
+    if given or not lazy.recipe.wide:
         return False
     index, axis = lazy.recipe.index, lazy.recipe.axis
     return (
@@ -253,7 +250,7 @@ def _has_classes(lazy: Any, target: Any, *further: object) -> bool:
 @handles("cross_entropy", "cross_entropy_loss")
 def _cross_entropy(
     func: Any,
-    lazy: Any,
+    lazy: LazyTensor,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
@@ -278,7 +275,7 @@ def _cross_entropy(
 @handles("nll_loss")
 def _nll_loss(
     func: Any,
-    lazy: Any,
+    lazy: LazyTensor,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,

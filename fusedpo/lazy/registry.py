@@ -17,20 +17,31 @@ Handler = Callable[..., Any]
 HANDLERS: dict[str, Handler] = {}
 
 
-def handles(*names: str) -> Callable[[Handler], Handler]:
+def handles(*names: str, anywhere: bool = False) -> Callable[[Handler], Handler]:
     """Register a handler of operations.
 
     A handler is called with the operation itself and its arguments, and returns NotImplemented
     where it does not know what to do with them.
+
+    Args:
+        anywhere: whether the lazy tensor may be any of the arguments; otherwise it is the first.
     """
 
     def register(handler: Handler) -> Handler:
         for name in names:
             assert name not in HANDLERS, name
-            HANDLERS[name] = handler
+            HANDLERS[name] = handler if anywhere else _of_first(handler)
         return handler
 
     return register
+
+
+def _of_first(handler: Handler) -> Handler:
+    def handle(func: Any, *args: Any, **kwargs: Any) -> Any:
+        lazy_first = bool(args) and isinstance(args[0], LazyTensor)
+        return handler(func, *args, **kwargs) if lazy_first else NotImplemented
+
+    return handle
 
 
 def derived(

@@ -78,9 +78,7 @@ def _results(lazy: LazyTensor, indices: Any, func: Callable[[Tensor], Any], *, v
     "unbind",
     "expand",
 )
-def _view(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(lazy, LazyTensor):
-        return NotImplemented
+def _view(func: Any, lazy: LazyTensor, *args: Any, **kwargs: Any) -> Any:
     if args and isinstance(args[0], torch.dtype):  # view(dtype)
         return NotImplemented
 
@@ -99,12 +97,12 @@ def _view(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @handles("view_as", "reshape_as", "expand_as")
-def _view_as(func: Any, lazy: Any, other: Tensor) -> Any:
+def _view_as(func: Any, lazy: LazyTensor, other: Tensor) -> Any:
     name = func.__name__.removesuffix("_as")
     return _view(getattr(Tensor, name), lazy, other.shape)
 
 
-@handles("broadcast_tensors")
+@handles("broadcast_tensors", anywhere=True)
 def _broadcast(func: Any, *tensors: Any) -> Any:
     if len(tensors) == 1 and isinstance(tensors[0], list | tuple):
         tensors = tuple(tensors[0])
@@ -123,10 +121,9 @@ def _iterate(func: Any, lazy: LazyTensor) -> Any:
 
 
 @handles("index_select", "flip", "roll", "repeat_interleave", "masked_select")
-def _copy(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(lazy, LazyTensor) or (func.__name__ == "masked_select" and lazy.recipe.wide):
-        return NotImplemented
-    if lazy.recipe.wide and not _of_rows(lazy, func.__name__, *args, **kwargs):
+def _copy(func: Any, lazy: LazyTensor, *args: Any, **kwargs: Any) -> Any:
+    name, wide = func.__name__, lazy.recipe.wide
+    if wide and (name == "masked_select" or not _of_rows(lazy, name, *args, **kwargs)):
         return NotImplemented
     args, kwargs = pytree.tree_map_only(Tensor, _on_cpu, (args, kwargs))
     index = _on_index(lazy, lambda t: func(t, *args, **kwargs), sizes=False)
@@ -149,9 +146,7 @@ def _of_rows(lazy: LazyTensor, name: str, *args: Any, **kwargs: Any) -> bool:
 
 
 @handles("transpose", "permute", "movedim", "swapaxes", "moveaxis", "swapdims", "t")
-def _move_axes(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(lazy, LazyTensor):
-        return NotImplemented
+def _move_axes(func: Any, lazy: LazyTensor, *args: Any, **kwargs: Any) -> Any:
     recipe = lazy.recipe
 
     def view(t: Tensor) -> Tensor:
@@ -170,9 +165,7 @@ def _move_axes(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @handles("__getitem__")
-def _get(func: Any, lazy: Any, key: Any) -> Any:
-    if not isinstance(lazy, LazyTensor):
-        return NotImplemented
+def _get(func: Any, lazy: LazyTensor, key: Any) -> Any:
     recipe = lazy.recipe
     keys = list(key) if isinstance(key, tuple) else [key]
     if any(isinstance(each, LazyTensor) for each in keys):
@@ -272,7 +265,7 @@ def _consumes(key: Any) -> int:
     return 1
 
 
-@handles("cat", "concat", "concatenate", "stack", "hstack", "vstack")
+@handles("cat", "concat", "concatenate", "stack", "hstack", "vstack", anywhere=True)
 def _join(func: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
     if not all(isinstance(t, LazyTensor) for t in tensors):
         return NotImplemented
@@ -306,8 +299,8 @@ def _join(func: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @handles("contiguous", "clone", "detach")
-def _same(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(lazy, LazyTensor) or kwargs.get("memory_format") or args:
+def _same(func: Any, lazy: LazyTensor, *args: Any, **kwargs: Any) -> Any:
+    if kwargs.get("memory_format") or args:
         return NotImplemented
     name, axis = getattr(func, "__name__", ""), lazy.recipe.axis
     if name == "contiguous" and lazy.skeleton().is_contiguous():
