@@ -13,6 +13,7 @@ from fusedpo.checks import bad_value, positive
 from fusedpo.data.rows import known_tokens, vocabulary
 from fusedpo.losses.base import check_hyperparameters, hyperparameter
 from fusedpo.losses.hyperparameters import whole
+from fusedpo.model_head import evaluating
 
 
 class HasSampling(Protocol):
@@ -104,7 +105,7 @@ def generate_segments(
         eos_token_id=eos_token_id,
     )
     device = next(model.parameters()).device
-    with _sampling(model, config), _seeded(seed, device):
+    with evaluating(model), _configured(model, config), _seeded(seed, device):
         found = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
     segments = []
     for row, length in zip(found[:, width:].tolist(), lengths, strict=True):
@@ -116,18 +117,14 @@ def generate_segments(
 
 
 @contextlib.contextmanager
-def _sampling(model: Any, config: Any) -> Iterator[None]:
-    """Without dropout and with this config alone: generate() fills gaps from the model's own."""
+def _configured(model: Any, config: Any) -> Iterator[None]:
+    """With this config alone: generate() fills gaps from the model's own."""
     own = model.generation_config
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     model.generation_config = config
     try:
         yield
     finally:
         model.generation_config = own
-        for module in training:
-            module.training = True
 
 
 @contextlib.contextmanager

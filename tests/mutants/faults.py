@@ -688,8 +688,8 @@ _RECIPES = (
         ("        temperature=settings.temperature,\n", "", "temperature ignored"),
         ("model.generation_config = config", "pass", "the model's own generation config"),
         (
-            "    model.eval()\n    model.generation_config",
-            "    model.generation_config",
+            "with evaluating(model), _configured(model, config), ",
+            "with _configured(model, config), ",
             "samples with dropout",
         ),
     ),
