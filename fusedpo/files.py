@@ -21,6 +21,11 @@ Stored: TypeAlias = "tuple[dict[str, Tensor], dict[str, Any]]"
 _FORMAT = "fusedpo.self_augmented/1"
 
 
+def may_be_on_hub(name: str) -> bool:
+    """Whether it is "name" or "owner/name"; any other one can only have been meant as a path."""
+    return name.count("/") <= 1 and name[:1] not in ("", ".", "/", "~")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write beside this one, which takes its place where the block ends without error.

@@ -11,6 +11,7 @@ from typing import Any
 
 from fusedpo.checks import bad_value
 from fusedpo.data.messages import first_line
+from fusedpo.files import may_be_on_hub
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def read_model(name: str) -> ModelShape:
     near = difflib.get_close_matches(name.lower().rpartition("/")[2], HEADS, n=3, cutoff=0.5)
     remedy = f"did you mean {' or '.join(near)}?" if near else "or give --hidden and --vocab"
     expected = f"a folder with config.json, a config.json, a Hub name, or one of {', '.join(HEADS)}"
-    if path.is_dir() or name.endswith(".json") or name[:1] in ("", ".", "/", "~"):
+    if path.is_dir() or name.endswith(".json") or not may_be_on_hub(name):
         raise bad_value("--model", expected, repr(name), remedy)
     try:
         from transformers import AutoConfig

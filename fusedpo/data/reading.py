@@ -11,6 +11,7 @@ from typing import Any
 from fusedpo.checks import bad_type, bad_value
 from fusedpo.data.messages import first_line
 from fusedpo.data.rows import COLUMNS
+from fusedpo.files import may_be_on_hub
 
 # the formats that are left to `datasets`, by suffix
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
@@ -50,8 +51,7 @@ def load(source: str) -> Splits:
         return Splits(rows, None, str(path), "line" if _is_lines(path) else "item")
     if path.exists():
         return _from_datasets(path)
-    # a Hub name is "name" or "owner/name"; anything else can only have been meant as a path
-    if path.suffix or source.count("/") > 1 or source.startswith((".", "/", "~")):
+    if path.suffix or not may_be_on_hub(source):
         raise FileNotFoundError(
             f"dataset: expected a file, a folder or the name of a dataset on the Hub, "
             f"got {source!r}, which does not exist"

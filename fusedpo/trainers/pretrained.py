@@ -14,6 +14,7 @@ import torch
 from fusedpo import smollm2
 from fusedpo.checks import bad_value
 from fusedpo.data.messages import first_line
+from fusedpo.files import may_be_on_hub
 from fusedpo.trainers.adapters import AdapterSettings, adapted, base_of, is_adapter, quantization
 
 
@@ -69,7 +70,7 @@ def _whole(
         if not (path / "config.json").is_file():
             got = f"{path}{whose}, which has none"
             raise bad_value("model", "a folder with a config.json", got)
-    elif name.count("/") > 1 or name.startswith((".", "/", "~")) or path.is_file():
+    elif path.is_file() or not may_be_on_hub(name):
         raise FileNotFoundError(
             f"model: expected a folder that save_pretrained made or a name on the Hub, "
             f"got {name!r}{whose}, which is not a folder"

@@ -16,6 +16,7 @@ import torch
 
 from fusedpo.checks import bad_value
 from fusedpo.data.messages import first_line
+from fusedpo.files import may_be_on_hub
 from fusedpo.recipes.semantic.rates import Array
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -117,8 +118,7 @@ def sentence_encoder(
     folder = Path(name).expanduser()
     if folder.is_dir():
         source, label = str(folder), f"{folder.resolve().name} sha256:{_digest(folder)}"
-    # a Hub name is "name" or "owner/name"; anything else can only have been meant as a path
-    elif isinstance(name, Path) or source.count("/") > 1 or source.startswith((".", "/", "~")):
+    elif isinstance(name, Path) or not may_be_on_hub(source):
         raise bad_value("name", "a folder or a name on the Hub", f"{source!r}, which is neither")
     try:
         from sentence_transformers import SentenceTransformer
