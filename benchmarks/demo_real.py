@@ -22,8 +22,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,30 +141,20 @@ def tune(given: Settings, rows: Path, output: Path) -> dict[str, float]:
     return _costs(log, given.steps)
 
 
-def by_fusedpo(given: Settings, rows: Path, output: Path) -> dict[str, float]:
-    """Seconds a step of FusedDPOTrainer on the rows."""
-    from fusedpo.trainers.trl import FusedDPOTrainer
-
-    return _steps_of(FusedDPOTrainer, given, rows, output)
-
-
-def by_trl(given: Settings, rows: Path, output: Path) -> dict[str, float]:
-    """Seconds a step of TRL's DPOTrainer on the rows."""
-    import trl
-
-    theirs: Any = trl  # it has types, but not of what it loads lazily
-    return _steps_of(theirs.DPOTrainer, given, rows, output)
-
-
-def _steps_of(trainer_class: Any, given: Settings, rows: Path, output: Path) -> dict[str, float]:
+def compared(name: str, given: Settings, rows: Path, output: Path) -> dict[str, float]:
+    """Seconds a step of a trainer of `COMPARED` on the rows."""
     import trl
     from datasets import Dataset
     from peft import LoraConfig
 
-    config: Any = trl
+    theirs: Any = trl  # it has types, but not of what it loads lazily
+    if name == "TRL":
+        trainer_class = theirs.DPOTrainer
+    else:
+        from fusedpo.trainers.trl import FusedDPOTrainer as trainer_class
     model, tokenizer = load(given.model)
     examples = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
-    args = config.DPOConfig(
+    args = theirs.DPOConfig(
         str(output),
         learning_rate=given.rate,
         lr_scheduler_type="cosine",
@@ -200,8 +191,12 @@ def _costs(log: Sequence[Mapping[str, float]], steps: int) -> dict[str, float]:
     return {"step": (whole - off) / steps}
 
 
-COMPARED = {"fusedpo": by_fusedpo, "TRL": by_trl}
-TRAININGS = {"train": tune, **COMPARED}
+COMPARED = {"fusedpo": "FusedDPOTrainer", "TRL": "TRL's DPOTrainer"}
+Training = Callable[[Settings, Path, Path], dict[str, float]]
+TRAININGS: dict[str, Training] = {
+    "train": tune,
+    **{name: partial(compared, name) for name in COMPARED},
+}
 
 
 def alone(name: str, given: Settings, rows: Path, output: Path) -> dict[str, float]:
@@ -289,9 +284,8 @@ def _show(row: Row, before: str, after: str) -> None:
 
 
 def _compare(given: Settings, costs: Mapping[str, Mapping[str, float]]) -> None:
-    classes = {"fusedpo": "FusedDPOTrainer", "TRL": "TRL's DPOTrainer"}
     rows = [
-        (classes[name], f"{cost['step']:.2f}", f"{cost['peak'] / 2**20:,.0f}")
+        (COMPARED[name], f"{cost['step']:.2f}", f"{cost['peak'] / 2**20:,.0f}")
         for name, cost in costs.items()
     ]
     title = (
