@@ -106,9 +106,12 @@ def cut_cross_entropy(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor
 def fusedpo_logprobs(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     import fusedpo
 
-    return fusedpo.linear_logprobs(
-        hidden, weight, labels, memory_budget=case.budget, gradient_tolerance=case.tolerance
-    )
+    return fusedpo.linear_logprobs(hidden, weight, labels, **_told(case))
+
+
+def _told(case: Case) -> dict[str, Any]:
+    """What every function of fusedpo is told."""
+    return {"memory_budget": case.budget, "gradient_tolerance": case.tolerance}
 
 
 # whole losses
@@ -202,8 +205,7 @@ def fusedpo(case: Case, inputs: Inputs) -> Tensor:
             labels,
             advantages=inputs.advantages,
             old_logprobs=inputs.old_logprobs,
-            memory_budget=case.budget,
-            gradient_tolerance=case.tolerance,
+            **_told(case),
         ).loss
     if case.loss == "sft":
         # of all rows, as the others have it, and not of chosen ones
@@ -235,8 +237,7 @@ def fusedpo_preference(case: Case, inputs: Inputs) -> Any:
         ref_hidden=inputs.ref_hidden,
         ref_weight=inputs.ref_weight,
         ref_logprobs=inputs.ref_logprobs,
-        memory_budget=case.budget,
-        gradient_tolerance=case.tolerance,
+        **_told(case),
         **extra,
     )
 

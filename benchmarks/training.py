@@ -155,8 +155,7 @@ def build(case: Case, steps: int, folder: str, step_done: Callable[[], None]) ->
     names = ("model", "ref_model") if case.loss == "dpo" else ("model",)
     known = min(toys.WORDS, case.shape.vocab - 3)
     rows = toys.rows(case.shape.pairs * steps, case.prompt, case.shape.tokens - 1, known)
-    make = _full_logits if case.peer == BASELINE and case.loss == "dpo" else contextlib.nullcontext
-    with make():
+    with _full_logits() if case.peer == BASELINE else contextlib.nullcontext():
         trainer = trainer_class(
             **{name: _model(case, seed) for seed, name in enumerate(names)},
             args=args,
@@ -177,7 +176,7 @@ def _method(case: Case) -> tuple[Any, Any, dict[str, Any]]:
     from fusedpo.trainers.trl import FusedCPOTrainer, FusedDPOTrainer
 
     if case.loss == "simpo":
-        own: dict[str, Any] = {
+        own = {
             "loss_type": "simpo",
             "cpo_alpha": 0.0,
             "beta": 2.0,
@@ -185,12 +184,8 @@ def _method(case: Case) -> tuple[Any, Any, dict[str, Any]]:
             "remove_unused_columns": False,  # as it wants it
         }
         return FusedCPOTrainer if case.peer == OURS else CPOTrainer, CPOConfig, own
-    made: dict[str, Any] = {
-        BASELINE: DPOTrainer,  # built within _full_logits
-        "trl": DPOTrainer,
-        OURS: FusedDPOTrainer,
-    }
-    return made[case.peer], DPOConfig, {}
+    # the baseline's is built within _full_logits
+    return FusedDPOTrainer if case.peer == OURS else DPOTrainer, DPOConfig, {}
 
 
 def _model(case: Case, seed: int) -> Any:
@@ -199,16 +194,12 @@ def _model(case: Case, seed: int) -> Any:
     return model.to(case.torch_dtype)
 
 
-@contextlib.contextmanager
-def _full_logits() -> Iterator[None]:
-    """DPOTrainers that are built meanwhile have full logits.
+def _full_logits() -> Any:
+    """DPOTrainers that are built meanwhile have full logits; CPOTrainers do in any case.
 
     Since 1.15 no option of TRL does that: what gives a model its fused head has to be replaced.
     """
-    import trl.trainer.dpo_trainer as module
-
-    with mock.patch.object(module, "add_fused_lm_head", _add_full_logits):
-        yield
+    return mock.patch("trl.trainer.dpo_trainer.add_fused_lm_head", _add_full_logits)
 
 
 def _add_full_logits(model: Any, outputs: Sequence[str] = ("log_probs",)) -> None:
