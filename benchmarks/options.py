@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Options:
     quick: bool = False
     output: Path = Path("build/bench")
     shapes: tuple[Shape, ...] | None = None
-    losses: tuple[str, ...] | None = None
+    losses: Sequence[str] | None = None
     peers: tuple[str, ...] = tuple(PEERS)
     dtype: str | None = None
     threads: int = 2
@@ -99,7 +99,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="results and plots (default: build/bench)",
     )
     parser.add_argument(
-        "--json", action="store_true", help="the answer on stdout as JSON, tables on stderr"
+        "--json",
+        action="store_true",
+        dest="print_json",
+        help="the answer on stdout as JSON, tables on stderr",
     )
 
 
@@ -123,18 +126,10 @@ def options_of(given: argparse.Namespace) -> Options:
     )
     if not parent.is_dir():
         raise bad_value("--output", "a folder", f"{given.output}, and {parent} is a file")
-    options = Options(
-        device=given.device,
-        quick=given.quick,
-        output=given.output,
-        shapes=given.shapes and tuple(map(Shape.parse, given.shapes)),
-        losses=given.losses and tuple(given.losses),
-        # ratios are to the baseline
-        peers=tuple(dict.fromkeys([BASELINE, *given.peers])) if given.peers else tuple(PEERS),
-        dtype=given.dtype,
-        threads=given.threads,
-        seconds=given.seconds,
-        print_json=given.json,
-    )
+    values = {each.name: getattr(given, each.name) for each in fields(Options)}
+    values["shapes"] = given.shapes and tuple(map(Shape.parse, given.shapes))
+    # ratios are to the baseline
+    values["peers"] = tuple(dict.fromkeys((BASELINE, *(given.peers or PEERS))))
+    options = Options(**values)
     torch.set_num_threads(given.threads)
     return options
