@@ -32,6 +32,7 @@ from fusedpo.benchmarks import (
     measure,
     plots,
     precision,
+    reports,
     routes,
     section,
     states,
@@ -402,7 +403,7 @@ class Question:
         path = options.output / measure.file_name(about)
         lines = _lines_of(path, [place for place in every if place not in asked])
         steps = sum(2 * len(rows) + 3 for _, rows in here)
-        with sweep.progress(self.title, steps) as advance, _records_kept():
+        with measure.progress(self.title, steps) as advance, _records_kept():
             for place, rows in here:
                 self._at(place, rows, options, advance)
                 lines += [row.to_json() for row in rows]
@@ -695,10 +696,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         given.error(str(error))
     if parsed.only != "times":
-        sweep.report(compact_errors.QUESTION.ask(options), options)
+        reports.report(compact_errors.QUESTION.ask(options), options)
     if parsed.only != "errors":
         question = replace(QUESTION, places=tuple(parsed.places))
-        sweep.report(question.ask(options), options)
+        reports.report(question.ask(options), options)
     return 0
 
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedpo
-from fusedpo.benchmarks import measure, states, sweep
+from fusedpo.benchmarks import measure, reports, states
 from fusedpo.benchmarks.options import Options
 from fusedpo.benchmarks.shapes import MIB
 from fusedpo.benchmarks.states import States
@@ -339,7 +339,7 @@ class Question:
         tolerances = self.tolerances[::3] if options.quick else self.tolerances
         rows: list[dict[str, Any]] = []
         drawn = self.drawn // 10 if options.quick else self.drawn
-        with sweep.progress(self.title, len(self.states) + 1) as advance:
+        with measure.progress(self.title, len(self.states) + 1) as advance:
             for name in self.states:
                 advance(f"{name}: errors")
                 try:
@@ -503,4 +503,4 @@ def plot(answer: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(sweep.main(QUESTION))
+    sys.exit(reports.main(QUESTION))

@@ -37,7 +37,7 @@ from torch import Tensor
 
 import fusedpo
 from fusedpo import smollm2
-from fusedpo.benchmarks import measure, plots, section, states, sweep
+from fusedpo.benchmarks import measure, plots, reports, section, states
 from fusedpo.benchmarks.formulas import TITLES
 from fusedpo.benchmarks.options import Options
 from fusedpo.benchmarks.section import Verdict, number
@@ -583,7 +583,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = given.output / measure.file_name(about)
     pairs = made_pairs(count=settings.all_pairs)
     runs: list[Run] = []
-    with sweep.progress(
+    with measure.progress(
         TITLE, 1 + len(settings.losses) * (2 + settings.seeds * len(settings.rounding))
     ) as advance:
         advance("what is held out, before")
@@ -595,7 +595,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # each takes minutes: what has been found is kept
             answer = answer_of(runs, before, settings, about)
             measure.save("compact_training", answer, path)
-    sweep.report(answer, Options(output=given.output, threads=given.threads))
+    reports.report(answer, Options(output=given.output, threads=given.threads))
     return 0
 
 

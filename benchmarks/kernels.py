@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusedpo import losses
-from fusedpo.benchmarks import kernel_calls, plots, routes, section, sweep
+from fusedpo.benchmarks import kernel_calls, plots, reports, routes, section
 from fusedpo.benchmarks.kernel_calls import Call, Sizes
 from fusedpo.benchmarks.section import Cell, Question, Section, Setting, number, quotient
 from fusedpo.benchmarks.shapes import MIB, Case, Inputs, make_inputs
@@ -322,8 +322,8 @@ def _rows(case: Case) -> list[Kernel]:
 
 
 QUESTION = Question(
-    "kernels", (__doc__ or "").splitlines()[0], "kernels", kernels, section.usual_shapes
+    "kernels", (__doc__ or "").splitlines()[0], kernels, section.usual_shapes, kind="kernels"
 )
 
 if __name__ == "__main__":
-    sys.exit(sweep.main(QUESTION))
+    sys.exit(reports.main(QUESTION))

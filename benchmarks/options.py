@@ -1,15 +1,16 @@
-"""How a question is asked: the options of every benchmark, and what they are as arguments."""
+"""A question, and how it is asked: the options of every benchmark, and their arguments."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fusedpo.benchmarks import measure
 from fusedpo.benchmarks.formulas import FORMULAS
 from fusedpo.benchmarks.peers import BASELINE, PEERS
 from fusedpo.benchmarks.shapes import Case, Shape
@@ -61,6 +62,38 @@ class Options:
 
     def case(self, shape: Shape, **values: Any) -> Case:
         return Case(BASELINE, shape, self.dtype_name, self.device, **values)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, and the one form of an answer.
+
+    Attributes:
+        name: of its answer in the results, and of its plot.
+        title: the question.
+        kind: the module that has the answer's table and plot.
+    """
+
+    name: str
+    title: str
+    kind: str = field(default="sweep", kw_only=True)
+
+    def ask(self, options: Options) -> dict[str, Any]:
+        """Measure everything, and return what is to be saved."""
+        # first, as its load is to be that of others
+        about = measure.machine(options.device, options.threads)
+        return {
+            "question": self.name,
+            "kind": self.kind,
+            "title": self.title,
+            "machine": about,
+            "quick": options.quick,
+            **self.measured(options),
+        }
+
+    def measured(self, options: Options) -> dict[str, Any]:
+        """``rows``, and what else there is to say, in place of the above where it has its name."""
+        raise NotImplementedError
 
 
 def parser(description: str | None, prog: str | None = None) -> argparse.ArgumentParser:

@@ -13,16 +13,16 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedpo.benchmarks import measure, plots, sweep
+from fusedpo.benchmarks import measure, plots, reports, sweep
 from fusedpo.benchmarks.formulas import FORMULAS, TITLES, WITH_REFERENCE, Tokens
-from fusedpo.benchmarks.options import Options
+from fusedpo.benchmarks.options import Options, Question
 from fusedpo.benchmarks.peers import OURS, PEERS, Logprobs, Unsupported, full_logits
 from fusedpo.benchmarks.shapes import MIB, Case, Inputs, Shape, head_of
 from fusedpo.benchmarks.timing import told
@@ -279,23 +279,17 @@ def shapes(options: Options) -> list[Shape]:
     return [head_of("llama-3.1-8b", 1024 if options.quick else 4096, pairs=8)]
 
 
-@dataclass(frozen=True)
-class Precision:
-    """The question, asked as those of benchmarks/sweep.py are."""
+class Precision(Question):
+    """The question, of every loss, shape and dtype."""
 
-    name: str
-    title: str
-
-    def ask(self, options: Options) -> dict[str, Any]:
-        """Measure everything, and return what is to be saved."""
-        about = measure.machine(options.device, options.threads)
+    def measured(self, options: Options) -> dict[str, Any]:
         here = entries(options)
         losses = options.losses or ("dpo",)
         dtypes = [options.dtype] if options.dtype else DTYPES
         points = list(itertools.product(losses, shapes(options), dtypes))
         rows: list[dict[str, Any]] = []
         steps = len(points) * (1 + len(here))
-        with sweep.progress(self.title, steps) as advance:
+        with measure.progress(self.title, steps) as advance:
             for loss, shape, name in points:
                 group = SHORT[name]
                 group += f", {TITLES[loss]}" if len(losses) > 1 else ""
@@ -305,15 +299,8 @@ class Precision:
                 advance(f"{group}: float64")
                 rows += _group(group, replace(case, dtype=name), here, advance)
         named = ", ".join(TITLES[loss] for loss in losses)
-        return {
-            "question": self.name,
-            "kind": "precision",
-            "title": f"{self.title} {named} against float64",
-            "machine": about,
-            "quick": options.quick,
-            "losses": list(losses),
-            "rows": rows,
-        }
+        title = f"{self.title} {named} against float64"
+        return {"title": title, "losses": list(losses), "rows": rows}
 
 
 def _group(
@@ -352,7 +339,7 @@ def _row(
     }
 
 
-QUESTION = Precision("precision", __doc__.splitlines()[0])
+QUESTION = Precision("precision", __doc__.splitlines()[0], kind="precision")
 
 
 def _groups(answer: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -484,4 +471,4 @@ def _panel(axes: Any, column: Column, rows: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(sweep.main(QUESTION))
+    sys.exit(reports.main(QUESTION))

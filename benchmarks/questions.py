@@ -14,8 +14,9 @@ from typing import Any
 from fusedpo.benchmarks import routes
 from fusedpo.benchmarks.formulas import TITLES, WITH_REFERENCE
 from fusedpo.benchmarks.options import Options
+from fusedpo.benchmarks.reports import Asked, report
 from fusedpo.benchmarks.shapes import MIB, Shape, head_of
-from fusedpo.benchmarks.sweep import Asked, Entry, Point, Question, others, own, report
+from fusedpo.benchmarks.sweep import Entry, Point, Question, others, own
 from fusedpo.machine import ROOT
 
 # the most asked first

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedpo import tables
-from fusedpo.benchmarks import measure, plots, questions, sweep
+from fusedpo.benchmarks import measure, plots, questions, reports, sweep
 from fusedpo.benchmarks.peers import BASELINE, OURS
 from fusedpo.benchmarks.shapes import MIB
 from fusedpo.machine import ROOT
@@ -97,7 +97,7 @@ def headline() -> list[str]:
 def _shape(answer: dict[str, Any]) -> list[str]:
     """A sentence on the sizes that a sweep has at every point."""
     cases = [row["case"] for row in answer["rows"] if "case" in row]
-    if "kind" in answer or not cases:
+    if reports.kind_of(answer) is not sweep or not cases:
         return []
     sizes = {"hidden": "hidden size", "vocab": "vocabulary"}
     fixed = [
@@ -125,11 +125,11 @@ def page() -> str:
             if name not in of:
                 continue
             answer = of[name]
-            own = sweep.kind_of(answer)
+            own = reports.kind_of(answer)
             picture = f"../{_picture(machine, name).relative_to(ROOT).as_posix()}"
             lines += ["", f"## {answer['title']}", "", f"{_about(answer)}", *_shape(answer), ""]
             lines += [f"![{answer['title']}]({picture})", "", *markdown(*own.table(answer))]
-            lines += [part for line in sweep.remarks(answer) for part in ("", line)]
+            lines += [part for line in reports.remarks(answer) for part in ("", line)]
     return "\n".join([*lines, "", END, ""])
 
 
@@ -168,7 +168,7 @@ def _pictures() -> list[tuple[Path, dict[str, Any]]]:
 
 def write() -> None:
     for picture, answer in _pictures():
-        plots.save(answer, picture, sweep.kind_of(answer).plot)
+        plots.save(answer, picture, reports.kind_of(answer).plot)
     measure.write(README, readme())
     measure.write(PAGE, page())
 

@@ -282,8 +282,8 @@ def show_targets(answer: Mapping[str, Any], stream: TextIO) -> None:
 
 
 QUESTION = Question(
-    "routes", (__doc__ or "").splitlines()[0], "routes", routes, section.usual_shapes
+    "routes", (__doc__ or "").splitlines()[0], routes, section.usual_shapes, kind="routes"
 )
 OF_TILES = Question(
-    "tiles", "Which tile of logits is worth having?", "routes", tiles, section.usual_shapes
+    "tiles", "Which tile of logits is worth having?", tiles, section.usual_shapes, kind="routes"
 )

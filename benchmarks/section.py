@@ -9,6 +9,7 @@ from typing import Any, TextIO, TypeVar
 
 from fusedpo import tables
 from fusedpo.benchmarks import measure
+from fusedpo.benchmarks import options as asking
 from fusedpo.benchmarks.options import Options
 from fusedpo.benchmarks.shapes import GPU, Case, Shape, head_of
 from fusedpo.benchmarks.timing import Clock, Deadline, told
@@ -114,31 +115,19 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Question:
-    """Asked as those of benchmarks/sweep.py are, of kernels or routes instead of programs.
+class Question(asking.Question):
+    """One of kernels or routes instead of programs.
 
     Attributes:
-        kind: the module that has its table and its plot.
         measure: what is measured at a shape.
         shapes: where it is asked, if the options do not say.
     """
 
-    name: str
-    title: str
-    kind: str
     measure: Callable[[Setting, Deadline], Section]
     shapes: Callable[[Options], Sequence[Shape]]
 
-    def ask(self, options: Options) -> dict[str, Any]:
-        """Measure at every shape, and return what is to be saved."""
-        answer: dict[str, Any] = {
-            "question": self.name,
-            "kind": self.kind,
-            "title": self.title,
-            "machine": measure.machine(options.device, options.threads),
-            "quick": options.quick,
-            **{key: [] for key in ("rows", "ran_out", "wrong", "targets")},
-        }
+    def measured(self, options: Options) -> dict[str, Any]:
+        answer: dict[str, Any] = {key: [] for key in ("rows", "ran_out", "wrong", "targets")}
         wanted = options.shapes or self.shapes(options)
         with measure.progress(self.title, len(wanted)) as advance:
             for shape in wanted:

@@ -7,19 +7,16 @@ process of its own; then those that fit are timed in turn on the same inputs.
 from __future__ import annotations
 
 import gc
-import importlib
-import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from fusedpo import losses, tables
-from fusedpo.benchmarks import measure, plots
-from fusedpo.benchmarks.measure import Advance as Advance
-from fusedpo.benchmarks.measure import progress as progress
-from fusedpo.benchmarks.options import Options, options_of, parser
+from fusedpo import losses
+from fusedpo.benchmarks import options as asking
+from fusedpo.benchmarks import plots
+from fusedpo.benchmarks.measure import Advance, progress
+from fusedpo.benchmarks.options import Options
 from fusedpo.benchmarks.peer_memory import full_logits, liger_pairs, trl_chunked
 from fusedpo.benchmarks.peers import BASELINE, OURS, PEERS, step, why_not
 from fusedpo.benchmarks.section import number
@@ -138,12 +135,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Question:
-    """One of the benchmarks.
+class Question(asking.Question):
+    """One whose programs are compared at points.
 
     Attributes:
-        name: of its answer in the results, and of its plot.
-        title: the question.
         axis: what x is.
         points: where it is asked.
         entries: which programs.
@@ -151,17 +146,13 @@ class Question:
         across: whether the plot has time over bytes, rather than either over x.
     """
 
-    name: str
-    title: str
     axis: str
     points: Callable[[Options], list[Point]]
     entries: Callable[[Options], Sequence[Entry]] = entries
     unit: str = ""
     across: bool = False
 
-    def ask(self, options: Options) -> dict[str, Any]:
-        """Measure everything, and return what is to be saved."""
-        about = measure.machine(options.device, options.threads)
+    def measured(self, options: Options) -> dict[str, Any]:
         here = self.rows(options)
         with progress(self.title, 2 * sum(map(len, here))) as advance:
             for rows in here:
@@ -171,13 +162,9 @@ class Question:
                 compare(rows)
                 self.time([row for row in rows if not row.missing], options, advance)
         return {
-            "question": self.name,
-            "title": self.title,
             "axis": self.axis,
             "unit": self.unit,
             "across": self.across,
-            "machine": about,
-            "quick": options.quick,
             "rows": [row.to_json() for rows in here for row in rows],
         }
 
@@ -357,75 +344,3 @@ def missing_everywhere(answer: dict[str, Any]) -> list[tuple[str, str]]:
             reasons = dict.fromkeys(row["missing"] for row in here)
             found.append((entry, "; ".join(reasons)))
     return found
-
-
-def report(answer: dict[str, Any], options: Options) -> None:
-    """The file, the plot and the table."""
-    stream = sys.stderr if options.print_json else sys.stdout
-    path = options.output / measure.file_name(answer["machine"])
-    measure.save(answer["question"], answer, path)
-    kind = kind_of(answer)
-    picture = plots.save(answer, options.output / f"{answer['question']}.png", kind.plot)
-    print(measure.describe(answer["machine"]), file=stream)
-    columns, lines = kind.table(answer)
-    tables.show(answer["title"], columns, lines, stream)
-    for line in remarks(answer):
-        print(line, file=stream)
-    if show_targets := getattr(kind, "show_targets", None):
-        show_targets(answer, stream)
-    print(f"written to {path}" + (f" and {picture}" if picture else ""), file=stream)
-    if options.print_json:
-        json.dump(answer, sys.stdout)
-        print()
-
-
-def remarks(answer: dict[str, Any]) -> list[str]:
-    """What is to be said below the table."""
-    said = getattr(kind_of(answer), "remarks", None) if "kind" in answer else None
-    absent = [f"Not measured: {entry}: {why}." for entry, why in missing_everywhere(answer)]
-    if not answer["rows"]:
-        return [NOTHING]
-    return [*(said(answer) if said else []), *absent, *([OUTDATED] if outdated(answer) else [])]
-
-
-NOTHING = "Nothing was measured: this question asks of none of the given --losses or --peers."
-OUTDATED = "Measured with other plans than today's, whose memory and time differ."
-
-
-def outdated(answer: dict[str, Any]) -> bool:
-    """Whether the planner would no longer foretell what it did when this was measured."""
-    return any(
-        predicted(Case.from_json(row["case"])) != row["predicted_bytes"]
-        for row in answer["rows"]
-        if row.get("predicted_bytes") is not None
-    )
-
-
-def kind_of(answer: dict[str, Any]) -> Any:
-    """What has the answer's ``table`` and ``plot``: the module of its kind, or this one."""
-    return importlib.import_module(f"fusedpo.benchmarks.{answer.get('kind', 'sweep')}")
-
-
-class Asked(Protocol):
-    """A question: one of this module's, or one with a ``kind``, a table and a plot of its own."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def title(self) -> str: ...
-
-    def ask(self, options: Options) -> dict[str, Any]: ...
-
-
-def main(question: Asked, arguments: Sequence[str] | None = None) -> int:
-    """``python -m fusedpo.benchmarks.<question>``."""
-    given = parser(question.title, f"python -m fusedpo.benchmarks.{question.name}")
-    parsed = given.parse_args(arguments)
-    try:
-        options = options_of(parsed)
-    except ValueError as error:
-        given.error(str(error))
-    answer = question.ask(options)
-    report(answer, options)
-    return int(bool(answer.get("wrong")))

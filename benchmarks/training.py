@@ -34,8 +34,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fusedpo.benchmarks import measure, plots, section, sweep, toys
+from fusedpo.benchmarks import measure, plots, reports, section, sweep, toys
 from fusedpo.benchmarks.formulas import TITLES
+from fusedpo.benchmarks.measure import Advance
 from fusedpo.benchmarks.options import Options
 from fusedpo.benchmarks.peers import BASELINE, OURS, PEERS
 from fusedpo.benchmarks.section import number, quotient
@@ -378,16 +379,15 @@ def cases(options: Options) -> list[Case]:
 class Question(sweep.Question):
     """A sweep whose steps are those of trainings."""
 
-    def ask(self, options: Options) -> dict[str, Any]:
+    def measured(self, options: Options) -> dict[str, Any]:
         if torch.device(options.device).index:
             raise ValueError(
                 f"--device: expected cuda, as trainers take the first GPU, got {options.device}; "
                 "set CUDA_VISIBLE_DEVICES"
             )
         memory = parse_budget(CPU_MEMORY if options.on_cpu else GPU_MEMORY)
-        answer = super().ask(options)
-        longest = _all_longest(answer["rows"], memory)
-        return {**answer, "kind": "training", "memory": memory, "longest": longest}
+        found = super().measured(options)
+        return {**found, "memory": memory, "longest": _all_longest(found["rows"], memory)}
 
     def rows(self, options: Options) -> list[list[sweep.Row]]:
         reason = missing()
@@ -406,7 +406,7 @@ class Question(sweep.Question):
             for case in cases(options)
         ]
 
-    def time(self, rows: Sequence[sweep.Row], options: Options, advance: sweep.Advance) -> None:
+    def time(self, rows: Sequence[sweep.Row], options: Options, advance: Advance) -> None:
         """Trainings of a few steps in turn, as long as the point may take; each is built anew."""
         for row in rows:
             advance(f"{row.group} {row.x:g}: time of {row.entry}")
@@ -475,8 +475,12 @@ def plot(answer: dict[str, Any]) -> Any:
 
 
 QUESTION = Question(
-    "training", (__doc__ or "").splitlines()[0], "tokens of a response", points=lambda options: []
+    "training",
+    (__doc__ or "").splitlines()[0],
+    "tokens of a response",
+    points=lambda options: [],
+    kind="training",
 )
 
 if __name__ == "__main__":
-    sys.exit(sweep.main(QUESTION))
+    sys.exit(reports.main(QUESTION))

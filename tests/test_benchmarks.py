@@ -29,6 +29,7 @@ from fusedpo.benchmarks import (
     kernels,
     measure,
     questions,
+    reports,
     roofline,
     routes,
     sweep,
@@ -379,7 +380,7 @@ def test_a_question_is_asked_and_its_answer_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*ARGUMENTS, "--output", str(tmp_path / "new")]
-    assert sweep.main(QUESTION, arguments) == 0
+    assert reports.main(QUESTION, arguments) == 0
     shown = capsys.readouterr()
     (path,) = (tmp_path / "new").glob("*.json")
     assert {p.name for p in path.parent.iterdir()} == {path.name, "tiny.png"}
@@ -404,7 +405,7 @@ def test_a_question_is_asked_and_its_answer_kept(
 @on_linux
 def test_json_has_stdout_to_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*ARGUMENTS, "--json", "--output", str(tmp_path), "--peers", "full_logits"]
-    assert sweep.main(QUESTION, arguments) == 0
+    assert reports.main(QUESTION, arguments) == 0
     shown = capsys.readouterr()
     answer = json.loads(shown.out)
     assert {row["entry"] for row in answer["rows"]} == {"full logits"}
@@ -533,7 +534,7 @@ def test_without_the_baseline_there_are_no_ratios(
     options = Options(threads=1, seconds=0.02, output=tmp_path)
     answer = QUESTION.ask(options)
     assert {sweep.ratio(row, answer["rows"]) for row in answer["rows"]} == {None}
-    sweep.report(answer, options)
+    reports.report(answer, options)
     assert (tmp_path / "tiny.png").exists()
 
 
@@ -567,7 +568,7 @@ def test_an_interrupt_leaves_the_files_as_they_were(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     arguments = [*ARGUMENTS, "--output", str(tmp_path)]
-    assert sweep.main(QUESTION, arguments) == 0
+    assert reports.main(QUESTION, arguments) == 0
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     if when == "memory":
         measured_at_once["fusedpo"] = KeyboardInterrupt()
@@ -581,7 +582,7 @@ def test_an_interrupt_leaves_the_files_as_they_were(
 
         monkeypatch.setattr(Clock, "once", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sweep.main(QUESTION, arguments)
+        reports.main(QUESTION, arguments)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -593,7 +594,7 @@ def test_an_answer_is_saved_before_it_is_shown(
 
     monkeypatch.setattr(tables, "show", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sweep.main(QUESTION, [*ARGUMENTS, "--output", str(tmp_path)])
+        reports.main(QUESTION, [*ARGUMENTS, "--output", str(tmp_path)])
     (path,) = tmp_path.glob("*.json")
     assert json.loads(path.read_text())["tiny"]["rows"]
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
@@ -663,7 +664,7 @@ def test_kernels_have_floors_on_the_cpu_too(
     small_buffers: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*ARGUMENTS, "--quick", "--json", "--output", str(tmp_path)]
-    assert sweep.main(kernels.QUESTION, [*arguments, "--shapes", "32,16,300", "64,16,300"]) == 0
+    assert reports.main(kernels.QUESTION, [*arguments, "--shapes", "32,16,300", "64,16,300"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["kind"] == answer["question"] == "kernels"
     assert not answer["wrong"] and not answer["ran_out"]
@@ -685,7 +686,7 @@ def test_kernels_have_floors_on_the_cpu_too(
         columns, lines = kernels.table(found)
         assert len(lines) == len(found["rows"])
         assert all(len(line) == len(columns) for line in lines)
-    said = sweep.remarks({**answer, "wrong": ["finish: NaN"], "ran_out": ["fold"]})
+    said = reports.remarks({**answer, "wrong": ["finish: NaN"], "ran_out": ["fold"]})
     assert said == ["WRONG: finish: NaN.", "No time or memory was left for fold."]
     bars = [bar for axes in kernels.plot(answer).axes for bar in axes.patches]
     assert len(bars) == sum(row.get("share_of_floor") is not None for row in answer["rows"])
@@ -713,7 +714,7 @@ def test_kernels_on_the_cpu_are_those_of_its_own_backend(
 
 def test_options_of_the_kernels_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        sweep.main(kernels.QUESTION, ["--threads", "0"])
+        reports.main(kernels.QUESTION, ["--threads", "0"])
     assert stopped.value.code == 2
     assert "--threads: expected at least 1" in capsys.readouterr().err
 
@@ -959,7 +960,7 @@ def test_routes_and_tiles_are_answered_on_the_cpu_too(
 ) -> None:
     arguments = ["--threads", "1", "--quick", "--shapes", "32,16,300", "--output", str(tmp_path)]
     for question in (routes.QUESTION, routes.OF_TILES):
-        assert sweep.main(question, arguments) == 0
+        assert reports.main(question, arguments) == 0
     (path,) = tmp_path.glob("*.json")
     answers = json.loads(path.read_text())
     rows = {row["name"]: row for row in answers["routes"]["rows"]}

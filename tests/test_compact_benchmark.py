@@ -13,7 +13,7 @@ import torch
 from oracles import relative
 
 import fusedpo
-from fusedpo.benchmarks import compact, compact_errors, plots, states, sweep
+from fusedpo.benchmarks import compact, compact_errors, plots, reports, states, sweep
 from fusedpo.benchmarks.compact import BARE, EXACT, FULL, KEPT, PLACES, REAL, ROUNDED, WIDE, Way
 from fusedpo.benchmarks.compact_errors import Call, Records, truth_of, upstream_of
 from fusedpo.benchmarks.options import Options
@@ -263,7 +263,7 @@ def test_without_states_there_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert {target["met"] for target in answer["targets"]} == {None}
     assert compact.plot(answer) is None
     # in words too
-    assert len(sweep.remarks(answer)) == len({row["entry"] for row in answer["rows"]})
+    assert len(reports.remarks(answer)) == len({row["entry"] for row in answer["rows"]})
 
 
 def test_places_are_written_one_by_one_and_asked_anew(

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("transformers")
 
 from fusedpo import smollm2
-from fusedpo.benchmarks import compact_training, measure, sweep
+from fusedpo.benchmarks import compact_training, measure, reports
 from fusedpo.benchmarks.compact_training import (
     EXACT,
     PROMPT,
@@ -150,7 +150,7 @@ def test_the_words_and_the_picture_are_of_all(answer: dict[str, Any]) -> None:
     assert len(compact_training.remarks(answer)) == 1 + 2 + 8
     figure = compact_training.plot(answer)
     assert [len(axes.lines) for axes in figure.axes] == [6, 6, 6, 6]
-    assert sweep.kind_of(answer) is compact_training
+    assert reports.kind_of(answer) is compact_training
 
 
 def test_the_same_training_is_the_same_to_the_bit() -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedpo.benchmarks import precision, sweep
+from fusedpo.benchmarks import precision, reports
 from fusedpo.benchmarks.options import Options
 from fusedpo.benchmarks.peers import PEERS, Peer, full_logits
 from fusedpo.benchmarks.shapes import Case, Inputs, Shape
@@ -230,7 +230,7 @@ def test_the_command_writes_the_answer(tmp_path: Path, capsys: pytest.CaptureFix
     arguments = ["--quick", "--shapes", "16,16,300", "--peers", "fusedpo", "--dtype", "bfloat16"]
     arguments += ["--losses", "dpo", "simpo"]
     arguments += ["--threads", str(threads), "--output", str(tmp_path)]
-    assert sweep.main(precision.QUESTION, arguments) == 0
+    assert reports.main(precision.QUESTION, arguments) == 0
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("fusedpo, 8 MiB", "bf16, DPO", "bf16, SimPO"))
     (path,) = tmp_path.glob("*.json")

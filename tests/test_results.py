@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fusedpo.benchmarks import measure, plots, precision, readme, sweep
+from fusedpo.benchmarks import measure, plots, precision, readme, reports
 from fusedpo.benchmarks.shapes import MIB
 
 ANSWERS = readme.answers()
@@ -94,17 +94,17 @@ def test_fusedpo_is_first_in_precision_or_it_is_said_why(answer):
         if group in ("bf16", "fp16"):
             assert all(column["fusedpo"] for column in columns.values()), group
     behind = [g for g, columns in ranks.items() if not all(c["fusedpo"] for c in columns.values())]
-    text = "\n".join(sweep.remarks(answer))
+    text = "\n".join(reports.remarks(answer))
     assert all(f"{group}: fusedpo is not first in" in text for group in behind)
 
 
 def test_plans_that_are_no_longer_made_are_told() -> None:
     """The README's numbers are of today's; below another table a line says it."""
     machine = readme.headline_machine()
-    assert not sweep.outdated(ANSWERS[machine]["length"])
+    assert not reports.outdated(ANSWERS[machine]["length"])
     page = readme.page()
-    count = sum(sweep.outdated(a) for of in ANSWERS.values() for a in of.values() if "rows" in a)
-    assert page.count(sweep.OUTDATED) == count
+    count = sum(reports.outdated(a) for of in ANSWERS.values() for a in of.values() if "rows" in a)
+    assert page.count(reports.OUTDATED) == count
     answer = ANSWERS[machine]["length"]
     row = next(row for row in answer["rows"] if row.get("predicted_bytes") is not None)
-    assert sweep.outdated({"rows": [{**row, "predicted_bytes": row["predicted_bytes"] + 1}]})
+    assert reports.outdated({"rows": [{**row, "predicted_bytes": row["predicted_bytes"] + 1}]})

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("trl")
 
-from fusedpo.benchmarks import plots, sweep, training
+from fusedpo.benchmarks import plots, reports, sweep, training
 from fusedpo.benchmarks.options import Options
 from fusedpo.benchmarks.shapes import MIB, Shape
 from fusedpo.benchmarks.training import PROGRAMS, QUESTION, Case, Trained, longest
@@ -27,7 +27,7 @@ ON_TWO_LENGTHS = (Shape(2, 8, 64, 320), Shape(2, 16, 64, 320))
 def test_from_end_to_end(tmp_path, capsys):
     arguments = ["--quick", "--json", "--seconds", "0.01", "--threads", "1"]
     shapes = ["--shapes", "32,64,320", "64,64,320", "--peers", "fusedpo"]
-    assert sweep.main(QUESTION, [*arguments, *shapes, "--output", str(tmp_path)]) == 0
+    assert reports.main(QUESTION, [*arguments, *shapes, "--output", str(tmp_path)]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert (answer["question"], answer["kind"], answer["memory"]) == ("training", "training", 2**30)
     rows = answer["rows"]
@@ -131,7 +131,7 @@ def test_without_trl(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "trl", None)
     answer = QUESTION.ask(Options(quick=True, shapes=ON_TWO_LENGTHS))
     assert all(r["missing"].startswith("not installed") for r in answer["rows"])
-    sweep.report(answer, Options(output=tmp_path))
+    reports.report(answer, Options(output=tmp_path))
     assert "not installed" in capsys.readouterr().out.replace("\n", " ")
 
 
