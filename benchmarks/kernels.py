@@ -321,9 +321,7 @@ def _rows(case: Case) -> list[Kernel]:
     ]
 
 
-QUESTION = Question(
-    "kernels", (__doc__ or "").splitlines()[0], kernels, section.usual_shapes, kind="kernels"
-)
+QUESTION = Question("kernels", (__doc__ or "").splitlines()[0], kernels, kind="kernels")
 
 if __name__ == "__main__":
     sys.exit(reports.main(QUESTION))

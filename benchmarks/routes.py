@@ -281,9 +281,5 @@ def show_targets(answer: Mapping[str, Any], stream: TextIO) -> None:
         section.show_targets((Verdict.of(each) for each in answer["targets"]), stream=stream)
 
 
-QUESTION = Question(
-    "routes", (__doc__ or "").splitlines()[0], routes, section.usual_shapes, kind="routes"
-)
-OF_TILES = Question(
-    "tiles", "Which tile of logits is worth having?", tiles, section.usual_shapes, kind="routes"
-)
+QUESTION = Question("routes", (__doc__ or "").splitlines()[0], routes, kind="routes")
+OF_TILES = Question("tiles", "Which tile of logits is worth having?", tiles, kind="routes")

@@ -120,15 +120,13 @@ class Question(asking.Question):
 
     Attributes:
         measure: what is measured at a shape.
-        shapes: where it is asked, if the options do not say.
     """
 
     measure: Callable[[Setting, Deadline], Section]
-    shapes: Callable[[Options], Sequence[Shape]]
 
     def measured(self, options: Options) -> dict[str, Any]:
         answer: dict[str, Any] = {key: [] for key in ("rows", "ran_out", "wrong", "targets")}
-        wanted = options.shapes or self.shapes(options)
+        wanted = options.shapes or _usual_shapes(options)
         with measure.progress(self.title, len(wanted)) as advance:
             for shape in wanted:
                 advance(str(shape))
@@ -146,7 +144,7 @@ class Question(asking.Question):
         return answer
 
 
-def usual_shapes(options: Options) -> Sequence[Shape]:
+def _usual_shapes(options: Options) -> Sequence[Shape]:
     if options.on_cpu:
         return (head_of("pythia-70m", 512 if options.quick else 1024),)
     return (replace(GPU, tokens=256) if options.quick else GPU,)
