@@ -130,7 +130,7 @@ def kernels(setting: Setting, deadline: Deadline) -> Section:
     functions: dict[str, Step] = {
         "copy": lambda: target.copy_(words),
         **bare,
-        "step": way.step(chosen, inputs),
+        "step": way.step(case, chosen, inputs),
     }
     calls: dict[str, int] = {}
     for kernel in found.in_time(known, deadline):

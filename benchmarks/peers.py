@@ -214,8 +214,8 @@ def fusedpo(case: Case, inputs: Inputs) -> Tensor:
     return fusedpo_preference(case, inputs).loss
 
 
-def fusedpo_preference(case: Case, inputs: Inputs) -> Any:
-    """The whole ``LossOutput`` of a loss of pairs."""
+def fusedpo_preference(case: Case, inputs: Inputs, **told: Any) -> Any:
+    """The whole ``LossOutput`` of a loss of pairs; told: what is not as the case has it."""
     import fusedpo
     from fusedpo import losses
 
@@ -237,8 +237,7 @@ def fusedpo_preference(case: Case, inputs: Inputs) -> Any:
         ref_hidden=inputs.ref_hidden,
         ref_weight=inputs.ref_weight,
         ref_logprobs=inputs.ref_logprobs,
-        **_told(case),
-        **extra,
+        **{**_told(case), **extra, **told},
     )
 
 

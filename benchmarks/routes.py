@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fusedpo
 from fusedpo.benchmarks import roofline, section
-from fusedpo.benchmarks.peers import step
+from fusedpo.benchmarks.peers import fusedpo_preference, step
 from fusedpo.benchmarks.section import Cell, Question, Section, Setting, Verdict, number, quotient
 from fusedpo.benchmarks.shapes import Case, Inputs, make_inputs
 from fusedpo.benchmarks.timing import Deadline, Measured, Step
@@ -79,14 +79,14 @@ class Way:
         rows, cols = min(self.tile[0], shape.positions), min(self.tile[1], shape.vocab)
         return replace(chosen, rows=rows, cols=cols, back_rows=rows, back_cols=cols, slab=rows)
 
-    def loss(self, chosen: Plan, inputs: Inputs) -> Tensor:
+    def loss(self, case: Case, chosen: Plan, inputs: Inputs) -> Tensor:
         """The number of scored tokens is handed over, so that nothing waits for it."""
+        if "weight" not in self.needs:
+            inputs = inputs._replace(weight=inputs.weight.detach())
         with torch.set_grad_enabled(self.route != "forward"):
-            found = fusedpo.preference_loss(
-                fusedpo.losses.SimPO(beta=2.0, gamma=0.5),
-                inputs.hidden,
-                inputs.weight if "weight" in self.needs else inputs.weight.detach(),
-                inputs.labels,
+            found = fusedpo_preference(
+                case,
+                inputs,
                 memory_budget=chosen,
                 backend=self.backend,
                 gradient_tolerance=self.tolerance,
@@ -96,11 +96,11 @@ class Way:
                 torch.autograd.backward(found)
         return found.detach()
 
-    def step(self, chosen: Plan, inputs: Inputs) -> Step:
+    def step(self, case: Case, chosen: Plan, inputs: Inputs) -> Step:
         """A whole step, which leaves no gradient behind."""
 
         def run() -> None:
-            self.loss(chosen, inputs)
+            self.loss(case, chosen, inputs)
             clear(inputs)
 
         return run
@@ -209,10 +209,10 @@ def measured(setting: Setting, ways: Iterable[Way], deadline: Deadline) -> Secti
         name = str(way)
         with found.attempt(name):
             chosen = way.plan(case)
-            gaps = differences(way, taken(way.loss(chosen, inputs), inputs), truth)
+            gaps = differences(way, taken(way.loss(case, chosen, inputs), inputs), truth)
             found.wrong += faults(name, gaps)
             known[name] = way, chosen, gaps
-            functions[name] = way.step(chosen, inputs)
+            functions[name] = way.step(case, chosen, inputs)
         clear(inputs)
     del truth
     times = setting.clock.interleaved(functions, setting.rounds, deadline)

@@ -981,10 +981,10 @@ def test_a_route_that_fails_or_is_wrong_is_no_success(
 ) -> None:
     loss = routes.Way.loss
 
-    def planted(way: routes.Way, chosen: Any, inputs: Inputs) -> Tensor:
+    def planted(way: routes.Way, case: Case, chosen: Any, inputs: Inputs) -> Tensor:
         if way.route == "retain":
             raise RuntimeError("an illegal address")
-        found = loss(way, chosen, inputs)
+        found = loss(way, case, chosen, inputs)
         if way.route == "recompute":
             inputs.hidden.grad *= 0.9
         return found
