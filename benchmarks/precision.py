@@ -335,7 +335,6 @@ def _row(
         "values": {key: None if v is None else float(f"{v:.4g}") for key, v in values.items()},
         "notes": notes if measured else [],
         "missing": None if measured else "; ".join(notes),
-        "extra_bytes": None,  # read by what lists the programs that could not run
     }
 
 

@@ -140,7 +140,7 @@ def by_pairs(options: Options) -> list[Point]:
     ]
 
 
-SWEEPS = {
+KNOWN: dict[str, Asked] = {
     each.name: each
     for each in (
         Question(
@@ -182,17 +182,16 @@ SWEEPS = {
             "pairs in a batch",
             by_pairs,
         ),
+        routes.OF_TILES,
     )
 }
+"""Those without a module of their own."""
 
 
 def question(name: str) -> Asked:
-    if name in SWEEPS:
-        return SWEEPS[name]
-    if name == routes.OF_TILES.name:
-        return routes.OF_TILES
-    found: Asked = importlib.import_module(f"fusedpo.benchmarks.{name}").QUESTION
-    return found
+    if name not in KNOWN:
+        return importlib.import_module(f"fusedpo.benchmarks.{name}").QUESTION
+    return KNOWN[name]
 
 
 def ask(names: Sequence[str], options: Options, *, verified: bool = True) -> int:

@@ -24,6 +24,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusedpo.benchmarks import measure
+from fusedpo.benchmarks.peers import PEERS, step
 from fusedpo.benchmarks.shapes import MIB, Case, make_inputs
 from fusedpo.benchmarks.timing import told
 
@@ -102,8 +103,6 @@ def _whole_warm_up(case: Case) -> bool:
     To compile the same, or where a few MiB of work space that a library keeps would show. At the
     smallest budgets a step is slow and takes no such space.
     """
-    from fusedpo.benchmarks.peers import PEERS
-
     peer = PEERS[case.peer]
     return peer.compiles or (peer.budgeted and (case.budget or 0) >= MIB)
 
@@ -114,8 +113,6 @@ def peak_of(case: Case) -> Peak:
     Raises:
         OutOfMemory: if it does not fit.
     """
-    from fusedpo.benchmarks.peers import PEERS, step
-
     peer = PEERS[case.peer]
     with memory_errors():
         # pays what is paid once: thread pools, compilers, work space of libraries
@@ -262,9 +259,6 @@ def _limited(function: Callable[[dict[str, Any]], dict[str, Any]], request: Any)
 
 def preload() -> None:
     """What peers import."""
-    import fusedpo  # noqa: F401
-    from fusedpo.benchmarks.peers import PEERS
-
     for peer in PEERS.values():
         peer.missing()
 
