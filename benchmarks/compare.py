@@ -281,16 +281,14 @@ def peak_of(name: str, batch: Batch) -> int:
     return max(0, peak - batch.hidden.nbytes - batch.head.weight.nbytes)
 
 
-_TENSORS = ("hidden", "labels", "ref_logprobs", "memory_budget", "gradient_tolerance")
-
-
 def _packed(batch: Batch) -> dict[str, Any]:
     """Plain values and tensors, which a file may hold."""
-    loss = {"loss": type(batch.loss).__name__, "hyperparameters": asdict(batch.loss)}
-    head = {
-        name: getattr(batch.head, name) for name in ("weight", "bias", "softcap", "logit_scale")
+    head = batch.head
+    return {
+        **vars(batch),
+        "loss": (type(batch.loss).__name__, asdict(batch.loss)),
+        "head": {"weight": head.weight, **head.options()},
     }
-    return {**loss, "head": head, **{name: getattr(batch, name) for name in _TENSORS}}
 
 
 def preload() -> None:
@@ -300,10 +298,9 @@ def preload() -> None:
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """The peak of a batch in a file."""
     packed = torch.load(request["path"], weights_only=True)
-    loss = losses.get(packed["loss"], **packed["hyperparameters"])
-    assert is_comparable(loss), "compare() lets nothing else through"
-    given = {name: packed[name] for name in _TENSORS}
-    return {"peak": peak_of(request["way"], Batch(loss, head=Head(**packed["head"]), **given))}
+    name, hyperparameters = packed["loss"]
+    loss, head = losses.get(name, **hyperparameters), Head(**packed["head"])
+    return {"peak": peak_of(request["way"], Batch(**{**packed, "loss": loss, "head": head}))}
 
 
 def comparison_table(c: Comparison) -> Table:
