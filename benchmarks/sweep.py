@@ -1,4 +1,4 @@
-"""What most questions share: programs, in turn, at points along an axis; a table, a plot, a file.
+"""What most questions ask: programs, in turn, at points along an axis; their table and plot.
 
 A question is a list of points and of entries. At every point each entry's memory is measured in a
 process of its own; then those that fit are timed in turn on the same inputs.
