@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ TRAINERS = {
     "TRL 0.24, SimPO": ("trl-0.24", "simpo"),
     "LLaMA-Factory 0.9.5, DPO": ("llamafactory", "dpo"),
 }
-WAYS = ("as it is", "lazy logits")
+WAYS = PLAIN, LAZY = "as it is", "lazy logits"
 PAIRS, PROMPT, TOKENS, VOCAB, HIDDEN, BUDGET = 2, 64, 448, 50_304, 576, "64MiB"
 STEPS = 3  # the first of them warms up
 ARGUMENTS = {
@@ -59,34 +60,30 @@ def rows() -> list[dict[str, str]]:
     return toys.rows(PAIRS * STEPS, PROMPT, TOKENS)
 
 
-class Watch:
-    """Times the steps and takes the first loss; a callback of transformers."""
+def watching() -> Any:
+    """A callback of transformers that times the steps and takes the losses."""
+    from transformers import TrainerCallback
 
-    def __init__(self) -> None:
-        self.stamps: list[float] = []
-        self.losses: list[float] = []
-        self.before = 0
+    class Watch(TrainerCallback):
+        def __init__(self) -> None:
+            self.stamps: list[float] = []
+            self.losses: list[float] = []
+            self.before = 0
 
-    def callback(self) -> Any:
-        from transformers import TrainerCallback
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.before = measure.status_bytes("VmHWM")
+            self.stamps.append(time.perf_counter())
 
-        watch = self
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.stamps.append(time.perf_counter())
 
-        class Callback(TrainerCallback):
-            def on_train_begin(self, *_: Any, **__: Any) -> None:
-                watch.before = measure.status_bytes("VmHWM")
-                watch.stamps.append(time.perf_counter())
+        def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
+            self.losses += [logs["loss"]] if "loss" in logs else []
 
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                watch.stamps.append(time.perf_counter())
-
-            def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
-                watch.losses += [logs["loss"]] if "loss" in logs else []
-
-        return Callback()
+    return Watch()
 
 
-def with_trl(loss: str, folder: str, watch: Watch) -> None:
+def with_trl(loss: str, folder: str, watch: Any) -> None:
     from datasets import Dataset
 
     trl: Any = importlib.import_module("trl")  # an earlier one than the types are of
@@ -103,7 +100,7 @@ def with_trl(loss: str, folder: str, watch: Watch) -> None:
         "model": model(0),
         "train_dataset": Dataset.from_list(rows()),
         "processing_class": toys.tokenizer(),
-        "callbacks": [watch.callback()],
+        "callbacks": [watch],
     }
     if loss == "dpo":
         trainer = trl.DPOTrainer(**common, ref_model=model(1), args=trl.DPOConfig(**given))
@@ -113,7 +110,7 @@ def with_trl(loss: str, folder: str, watch: Watch) -> None:
     trainer.train()
 
 
-def with_llamafactory(loss: str, folder: str, watch: Watch) -> None:
+def with_llamafactory(loss: str, folder: str, watch: Any) -> None:
     os.environ["DISABLE_VERSION_CHECK"] = "1"
     sys.path.insert(0, str(ROOT / "tests"))
     import transformers.trainer  # noqa: F401  which looks for what is installed
@@ -145,19 +142,19 @@ def with_llamafactory(loss: str, folder: str, watch: Watch) -> None:
         "plot_loss": False,
         "fp16": False,
     }
-    run_exp(given, [watch.callback()])
+    run_exp(given, [watch])
 
 
 def work(trainer: str, loss: str, way: str) -> None:
     """One training; its numbers as JSON in the last line."""
-    if way == WAYS[1]:
+    if way == LAZY:
         import fusedpo
 
         fusedpo.lazy_logits(memory_budget=BUDGET, unknown="raise")
-    watch = Watch()
+    watch = watching()
     with tempfile.TemporaryDirectory() as folder:
         (with_trl if trainer.startswith("trl") else with_llamafactory)(loss, folder, watch)
-    seconds = [b - a for a, b in zip(watch.stamps[1:], watch.stamps[2:], strict=False)]
+    seconds = [b - a for a, b in pairwise(watch.stamps[1:])]
     held = measure.status_bytes("VmHWM") - watch.before
     print("\n" + json.dumps({"seconds": seconds, "bytes": held, "loss": watch.losses[0]}))
 
@@ -184,7 +181,7 @@ def summary(trainer: str, loss: str, rounds: int) -> dict[str, dict[str, float]]
     for _ in range(rounds):
         for way in WAYS:
             outcomes[way].append(measured(trainer, loss, way))
-    plain, lazy = (of_way[0]["loss"] for of_way in outcomes.values())
+    plain, lazy = (outcomes[way][0]["loss"] for way in WAYS)
     # a trainer logs four digits behind the point
     if abs(plain - lazy) > 1.01e-4 + 2e-4 * abs(plain):
         sys.exit(f"{trainer}, {loss}: another loss, {lazy} for {plain}")
@@ -213,8 +210,8 @@ def main() -> None:
     lines = [
         [
             f"{title}, {way}",
-            *(f"{s['seconds']:.2f}", f"{s['seconds'] / ways[WAYS[0]]['seconds']:.2f}"),
-            *(f"{s['bytes'] / MIB:.0f}", f"{s['bytes'] / ways[WAYS[0]]['bytes']:.2f}"),
+            *(f"{s['seconds']:.2f}", f"{s['seconds'] / ways[PLAIN]['seconds']:.2f}"),
+            *(f"{s['bytes'] / MIB:.0f}", f"{s['bytes'] / ways[PLAIN]['bytes']:.2f}"),
             f"{s['loss']:.5f}",
         ]
         for title, ways in found.items()
