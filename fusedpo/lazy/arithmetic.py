@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,56 +15,41 @@ from fusedpo.lazy.masks import kept
 from fusedpo.lazy.registry import derived, handles, in_order
 from fusedpo.lazy.tensor import LazyTensor
 
-_SYMBOLS = {
-    "add": "add",
-    "sub": "sub",
-    "subtract": "sub",
-    "mul": "mul",
-    "multiply": "mul",
-    "div": "div",
-    "divide": "div",
-    "true_divide": "div",
-}
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "add": torch.add,
     "sub": torch.sub,
     "mul": torch.mul,
     "div": torch.div,
 }
-_REVERSED = {"rsub": "sub", "__rsub__": "sub", "__rdiv__": "div", "__rtruediv__": "div"}
+# torch's names of these, of those with the operands the other way about, and of those in place
+_NAMES = {
+    "add": ("add", "__add__", "__radd__"),
+    "sub": ("sub", "subtract", "__sub__"),
+    "mul": ("mul", "multiply", "__mul__", "__rmul__"),
+    "div": ("div", "divide", "true_divide", "__div__", "__truediv__"),
+}
+_REVERSED = {"sub": ("rsub", "__rsub__"), "div": ("__rdiv__", "__rtruediv__")}
+_IN_PLACE = {
+    "mul": ("mul_", "multiply_", "__imul__"),
+    "div": ("div_", "divide_", "true_divide_", "__itruediv__"),
+}
 
 
-def _operation(name: str) -> tuple[str, bool]:
-    """add, sub, mul or div, and whether the operands are the other way about."""
-    if name in _REVERSED:
-        return _REVERSED[name], True
-    bare = name.strip("_").removeprefix("true_").removeprefix("true")
-    if name.startswith("__r") and name != "__rshift__":
-        bare = bare.removeprefix("r")
-    return {**_SYMBOLS, "truediv": "div", "itruediv": "div", "imul": "mul"}[bare], False
+def _by_name(names: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    return {name: operation for operation, every in names.items() for name in every}
 
 
-@handles(
-    *_SYMBOLS,
-    *_REVERSED,
-    "__add__",
-    "__radd__",
-    "__sub__",
-    "__mul__",
-    "__rmul__",
-    "__truediv__",
-    "__div__",
-    anywhere=True,
-)
+_OPERATIONS, _TURNED = _by_name(_NAMES), _by_name(_REVERSED)
+_SCALINGS = _by_name(_IN_PLACE)
+
+
+@handles(*_OPERATIONS, *_TURNED, anywhere=True)
 def _binary(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
-    if kwargs:  # alpha, rounding_mode, out
+    if kwargs:  # alpha, rounding_mode
         return NotImplemented
-    try:
-        name, turned = _operation(func.__name__)
-    except KeyError:
-        return NotImplemented
-    if turned:
+    if func.__name__ in _TURNED:
         a, b = b, a
+    name = {**_OPERATIONS, **_TURNED}[func.__name__]
     lazy = a if isinstance(a, LazyTensor) else b
     if not lazy.recipe.dtype.is_floating_point:
         return NotImplemented
@@ -197,14 +182,13 @@ def _narrow(name: str, a: Any, b: Any) -> Any:
 # in place
 
 
-@handles("div_", "mul_", "__itruediv__", "__imul__", "divide_", "multiply_", "true_divide_")
+@handles(*_SCALINGS)
 def _scale_in_place(func: Any, lazy: LazyTensor, other: Any, **kwargs: Any) -> Any:
     """logits.div_(temperature): views of the same memory see it too."""
     if kwargs or not lazy.recipe.wide or not in_order(lazy):
         return NotImplemented
     recipe, root = lazy.recipe, lazy.recipe.root
-    name, _ = _operation(func.__name__)
-    expression = recipe.expression
+    name, expression = _SCALINGS[func.__name__], recipe.expression
     if not isinstance(expression, expressions.Logits) or expression.divisor is not None:
         return NotImplemented
     # a change that autograd is not to see, or which views of single entries are to see

@@ -247,7 +247,7 @@ def _has_classes(lazy: LazyTensor, target: Any, *further: object) -> bool:
     )
 
 
-@handles("cross_entropy", "cross_entropy_loss")
+@handles("cross_entropy", "cross_entropy_loss", "nll_loss")
 def _cross_entropy(
     func: Any,
     lazy: LazyTensor,
@@ -262,32 +262,15 @@ def _cross_entropy(
     if not _has_classes(lazy, target, weight, size_average, reduce):
         return NotImplemented
     scored = target != ignore_index
-    labels = target.masked_fill(~scored, 0)
-    logits = derived(lazy, _unshifted(lazy.recipe.expression), dtype=_autocast(lazy))
-    log_probs = derived(logits, expressions.log_softmax(logits.recipe.expression))
-    nll = -take(log_probs, labels)
+    log_probs = derived(lazy)
+    if func.__name__ != "nll_loss":
+        log_softmax = expressions.log_softmax(_unshifted(lazy.recipe.expression))
+        log_probs = derived(lazy, log_softmax, dtype=_autocast(lazy))
+    nll = -take(log_probs, target.masked_fill(~scored, 0))
     if label_smoothing:
         of_all = -_reduce(torch.mean, log_probs, dim=-1)
         nll = (1 - label_smoothing) * nll + label_smoothing * of_all
     return _reduced(nll, scored, reduction)
-
-
-@handles("nll_loss")
-def _nll_loss(
-    func: Any,
-    lazy: LazyTensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Any:
-    if not _has_classes(lazy, target, weight, size_average, reduce):
-        return NotImplemented
-    scored = target != ignore_index
-    entries = take(derived(lazy), target.masked_fill(~scored, 0))
-    return _reduced(-entries, scored, reduction)
 
 
 def _reduced(nll: Any, scored: Tensor, reduction: str) -> Any:

@@ -305,7 +305,7 @@ _TRAINERS = (
         ("order=places.argsort()", "order=places", "states in the order of the groups"),
         ("picked[:, 0] |= ~picked.any(1)", "picked[:, 0] |= False", "a row without labels is lost"),
         ("count = int(counts.max())", "count = len(groups)", "processes run unlike forwards"),
-        ("padded * (tokens + lengths[row])", "2 * (tokens + lengths[row])", "too much padding"),
+        ("PADDED * (tokens + lengths[row])", "2 * (tokens + lengths[row])", "too much padding"),
     ),
     *_in(
         "fusedpo/trainers/responses.py",
@@ -1923,7 +1923,11 @@ _LAZY = (
             "pass",
             "a factor for a divisor",
         ),
-        ("if turned:\n        a, b = b, a", "", "operands the other way about"),
+        (
+            "if func.__name__ in _TURNED:\n        a, b = b, a",
+            "",
+            "operands the other way about",
+        ),
     ),
     *_in(
         "fusedpo/lazy/masks.py",
