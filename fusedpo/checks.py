@@ -165,11 +165,9 @@ def floating(argument: str, value: object) -> Tensor:
     return tensor
 
 
-def shaped(
-    argument: str, value: Tensor, shape: Sequence[int], meaning: str, remedy: str = ""
-) -> None:
+def shaped(argument: str, value: Tensor, shape: Sequence[int], meaning: str) -> None:
     if tuple(value.shape) != tuple(shape):
-        raise bad_value(argument, f"{meaning} {list(shape)}", str(list(value.shape)), remedy)
+        raise bad_value(argument, f"{meaning} {list(shape)}", str(list(value.shape)))
 
 
 def same_device(**tensors: Tensor | torch.device | None) -> None:

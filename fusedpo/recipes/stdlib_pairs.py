@@ -204,7 +204,6 @@ def small_llama(
     hidden_size: int = 128,
     layers: int = 2,
     heads: int = 4,
-    max_length: int = 512,
     tied: bool = True,
 ) -> LlamaForCausalLM:
     """A Llama with random weights, small enough to train on a CPU in a minute.
@@ -222,7 +221,7 @@ def small_llama(
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=heads,
-            max_position_embeddings=max_length,
+            max_position_embeddings=512,
             tie_word_embeddings=tied,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,

@@ -131,18 +131,13 @@ def are_on(length_groups: object, trainer: Any, roles: int, *, experts: bool) ->
     return not hindered and (roles > 2 if length_groups is None else length_groups)
 
 
-def length_groups(lengths: Sequence[int], padded: float = PADDED) -> list[list[int]]:
-    """The rows of each group, longest first.
-
-    Args:
-        lengths: tokens of each row.
-        padded: the most that a group may hold, as a multiple of the tokens of its rows.
-    """
+def length_groups(lengths: Sequence[int]) -> list[list[int]]:
+    """The rows of each group, longest first, from the tokens of each row."""
     groups: list[list[int]] = []
     tokens = 0
     for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         joined = groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1)
-        if joined and joined <= padded * (tokens + lengths[row]):
+        if joined and joined <= PADDED * (tokens + lengths[row]):
             groups[-1].append(row)
             tokens += lengths[row]
         else:
