@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fusedpo.checks import bad_type, bad_value
 from fusedpo.engine.structure import GradientStructure
 from fusedpo.losses.hyperparameters import check_hyperparameters
 from fusedpo.losses.links import Tail
@@ -41,12 +42,31 @@ class Input:
     binary: bool = False
 
 
+_EACH = {"per_token": "a token", "of_response": "a response", "reward": "a response"}
+
 NO_INPUTS: Mapping[str, Input] = MappingProxyType({})
 
 
 def pick(which: Tensor, yes: float, no: float) -> Tensor:
     """yes where true, else no, in fp64: torch.where would round two Python numbers to fp32."""
     return torch.full_like(which, no, dtype=torch.float64).masked_fill(which, yes)
+
+
+def part_of(loss: Loss, part: str, like: Tensor, *seen: Any, **inputs: Any) -> Tensor:
+    """What a method of the loss returns: one number for each of ``like``, [P] or [N].
+
+    Raises:
+        TypeError, ValueError: for anything else. A mean would be spread over all and divided again.
+    """
+    value: object = getattr(loss, part)(*seen, **inputs)
+    said = f"of {type(loss).__name__}.{part}"
+    if not isinstance(value, Tensor):
+        raise bad_type("loss", f"a tensor {said}", type(value).__name__)
+    if value.shape != like.shape:
+        expected = f"{list(like.shape)}, one number {_EACH.get(part, 'an example')}"
+        remedy = "leave sums and means over them to the call"
+        raise bad_value("loss", expected, f"{list(value.shape)} {said}", remedy)
+    return value
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from fusedpo.engine.structure import GradientStructure
 from fusedpo.losses.forwarding import forwards
 from fusedpo.losses.hyperparameters import hyperparameter
 from fusedpo.losses.links import Tail
-from fusedpo.losses.loss import Input
+from fusedpo.losses.loss import Input, part_of
 from fusedpo.losses.preference import PreferenceLoss
 from fusedpo.losses.scores import Scores
 
@@ -117,27 +117,30 @@ class Mixture(PreferenceLoss):
 
     def per_example(self, *responses: Any, **inputs: Any) -> Tensor:
         """[P], the weighted sum of the losses."""
-        first, *others = (
-            weight * loss.per_example(*responses, **{name: inputs[name] for name in loss.inputs})
-            for weight, loss in self.parts
-        )
-        return sum(others, first)
+        return self._sum("per_example", responses[0].logp, *responses, **inputs)
 
     def of_response(self, role: str, s: Scores, **inputs: Any) -> Tensor:
         """[P], likewise of one response, where every part is a sum over responses."""
-        first, *others = (
-            weight * loss.of_response(role, s, **{name: inputs[name] for name in loss.inputs})
-            for weight, loss in self.parts
-        )
-        return sum(others, first)
+        return self._sum("of_response", s.logp, role, s, **inputs)
+
+    def _sum(self, part: str, like: Tensor, *seen: Any, **inputs: Any) -> Tensor:
+        """What each loss returns, each with the inputs that it takes, shaped like ``like``."""
+        found = []
+        for weight, loss in self.parts:
+            own = {name: inputs[name] for name in loss.inputs}
+            found.append(weight * part_of(loss, part, like, *seen, **own))
+        return sum(found[1:], found[0])
 
     @property
     def uses_states(self) -> bool:
         return any(loss.uses_states for loss in self.losses)
 
     def of_states(self, *states: Any) -> Tensor | None:
-        found = [(w, loss.of_states(*states)) for w, loss in self.parts if loss.uses_states]
-        parts = [weight * value for weight, value in found if value is not None]
+        parts = [
+            weight * part_of(loss, "of_states", states[0][:, 0], *states)
+            for weight, loss in self.parts
+            if loss.uses_states
+        ]
         return sum(parts[1:], parts[0]) if parts else None
 
     def metrics(self, *responses: Any, **inputs: Any) -> dict[str, Tensor]:

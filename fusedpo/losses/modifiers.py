@@ -17,7 +17,7 @@ from fusedpo.losses.forwarding import forwards
 from fusedpo.losses.gates import MAP_LIMIT
 from fusedpo.losses.hyperparameters import hyperparameter, one_of
 from fusedpo.losses.links import Tail
-from fusedpo.losses.loss import Input, pick
+from fusedpo.losses.loss import Input, part_of, pick
 from fusedpo.losses.mixture import Mixture
 from fusedpo.losses.preference import PreferenceLoss
 from fusedpo.losses.scores import Scores
@@ -180,7 +180,7 @@ class WPO(Modifier):
         """[P], the base's loss times the weight."""
         confidence = [s.confidence for s in responses]
         weight = sum(confidence[1:], confidence[0]).detach().exp()
-        return weight * self.base.per_example(*responses, **inputs)
+        return weight * part_of(self.base, "per_example", weight, *responses, **inputs)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedpo.engine.structure import GradientStructure
 from fusedpo.losses.hyperparameters import inverse_temperature
-from fusedpo.losses.loss import Loss
+from fusedpo.losses.loss import Loss, part_of
 from fusedpo.losses.scores import Scores
 
 
@@ -99,7 +99,7 @@ class PreferenceLoss(Loss):
     def metrics(self, *responses: Any, **inputs: Any) -> dict[str, Tensor]:
         """Scalars to log, by the names that TRL logs them under."""
         chosen, rejected = responses[:2]
-        of_chosen, of_rejected = self.reward(chosen), self.reward(rejected)
+        of_chosen, of_rejected = (part_of(self, "reward", s.logp, s) for s in (chosen, rejected))
         return {
             "rewards/chosen": of_chosen.mean(),
             "rewards/rejected": of_rejected.mean(),
@@ -171,7 +171,9 @@ class ResponseLoss(PreferenceLoss):
     def per_example(self, *responses: Any, **inputs: Any) -> Tensor:
         """[P], the loss of each example."""
         parts = zip(self.roles, responses, strict=True)
-        first, *others = (self.of_response(role, s, **inputs) for role, s in parts)
+        first, *others = (
+            part_of(self, "of_response", s.logp, role, s, **inputs) for role, s in parts
+        )
         return sum(others, first)
 
 

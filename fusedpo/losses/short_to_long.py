@@ -53,6 +53,7 @@ from fusedpo.losses.base import (
     one_of,
 )
 from fusedpo.losses.forwarding import forwards
+from fusedpo.losses.loss import part_of
 from fusedpo.losses.simpo import SimPO
 
 
@@ -148,7 +149,7 @@ class ShortToLong(PreferenceLoss):
     def per_example(self, *responses: Any, **inputs: Any) -> Tensor:
         """[P], the loss of each example."""
         short, long = responses[:2], responses[2:]
-        total = self.base.per_example(*short, **inputs)
+        total = part_of(self.base, "per_example", short[0].logp, *short, **inputs)
         for a, b in zip(short, long, strict=False):
             total = total + self.alpha * self._distance(a, b)
         return total

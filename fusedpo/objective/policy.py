@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedpo.losses import PolicyLoss
+from fusedpo.losses.loss import part_of
 from fusedpo.losses.scores import Tokens
 from fusedpo.objective.arguments import PolicyArguments
 from fusedpo.objective.layout import Layout
@@ -109,7 +110,7 @@ class PolicyProblem:
 
     def per_token(self, t: Tokens) -> Tensor:
         """[N], the loss of each token before the mean."""
-        value = self.loss.per_token(t)
+        value = part_of(self.loss, "per_token", t.logprob, t)
         if self.correction is not None:
             value = value * self.correction
         if self.reference is not None:

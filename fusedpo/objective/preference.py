@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusedpo.checks import bad_value
 from fusedpo.losses import PreferenceLoss
 from fusedpo.losses.links import Tail
+from fusedpo.losses.loss import part_of
 from fusedpo.losses.scores import Scores
 from fusedpo.objective.arguments import PreferenceArguments
 from fusedpo.objective.layout import Layout
@@ -126,8 +126,8 @@ class PreferenceProblem:
             scores = self._scores_of(score, self.tail)
         of_states = None
         if states is not None:
-            of_states = self.loss.of_states(*(states[side.sequences] for side in self.sides))
-            assert of_states is not None, "there are states only for a loss that uses them"
+            last = [states[side.sequences] for side in self.sides]
+            of_states = part_of(self.loss, "of_states", last[0][:, 0], *last)
             total = total + of_states.double().sum()
             per_example = per_example.detach() + of_states.detach()
         total = total / self.denominator
@@ -139,17 +139,12 @@ class PreferenceProblem:
         if self.loss.formula_structure.scope != "sequence":
             inputs = self._inputs_of(self.sides[0])
             responses = [scores[side.sequences] for side in self.sides]
-            per_example = self.loss.per_example(*responses, **inputs)
-            # a mean would be divided again
-            if per_example.shape != responses[0].logp.shape:
-                shapes = [str(list(x.shape)) for x in (responses[0].logp, per_example)]
-                raise bad_value("loss", f"{shapes[0]}, one number an example", shapes[1])
-            return per_example
+            return part_of(self.loss, "per_example", responses[0].logp, *responses, **inputs)
         # of a group: its examples, each with the responses that are here
-        parts = [
-            self.loss.of_response(side.role, scores[side.sequences], **self._inputs_of(side))
-            for side in self.sides
-        ]
+        parts = []
+        for side in self.sides:
+            s, inputs = scores[side.sequences], self._inputs_of(side)
+            parts.append(part_of(self.loss, "of_response", s.logp, side.role, s, **inputs))
         if all(part.shape == parts[0].shape for part in parts):
             return sum(parts[1:], parts[0])
         return torch.cat(parts)

@@ -22,9 +22,18 @@ from losses.problems import scores_of
 from repository import ROOT, added, copy_with
 from torch import Tensor
 
-from fusedpo import losses, plan, preference_loss
-from fusedpo.losses import MarginLoss, PolicyLoss, PreferenceLoss
-from fusedpo.losses.base import Scores
+from fusedpo import losses, plan, policy_loss, preference_loss
+from fusedpo.losses import (
+    WPO,
+    Loss,
+    MarginLoss,
+    PolicyLoss,
+    PreferenceLoss,
+    ResponseLoss,
+    ShortToLong,
+    SimPO,
+)
+from fusedpo.losses.base import GradientStructure, Scores, Tokens
 
 DIFF = ROOT / "tests" / "additions" / "loss.diff"
 TOY = added(DIFF)["fusedpo/losses/toy.py"]
@@ -149,10 +158,83 @@ class Averaged(PreferenceLoss):
         return (responses[1].mean - responses[0].mean).mean()
 
 
-def test_a_mean_in_the_place_of_examples_is_refused() -> None:
-    hidden, weight, labels = torch.randn(4, 3, 5), torch.randn(7, 5), torch.ones(4, 3).long()
-    with pytest.raises(ValueError, match=r"^loss: expected \[2\], one number an example, got"):
-        preference_loss(Averaged(), hidden, weight, labels)
+@dataclass(frozen=True)
+class AveragedRejected(ResponseLoss):
+    """A mean over the rejected responses alone, so that a sum with the chosen ones has a shape."""
+
+    def of_response(self, role: str, s: Scores, **inputs: Any) -> Tensor:
+        return s.mean.mean() if role == "rejected" else -s.mean
+
+    def reward(self, s: Scores) -> Tensor:
+        return s.mean
+
+
+@dataclass(frozen=True)
+class ByExample(AveragedRejected):
+    """The same where the gradient is known with the example."""
+
+    formula_structure = GradientStructure("pair", 2)
+
+
+@dataclass(frozen=True)
+class AveragedTokens(PolicyLoss):
+    """A mean, where the loss of each token is asked for."""
+
+    def per_token(self, t: Tokens) -> Tensor:
+        return -(t.ratio * t.advantage).mean()
+
+
+@dataclass(frozen=True)
+class Number(Averaged):
+    """No tensor at all."""
+
+    def per_example(self, *responses: Scores, **inputs: Any) -> Tensor:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class AveragedReward(SimPO):
+    """A mean, where the reward of each response is asked for."""
+
+    def reward(self, s: Scores) -> Tensor:
+        return s.mean.mean()
+
+
+@dataclass(frozen=True)
+class AveragedStates(SimPO):
+    """A mean, where the states' part of each example is asked for."""
+
+    def of_states(self, *states: Tensor) -> Tensor:
+        return (states[0] - states[1]).square().mean()
+
+
+MEANS = {
+    Averaged(): "[2], one number an example, got [] of Averaged.per_example",
+    AveragedRejected(): "[2], one number a response, got [] of AveragedRejected.of_response",
+    ByExample(): "[2], one number a response, got [] of ByExample.of_response",
+    AveragedTokens(): "[12], one number a token, got [] of AveragedTokens.per_token",
+    AveragedReward(): "[2], one number a response, got [] of AveragedReward.reward",
+    AveragedStates(): "[2], one number an example, got [] of AveragedStates.of_states",
+    Number(): "a tensor of Number.per_example, got float",
+    # a sum with what has a shape would have one
+    SimPO() + Averaged(): "[2], one number an example, got [] of Averaged.per_example",
+    SimPO() + AveragedStates(): "[2], one number an example, got [] of AveragedStates.of_states",
+    WPO(Averaged()): "[2], one number an example, got [] of Averaged.per_example",
+    ShortToLong(Averaged()): "[2], one number an example, got [] of Averaged.per_example",
+}
+
+
+@pytest.mark.parametrize("loss", MEANS, ids=repr)
+def test_a_mean_in_the_place_of_its_parts_is_refused(loss: Loss) -> None:
+    rows = 6 if isinstance(loss, ShortToLong) else 4
+    hidden = torch.randn(rows, 3, 5, requires_grad=True)
+    given = hidden, torch.randn(7, 5), torch.ones(rows, 3).long()
+    with pytest.raises((ValueError, TypeError)) as error:
+        if isinstance(loss, PolicyLoss):
+            policy_loss(loss, *given, advantages=torch.ones(rows))
+        else:
+            preference_loss(loss, *given)
+    assert str(error.value).startswith(f"loss: expected {MEANS[loss]}")
 
 
 S = scores_of([-8.0], [-10.0])

@@ -995,8 +995,8 @@ _LOSSES = (
             "cross-entropy without its weight",
         ),
         (
-            "parts = [weight * value for weight, value in found",
-            "parts = [value for weight, value in found",
+            'weight * part_of(loss, "of_states"',
+            'part_of(loss, "of_states"',
             "repulsion without its weight",
         ),
         (
