@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from dataclasses import fields
 
 from fusedpo import losses
@@ -52,7 +53,17 @@ def rows() -> list[tuple[str, ...]]:
     return lines
 
 
+def other_names() -> str:
+    """The names that ``losses.get`` takes beside those of the losses, by loss."""
+    by_loss: dict[str, list[str]] = {}
+    for name, target in losses.aliases().items():
+        by_loss.setdefault(losses.available()[target].__name__, []).append(f"`{name}`")
+    found = (f"{', '.join(names)} ({loss})" for loss, names in sorted(by_loss.items()))
+    return f"Other names: {', '.join(found)}."
+
+
 def table() -> list[str]:
-    """The lines of the table, in Markdown."""
+    """The lines of the table, in Markdown, and the other names below it."""
     lines = [HEADER, tuple("---" for _ in HEADER), *rows()]
-    return [f"| {' | '.join(line)} |" for line in lines]
+    wrapped = textwrap.wrap(other_names(), 120)
+    return [*(f"| {' | '.join(line)} |" for line in lines), "", *wrapped]

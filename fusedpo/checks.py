@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -46,11 +47,24 @@ def bad_type(argument: str, expected: str, got: str, remedy: str = "") -> TypeEr
     )
 
 
-def bad_choice(argument: str, got: object, known: Iterable[str]) -> ValueError:
+def bad_choice(argument: str, got: object, known: Iterable[str], listed: str = "") -> ValueError:
+    """listed: of many names, where they are to be seen, rather than in the error."""
     known = tuple(known)
     near = difflib.get_close_matches(str(got), known, n=3, cutoff=0.5)
     remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return bad_value(argument, f"one of {', '.join(map(repr, known))}", repr(got), remedy)
+    names = f"{len(known)} names" if listed else ", ".join(map(repr, known))
+    return bad_value(argument, f"one of {names}", repr(got), f"{remedy} {listed}".strip())
+
+
+@contextlib.contextmanager
+def called(name: str, argument: str) -> Iterator[None]:
+    """Errors about an argument, under the name that the user gave it by."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        if str(error).startswith(f"{argument}: "):
+            error.args = (name + str(error).removeprefix(argument), *error.args[1:])
+        raise
 
 
 def number(argument: str, value: object) -> float:
@@ -183,12 +197,8 @@ def at_hand(argument: str, value: object, device: torch.device) -> Tensor:
     """A tensor on the CPU, from where it is copied, or on the device where it is needed."""
     tensor = is_tensor(argument, value)
     if tensor.device.type != "cpu" and tensor.device != device:
-        raise bad_value(
-            argument,
-            f"a tensor on {device} as hidden is, or on the CPU",
-            f"one on {tensor.device}",
-            "move it with .to(device)",
-        )
+        expected = f"a tensor on {device} as hidden is, or on the CPU"
+        raise bad_value(argument, expected, f"one on {tensor.device}", "move it with .to(device)")
     return tensor
 
 

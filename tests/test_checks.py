@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import fusedpo
 from fusedpo import Plan, losses, plan
+from fusedpo.checks import called
 from fusedpo.engine.plan import BudgetTooSmall
 
 V, H, B, T = 50, 6, 4, 5
@@ -1034,10 +1035,24 @@ def test_losses_refuse_an_unknown_hyperparameter(loss):
 
 @pytest.mark.fault(63)
 def test_an_unknown_loss_is_refused_with_a_near_match():
-    with pytest.raises(
-        ValueError, match=r"^loss: expected one of .*'dpo'.*, got 'simop'; .*'simpo'"
-    ):
+    """It comes first: nobody reads all names before it."""
+    count = len({**losses.available(), **losses.aliases()})
+    said = rf"^loss: expected one of {count} names, got '%s'; %sfusedpo losses lists them$"
+    with pytest.raises(ValueError, match=said % ("simop", r"did you mean 'simpo'.*\? ")):
         losses.get("simop")
+    with pytest.raises(ValueError, match=said % ("zzz", "")):
+        losses.get("zzz")
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, FileNotFoundError])
+def test_an_error_has_the_name_that_the_user_gave(kind):
+    for text, said in (("model: expected a", "reference: expected a"), ("my model: b",) * 2):
+        with pytest.raises(kind) as error, called("reference", "model"):
+            raise kind(text)
+        assert str(error.value) == said
+    with pytest.raises(BudgetTooSmall) as error, called("--budget", "memory_budget"):
+        raise BudgetTooSmall("memory_budget: expected more", 5)
+    assert (str(error.value), error.value.least) == ("--budget: expected more", 5)
 
 
 def test_an_unknown_link_is_refused_with_a_near_match():

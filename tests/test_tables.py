@@ -51,6 +51,13 @@ def test_a_column_of_numbers_is_one_of_nothing_else(cells: list[str], right: boo
     assert tables.are_numbers(cells) is right
 
 
+def test_every_other_name_of_a_loss_is_listed() -> None:
+    told = " ".join(catalogue.table())
+    for name in losses.aliases():
+        assert f"`{name}`" in told
+    assert "`sigmoid`, `sigmoidnorm`, `spin` (DPO)" in told
+
+
 def test_a_loss_says_what_it_needs_and_costs() -> None:
     assert catalogue.needs(losses.DPO()) == "reference"
     assert catalogue.needs(losses.SPPO()) == "reference, (win_rate_chosen), (win_rate_rejected)"

@@ -12,7 +12,7 @@ import torch
 
 from fusedpo import footprint, losses, tables
 from fusedpo.benchmarks import peer_memory
-from fusedpo.checks import bad_value
+from fusedpo.checks import bad_value, called
 from fusedpo.devices import Device, as_device
 from fusedpo.engine.cost import Backend
 from fusedpo.engine.tolerance import GUESSED_SHARE, check_tolerance
@@ -176,11 +176,8 @@ def _workload(given: argparse.Namespace) -> Workload:
 
 
 def _tolerance(given: argparse.Namespace) -> float:
-    try:
+    with called("--gradient-tolerance", "gradient_tolerance"):
         return check_tolerance(given.gradient_tolerance, getattr(torch, given.dtype))
-    except ValueError as error:  # it has the name of the library's argument
-        text = str(error).replace("gradient_tolerance", "--gradient-tolerance", 1)
-        raise ValueError(text) from None
 
 
 def _device(given: argparse.Namespace) -> Device:

@@ -185,5 +185,6 @@ def find(name: str) -> tuple[type[Loss], dict[str, Any], float]:
     plain = name.lower().replace("-", "").replace("_", "") if isinstance(name, str) else ""
     target, fixed, factor = _ALIASES.get(plain, (plain, {}, 1.0))
     if target not in known:
-        raise bad_choice("loss", str(name).lower(), (*known, *_ALIASES))
+        listed = "fusedpo losses lists them"
+        raise bad_choice("loss", str(name).lower(), (*known, *_ALIASES), listed)
     return known[target], dict(fixed), factor
