@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fusedpo.cli import main
 from fusedpo.losses import DPO, SimPO
+from fusedpo.trainers import evaluation
 from fusedpo.trainers.config import TrainJob
 from fusedpo.trainers.evaluation import evaluate
 
@@ -32,13 +33,16 @@ RUNS = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("evaluate")
     tiny.save(made / "model", initializer_range=0.02)
+    (made / "bare").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (made / "bare" / name).write_bytes((made / "model" / name).read_bytes())
     for name, rows in (("pairs", tiny.text_rows(40)), ("kto", tiny.response_rows(40))):
         (made / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return made
 
 
 def command(folder: Path, name: str, model: str, words: str) -> int:
-    places = {"base": folder / "model", "kto": folder / "kto.jsonl"}
+    places = {"base": folder / "model", "bare": folder / "bare", "kto": folder / "kto.jsonl"}
     told = f"--dataset {folder / 'pairs.jsonl'} --model {folder / model} {words}"
     return main([name, *told.format(**places).split()])
 
@@ -73,8 +77,38 @@ def test_all_rows_are_evaluated_on_unless_a_fraction_is_asked_for(folder: Path) 
     )
     metrics = evaluate(job, console=Console(file=said))
     assert ", 40 pairs on cpu" in said.getvalue() and "eval_rewards/accuracies" in metrics
+    assert "pairs.jsonl, 40 pairs to evaluate on, " in " ".join(said.getvalue().split())
     evaluate(job, split=True, console=Console(file=said))
     assert ", 2 pairs on cpu" in said.getvalue()
+    assert "pairs.jsonl, 2 pairs to evaluate on, " in " ".join(said.getvalue().split())
+    assert "to train on" not in said.getvalue()
+
+
+def test_one_row_is_enough(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text(json.dumps(tiny.text_rows(1)[0]))
+    job = TrainJob(
+        str(folder / "model"), str(tmp_path / "one.jsonl"), Path(), SimPO(), cpu=True, batch_size=4
+    )
+    quiet = Console(quiet=True)
+    assert evaluate(job, split=True, console=quiet) == evaluate(job, console=quiet)
+
+
+def test_below_an_adapter_over_8_bits_is_its_reference(folder: Path, monkeypatch: Any) -> None:
+    """No copy of the adapter is made, which such weights would not share."""
+    words = f"{SHORT} --loss dpo --lora-rank 4 {TRAIN} --output {folder / 'below'}"
+    assert command(folder, "train", "model", words) == 0
+    job = TrainJob(str(folder / "below"), str(folder / "pairs.jsonl"), Path(), DPO(), cpu=True)
+    whole = evaluate(job, console=Console(quiet=True))
+    load = evaluation.load_model
+
+    def of_few_bits(job: TrainJob) -> Any:
+        model, tokenizer = load(job)
+        model.get_base_model().is_loaded_in_8bit = True
+        return model, tokenizer
+
+    monkeypatch.setattr(evaluation, "load_model", of_few_bits)
+    assert evaluate(job, console=Console(quiet=True)) == whole
+    assert whole["eval_rewards/margins"] != 0
 
 
 @pytest.mark.parametrize(
@@ -83,6 +117,9 @@ def test_all_rows_are_evaluated_on_unless_a_fraction_is_asked_for(folder: Path) 
         ("--loss dpo", "reference: expected the model that training began with, which DPO comp"),
         ("--loss simpo --reference {base}", "reference: expected none, as SimPO is evaluated wi"),
         ("--loss sapo", "loss: expected one of rows that stay, got SelfAugmented"),
+        ("--loss dpo --reference {base}/no", "evaluate: error: reference: expected a folder that"),
+        ("--loss dpo --reference {bare}", "evaluate: error: reference: expected a tokenizer besid"),
+        ("--quantize 8bit", "quantize: expected none without adapters, as weights of few bits"),
         ("--learning-rate 1", "unknown argument --learning-rate"),
     ],
 )

@@ -124,8 +124,9 @@ class AdapterSettings:
             )
         trains_adapters = self.lora_rank or (from_folder and not self.merge_adapter)
         if self.quantize != "none" and not trains_adapters:
-            expected = "none where all weights are trained, which takes whole numbers of bits"
-            raise bad_value("quantize", expected, self.quantize, "set lora_rank")
+            expected = "none without adapters, as weights of few bits are not trained themselves"
+            remedy = "set lora_rank, or name the folder of an adapter as the model"
+            raise bad_value("quantize", expected, self.quantize, remedy)
 
 
 def need_peft() -> None:
@@ -276,6 +277,21 @@ def quantization(settings: AdapterSettings, dtype: Any) -> Any:
         }
     config: Any = transformers.BitsAndBytesConfig
     return config(**options)
+
+
+def check_weights(model: Any) -> None:
+    """Refuse a model that was saved in few bits and has no adapters, of which Trainer takes none.
+
+    Raises:
+        ValueError: for such a model.
+    """
+    if getattr(model, "is_quantized", False) and not hasattr(model, "disable_adapter"):
+        raise bad_value(
+            "model",
+            "whole weights, or adapters over those of few bits",
+            f"weights quantised by {model.quantization_method.value}",
+            "set lora_rank to train adapters over them, or name whole weights or an adapter",
+        )
 
 
 def _in_one_line(error: Exception) -> str:

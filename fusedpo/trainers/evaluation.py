@@ -12,11 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusedpo.checks import bad_value
+from fusedpo.checks import bad_value, called
 from fusedpo.losses import PreferenceLoss
 from fusedpo.trainers import processes
+from fusedpo.trainers.adapters import AdapterSettings, is_adapter
 from fusedpo.trainers.config import TrainJob
-from fusedpo.trainers.inputs import load_model, read_rows, token_rows, tokenize_rows
+from fusedpo.trainers.inputs import (
+    load_model,
+    read_rows,
+    split_rows,
+    token_rows,
+    tokens_a_response,
+)
 from fusedpo.trainers.run import (
     check_held_out,
     check_sharding,
@@ -80,21 +87,20 @@ def _evaluate(
         name, rows, held_out = read_rows(job, console)
     with processes.together():
         model, tokenizer = _loaded(job)
-        ref_model = None if reference is None else _loaded(replace(job, model=reference))[0]
+        ref_model = _reference(job, model, reference)
     with processes.together():
         if split or held_out is not None:
-            train, held_out = tokenize_rows(job, name, rows, held_out, model, tokenizer, console)
+            others, held_out = split_rows(job, rows, held_out, model, tokenizer, console)
         else:
-            train = held_out = token_rows(job, rows, model, tokenizer, console)
+            others, held_out = [], token_rows(job, rows, model, tokenizer, console)
         if not held_out:
             raise bad_value("dataset", "at least one row to evaluate on", f"none in {name}")
+        length = tokens_a_response(job, held_out)
+        console.print(f"dataset: {name}, {len(held_out)} {job.way.unit} to evaluate on, {length}")
     with tempfile.TemporaryDirectory() as folder:
         with processes.together():
-            given = (model, tokenizer, train, held_out, Path(folder))
+            given = (model, tokenizer, others or held_out, held_out, Path(folder))
             trainer = make_trainer(job, *given, ref_model=ref_model)
-        if reference is None and hasattr(model, "disable_adapter"):
-            # the model below, rather than the adapters as they are, from which nothing differs
-            trainer.ref_model = None
         check_held_out(trainer.eval_dataset)
         console.print(
             f"evaluating: {job.loss}, {len(held_out)} {job.way.unit} on {trainer.args.device}",
@@ -117,6 +123,19 @@ def _loaded(job: TrainJob) -> tuple[Any, Any]:
     """A model and its tokenizer; the weights of a model by name are those of training."""
     torch.manual_seed(job.seed)
     return load_model(job)
+
+
+def _reference(job: TrainJob, model: Any, name: str | None) -> Any:
+    """What the trainer takes for the reference: without a name, the model below its adapters."""
+    from fusedpo.trainers.transformers.reference import BASE
+
+    if name is None:
+        below = job.loss.needs_reference and hasattr(model, "disable_adapter")
+        return BASE if below else None
+    with called("reference", "model"):
+        # few bits are for weights below adapters
+        adapters = job.adapters if is_adapter(Path(name).expanduser()) else AdapterSettings()
+        return _loaded(replace(job, model=name, adapters=adapters))[0]
 
 
 def _check_method(job: TrainJob) -> None:

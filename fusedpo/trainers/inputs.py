@@ -65,13 +65,7 @@ def tokenize_rows(
     console: Console,
 ) -> tuple[list[Any], list[Any]]:
     """Rows to train on and rows held out."""
-    train = token_rows(job, rows, model, tokenizer, console)
-    if rows_held_out is not None:
-        held_out = token_rows(job, rows_held_out, model, tokenizer, console)
-    else:
-        random.Random(job.seed).shuffle(train)
-        size = max(1, round(job.eval_fraction * len(train)))
-        train, held_out = train[size:], train[:size]
+    train, held_out = split_rows(job, rows, rows_held_out, model, tokenizer, console)
     if not train or not held_out:
         raise bad_value(
             "dataset",
@@ -79,12 +73,34 @@ def tokenize_rows(
             f"{len(train)} and {len(held_out)} in {name}",
             "add rows, or raise max_length if they were dropped for it",
         )
-    lengths = [len(row[name]) for row in train for name in job.way.responses]
     console.print(
         f"dataset: {name}, {len(train)} {job.way.unit} to train on and {len(held_out)} held out, "
-        f"{sum(lengths) / len(lengths):.0f} tokens a response"
+        f"{tokens_a_response(job, train)}"
     )
     return train, held_out
+
+
+def split_rows(
+    job: TrainJob,
+    rows: list[Any],
+    rows_held_out: list[Any] | None,
+    model: Any,
+    tokenizer: Any,
+    console: Console,
+) -> tuple[list[Any], list[Any]]:
+    """Rows to train on and rows held out, of which there may be none."""
+    train = token_rows(job, rows, model, tokenizer, console)
+    if rows_held_out is not None:
+        return train, token_rows(job, rows_held_out, model, tokenizer, console)
+    random.Random(job.seed).shuffle(train)
+    size = max(1, round(job.eval_fraction * len(train)))
+    return train[size:], train[:size]
+
+
+def tokens_a_response(job: TrainJob, rows: list[Any]) -> str:
+    """The mean length of the responses, as it is printed."""
+    lengths = [len(row[name]) for row in rows for name in job.way.responses]
+    return f"{sum(lengths) / len(lengths):.0f} tokens a response"
 
 
 def token_rows(

@@ -46,23 +46,33 @@ def load(
         model, tokenizer = _whole(name, dtype, adapters)
         return adapted(model, adapters), tokenizer
     adapters.check_model(name, from_folder=True)
-    model, tokenizer = _whole(base_of(folder), dtype, adapters, f" (the model of {folder})")
-    if (folder / "tokenizer_config.json").is_file():
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    own = str(folder) if (folder / "tokenizer_config.json").is_file() else None
+    whose = f" (the model of {folder})"
+    model, tokenizer = _whole(base_of(folder), dtype, adapters, whose, own)
     return adapted(model, adapters, folder), tokenizer
 
 
 def _whole(
-    name: str, dtype: torch.dtype | None, adapters: AdapterSettings, whose: str = ""
+    name: str,
+    dtype: torch.dtype | None,
+    adapters: AdapterSettings,
+    whose: str = "",
+    own: str | None = None,
 ) -> tuple[Any, Any]:
-    """whose: added to the name in an error."""
+    """The model and the tokenizer.
+
+    Args:
+        whose: added to the name in an error.
+        own: folder of the tokenizer, if that is not the model's.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     if name == smollm2.NAME:
         if adapters.quantize != "none":
             expected = f"none with {name!r}, whose weights come in 4 bits"
             raise bad_value("quantize", expected, adapters.quantize, "leave it out")
-        return smollm2.load(dtype or torch.float32)
+        model, tokenizer = smollm2.load(dtype or torch.float32)
+        return model, tokenizer if own is None else _read(AutoTokenizer, own)
     path = Path(name).expanduser()
     if path.is_dir():
         # an adapter's configuration tells it, and is read elsewhere too
@@ -70,6 +80,9 @@ def _whole(
         if not (path / "config.json").is_file():
             got = f"{path}{whose}, which has none"
             raise bad_value("model", "a folder with a config.json", got)
+        # a mistake in these is found in seconds
+        for kind, place in ((AutoConfig, name), (AutoTokenizer, own or name)):
+            _read(kind, place, whose)
     elif path.is_file() or not may_be_on_hub(name):
         raise FileNotFoundError(
             f"model: expected a folder that save_pretrained made or a name on the Hub, "
@@ -80,23 +93,23 @@ def _whole(
     if config is not None:
         here = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
         options |= {"quantization_config": config, "device_map": {"": here}}
-    return _from_pretrained(name, options, whose)
+    model = _read(AutoModelForCausalLM, name, whose, **options)
+    return model, _read(AutoTokenizer, own or name, whose)
 
 
-def _from_pretrained(name: str, options: dict[str, Any], whose: str) -> tuple[Any, Any]:
-    import transformers
+def _read(kind: Any, name: str, whose: str = "", **options: Any) -> Any:
+    """What a class of transformers reads from a folder or a repository."""
+    from safetensors import SafetensorError
 
     try:
-        return (
-            transformers.AutoModelForCausalLM.from_pretrained(
-                name, trust_remote_code=False, **options
-            ),
-            transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False),
-        )
-    except (OSError, ValueError) as error:
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
+    # of packages that a tokenizer or quantised weights need, and of files that were cut off
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        expected = "a folder or a Hub name of a causal language model with its tokenizer"
+        remedy = "check the spelling, and the network for a Hub name"
+        if kind.__name__ == "AutoTokenizer":
+            expected = "a tokenizer beside the model"
+            remedy = "save there the one that it was trained with, by its save_pretrained"
         raise bad_value(
-            "model",
-            "a folder or a Hub name of a causal language model with its tokenizer",
-            f"{name!r}{whose} ({first_line(error)})",
-            "check the spelling, and the network for a Hub name",
+            "model", expected, f"{name!r}{whose} ({first_line(error)})", remedy
         ) from error

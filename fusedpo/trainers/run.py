@@ -18,6 +18,7 @@ from fusedpo.checks import bad_choice, bad_value
 from fusedpo.data.messages import first_line
 from fusedpo.files import write_json
 from fusedpo.trainers import checkpoints, output, processes
+from fusedpo.trainers.adapters import check_weights
 from fusedpo.trainers.comparison import add_comparison
 from fusedpo.trainers.config import TrainJob, check_optimizer, training_arguments
 from fusedpo.trainers.inputs import load_model, read_rows, tokenize_rows
@@ -214,6 +215,7 @@ def make_trainer(
     """
     from transformers import PrinterCallback
 
+    check_weights(model)
     args = training_arguments(job, len(train), folder)
     check_optimizer(job, args, model)
     if job.gradient_checkpointing:

@@ -494,11 +494,11 @@ _TRAINERS = (
     *_in(
         "fusedpo/trainers/inputs.py",
         "trainers/test_run.py test_files.py",
-        ("        random.Random(job.seed).shuffle(train)\n", "", "the first rows are held out"),
+        ("    random.Random(job.seed).shuffle(train)\n", "", "the first rows are held out"),
         (
-            "train, held_out = train[size:], train[:size]",
-            "held_out = train[:size]",
-            "trained on what is held out",
+            "return train[size:], train[:size]",
+            "return train, train[:size]",
+            "trained on held out rows",
         ),
         ("min(job.max_length, limit)", "job.max_length", "longer than the model can"),
         (
@@ -1721,7 +1721,7 @@ _PROGRAMS = (
     *_in(
         "fusedpo/trainers/evaluation.py",
         "test_evaluate.py",
-        ("trainer.ref_model = None", "pass", "an adapter is compared with itself"),
+        ("return BASE if below else None", "return None", "an adapter is compared with itself"),
         ("if split or held_out", "if held_out", "rows of training are evaluated on"),
     ),
     *_in(

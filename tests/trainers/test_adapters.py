@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +16,7 @@ import torch
 import transformers
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.utils.quantization_config import QuantizationMethod
 
 from fusedpo.engine import autograd
 from fusedpo.losses import DPO, Loss
@@ -197,8 +200,11 @@ def test_what_does_not_go_with_a_model_is_refused(
             adapter,
             {"lora_rank": 2, "merge_adapter": True},
         ),
-        "quantize: expected none where all weights are trained, which takes whole numbers of "
-        "bits, got 4bit; set lora_rank": (base, {"quantize": "4bit"}),
+        "quantize: expected none without adapters, as weights of few bits are not trained "
+        "themselves, got 4bit; set lora_rank, or name the folder of an adapter as the model": (
+            base,
+            {"quantize": "4bit"},
+        ),
         "lora_target: expected 'all-linear', or names of linear layers (down_proj, gate_proj, "
         "k_proj, lm_head, o_proj, q_proj, up_proj, v_proj), got q_proj,c_attn": (
             base,
@@ -214,7 +220,7 @@ def test_what_does_not_go_with_a_model_is_refused(
 def test_weights_are_quantised_below_adapters_alone() -> None:
     few_bits = AdapterSettings(quantize="4bit")
     few_bits.check_model("folder", from_folder=True)
-    message = "quantize: expected none where all weights are trained"
+    message = "quantize: expected none without adapters, as weights of few bits are not trained"
     for subject, from_folder in (
         (AdapterSettings(quantize="4bit", merge_adapter=True), True),
         (few_bits, False),
@@ -282,6 +288,52 @@ def test_an_adapter_without_its_model_is_refused(
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"expected adapter_model\.safetensors .* may run code"):
         load(str(tmp_path))
+
+
+def test_a_tokenizer_is_its_own_or_the_model_s(
+    base: Path, learned: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    bare = shutil.copytree(base, tmp_path / "bare")
+    adapter = shutil.copytree(learned[0], tmp_path / "adapter")
+    for file in (*bare.glob("*token*"), *adapter.glob("*token*")):
+        file.unlink()
+    with pytest.raises(ValueError) as caught:
+        load(str(bare))
+    assert re.fullmatch(
+        rf"model: expected a tokenizer beside the model, got '{bare}' \(.*\); save there the one "
+        r"that it was trained with, by its save_pretrained",
+        str(caught.value),
+    )
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(bare)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"a tokenizer .* \(the model of {adapter}\) \("):
+        load(str(adapter))
+    tiny.tokenizer().save_pretrained(adapter)
+    _, tokenizer = load(str(adapter))
+    assert len(tokenizer) == len(tiny.tokenizer())
+
+
+def test_weights_that_were_cut_off_are_refused(base: Path, tmp_path: Path) -> None:
+    cut = shutil.copytree(base, tmp_path / "cut")
+    whole = (base / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=rf"^model: expected a folder or .*, got '{cut}' \(.*\);"):
+        load(str(cut))
+
+
+def test_saved_weights_of_few_bits_need_adapters() -> None:
+    model: Any = tiny.model()
+    adapters.check_weights(model)
+    model.is_quantized, model.quantization_method = True, QuantizationMethod.BITS_AND_BYTES
+    with pytest.raises(ValueError) as caught:
+        adapters.check_weights(model)
+    assert str(caught.value) == (
+        "model: expected whole weights, or adapters over those of few bits, got weights quantised "
+        "by bitsandbytes; set lora_rank to train adapters over them, or name whole weights or an "
+        "adapter"
+    )
+    adapters.check_weights(adapters.adapted(model, NEW))
 
 
 def test_an_adapter_of_another_model_is_refused(

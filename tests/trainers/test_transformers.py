@@ -419,6 +419,19 @@ def test_learned_adapters_over_weights_of_8_bits_have_no_reference(tmp_path):
         trainer(tmp_path, model, DPO())
 
 
+def test_the_model_below_may_be_the_reference_of_learned_adapters(tmp_path):
+    model = learn(adapted(["q_proj"]))
+    model.get_base_model().is_loaded_in_8bit = True
+    subject = trainer(tmp_path, model, DPO(), ref_model="base")
+    found = subject.evaluate()
+    expected = trainer(tmp_path, model, DPO(), ref_model=tiny.model()).evaluate()
+    assert subject.ref_model is None and found["eval_rewards/margins"] != 0
+    for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+    with pytest.raises(ValueError, match="ref_model: expected a model of its own, beside a model"):
+        trainer(tmp_path, tiny.model(), DPO(), ref_model="base")
+
+
 @pytest.mark.parametrize("way", ["before", "in place", "away"])
 def test_adapters_merged_into_what_the_reference_shares_are_refused(tmp_path, way):
     """Else the reference follows the policy."""

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from fusedpo.checks import bad_type, bad_value
 from fusedpo.data.padding import RowCollator, check_columns
 from fusedpo.losses import Loss
+from fusedpo.trainers.transformers.reference import BASE
 
 
 def check_given(model: Any, loss: Loss, ref_model: Any, options: Mapping[str, Any]) -> None:
@@ -34,6 +35,11 @@ def check_given(model: Any, loss: Loss, ref_model: Any, options: Mapping[str, An
         if options.get(name) is not None:
             expected, remedy = "None, as no logits are made", "leave it out; the loss has metrics"
             raise bad_value(name, expected, repr(options[name]), remedy)
+    if ref_model == BASE:
+        if model is not None and not hasattr(model, "disable_adapter"):
+            expected = "a model of its own, beside a model without adapters"
+            raise bad_value("ref_model", expected, repr(BASE), "load it, or leave it out")
+        ref_model = None
     for name, each in (("model", model), ("ref_model", ref_model)):
         if each is not None:
             check_model(name, each)

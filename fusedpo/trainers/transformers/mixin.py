@@ -36,6 +36,7 @@ from fusedpo.trainers.transformers.arguments import (
 )
 from fusedpo.trainers.transformers.means import Means
 from fusedpo.trainers.transformers.reference import (
+    BASE,
     Reference,
     check_adapters,
     check_new_adapters,
@@ -133,7 +134,9 @@ class FusedTrainerMixin(_Base):
         """Fuse the heads of a model and its reference."""
         check_model("model", model)
         reference = self._own_reference
-        if self.loss.needs_reference and reference is None and not is_its_own_reference(model):
+        if reference == BASE:
+            reference = None
+        elif self.loss.needs_reference and reference is None and not is_its_own_reference(model):
             reference = frozen_copy(model)
         for each in (model, reference):
             fused = None if each is None else fused_forward(each)

@@ -37,7 +37,8 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
         ref_model: the reference of a loss that compares with one. If not given: a frozen copy of
             ``model`` as it is now. With new LoRA adapters it is ``model`` without them; with others
             a copy of them, and of what else is trained, over the same frozen weights. These are
-            refused over weights of 8 bits, and under FSDP and DeepSpeed.
+            refused over weights of 8 bits, and under FSDP and DeepSpeed. ``"base"`` is ``model``
+            without its adapters, whatever they have learned.
         memory_budget: what the head may hold at a time, in bytes or as "512MiB".
         gradient_tolerance: the relative error that a gradient of the head may have, as of
             ``linear_logprobs``; if not given that of the model's head, which is 0 unless

@@ -15,6 +15,9 @@ from fusedpo.model_head import Score
 
 Reference = Tensor | tuple[Tensor, Head] | None
 
+BASE = "base"
+"""As ``ref_model``: the model without its adapters, whatever these have learned."""
+
 
 def reference_arguments(reference: Reference, head: Head, labels: Tensor) -> dict[str, Any]:
     """The reference as arguments of a loss that is computed at this head."""
@@ -43,7 +46,8 @@ def frozen_copy(model: Any) -> Any:
                 "model",
                 "new adapters over weights of 8 bits, as the reference is the model without them",
                 "adapters that have learned something",
-                "load the weights whole or in 4 bits, or take a loss without a reference",
+                "load the weights whole or in 4 bits, take a loss without a reference, or in a "
+                f"script give ref_model={BASE!r}, the model without adapters",
             )
         shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, shared)
