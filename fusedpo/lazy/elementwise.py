@@ -50,43 +50,17 @@ def _unary(func: Any, lazy: LazyTensor, **kwargs: Any) -> Any:
     return derived(lazy, result, axis=lazy.recipe.axis)
 
 
-@handles(
-    "abs",
-    "clamp",
-    "clamp_min",
-    "clamp_max",
-    "clip",
-    "exp2",
-    "expm1",
-    "isfinite",
-    "isinf",
-    "isnan",
-    "log1p",
-    "log2",
-    "logical_not",
-    "logsigmoid",
-    "pow",
-    "__pow__",
-    "relu",
-    "special_entr",
-    "sigmoid",
-    "softplus",
-    "sqrt",
-    "square",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "__eq__",
-    "__ne__",
-    "__lt__",
-    "__le__",
-    "__gt__",
-    "__ge__",
-    anywhere=True,
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+_ELEMENTWISE = (
+    *("abs", "square", "sqrt", "pow", "__pow__", "exp2", "expm1", "log1p", "log2", "special_entr"),
+    *("clamp", "clamp_min", "clamp_max", "clip", "relu", "sigmoid", "logsigmoid", "softplus"),
+    *("isfinite", "isinf", "isnan", "logical_not"),
+    *_COMPARISONS,
+    *(f"__{name}__" for name in _COMPARISONS),
 )
+
+
+@handles(*_ELEMENTWISE, anywhere=True)
 def _elementwise(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     """Number by number, with numbers for arguments: an expression like others, for a reduction."""
     arguments = (*args, *kwargs.values())
@@ -130,24 +104,15 @@ def _compared(func: Any, lazy: LazyTensor, other: LazyTensor) -> Any:
     return derived(lazy, Expression(func.__name__, operands, function=func), dtype=torch.bool)
 
 
-@handles(
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "empty_like",
-    "rand_like",
-    "randn_like",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "new_empty",
-    "new_tensor",
-)
+_LIKE = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+_NEW = ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")
+
+
+@handles(*_LIKE, *_NEW)
 def _like(func: Any, lazy: LazyTensor, *args: Any, **kwargs: Any) -> Any:
     """A tensor of other numbers, for which these need not be there."""
     recipe = lazy.recipe
-    new = func.__name__.startswith("new_")
-    shape = () if new else recipe.shape
+    shape = () if func.__name__ in _NEW else recipe.shape
     like = torch.empty((), dtype=recipe.dtype, device=recipe.source.device).expand(shape)
     return func(like, *args, **kwargs)
 

@@ -297,21 +297,7 @@ def merged(
 # operations whose name says all of them, so that two with one name are one function
 NAMED = frozenset(
     (
-        "add",
-        "argmax",
-        "div",
-        "eq",
-        "exp",
-        "gather",
-        "log",
-        "log_softmax",
-        "logsumexp",
-        "mean",
-        "mul",
-        "neg",
-        "softmax",
-        "sub",
-        "sum",
-        "tanh",
+        *("add", "sub", "mul", "div", "neg", "exp", "log", "tanh", "eq"),
+        *("log_softmax", "softmax", "gather", "argmax", "logsumexp", "mean", "sum"),
     )
 )

@@ -107,20 +107,8 @@ def _dims(arguments: dict[str, Any]) -> tuple[Any, bool, Any]:
 
 
 _REDUCTIONS = (
-    "logsumexp",
-    "sum",
-    "mean",
-    "nansum",
-    "nanmean",
-    "amax",
-    "amin",
-    "argmax",
-    "argmin",
-    "any",
-    "all",
-    "std",
-    "var",
-    "count_nonzero",
+    *("logsumexp", "sum", "mean", "nansum", "nanmean", "std", "var"),
+    *("amax", "amin", "argmax", "argmin", "any", "all", "count_nonzero"),
 )
 
 

@@ -62,22 +62,13 @@ def _results(lazy: LazyTensor, indices: Any, func: Callable[[Tensor], Any], *, v
     return NotImplemented if any(each is NotImplemented for each in parts) else tuple(parts)
 
 
-@handles(
-    "view",
-    "reshape",
-    "flatten",
-    "unflatten",
-    "squeeze",
-    "unsqueeze",
-    "narrow",
-    "select",
-    "split",
-    "split_with_sizes",
-    "chunk",
-    "tensor_split",
-    "unbind",
-    "expand",
+_VIEWS = (
+    *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand"),
+    *("narrow", "select", "split", "split_with_sizes", "chunk", "tensor_split", "unbind"),
 )
+
+
+@handles(*_VIEWS)
 def _view(func: Any, lazy: LazyTensor, *args: Any, **kwargs: Any) -> Any:
     if args and isinstance(args[0], torch.dtype):  # view(dtype)
         return NotImplemented
