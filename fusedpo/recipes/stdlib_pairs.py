@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fusedpo.checks import bad_value
+from fusedpo.checks import bad_value, positive
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -115,7 +115,12 @@ def make_pairs(
         passages: from at least two modules.
         prompt_chars, response_chars: about how long each is; cuts fall between words.
         seed: of the order of the rows and of who is rejected for whom.
+
+    Raises:
+        TypeError, ValueError: for lengths that are none, and for too little text.
     """
+    positive("prompt_chars", prompt_chars)
+    positive("response_chars", response_chars)
     shuffler = random.Random(seed)
     cut = [
         (passage.module, prompt, response)

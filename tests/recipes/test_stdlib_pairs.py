@@ -71,6 +71,14 @@ def test_a_response_that_would_be_too_short_is_none():
     assert pairs and min(len(row["chosen"]) for row in pairs) >= 5
 
 
+@pytest.mark.parametrize("name", ["prompt_chars", "response_chars"])
+def test_lengths_that_are_none_are_refused(name):
+    """With both of no length, cuts would never come to the end of a text."""
+    sizes = {"prompt_chars": 3, "response_chars": 5, name: 0}
+    with pytest.raises(ValueError, match=f"^{name}: expected a number above 0, got 0$"):
+        make_pairs([Passage("a.py", " some words")], **sizes, seed=0)
+
+
 def test_words_are_not_cut():
     passages = [Passage(f"{i}.py", "some words of uneven length, " * 20) for i in range(4)]
     for row in make_pairs(passages, **SIZES, seed=0):

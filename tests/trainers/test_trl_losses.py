@@ -510,6 +510,10 @@ def test_arguments_of_the_loss_stay_with_a_model_that_writes(tmp_path) -> None:
 def test_settings_of_a_model_that_writes_need_one(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"self_augmented_args: expected None.*segment_length"):
         FusedDPOConfig(str(tmp_path), **COMMON, self_augmented_args={"segment_length": 4})
+    with pytest.raises(ValueError, match=r"self_augmented_args: .* got 'segment'; did you mean '"):
+        FusedDPOConfig(
+            str(tmp_path), **COMMON, self_augmented=True, self_augmented_args={"segment": 4}
+        )
 
 
 def test_settings_of_a_reference_need_one_that_can_be_renewed(model, tmp_path) -> None:

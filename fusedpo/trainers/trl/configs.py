@@ -26,7 +26,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.grpo_config import GRPOConfig
 
 from fusedpo import losses
-from fusedpo.checks import bad_type, bad_value
+from fusedpo.checks import bad_choice, bad_type, bad_value
 from fusedpo.engine.tolerance import check_tolerance
 from fusedpo.losses import PolicyLoss, PreferenceLoss
 from fusedpo.recipes.self_augmented import Settings
@@ -184,7 +184,12 @@ class FusedDPOConfig(ByName, DPOConfig):
 
     def settings_of_pairs(self) -> Settings:
         """``self_augmented_args``, with the defaults of what they leave out."""
-        return Settings(**dictionary("self_augmented_args", self.self_augmented_args))
+        given = dictionary("self_augmented_args", self.self_augmented_args)
+        known = [f.name for f in fields(Settings)]
+        for name in given:
+            if name not in known:
+                raise bad_choice("self_augmented_args", name, known)
+        return Settings(**given)
 
     def _named(self) -> tuple[str | None, dict[str, Any]]:
         name, given = super()._named()
