@@ -125,18 +125,9 @@ class Case:
         return 1e-3 if self.dtype == "float32" else 0.1
 
     @property
-    def scored(self) -> int:
-        """Labels that are not ignored."""
-        return 2 * self.shape.pairs * (self.shape.tokens - self.masked_tokens)
-
-    @property
     def masked_tokens(self) -> int:
         """Ignored positions at the start of every sequence, as a prompt would be."""
         return int(self.shape.tokens * self.masked)
-
-    @property
-    def logits_bytes(self) -> int:
-        return self.shape.positions * self.shape.vocab * self.torch_dtype.itemsize
 
     @property
     def flop(self) -> float:
