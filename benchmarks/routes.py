@@ -8,6 +8,7 @@ and gradients are held to those of full logits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TextIO
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import fusedpo
 from fusedpo.benchmarks import roofline, section
+from fusedpo.benchmarks.compact_errors import relative
 from fusedpo.benchmarks.peers import fusedpo_preference, step
 from fusedpo.benchmarks.section import Cell, Question, Section, Setting, Verdict, number, quotient
 from fusedpo.benchmarks.shapes import Case, Inputs, make_inputs
@@ -156,19 +158,10 @@ def taken(loss: Tensor, inputs: Inputs) -> Gradients:
 def differences(way: Way, got: Gradients, truth: Gradients) -> dict[str, float]:
     """Relative difference of the loss, and of each gradient that the way delivers."""
     found = {"loss": abs(got[0] / truth[0] - 1)}
-    return found | {name: relative(got[1][name], truth[1][name]) for name in way.needs}
-
-
-def relative(got: Tensor | None, expected: Tensor | None) -> float:
-    if got is None or expected is None:
-        return float("inf")
-    # a block of rows at a time: a head in fp32 takes gigabytes
-    gap = size = 0.0
-    for mine, truth in zip(torch.split(got, 8192), torch.split(expected, 8192), strict=True):
-        exact = truth.to(torch.promote_types(truth.dtype, torch.float32))
-        gap += float((mine.to(exact.dtype) - exact).square().sum(dtype=torch.float64))
-        size += float(exact.square().sum(dtype=torch.float64))
-    return (gap / size) ** 0.5 if size else float("inf")
+    for name in way.needs:
+        mine, exact = got[1][name], truth[1][name]
+        found[name] = math.inf if mine is None or exact is None else relative(mine, exact)
+    return found
 
 
 def faults(name: str, differences: dict[str, float]) -> list[str]:

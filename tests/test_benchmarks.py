@@ -1005,9 +1005,10 @@ def test_a_route_that_computes_something_else_is_found_out() -> None:
     for gap in (1.0, 0.1, (1 / 16) ** 0.5, float("nan")):
         for name in good:
             assert len(routes.faults("x", {**good, name: gap})) == 1
-    truth = torch.randn(20_000, 3)
-    assert routes.relative(truth * 0.9, truth) == pytest.approx(0.1, rel=1e-3)
-    assert routes.relative(None, truth) == float("inf")
+    exact = {"hidden": torch.randn(20_000, 3), "weight": torch.randn(5, 3)}
+    way, got = routes.Way("recompute", "torch"), {"hidden": 0.9 * exact["hidden"], "weight": None}
+    gaps = routes.differences(way, (1.0, got), (1.0, exact))
+    assert gaps["hidden"] == pytest.approx(0.1, rel=1e-3) and gaps["weight"] == float("inf")
 
 
 def test_targets_are_met_or_missed() -> None:
