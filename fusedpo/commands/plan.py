@@ -163,7 +163,7 @@ def _workload(given: argparse.Namespace) -> Workload:
         remedy = "fusedpo plan --model llama-3.1-8b --tokens 4096, for one"
         raise bad_value("--model", "either --model, or --hidden and --vocab", got, remedy)
     return Workload(
-        read_model(given.model) if given.model else ModelShape(*head),
+        ModelShape(*head) if given.model is None else read_model(given.model),
         loss,
         **{name: getattr(given, name) for name in ("tokens", "pairs", "context")},
         device=device,
