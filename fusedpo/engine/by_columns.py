@@ -218,7 +218,7 @@ def _few_rows(t: Tiles, entries: Entries, kept: Kept, rows: Tensor) -> tuple[Ten
     states = t.reader.some(rows).to(t.operand)
     count = kept.slabs
     out = t.matrix("few rows", count + states.shape[0], t.width, t.width)
-    narrow, slab = t.on_cpu or t.weight.dtype != t.operand, min(t.plan.slab, t.count)
+    narrow, slab = t.plan.on_cpu or t.weight.dtype != t.operand, min(t.plan.slab, t.count)
     most = widest(t.vocab, slab, t.plan.back_cols, narrow=narrow)
     for c in blocks(0, t.vocab, most):
         weight = t.weight_rows(*c)

@@ -115,7 +115,7 @@ class ColumnSums:
         # rows of the block, slab by slab
         within = self._by_slabs[slice(*r)] - r[0]
         weights = weights[within]
-        if t.on_cpu and exponentials.is_contiguous():
+        if t.plan.on_cpu and exponentials.is_contiguous():
             # a product with zeros for the rows of other slabs takes four times as long
             starts = (torch.arange(first, first + count) * slab - r[0]).clamp_(min=0)
             out += torch.nn.functional.embedding_bag(

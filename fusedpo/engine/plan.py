@@ -97,6 +97,12 @@ class Plan:
         return self._passes
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether it is for a CPU: buffers are laid out as products are fastest there, and the
+        backward may read numbers that it decides by."""
+        return self._problem is not None and self._problem.on_cpu
+
+    @property
     def cut(self) -> Literal["tokens", "vocabulary", "both", "none"]:
         """Along which axes the logits are cut."""
         by_tokens, by_vocabulary = self.rows < self.tokens, self.cols < self.vocab

@@ -81,12 +81,14 @@ def plan_for(
         if tiled is not None and tiled.bytes <= like.budget:
             return tiled
     budget = parse_budget(memory_budget, default=as_device(batch.device).budget)
-    if not batch.tolerance:  # or exact calls would push out the records of others
+    # or exact calls would push out the records of others, and one of no gradient would take the
+    # place of the exact one that is due after a breach
+    if not batch.tolerance or not options["needs"]:
         return plan(*sizes, budget=budget, **options, fused=fused)
     record = batch.record
     options["gradient_tolerance"], options["kept_share"] = record.next_call()
     chosen = plan(*sizes, budget=budget, **options, fused=fused)
-    if options["needs"] and chosen.route != "compact":
+    if chosen.route != "compact":
         record.skip()
     return chosen
 

@@ -145,8 +145,6 @@ class Tiles:
         self.acc, self.operand = accumulated_dtype(hidden.dtype), call.operand
         self.kernels = tile_operations(call.backend)
         self.gain = FP16_GAIN if call.operand == torch.float16 else 1.0
-        # where products take operands in the dtype of sums
-        self.on_cpu = hidden.device.type == "cpu" and call.operand == self.acc
         self.vocab, self.width = weight.shape
         self.count = call.rows.count
         self.shard = call.shard
@@ -189,7 +187,7 @@ class Tiles:
 
         On a CPU it is where rows are few, as in the slabs of kept columns. Kernels write rows.
         """
-        return self.on_cpu and self.call.backend == "torch" and rows < columns
+        return self.plan.on_cpu and self.call.backend == "torch" and rows < columns
 
     def matrix(
         self, name: str, rows: int, columns: int, most: int, dtype: torch.dtype | None = None

@@ -167,12 +167,17 @@ class Record:
 
     def next_call(self) -> tuple[float, float]:
         """The tolerance of the next call, and the share of columns that it will take."""
-        self._catch_up()
-        if self._breached:
-            self._breached = False
+        if self.owes_exact():
             return 0.0, self.share
         rested = self.skipped >= _PATIENCE
         return self.tolerance, min(self.share, GUESSED_SHARE) if rested else self.share
+
+    def owes_exact(self) -> bool:
+        """Whether this call is to be exact, as the last backward was found not to be within the
+        tolerance when it was over; True once."""
+        self._catch_up()
+        breached, self._breached = self._breached, False
+        return breached
 
     def skip(self) -> None:
         """Note a call that went another way, whose gradients are exact."""

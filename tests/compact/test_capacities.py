@@ -10,6 +10,7 @@ import pytest
 import torch
 from compact.shared import (
     no_records,  # noqa: F401
+    plan_of,
     random_case,
     record,
     shortfalls,
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedpo import linear_logprobs
-from fusedpo.engine.routes import compact
+from fusedpo.engine.plan import Plan
 from fusedpo.engine.tolerance import Record, Seen
 
 TOLERANCE = 1e-2
@@ -38,19 +39,22 @@ class NothingWaits(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     engine.as_on_a_gpu(monkeypatch)
-    monkeypatch.setattr(compact, "_waits", lambda t: False)
 
 
-def step(case: Case) -> tuple[dict[str, Tensor], str]:
-    """Gradients of a call as it is planned, and its route."""
+def step(case: Case, memory_budget: Plan | None = None) -> tuple[dict[str, Tensor], str]:
+    """Gradients of a call, as it is planned if no plan is given, and its route."""
     leaves = {name: t.detach().clone().requires_grad_() for name, t in case.leaves().items()}
     skipped = record(case, TOLERANCE).skipped
     out = linear_logprobs(
-        leaves["hidden"], leaves["weight"], case.labels, gradient_tolerance=TOLERANCE
+        leaves["hidden"],
+        leaves["weight"],
+        case.labels,
+        gradient_tolerance=TOLERANCE,
+        memory_budget=memory_budget,
     )
-    route = "compact" if record(case, TOLERANCE).skipped == skipped else "exact"
     with NothingWaits():
         out.backward(case.upstream)
+    route = "compact" if record(case, TOLERANCE).skipped == skipped else "exact"
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}, route
 
 
@@ -61,13 +65,19 @@ def of_few_columns() -> Case:
     return case
 
 
+# what nobody plans anew learns from its calls, too
+given = pytest.mark.parametrize("given", [False, True], ids=["planned", "given a plan"])
+
+
+@given
 @pytest.mark.holds(20)
-def test_the_first_call_is_exact_and_the_later_ones_are_within_the_tolerance() -> None:
+def test_the_first_call_is_exact_and_the_later_ones_are_within_the_tolerance(given: bool) -> None:
     case = of_few_columns()
+    chosen = plan_of(case, TOLERANCE) if given else None
     truth = naive(case, torch.float64).gradients
     routes = []
     for i in range(10):
-        found, route = step(case)
+        found, route = step(case, chosen)
         routes.append(route)
         assert not shortfalls(found, truth, TOLERANCE if i else 1e-6)
     assert routes[0] == "compact" and routes[-2:] == ["compact", "compact"]
@@ -101,20 +111,24 @@ def test_capacities_have_room_for_every_target_of_a_slab() -> None:
     assert kept.capacities(16_000, 3000)["head"] == 3000
 
 
+@given
 @pytest.mark.holds(20)
-def test_the_call_after_a_breach_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_call_after_a_breach_is_exact(given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     case = of_few_columns()
-    step(case)
-    step(case)
+    chosen = plan_of(case, TOLERANCE) if given else None
+    step(case, chosen)
+    step(case, chosen)
     few: Callable[..., dict[str, int]] = lambda *_: {"hidden": 310, "head": 305}  # noqa: E731
     with monkeypatch.context() as patched:
         patched.setattr(Record, "capacities", few)
-        found, route = step(case)
+        found, route = step(case, chosen)
     assert route == "compact"
     truth = naive(case, torch.float64).gradients
     assert shortfalls(found, truth, TOLERANCE), "so few columns are a breach"
-    found, route = step(case)
+    with torch.no_grad():  # as of a reference, which takes nothing from the step after it
+        linear_logprobs(case.hidden, case.weight, case.labels, gradient_tolerance=TOLERANCE)
+    found, route = step(case, chosen)
     assert route == "exact" and record(case, TOLERANCE).breaches == 1
     assert not shortfalls(found, truth, 1e-6)
-    found, route = step(case)
+    found, route = step(case, chosen)
     assert route == "compact" and not shortfalls(found, truth, TOLERANCE)

@@ -2091,6 +2091,12 @@ _COLUMNS = (
         ),
         ("g=b.g[order]", "g=b.g", "upstream gradients of other rows", "compact/test_row_order.py"),
         (
+            '"aim": None if exact else (allowed, capacities)',
+            '"aim": (allowed, capacities)',
+            "by a plan that was given, no call is exact after a breach",
+            "compact/test_capacities.py",
+        ),
+        (
             "Cost(products, forward, backward, _beside(p, count))",
             "Cost(products, forward, backward)",
             "it is taken where it does not pay",
@@ -2255,7 +2261,17 @@ _COLUMNS = (
     *_in(
         "fusedpo/engine/score.py",
         "compact/test_records.py",
-        ("if not batch.tolerance:", "if False:", "exact calls push records out"),
+        (
+            'if not batch.tolerance or not options["needs"]:',
+            'if not options["needs"]:',
+            "exact calls push records out",
+        ),
+        (
+            'if not batch.tolerance or not options["needs"]:',
+            "if not batch.tolerance:",
+            "a reference takes the place of the exact call that is due",
+            "compact/test_capacities.py",
+        ),
     ),
 )
 

@@ -108,15 +108,21 @@ class Compact:
         stats = hidden_gradient.forward_pass(t, None, sums)
         # what is aimed at is settled here: a second backward of the graph repeats the first
         record = _record(t)
+        # of a plan that was given, nobody has asked it yet
+        exact = record.owes_exact()
         allowed = {name: record.allowed(name) for name in ("hidden", "head")}
-        capacities = None if _waits(t) else record.capacities(t.vocab, t.plan.slab)
+        # elsewhere a backward that read how many columns matter would stand still meanwhile
+        capacities = None if t.plan.on_cpu else record.capacities(t.vocab, t.plan.slab)
         sizes = sums.row_sizes, sums.column_sizes
         saved = sums.values, sums.directions, sums.row_products, *sizes
-        held = {"aim": (allowed, capacities), "order": order}
+        held = {"aim": None if exact else (allowed, capacities), "order": order}
         return Forward(stats, saved=saved, held=held)
 
     def backward(self, t: Tiles, b: Backward) -> tuple[Tensor | None, HeadGradient]:
         needs = t.call.needs
+        if b.held["aim"] is None:
+            _record(t).skip()
+            return _exact(t, b)
         out = whole = None
         if "hidden" in needs:
             out = hidden_gradient.new_output(t)
@@ -127,13 +133,18 @@ class Compact:
         if t.count and not _within(t.reordered(order), _reordered(b, order), head, whole):
             # not beside those that take their place
             del out, whole, head
-            head = new_output(t, weight="weight" in needs, bias="bias" in needs)
-            return both_gradients(t, b, head, "hidden" in needs), head
+            return _exact(t, b)
         if out is not None and whole is out:
             hidden_gradient.restore_order(t, out, order)
         elif out is not None and whole is not None:
             hidden_gradient.write_rows(t.reordered(order), out, 0, t.count, whole)
         return out, head
+
+
+def _exact(t: Tiles, b: Backward) -> tuple[Tensor | None, HeadGradient]:
+    needs = t.call.needs
+    head = new_output(t, weight="weight" in needs, bias="bias" in needs)
+    return both_gradients(t, b, head, "hidden" in needs), head
 
 
 def _reordered(b: Backward, order: Tensor | None) -> Backward:
@@ -196,18 +207,12 @@ def _within(t: Tiles, b: Backward, head: HeadGradient, hidden: Tensor | None) ->
     squares = {"hidden": of_hidden, "head": of_head}
     errors = {k: audit.relative_error(each) for k, each in squares.items() if each}
     seen = _seen(t, b.g, entries, kept, lost, errors)
-    record, growth = _record(t), _growth(t.hidden.device.type == "cpu", t.plan.slab)
-    if _waits(t):
+    record, growth = _record(t), _growth(t.plan.on_cpu, t.plan.slab)
+    if t.plan.on_cpu:
         return record.note(seen.read(seen.tensor().tolist()), growth)
     record.note_later(seen, growth)
     # of a first call, nothing is known yet
     return record.known
-
-
-def _waits(t: Tiles) -> bool:
-    """Whether a backward reads how many columns matter, and what its errors are, before it goes on.
-    Elsewhere than on a CPU it would stand still meanwhile."""
-    return t.hidden.device.type == "cpu"
 
 
 def _seen(
