@@ -8,11 +8,14 @@ import shlex
 import sys
 
 import pytest
+import torch
 
+from fusedpo import devices
 from fusedpo.benchmarks import peer_memory
 from fusedpo.commands import plan as command
+from fusedpo.devices import Device
 
-BIG = "--model llama-3.1-8b --tokens 32768 --pairs 4 --budget 1GiB"
+BIG = "--model llama-3.1-8b --tokens 32768 --pairs 4 --budget 1GiB --device cuda"
 
 
 def run(line: str) -> int:
@@ -68,8 +71,45 @@ def test_the_default_budget_goes_by_the_device(capsys) -> None:
         run(f"{model} --device cpu --device-memory 80GB")
 
 
+PLANNED = {
+    # is there a GPU; the options; device, its budget, and what is said of it
+    (False, ""): (
+        "cpu",
+        2**28,
+        "the CPU, as there is no GPU here (--device cuda plans for one), with its default budget "
+        "of 256 MiB",
+    ),
+    (True, ""): ("cuda", 3 * 10**9, "a GPU of 93.13 GiB, with its default budget of 2.794 GiB"),
+    (True, "--device cpu"): ("cpu", 2**28, "the CPU, with its default budget of 256 MiB"),
+    (False, "--device cpu --budget 1GiB"): ("cpu", 2**30, "the CPU"),
+    (False, "--device-memory 80GB --budget 1GiB"): ("cuda", 2**30, "a GPU of 74.51 GiB"),
+    (False, "--device cuda"): (
+        "cuda",
+        2**28,
+        "a GPU of a memory that is not known (--device-memory tells it), with its default budget "
+        "of 256 MiB",
+    ),
+}
+
+
+@pytest.mark.parametrize(("gpu", "more"), PLANNED, ids=str)
+def test_it_says_what_it_plans_for(gpu, more, capsys, monkeypatch) -> None:
+    """This machine, unless another is named."""
+    here = Device("cuda", 10**11, 132) if gpu else Device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(devices, "_gpu", lambda index: here)
+    device, budget, said = PLANNED[gpu, more]
+    line = f"--model gpt2 --tokens 64 {more}"
+    found = answer(line, capsys)
+    assert (found["device"], found["budget"]) == (device, budget)
+    assert run(line) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.endswith(f"; bfloat16, {device}, {'triton' if device == 'cuda' else 'torch'}")
+    assert second == f"Planned for {said}."
+
+
 def test_a_gradient_tolerance_has_its_route(capsys) -> None:
-    line = "--model gemma-2-2b --tokens 8192 --budget 4GiB"
+    line = "--model gemma-2-2b --tokens 8192 --budget 4GiB --device cuda"
     exact, within = answer(line, capsys), answer(f"{line} --gradient-tolerance 2e-3", capsys)
     assert "compact" not in exact["routes"]
     assert within["chosen"] == "compact"
@@ -99,7 +139,7 @@ def test_a_prompt_costs_full_logits_only(capsys) -> None:
 
 
 def test_adapters_share_the_reference(capsys) -> None:
-    model = "--model qwen2.5-7b --fit 80GB"
+    model = "--model qwen2.5-7b --fit 80GB --device cuda"
     whole, frozen = (
         answer(f"{model} --loss dpo {more}", capsys)["fit"] for more in ("", "--frozen")
     )
@@ -114,7 +154,7 @@ def test_nothing_fits_is_an_answer(capsys) -> None:
 
 
 def test_a_softcap_rules_liger_out(capsys) -> None:
-    found = answer("--model gemma-2-2b --fit 80GiB", capsys)
+    found = answer("--model gemma-2-2b --fit 80GiB --device cuda", capsys)
     assert found["peers"]["Liger 0.8.5, by pair, eager"] is None
     assert found["fit"]["peers"]["Liger 0.8.5, by pair, eager"] is None
 
@@ -172,7 +212,7 @@ def test_a_mistake_is_refused_before_anything_is_printed(line, said, capsys) -> 
 
 
 def test_float64_goes_to_torch(capsys) -> None:
-    assert run("--model gpt2 --tokens 64 --dtype float64") == 0
+    assert run("--model gpt2 --tokens 64 --dtype float64 --device cuda") == 0
     assert "; float64, cuda, torch\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--backend: expected torch on the CPU and for float64"):
         run("--model gpt2 --dtype float64 --backend triton")

@@ -30,8 +30,8 @@ examples:
     fusedpo plan --model llama-3.1-8b --tokens 32768 --pairs 4 --budget 1GiB
 
   the longest response that trains on one GPU of 80 GB, the whole model and with LoRA:
-    fusedpo plan --model qwen2.5-7b --pairs 1 --fit 80GB --optimizer adamw-8bit
-    fusedpo plan --model qwen2.5-7b --pairs 1 --fit 80GB --frozen --loss dpo
+    fusedpo plan --model qwen2.5-7b --pairs 1 --fit 80GB --device cuda --optimizer adamw-8bit
+    fusedpo plan --model qwen2.5-7b --pairs 1 --fit 80GB --device cuda --frozen --loss dpo
 
   your own model, or only the shape of its head, on the CPU in float32:
     fusedpo plan --model ./my-model --tokens 2048 --context 6144
@@ -95,7 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="relative error that a gradient of the head may have, as 2e-3 (default: 0, exact)",
     )
     choice(machine, "--dtype", ("bfloat16", "float16", "float32", "float64"), "bfloat16")
-    choice(machine, "--device", ("cuda", "cpu"), "cuda")
+    machine.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        help="default: cuda if there is a GPU here, or with --device-memory; else cpu",
+    )
     machine.add_argument(
         "--device-memory",
         metavar="SIZE",
@@ -150,7 +154,7 @@ def _workload(given: argparse.Namespace) -> Workload:
         if value is not None and value > most:
             raise bad_value(f"--{option}", f"a whole number of at most {most}", str(value))
     loss, device = losses.get(given.loss), _device(given)
-    by_torch = given.device == "cpu" or given.dtype == "float64"
+    by_torch = device.type == "cpu" or given.dtype == "float64"
     backend: Backend = given.backend or ("torch" if by_torch else "triton")
     if backend == "triton" and by_torch:
         expected = "torch on the CPU and for float64"
@@ -181,8 +185,10 @@ def _tolerance(given: argparse.Namespace) -> float:
 
 
 def _device(given: argparse.Namespace) -> Device:
-    device = as_device(given.device)
-    if given.device_memory is None:
+    told = given.device_memory is not None
+    here = "cuda" if told or torch.cuda.is_available() else "cpu"
+    device = as_device(given.device or here)
+    if not told:
         return device
     if device.type == "cpu":
         raise bad_value("--device-memory", "a GPU", "cpu", "add --device cuda")
@@ -194,6 +200,7 @@ def _found(work: Workload) -> dict[str, Any]:
     costs = footprint.routes(work)
     fitting = any(cost.needed is None for cost in costs.values())
     return {
+        "device": as_device(work.device).type,
         **{"hidden": work.shape.hidden, "vocab": work.shape.vocab, "responses": work.responses},
         **{"scored_tokens": work.scored, "positions": work.positions, "budget": work.budget},
         "chosen": work.plan().route if fitting else None,
@@ -224,13 +231,15 @@ def _fit(work: Workload, memory: int, how: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print(given: argparse.Namespace, work: Workload, found: dict[str, Any]) -> None:
+    device = as_device(work.device)
     print(
         f"{given.loss} on {given.model or 'a head'} (V {work.shape.vocab}, H {work.shape.hidden}): "
         f"{work.scored} scored tokens, {work.responses} responses of {work.tokens} after "
-        f"{work.context} of prompt; {given.dtype}, {given.device}, {work.backend}"
+        f"{work.context} of prompt; {given.dtype}, {device.type}, {work.backend}"
         + ", frozen"
         * work.frozen
     )
+    print(_planned_for(given, device))
     costs, chosen = found["routes"], found["chosen"]
     routes = []
     for route, cost in costs.items():
@@ -254,6 +263,18 @@ def _print(given: argparse.Namespace, work: Workload, found: dict[str, Any]) -> 
     tables.show(title, ("program", "beyond the outputs"), programs)
     if "fit" in found:
         _print_fit(work, found["fit"])
+
+
+def _planned_for(given: argparse.Namespace, device: Device) -> str:
+    if device.type == "cpu":
+        why = "" if given.device else ", as there is no GPU here (--device cuda plans for one)"
+        text = f"the CPU{why}"
+    elif device.memory is None:
+        text = "a GPU of a memory that is not known (--device-memory tells it)"
+    else:
+        text = f"a GPU of {format_bytes(device.memory)}"
+    own = "" if given.budget else f", with its default budget of {format_bytes(device.budget)}"
+    return f"Planned for {text}{own}."
 
 
 def _why(costs: dict[str, Any], chosen: str | None) -> str:
