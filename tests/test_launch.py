@@ -90,6 +90,11 @@ METHODS["dapo"] = METHODS["sspo"].replace("sspo", "dapo").replace("tokens 5", "t
 # 2, 3 and 5 rows to hold out, by fraction: accelerate repeats some for the second process
 UNEVEN = ("0.03", "0.04", "0.06")
 ALIKE = ("simpo", "dpo", "s-sppo", "solopo", "kto")
+# of models that were trained before; 5 rows are shared out unevenly
+EVALUATIONS = {
+    "evaluate simpo": "--model {simpo} --loss simpo --eval-fraction 0.06",
+    "evaluate dpo": "--model {dpo} --reference {model} --loss dpo",
+}
 
 
 def command(folder: Path, output: str, words: str) -> list[str]:
@@ -99,6 +104,13 @@ def command(folder: Path, output: str, words: str) -> list[str]:
         *("train", "--cpu", "--model", str(folder / "model")),
         *("--dataset", str(folder / rows), "--output", str(folder / output), *words.split()),
     ]
+
+
+def evaluation(folder: Path, name: str, size: int) -> list[str]:
+    places = {each: str(folder / each) for each in ("model", "simpo", "dpo")}
+    words = EVALUATIONS[name].format(**places).split()
+    of_rows = ("--dataset", str(folder / "pairs.jsonl"), "--batch-size", str(size))
+    return ["evaluate", "--cpu", *words, *of_rows]
 
 
 def cases(folder: Path) -> dict[str, Case]:
@@ -134,10 +146,13 @@ def cases(folder: Path) -> dict[str, Case]:
     found["sspo again"] = case(
         "sspo", f"{METHODS['sspo']} {SAVED} 3 --resume", remove=newest("sspo", 3)
     )
+    found |= {name: Case(evaluation(folder, name, 2)) for name in EVALUATIONS}
+    model = str(folder / "model")
+    compared = evaluation(folder, "evaluate dpo", 2)
+    found["reference elsewhere"] = Case(compared, others={model: f"{model}/no"})
     for name, (words, _) in MISTAKES.items():
         found[name] = case("new", f"{METHODS['simpo']} {TWO} {words}")
     found["not a run"] = case("thesis", f"{METHODS['simpo']} {TWO}")
-    model = str(folder / "model")
     found["model elsewhere"] = case("new", TWO, others={model: str(folder / "none")})
     found["rows elsewhere"] = case("new", TWO, others={"pairs.jsonl": "none.jsonl"})
     found["words elsewhere"] = case("new", TWO, others={"--max-steps": "--max-step"})
@@ -361,6 +376,21 @@ def test_rows_repeated_for_another_process_do_not_count(runs, folder, fraction, 
                 assert value == pytest.approx(theirs[key], rel=1e-4), key
 
 
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluating_on_two_processes_equals_one(runs, folder, name, capsys):
+    def printed(text: str) -> dict[str, float]:
+        lines = (line.split() for line in text.splitlines() if line.startswith("  eval_"))
+        return {key: float(value) for key, value in lines}
+
+    assert ended(runs, name) == [0, 0], runs[name]
+    first, second = runs[name]
+    assert second["out"] == ""
+    assert main(evaluation(folder, name, 4)) == 0
+    one, two = printed(capsys.readouterr().out), printed(first["out"])
+    assert {"eval_loss", "eval_rewards/accuracies"} <= one.keys()
+    assert two == pytest.approx(one, rel=1e-4)
+
+
 def test_the_comparison_is_the_first_process_s(runs, folder):
     assert "gradients differ" in runs["dpo"][0]["out"]
     ways = metrics(folder / "dpo")["comparison"]["ways"]
@@ -471,7 +501,7 @@ def test_a_tracker_gets_what_callbacks_add_under_the_name_of_the_output(
 
 
 def one_line(run: dict[str, Any]) -> str:
-    lines = [line for line in run["err"].splitlines() if line.startswith("fusedpo train: error")]
+    lines = [line for line in run["err"].splitlines() if re.match(r"fusedpo \w+: error", line)]
     assert len(lines) == 1, run
     return lines[0]
 
@@ -497,6 +527,13 @@ def test_what_one_process_refuses_ends_both(runs, what):
     assert ended(runs, name) == [2, 2], runs[name]
     assert one_line(runs[name][0]).startswith("fusedpo train: error: process 1: ")
     assert runs[name][1]["err"] == ""
+
+
+def test_what_one_process_refuses_to_evaluate_ends_both(runs):
+    assert ended(runs, "reference elsewhere") == [2, 2], runs["reference elsewhere"]
+    told = one_line(runs["reference elsewhere"][0])
+    assert told.startswith("fusedpo evaluate: error: process 1: reference: expected a folder that")
+    assert runs["reference elsewhere"][1]["err"] == ""
 
 
 def test_a_bug_of_one_process_ends_both_with_its_traceback(runs):
