@@ -243,7 +243,7 @@ def test_the_demonstration_trains_saves_and_compares(small_library, tmp_path, ca
 
 
 @pytest.mark.holds(46)
-def test_resuming_equals_going_on(folder, tmp_path):
+def test_resuming_equals_going_on(folder, tmp_path, capsys):
     more = quick("--save-steps", "2")
     assert main(arguments(folder, tmp_path / "whole", *more)) == 0
     weights = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").lm_head.weight
@@ -251,7 +251,10 @@ def test_resuming_equals_going_on(folder, tmp_path):
     assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-3"]
     # as after an interruption, the second one incomplete
     (checkpoints / "checkpoint-3" / "trainer_state.json").unlink()
+    assert "going on from" not in capsys.readouterr().out
     assert main(arguments(folder, tmp_path / "whole", *more, "--resume")) == 0
+    told = "".join(capsys.readouterr().out.split())
+    assert f"goingonfrom:{checkpoints / 'checkpoint-2'}" in told
     resumed = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").lm_head.weight
     assert torch.equal(resumed, weights)
 

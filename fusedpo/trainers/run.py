@@ -58,6 +58,8 @@ def _run(job: TrainJob, console: Console | None) -> dict[str, Any]:
     with processes.together():
         trackers = _trackers(job)
     checkpoint = processes.of_first(lambda: _check_folders(job))
+    if checkpoint is not None:
+        console.print(f"going on from: {checkpoint}", markup=False)
     # rows before the model: a mistake in them is found in seconds
     with processes.together():
         rows = read_rows(job, console)
