@@ -58,7 +58,8 @@ class _Parser(argparse.ArgumentParser):
     def refuse(self, words: Sequence[str]) -> NoReturn:
         """Words that no option took; the value after an unknown option is one of them."""
         word = next((word for word in words if word.startswith("-")), words[0]).partition("=")[0]
-        known = list(self._option_string_actions)
+        # --max_steps is --max-steps, and no other option
+        known = [option for option in self._option_string_actions if "_" not in option]
         # --lr for --learning-rate
         near = [option for option in known if re.sub(r"([a-z])[a-z]*-?", r"\1", option) == word]
         near = near[:2] or difflib.get_close_matches(word, known, n=2)

@@ -297,7 +297,7 @@ MISTAKES = {
     ),
     "misspelt option": (
         ["--max-step", "3"],
-        "unknown argument --max-step; did you mean --max-step",
+        r"unknown argument --max-step; did you mean --max-steps( or --[^_]+)?\? ",
     ),
     "option by its initials": (["--lr", "1"], "argument --lr; did you mean --learning-rate or --"),
     "budget": (["--memory-budget", "lots"], "memory_budget: expected a number of bytes"),
