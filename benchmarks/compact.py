@@ -14,7 +14,6 @@ benchmarks/compact_errors.py's question alone. What is measured is written after
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import json
 import sys
@@ -231,12 +230,9 @@ def _rows(place: Place, options: Options) -> list[Row]:
         case = place.case(way)
         row = Row(place.title, place.shape.positions, way.label, case)
         if row.is_program:
-            row.missing = _why_not(replace(case, budget=None, tolerance=0.0))
+            row.missing = why_not(replace(case, budget=None, tolerance=0.0))
         found.append(row)
     return found
-
-
-_why_not = functools.cache(why_not)
 
 
 # what a way does

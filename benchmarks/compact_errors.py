@@ -20,11 +20,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import fusedpo
-from fusedpo.benchmarks import measure, reports, states
+from fusedpo.benchmarks import measure, options, precision, reports, states
 from fusedpo.benchmarks.options import Options
 from fusedpo.benchmarks.shapes import MIB
 from fusedpo.benchmarks.states import States
@@ -42,11 +41,10 @@ BUDGET = 256 * MIB
 ROWS, MANY = 1024, 512  # of most states, and of those with a large vocabulary
 LARGE = 100_000
 CALLS = 4
-SLABS, SLAB = (64, 128, 256, 512), 128
+SLABS, SLAB = (64, 128, 256, 512, 1024), 128
 DIRECTIONS = (0, 8, 16, 32, 64)
 STUDIED = ("smollm2", "sharpened")
 DRAWN, DRAWN_TOLERANCES = 1000, (1e-2, 2e-3, 5e-4)
-_TRUTH_ELEMENTS = 2**24  # of logits at a time
 
 
 # gradients and what they are off
@@ -82,21 +80,7 @@ def upstream_of(given: States) -> Tensor:
 
 def truth_of(given: States, upstream: Tensor) -> dict[str, Tensor]:
     """Gradients in float64, by the definition."""
-    leaves = _leaves(given, torch.float64)
-    weight, bias = leaves["weight"], leaves.get("bias")
-    step = max(1, _TRUTH_ELEMENTS // given.vocab)
-    parts = []
-    rows = (torch.split(t, step) for t in (given.hidden, given.labels, upstream))
-    for hidden, labels, g in zip(*rows, strict=True):
-        part = hidden.double().requires_grad_()
-        logprobs = F.linear(part, weight, bias).log_softmax(-1)
-        torch.autograd.backward(logprobs.gather(-1, labels[:, None])[:, 0], g.double())
-        assert part.grad is not None
-        parts.append(part.grad)
-    found: dict[str, Tensor] = {
-        n: x.grad for n, x in leaves.items() if n != "hidden" and x.grad is not None
-    }
-    return {"hidden": torch.cat(parts), **found}
+    return precision.exact_gradients(given.hidden, given.weight, given.labels, upstream, given.bias)
 
 
 def _leaves(given: States, dtype: torch.dtype = torch.float32) -> dict[Needs, Tensor]:
@@ -315,8 +299,8 @@ def _drawn(allowed: float, count: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Question:
-    """Like ``sweep.Question``, about errors.
+class Question(options.Question):
+    """About errors.
 
     Attributes:
         states: names in benchmarks/states.py.
@@ -326,16 +310,15 @@ class Question:
 
     name: str = "compact_errors"
     title: str = TITLE
+    kind: str = field(default="compact_errors", kw_only=True)
     states: tuple[str, ...] = states.NAMES
     tolerances: tuple[float, ...] = TOLERANCES
     studied: tuple[str, ...] = STUDIED
     drawn: int = DRAWN
 
-    def ask(self, options: Options) -> dict[str, Any]:
-        """Measure everything, and return what is to be saved."""
+    def measured(self, options: Options) -> dict[str, Any]:
         if not options.on_cpu:
             raise ValueError(f"--device: expected cpu, got {options.device}")
-        about = measure.machine(options.device, options.threads)
         tolerances = self.tolerances[::3] if options.quick else self.tolerances
         rows: list[dict[str, Any]] = []
         drawn = self.drawn // 10 if options.quick else self.drawn
@@ -348,14 +331,7 @@ class Question:
                     rows.append({"part": "errors", "entry": name, "missing": told(error)})
             advance("random problems")
             rows += [_drawn(allowed, drawn) for allowed in DRAWN_TOLERANCES if drawn]
-        return {
-            "question": self.name,
-            "kind": "compact_errors",
-            "title": self.title,
-            "machine": about,
-            "quick": options.quick,
-            "rows": rows,
-        }
+        return {"rows": rows}
 
     def _of(self, name: str, tolerances: Sequence[float]) -> Iterator[dict[str, Any]]:
         given = states.made(name)

@@ -123,15 +123,37 @@ def realistic_inputs(case: Case, seed: int = 0) -> Inputs:
     return found
 
 
-def _chunks(weight: Tensor, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _chunks(weight: Tensor, hidden: Tensor, *numbers: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows at a time, of hidden [..., H] and of numbers [...]."""
     step = max(1, _TRUTH_ELEMENTS // len(weight))
-    flat = [x.flatten(0, 1) for x in rows]
-    for start in range(0, len(flat[0]), step):
-        yield tuple(x[start : start + step] for x in flat)
+    rows = (torch.split(t, step) for t in (hidden.flatten(0, -2), *(x.flatten() for x in numbers)))
+    yield from zip(*rows, strict=True)
 
 
-def _by_definition(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return F.linear(hidden, weight).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+def _by_definition(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    return F.linear(hidden, weight, bias).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+
+
+def exact_gradients(
+    hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor, bias: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Of hidden [..., H], weight and bias in float64, by the definition, for the gradients with
+    respect to the log-probabilities [...]."""
+    given = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    head = {name: t.detach().double().requires_grad_() for name, t in given.items()}
+    parts, found = [], {}
+    for h, y, g in _chunks(weight, hidden.detach(), labels, upstream):
+        part = h.double().requires_grad_()
+        logprobs = _by_definition(part, head["weight"], y, head.get("bias"))
+        torch.autograd.backward(logprobs, g.double())
+        assert part.grad is not None
+        parts.append(part.grad)
+    for name, leaf in head.items():
+        assert leaf.grad is not None
+        found[name] = leaf.grad
+    return {"hidden": torch.cat(parts).view(hidden.shape), **found}
 
 
 @torch.no_grad()
@@ -158,15 +180,7 @@ def truth_of(case: Case, inputs: Inputs) -> Truth:
     leaf = logprobs.clone().requires_grad_()
     loss = FORMULAS[case.loss](Tokens(leaf, torch.ones_like(labels).bool(), ref, inputs))
     (upstreams,) = torch.autograd.grad(loss, leaf)
-    weight = inputs.weight.detach().double().requires_grad_()
-    gradients = []
-    for h, y, upstream in _chunks(weight, inputs.hidden.detach(), labels, upstreams):
-        part = h.double().requires_grad_()
-        torch.autograd.backward(_by_definition(part, weight, y), upstream)
-        assert part.grad is not None
-        gradients.append(part.grad)
-    assert weight.grad is not None
-    return Truth(logprobs, torch.cat(gradients).view(inputs.hidden.shape), weight.grad)
+    return Truth(logprobs, **exact_gradients(inputs.hidden, inputs.weight, labels, upstreams))
 
 
 Values = dict[str, float | None]

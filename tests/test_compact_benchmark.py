@@ -13,7 +13,7 @@ import torch
 from oracles import relative
 
 import fusedpo
-from fusedpo.benchmarks import compact, compact_errors, plots, reports, states, sweep
+from fusedpo.benchmarks import compact, compact_errors, plots, precision, reports, states, sweep
 from fusedpo.benchmarks.compact import BARE, EXACT, FULL, KEPT, PLACES, REAL, ROUNDED, WIDE, Way
 from fusedpo.benchmarks.compact_errors import Call, Records, truth_of, upstream_of
 from fusedpo.benchmarks.options import Options
@@ -97,7 +97,7 @@ def test_the_truth_is_the_definitions(name: str, monkeypatch: pytest.MonkeyPatch
     own = logits.log_softmax(-1)[torch.arange(100), given.labels]
     (own * upstream).sum().backward()
     # several blocks of rows
-    monkeypatch.setattr(compact_errors, "_TRUTH_ELEMENTS", 30 * given.vocab)
+    monkeypatch.setattr(precision, "_TRUTH_ELEMENTS", 30 * given.vocab)
     found = truth_of(given, upstream)
     assert found.keys() == leaves.keys()
     for n, leaf in leaves.items():
