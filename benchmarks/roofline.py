@@ -208,15 +208,19 @@ class Step:
         return self.seconds / self.bare
 
 
-def predicted(chosen: Plan) -> Step:
-    """The modelled step of a plan of this shape."""
+def predicted(chosen: Plan, kept: float = KEPT) -> Step:
+    """The modelled step of a plan of this shape.
+
+    Args:
+        kept: of the columns, those that compact keeps.
+    """
     step = Step(bare=_bare(chosen))
     step.kernels["small kernels"] = SMALL_OPERATIONS * SMALL
     rows = {"retain": TOKENS, "one_pass": TOKENS, "hybrid": chosen.retained}
     retained = rows.get(chosen.route, 0)
     _forward(step, chosen, retained)
     if chosen.route == "compact":
-        _by_columns(step, chosen)
+        _by_columns(step, chosen, kept)
         return step
     if "hidden" in chosen.needs:
         if chosen.route != "retain":
@@ -225,6 +229,17 @@ def predicted(chosen: Plan) -> Step:
     if "weight" in chosen.needs:
         _head(step, chosen, retained)
     return step
+
+
+def most_kept() -> float:
+    """The share of the columns with which compact takes as long as the exact route does."""
+    chosen, exact = plan_for("compact"), predicted(plan_for(None)).seconds
+    least, most = 0.0, 1.0
+    for _ in range(20):
+        middle = (least + most) / 2
+        pays = predicted(chosen, middle).seconds < exact
+        least, most = (middle, most) if pays else (least, middle)
+    return least
 
 
 def _bare(chosen: Plan) -> float:
@@ -257,9 +272,9 @@ def _forward(step: Step, chosen: Plan, retained: int) -> None:
             step.move("settle", MOVED * n * VOCAB * 2 * HALF)
 
 
-def _by_columns(step: Step, chosen: Plan) -> None:
+def _by_columns(step: Step, chosen: Plan, kept: float) -> None:
     """Both gradients by kept columns, a slab of rows at a time."""
-    columns = math.ceil(KEPT * VOCAB)
+    columns = math.ceil(kept * VOCAB)
     head = VOCAB * HIDDEN
     step.move("the weight's main directions", head * HALF)
     step.move("zeros in the head's gradient", head * SINGLE)
@@ -317,8 +332,8 @@ kernel {SMALL * 1e6:g} µs. Of the bandwidth the fold reaches {FOLD:.0%}, jacobi
 copies {COPY:.0%}. The host takes {HOST_PRODUCT * 1e6:g} µs a product, {HOST_KERNEL * 1e6:g} µs a
 kernel and {(SMALL_OPERATIONS * HOST_SMALL + HOST_REST) * 1e3:.1f} ms for the rest of a step, ahead
 of the device. The bare products are those at full size in the same model, with results in half
-precision. For compact {KEPT:.0%} of the columns are assumed to be kept. A target is what the model
-says, rounded up.
+precision. For compact {KEPT:.0%} of the columns are assumed to be kept; with {most_kept():.0%} it
+takes as long as the exact route. A target is what the model says, rounded up.
 """
 
 

@@ -29,6 +29,12 @@ def test_a_target_is_what_the_model_says(route: str) -> None:
 
 def test_a_tolerance_takes_two_thirds_of_the_time_of_three_products() -> None:
     assert roofline.predicted(roofline.plan_for("compact")).seconds <= 0.024
+    kept, exact = roofline.most_kept(), roofline.predicted(roofline.plan_for(None)).seconds
+    assert roofline.KEPT < kept < 1
+    both = [
+        roofline.predicted(roofline.plan_for("compact"), kept + d).seconds for d in (-0.01, 0.01)
+    ]
+    assert both[0] < exact < both[1]
 
 
 def test_a_call_that_is_told_nothing_takes_three_products() -> None:
