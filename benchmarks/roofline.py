@@ -321,7 +321,8 @@ def _head(step: Step, chosen: Plan, retained: int) -> None:
         step.move("weighted rows", times * retained * HIDDEN * 2 * HALF, launches=times)
 
 
-_ABOUT_ROUTES = f"""
+def _about_routes() -> str:
+    return f"""
 A model, not a measurement. A product is cut into tiles of 128 x 256, of which each of
 {MULTIPROCESSORS} multiprocessors makes one at a time, so that its last wave costs as much as a full
 one, and the last tile of a vocabulary often more than its columns; of fewer tiles, each is split
@@ -363,7 +364,7 @@ def page() -> str:
         "",
         "## Routes",
         "",
-        *textwrap.wrap(_ABOUT_ROUTES, 100),
+        *textwrap.wrap(_about_routes(), 100),
         "",
         "| route | products | bare | its products | its kernels | host | step | ratio | target |",
         "|---|---|---|---|---|---|---|---|---|",
