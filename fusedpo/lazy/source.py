@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -199,7 +199,8 @@ class Source:
     def statistics(self, combined: Combination, rows: Tensor, *, grad: bool) -> dict[str, Tensor]:
         """[R] each of the statistics of a combination, for rows [R] bool; 0 or anything elsewhere.
 
-        One pass over the head serves whatever is pending for the same logits too.
+        A row that an earlier pass has scored is not scored again, and one pass over the head serves
+        whatever is pending for the same logits too.
         """
         if {*combined.weights} == {"mean_logit"} and combined.logits.softcap is None:
             return {"mean_logit": self._mean_logit(combined.logits, grad=grad)}
@@ -209,14 +210,18 @@ class Source:
             labels = combined.labels.full(self.count, self.device).long()
         # under activation checkpointing, which saves the same tensors when it does all again
         alone = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        parts: list[tuple[Pass, Tensor]] = []
         for earlier in [] if alone else self.passes:
             if (
                 earlier.logits.same(combined.logits)
                 and names <= {*earlier.stats}
                 and (earlier.differentiable or not grad or names <= {"entropy"})
-                and _covers(earlier, rows, labels)
+                and bool((here := rows & _scored(earlier, labels)).any())  # waits for the device
             ):
-                return {name: self._value(earlier, name, grad=grad) for name in names}
+                parts.append((earlier, here))
+                rows = rows & ~here
+        if parts and not bool(rows.any()):
+            return self._joined(parts, names, grad=grad)
         for other in [] if alone else [*self.pending]:
             also = combination(other.expression, self.vocab)
             if also is None or not also.logits.same(combined.logits):
@@ -231,7 +236,7 @@ class Source:
         scored = self._score(combined.logits, names, rows, labels, grad=grad)
         if not alone:
             self.passes.append(scored)
-        return {name: self._value(scored, name, grad=grad) for name in combined.weights}
+        return self._joined([*parts, (scored, rows)], [*combined.weights], grad=grad)
 
     def _score(
         self, logits: Logits, names: set[str], rows: Tensor, labels: Tensor | None, *, grad: bool
@@ -288,6 +293,17 @@ class Source:
             mean = mean / logits.divisor.full(self.count, self.device, fill=1.0).to(mean.dtype)
         return mean
 
+    def _joined(
+        self, parts: Sequence[tuple[Pass, Tensor]], names: Iterable[str], *, grad: bool
+    ) -> dict[str, Tensor]:
+        """[R] each of the statistics of passes, each pass's in rows [R] bool."""
+        (first, _), *others = parts
+        values = {name: self._value(first, name, grad=grad) for name in names}
+        for scored, rows in others:
+            for name, value in values.items():
+                values[name] = torch.where(rows, self._value(scored, name, grad=grad), value)
+        return values
+
     def _value(self, scored: Pass, name: str, *, grad: bool) -> Tensor:
         value = scored.stats[name]
         if not grad:
@@ -303,9 +319,6 @@ def _versions(*tensors: Tensor | None) -> list[int | None]:
     return [None if t is None or t.is_inference() else t._version for t in tensors]
 
 
-def _covers(earlier: Pass, rows: Tensor, labels: Tensor | None) -> bool:
-    """Whether these rows were scored, with these labels. Waits for the device."""
-    missing = rows & ~earlier.rows
-    if labels is not None:
-        missing = missing | (rows & (labels != earlier.labels))
-    return not bool(missing.any())
+def _scored(earlier: Pass, labels: Tensor | None) -> Tensor:
+    """[R] bool, the rows that a pass has scored with these labels."""
+    return earlier.rows if labels is None else earlier.rows & (labels == earlier.labels)

@@ -24,7 +24,7 @@ class Idiom:
     Attributes:
         passes: how often the engine passes over the head, if that is promised: once for all, but
             for each mask that leaves out what another one keeps, and for an entropy's gradient.
-        only_masked: whether only positions that the mask keeps are scored.
+        only_masked: whether only positions that the mask keeps are scored, and each of them once.
     """
 
     program: Program
@@ -109,6 +109,24 @@ def simpo(z, d):
     logps = (logps_of(z, clamped(d)) * d.mask).sum(-1) / d.mask.sum(-1)
     chosen, rejected = logps.split(2)
     return -functional.logsigmoid(2.0 * (chosen - rejected) - 1.0)
+
+
+@idiom(2, only_masked=True)
+def cpo(z, d):
+    """TRL's CPO: the cross-entropy of the chosen responses, before the log-probabilities of all."""
+    nll = functional.cross_entropy(z[:2].reshape(-1, V), d.labels[:2].reshape(-1))
+    sums = (logps_of(z, clamped(d)) * d.mask).sum(-1)
+    return nll - functional.logsigmoid(sums[:2] - sums[2:]).mean()
+
+
+@idiom(2, only_masked=True)
+def orpo(z, d):
+    """TRL's ORPO: a cross-entropy that counts the prompt too, which the log-odds leave out."""
+    answers = d.mask & (torch.arange(z.shape[1]) > 3)
+    nll = functional.cross_entropy(z[:2].reshape(-1, V), d.labels[:2].reshape(-1))
+    means = (logps_of(z, clamped(d)) * answers).sum(-1) / answers.sum(-1).clamp(min=1)
+    odds = means - torch.log1p(-means.exp())
+    return nll - functional.logsigmoid(odds[:2] - odds[2:]).mean()
 
 
 @idiom(only_masked=True)

@@ -1835,15 +1835,17 @@ _LAZY = (
         "lazy/test_idioms.py lazy/test_traps.py lazy/test_models.py lazy/test_transformers.py",
         ("names |= {*also.weights}", "", "a pass for each statistic"),
         (
-            "missing = missing | (rows & (labels != earlier.labels))",
-            "pass",
+            "earlier.rows & (labels == earlier.labels)",
+            "earlier.rows",
             "another label's number",
         ),
         (
-            "missing = rows & ~earlier.rows",
-            "missing = torch.zeros_like(rows)",
+            "earlier.rows & (labels == earlier.labels)",
+            "labels == earlier.labels",
             "rows that were not scored",
         ),
+        ("rows = rows & ~here", "pass", "rows that are scored again"),
+        ("in others:", "in others[:0]:", "what a second pass has scored"),
         (
             '(earlier.differentiable or not grad or names <= {"entropy"})',
             "True",
