@@ -253,6 +253,7 @@ def finish_head(
             block.view(len(block), -1).addmm_(directions, pull)
             divide_(entries.gain, block)
             if block.dim() > 1:  # while it is in a cache
-                squares += block.norm().square()
+                numbers = block.view(-1)
+                squares += torch.dot(numbers, numbers)  # torch's norm takes twice as long
     head.empty = False
     return audit.of_columns(t, entries, kept, head, squares)
