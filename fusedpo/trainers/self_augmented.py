@@ -161,9 +161,10 @@ class MaskSharedPrefix:
 class SelfAugmentedCallback(TrainerCallback):
     """Keeps a ``SelfAugmentedDataset`` in step with a Trainer.
 
-    Tells the source of every optimizer step, at which it updates the average and renews the
-    reference as its settings say; saves into every checkpoint folder what a resumed run needs,
-    the reference with it; finds it there again; and adds ``source.statistics()`` to what is logged.
+    Tells the source of every optimizer step but those that a gradient scaler skips: there it
+    updates the average and renews the reference as its settings say; saves into every checkpoint
+    folder what a resumed run needs, the reference with it; finds it there again; and adds
+    ``source.statistics()`` to what is logged.
     The statistics reach the log history, and callbacks that were added after this one.
 
     On several processes the source of each has its ``rank``: every process makes and keeps pairs of
@@ -220,7 +221,9 @@ class SelfAugmentedCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.dataset.trained()
-        self.dataset.source.after_step(kwargs["model"])
+        # a gradient scaler has left the weights as they were
+        if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
+            self.dataset.source.after_step(kwargs["model"])
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.dataset.save(Path(args.output_dir, _name(state)) / self.folder)

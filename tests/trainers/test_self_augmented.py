@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from transformers import TrainingArguments
 
@@ -354,6 +355,27 @@ def test_average_follows_once_an_optimizer_step_and_the_reference_at_its_own(tmp
     assert torch.equal(behind[1], behind[0]) and torch.equal(behind[2], behind[0])
     assert (behind[3] - expected[3]).abs().max() <= 1e-6 * average.abs().max()
     assert torch.equal(behind[4], behind[3]) and not torch.equal(behind[4], average)
+
+
+def test_a_step_that_a_gradient_scaler_skips_is_none_of_the_average(tmp_path, monkeypatch):
+    steps = []
+    step = AcceleratedOptimizer.step
+
+    def overflowing(self: Any, closure: Any = None) -> None:
+        steps.append(None)
+        self._is_overflow = len(steps) in (1, 3)
+        if not self._is_overflow:
+            step(self, closure)
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", overflowing)
+    subject = trainer(tmp_path, settings=replace(SETTINGS, ref_every=2), max_steps=5)
+    start, source = weights(subject.model), subject.train_dataset.source
+    subject.train()
+    assert len(steps) == subject.state.global_step == 5
+    assert source.steps == source.average.updates == 3
+    # all that was asked for was trained on, but for what is fetched ahead
+    assert len(subject.train_dataset._ahead) <= 1
+    assert not torch.equal(weights(subject.ref_model), start)
 
 
 @pytest.mark.parametrize("mode", ["ema", "policy", "fixed"])
