@@ -64,6 +64,7 @@ class GroupTrainer(FusedTrainer):
     ``eval_completions/mean_length`` alone, without a loss.
     """
 
+    of_metrics: ClassVar[tuple[str, ...]] = ("rewards",)
     functional: ClassVar[Callable[..., LossOutput]] = staticmethod(policy_loss)
 
     def __init__(
@@ -122,10 +123,20 @@ class GroupTrainer(FusedTrainer):
         # of all tokens, so that log-probabilities are those of the sampling policy
         self.settings = Sampling(temperature=temperature)
 
-    def _forget(self) -> None:
-        super()._forget()
+    def _begin(self, checkpoint: str | None) -> None:
+        super()._begin(checkpoint)
         self._sampled: dict[str, Tensor] = {}
         self._left = 0
+        path = None if checkpoint is None else self._samples(Path(checkpoint))
+        # without it, as from another trainer, the first step samples
+        if path is not None and path.is_file():
+            tensors, meta = read_file(path)
+            with understood(path):
+                left = int(meta["left"])
+                if left and set(tensors) != _SAMPLED:
+                    raise ValueError(f"other tensors: {', '.join(sorted(tensors)) or 'none'}")
+            self._left = left
+            self._sampled = {name: t.to(self.args.device) for name, t in tensors.items()}
 
     def _examples(self, batch: Mapping[str, Tensor]) -> int:
         return int(batch["labels"].shape[0])
@@ -138,12 +149,14 @@ class GroupTrainer(FusedTrainer):
         return batches, None
 
     def _batch(self, model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Responses to the prompts: sampled now, or a few steps ago."""
+        """Responses to the prompts: sampled now or, to train on, a few steps ago."""
+        if not self._trains(model):
+            return self._sample(model, inputs["rows"])
         if self._left == 0:
             self._sampled = self._sample(model, inputs["rows"])
             self._left = self.updates
         self._left -= 1
-        return {name: value for name, value in self._sampled.items() if name != "rewards"}
+        return self._sampled
 
     def _counts(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Responses and their tokens, [2], averaged over the processes as gradients are."""
@@ -155,7 +168,7 @@ class GroupTrainer(FusedTrainer):
         return counts
 
     def _further_metrics(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        rewards = self._sampled["rewards"].view(-1, self.group_size)
+        rewards = batch["rewards"].view(-1, self.group_size)
         lengths = (batch["labels"] != IGNORE_INDEX).sum(1)
         return {
             "reward": rewards.mean(),
@@ -259,19 +272,6 @@ class GroupTrainer(FusedTrainer):
         kept = self._sampled if self._left else {}
         write_file(self._samples(folder), kept, {"left": self._left})
         super()._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = self._samples(Path(resume_from_checkpoint))
-        # without it, as from another trainer, the first step samples
-        if path.is_file():
-            tensors, meta = read_file(path)
-            with understood(path):
-                left = int(meta["left"])
-                if left and set(tensors) != _SAMPLED:
-                    raise ValueError(f"other tensors: {', '.join(sorted(tensors)) or 'none'}")
-            self._left = left
-            self._sampled = {name: t.to(self.args.device) for name, t in tensors.items()}
 
     def _samples(self, folder: Path) -> Path:
         return folder / f"samples-{self.args.process_index}.safetensors"

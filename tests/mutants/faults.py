@@ -53,6 +53,16 @@ _TRAINERS = (
         ),
         ("sums[1] / len(rows)", "sums[1] / len(own)", "mean length over own prompts"),
         ("self._left = self.updates", "self._left = self.updates - 1", "one update too few"),
+        (
+            "        if not self._trains(model):\n",
+            "        if False:\n",
+            "evaluation takes samples that are to be trained on",
+        ),
+        (
+            "        self._left = 0\n        path = None",
+            "        path = None",
+            "a training begins with the samples of another",
+        ),
         ("rows[i // self.group_size]", "rows[i % len(rows)]", "rewards of another row"),
         ("with evaluating(model):", "with torch.no_grad():", "old log-probabilities with dropout"),
         ('{"left": self._left}', '{"left": self.updates}', "updates begin anew when resumed"),
@@ -236,9 +246,19 @@ _TRAINERS = (
             "experts' loss",
         ),
         (
-            "        if model.training:\n            self._train_means",
+            "        if self._trains(model):\n            self._train_means",
             "        if True:\n            self._train_means",
             "evaluation in the training's means",
+        ),
+        (
+            "return bool(model.training) and torch.is_grad_enabled()",
+            "return bool(model.training)",
+            "a loss without gradients in the training's means",
+        ),
+        (
+            '        self._begin(kwargs.get("resume_from_checkpoint"))\n',
+            "",
+            "a training begins with another's means",
         ),
         ("config.dispatch_batches = False", "config.dispatch_batches = True", "batches are cut"),
     ),
@@ -340,6 +360,11 @@ _TRAINERS = (
     *_in(
         "fusedpo/trainers/self_augmented.py",
         "trainers/test_self_augmented.py",
+        (
+            'if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):',
+            "if True:",
+            "the average follows at steps that a scaler skips",
+        ),
         ("[*self._ahead, *self._again]", "[*self._again, *self._ahead]", "saved in another order"),
         (
             "if self._again and self._again[0][0] == asked:",

@@ -243,6 +243,62 @@ def test_a_model_is_not_trained_on_the_samples_of_the_one_before(tmp_path: Path)
         assert len(sampled) == 8 * number and subject._left == 3
 
 
+def test_a_training_does_not_begin_with_the_samples_of_the_one_before(tmp_path: Path) -> None:
+    """Nor one that goes on from a checkpoint without samples, nor with a smaller batch size."""
+    rewarded: list[int] = []
+
+    def counted(row: Any, response: Any) -> float:
+        rewarded.append(len(response))
+        return longest_word(row, response)
+
+    args = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    made = trainer(tmp_path, args=args, reward=counted, updates=4)
+    for number in (1, 2):
+        made.train()
+        assert len(rewarded) == 16 * number and made._left == 3
+    (tmp_path / "checkpoint-1" / "samples-0.safetensors").unlink()
+    made.args.max_steps = 2
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert len(rewarded) == 16 * 3
+
+
+def test_a_smaller_batch_size_is_tried_with_samples_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    original = GroupTrainer.compute_loss
+
+    def full(self: Any, model: Any, inputs: Any, *rest: Any, **given: Any) -> Any:
+        loss = original(self, model, inputs, *rest, **given)
+        sizes.append(len(self._sampled["labels"]))
+        if len(sizes) == 1:
+            raise RuntimeError("CUDA out of memory.")
+        return loss
+
+    monkeypatch.setattr(GroupTrainer, "compute_loss", full)
+    made = trainer(tmp_path, args={"max_steps": 2, "auto_find_batch_size": True})
+    made.train()
+    assert sizes[0] > sizes[1] == sizes[2]
+
+
+@pytest.mark.parametrize("how", ["evaluation", "without gradients"])
+def test_a_loss_that_is_only_looked_at_takes_no_samples(tmp_path: Path, how: str) -> None:
+    made = trainer(tmp_path)
+    rows = made.train_dataset
+    made.compute_loss(made.model.train(), {"rows": rows[:2]})
+    left, sampled = made._left, made._sampled
+    assert left == made.updates - 1
+    for _ in range(3):
+        with torch.no_grad():
+            model = made.model.train(how != "evaluation")
+            _, metrics = made.compute_loss(model, {"rows": rows[2:5]}, return_outputs=True)
+        # of the rows that it was asked for, and on policy
+        assert metrics["kl_old"] == 0.0
+    assert made._left == left and made._sampled is sampled
+    made.compute_loss(made.model.train(), {"rows": rows[5:7]})
+    assert made._left == left - 1 and made._sampled is sampled
+
+
 def test_tokens_of_prompts_that_the_model_has_no_row_for_are_refused(tmp_path: Path) -> None:
     made = trainer(tmp_path, model=tiny.model(vocab_size=30))
     with pytest.raises(ValueError, match=r"prompts\[0\]: expected tokens in \[0, 30\), .*, got"):

@@ -58,10 +58,15 @@ ROWS = tiny.token_rows(7)
 
 
 def trainer(
-    folder: Path, model: Any = None, loss: Any = None, rows: Any = ROWS, **options: Any
+    folder: Path,
+    model: Any = None,
+    loss: Any = None,
+    rows: Any = ROWS,
+    trainer_class: type[PreferenceTrainer] = PreferenceTrainer,
+    **options: Any,
 ) -> PreferenceTrainer:
     arguments = plain_sgd(folder, options)
-    return PreferenceTrainer(
+    return trainer_class(
         tiny.model() if model is None else model,
         arguments,
         loss=loss or SimPO(),
@@ -1054,6 +1059,59 @@ def test_evaluation_is_no_part_of_what_is_logged_of_training(tmp_path):
     # as if an evaluation had been broken off
     made._eval_means.add({"loss": torch.tensor(9.0)}, 5)
     assert made.evaluate()["eval_loss"] == before
+
+
+def test_a_loss_that_is_only_looked_at_is_no_part_of_what_is_logged_of_training(tmp_path):
+    made = trainer(tmp_path)
+    batch = made.data_collator(ROWS)
+    with torch.no_grad():
+        made.compute_loss(made.model.train(), batch)
+    assert made._train_means.pairs == 0
+    made.compute_loss(made.model, batch)
+    assert made._train_means.pairs == len(ROWS)
+
+
+def test_what_an_earlier_training_had_not_logged_is_no_part_of_the_next(tmp_path):
+    """Where the last step of a training is not one of those that are logged at."""
+    given = {"learning_rate": 0.0, "logging_steps": 2, "max_steps": 3}
+    given["per_device_train_batch_size"] = 2
+    subject = trainer(tmp_path, **given)
+    logged = []
+    for _ in range(2):
+        subject.train()
+        logged.append(subject.state.log_history[0])
+    for name in ("rewards/chosen", "rewards/margins", "logps/rejected"):
+        assert logged[1][name] == logged[0][name]
+
+
+def test_an_attempt_that_was_given_up_is_no_part_of_what_is_logged(tmp_path):
+    """As one out of memory, after which a smaller batch size is tried."""
+
+    class Full(PreferenceTrainer):
+        steps = 0
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            self.steps += 1
+            if self.steps == 2:
+                raise RuntimeError("CUDA out of memory.")
+            return loss
+
+    given = {"learning_rate": 0.0, "logging_steps": 2, "max_steps": 2}
+    found = trainer(
+        tmp_path,
+        trainer_class=Full,
+        per_device_train_batch_size=4,
+        auto_find_batch_size=True,
+        **given,
+    )
+    found.train()
+    smaller = found._train_batch_size
+    assert smaller < 4
+    alone = trainer(tmp_path, per_device_train_batch_size=smaller, **given)
+    alone.train()
+    name = "rewards/chosen"
+    assert found.state.log_history[0][name] == alone.state.log_history[0][name]
 
 
 def test_a_loss_that_is_logged_without_a_batch_stands_alone(tmp_path):

@@ -67,6 +67,8 @@ class FusedTrainerMixin(_Base):
     loss_is_scaled_for_ga: bool = True
     length_groups: bool = False
     means: ClassVar[type[Means]] = Means
+    # of what ``_batch`` makes, neither the loss's nor the model's
+    of_metrics: ClassVar[tuple[str, ...]] = ()
     # of fusedpo.functional: it computes the loss
     functional: ClassVar[Callable[..., LossOutput]]
 
@@ -100,7 +102,9 @@ class FusedTrainerMixin(_Base):
         self.gradient_tolerance = gradient_tolerance or 0.0
         self.ref_model: Any = None
         self._own_reference = ref_model
-        self._forget()
+        self._eval_means = self.means()
+        self._packing: list[tuple[Any, Any]] = []  # models that do not mix packed rows
+        self._begin(None)
         if model is not None:
             self._prepare_head(model)
         super().__init__(model=model, args=args, **options)
@@ -116,16 +120,20 @@ class FusedTrainerMixin(_Base):
         if model is not None:
             self._place_reference(model)
 
-    def _forget(self) -> None:
-        """What was kept of a model, before there is another one."""
-        self._train_means, self._eval_means = self.means(), self.means()
-        self._packing: list[tuple[Any, Any]] = []  # models that do not mix packed rows
+    def _begin(self, checkpoint: str | None) -> None:
+        """Forget what an earlier training has left, or an attempt at this one that was given up,
+        and take up what this checkpoint has."""
+        self._train_means = self.means()
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # each attempt at a training, where the batch size is to be found
+        self._begin(kwargs.get("resume_from_checkpoint"))
+        return super()._inner_training_loop(*args, **kwargs)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """A new model, with a head and a reference of its own; before each training."""
-        self._forget()
-        model = super().call_model_init(trial)
         self._packing = []  # which holds on to the last model
+        model = super().call_model_init(trial)
         self._prepare_head(model)
         self._place_reference(model)
         return model
@@ -191,6 +199,10 @@ class FusedTrainerMixin(_Base):
         """What the model and the loss take, of what the collator made."""
         return inputs
 
+    def _trains(self, model: Any) -> bool:
+        """Whether a loss that is computed now is one to train on, and not one to look at."""
+        return bool(model.training) and torch.is_grad_enabled()
+
     def _counts(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """[2], examples and tokens of the step, where Trainer has not counted them before."""
         return None
@@ -227,7 +239,8 @@ class FusedTrainerMixin(_Base):
         counts = self._counts(inputs) if num_items_in_batch is None else num_items_in_batch
         of_loss = {*OF_LOSS, *self.loss.inputs}
         rest = {name: value for name, value in inputs.items() if name in of_loss}
-        batch = Batch.of({name: value for name, value in inputs.items() if name not in of_loss})
+        others = {*of_loss, *self.of_metrics}
+        batch = Batch.of({name: value for name, value in inputs.items() if name not in others})
         if batch.cu_seqlens is not None:
             self._refuse_mixing(model, batch.inputs, batch.cu_seqlens)
         batch = self._in_groups(batch)
@@ -257,7 +270,7 @@ class FusedTrainerMixin(_Base):
             metrics["aux_loss"] = aux_loss.detach()
             loss = loss + self._aux_weight(model, inputs, counts) * aux_loss
         metrics |= moved(self._further_metrics(inputs), loss.device)
-        if model.training:
+        if self._trains(model):
             self._train_means.add(metrics, self._examples(inputs))
         return (loss, metrics) if return_outputs else loss
 
