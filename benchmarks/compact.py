@@ -38,7 +38,7 @@ from fusedpo.benchmarks import (
     sweep,
 )
 from fusedpo.benchmarks.compact_errors import Records, errors
-from fusedpo.benchmarks.options import Options, options_of, parser
+from fusedpo.benchmarks.options import Options, Question, options_of, parser
 from fusedpo.benchmarks.peers import BASELINE, OURS, PEERS, fusedpo_preference, step, why_not
 from fusedpo.benchmarks.section import Verdict, number, quotient
 from fusedpo.benchmarks.shapes import MIB, Case, Inputs, Shape, make_inputs
@@ -377,8 +377,8 @@ def _time(
 
 
 @dataclass(frozen=True)
-class Question:
-    """Like ``sweep.Question``; its answer has errors and targets too.
+class Compact(Question):
+    """About times, memory and errors at each place; saved after each.
 
     Attributes:
         places: titles of those that are asked; none: all.
@@ -386,17 +386,18 @@ class Question:
 
     name: str = "compact"
     title: str = TITLE
+    kind: str = field(default="compact", kw_only=True)
     places: tuple[str, ...] = ()
 
     def ask(self, options: Options) -> dict[str, Any]:
         """Measure everything, and return what is to be saved."""
         if not options.on_cpu:
             raise ValueError(f"--device: expected cpu, got {options.device}")
-        about = measure.machine(options.device, options.threads)
+        answer = self.about(options)
         every = places(options)
         asked = [place for place in every if not self.places or place.title in self.places]
         here = [(place, _rows(place, options)) for place in asked]
-        path = options.output / measure.file_name(about)
+        path = options.output / measure.file_name(answer["machine"])
         lines = _lines_of(path, [place for place in every if place not in asked])
         steps = sum(2 * len(rows) + 3 for _, rows in here)
         with measure.progress(self.title, steps) as advance, _records_kept():
@@ -404,14 +405,9 @@ class Question:
                 self._at(place, rows, options, advance)
                 lines += [row.to_json() for row in rows]
                 order = [(each.title, each.shape.positions) for each in every]
-                answer = {
-                    "question": self.name,
-                    "kind": "compact",
-                    "title": self.title,
-                    "machine": about,
-                    "quick": options.quick,
-                    "rows": sorted(lines, key=lambda row: order.index((row["group"], row["x"]))),
-                }
+                answer["rows"] = sorted(
+                    lines, key=lambda row: order.index((row["group"], row["x"]))
+                )
                 answer["targets"] = [verdict.to_json() for verdict in verdicts(answer)]
                 measure.save(self.name, answer, path)
         return answer
@@ -458,7 +454,7 @@ def _records_kept() -> Iterator[None]:
         yield
 
 
-QUESTION = Question()
+QUESTION = Compact()
 
 
 # the targets

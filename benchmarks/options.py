@@ -80,15 +80,17 @@ class Question:
 
     def ask(self, options: Options) -> dict[str, Any]:
         """Measure everything, and return what is to be saved."""
-        # first, as its load is to be that of others
-        about = measure.machine(options.device, options.threads)
+        # first, as the machine's load is to be that of others
+        return {**self.about(options), **self.measured(options)}
+
+    def about(self, options: Options) -> dict[str, Any]:
+        """Of the question and of the machine, what is said before anything is measured."""
         return {
             "question": self.name,
             "kind": self.kind,
             "title": self.title,
-            "machine": about,
+            "machine": measure.machine(options.device, options.threads),
             "quick": options.quick,
-            **self.measured(options),
         }
 
     def measured(self, options: Options) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from fusedpo.benchmarks import options as asking
 from fusedpo.benchmarks import routes
 from fusedpo.benchmarks.formulas import TITLES, WITH_REFERENCE
 from fusedpo.benchmarks.options import Options
-from fusedpo.benchmarks.reports import Asked, report
+from fusedpo.benchmarks.reports import report
 from fusedpo.benchmarks.shapes import MIB, Shape, head_of
 from fusedpo.benchmarks.sweep import Entry, Point, Question, others, own
 from fusedpo.machine import ROOT
@@ -140,7 +141,7 @@ def by_pairs(options: Options) -> list[Point]:
     ]
 
 
-KNOWN: dict[str, Asked] = {
+KNOWN: dict[str, asking.Question] = {
     each.name: each
     for each in (
         Question(
@@ -188,7 +189,7 @@ KNOWN: dict[str, Asked] = {
 """Those without a module of their own."""
 
 
-def question(name: str) -> Asked:
+def question(name: str) -> asking.Question:
     if name not in KNOWN:
         return importlib.import_module(f"fusedpo.benchmarks.{name}").QUESTION
     return KNOWN[name]

@@ -6,30 +6,18 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from fusedpo import tables
 from fusedpo.benchmarks import measure, plots, sweep
-from fusedpo.benchmarks.options import Options, options_of, parser
+from fusedpo.benchmarks.options import Options, Question, options_of, parser
 from fusedpo.benchmarks.shapes import Case
 
 NOTHING = "Nothing was measured: this question asks of none of the given --losses or --peers."
 OUTDATED = "Measured with other plans than today's, whose memory and time differ."
 
 
-class Asked(Protocol):
-    """A `Question`, or what is asked as one is."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def title(self) -> str: ...
-
-    def ask(self, options: Options) -> dict[str, Any]: ...
-
-
-def main(question: Asked, arguments: Sequence[str] | None = None) -> int:
+def main(question: Question, arguments: Sequence[str] | None = None) -> int:
     """``python -m fusedpo.benchmarks.<question>``."""
     given = parser(question.title, f"python -m fusedpo.benchmarks.{question.name}")
     parsed = given.parse_args(arguments)

@@ -281,7 +281,7 @@ def test_places_are_written_one_by_one_and_asked_anew(
             for place in dict.fromkeys(row["group"] for row in rows)
         }
 
-    monkeypatch.setattr(compact.Question, "_at", at)
+    monkeypatch.setattr(compact.Compact, "_at", at)
     options, run = Options(threads=1, output=tmp_path), 1
     compact.QUESTION.ask(options)
     titles = ["SmolLM2", "V 262,144", "random weights", "toy"]
