@@ -473,7 +473,8 @@ def _panel(axes: Any, column: Column, rows: Sequence[dict[str, Any]]) -> None:
     # linear below the least, so that a 0 has a place
     axes.set_xscale("symlog", linthresh=min((value for value in values if value), default=1.0))
     axes.margins(x=0.5)
-    axes.set_xticks([], [])
+    axes.set_xticks([], [])  # each dot has its number beside it
+    axes.minorticks_off()
     axes.tick_params(left=False)
     for y, (row, value) in enumerate(zip(rows, values, strict=True)):
         if value is not None:
