@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import fusedpo
+from fusedpo.checks import bad_choice, bad_value
 from fusedpo.commands import bench, doctor, env, evaluate, losses, plan, run, train
 from fusedpo.trainers import processes
 
@@ -45,11 +46,43 @@ class _Misuse(ValueError):
         self.program = program
 
 
+# what a word could not be read as
+_KINDS = {int: "a whole number", float: "a number"}
+
+
 class _Parser(argparse.ArgumentParser):
-    """Errors in one line, with near matches for what was not understood."""
+    """Errors in one line, as those of ``fusedpo.checks``, with near matches for what was not
+    understood.
+
+    Attributes:
+        decisive: words of the command line that decide which options there are.
+    """
+
+    decisive = ""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # argparse takes -1 for a value, and -1e-3 and -5MiB for options that it does not know
+        self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def error(self, message: str) -> NoReturn:
-        raise _Misuse(self.prog, f"{message} (see {self.prog} --help)")
+        # argparse names both spellings
+        message = re.sub(r"^argument (-[\w-]+)(?:/-[\w-]+)*: ", r"\1: ", message)
+        raise _Misuse(self.prog, f"{message} (see {self.prog}{self.decisive} --help)")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            name = action.option_strings[0] if action.option_strings else action.dest
+            self.error(str(bad_choice(name, value, map(str, action.choices))))
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError:
+            if not action.option_strings or action.type not in _KINDS:
+                raise
+            expected = _KINDS[action.type]
+            self.error(str(bad_value(action.option_strings[0], expected, repr(arg_string))))
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if processes.is_first():
@@ -58,11 +91,17 @@ class _Parser(argparse.ArgumentParser):
     def refuse(self, words: Sequence[str]) -> NoReturn:
         """Words that no option took; the value after an unknown option is one of them."""
         word = next((word for word in words if word.startswith("-")), words[0]).partition("=")[0]
-        # --max_steps is --max-steps, and no other option
-        known = [option for option in self._option_string_actions if "_" not in option]
+        # --max_steps is --max-steps, and no other option; --no-cpu is not in the help
+        known = {
+            option.lstrip("-"): option
+            for option, action in self._option_string_actions.items()
+            if "_" not in option and action.help != argparse.SUPPRESS
+        }
+        plain = word.lstrip("-")
         # --lr for --learning-rate
-        near = [option for option in known if re.sub(r"([a-z])[a-z]*-?", r"\1", option) == word]
-        near = near[:2] or difflib.get_close_matches(word, known, n=2)
+        near = [name for name in known if re.sub(r"([a-z])[a-z]*-?", r"\1", name) == plain]
+        near = near[:2] or difflib.get_close_matches(plain, known, n=2)
+        near = [known[name] for name in near]
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         self.error(f"unknown argument {word}{hint}")
 
@@ -126,6 +165,9 @@ def _terminable() -> Iterator[None]:
 def _run(argv: list[str]) -> int:
     with processes.together(cpu="--cpu" in argv):
         parser, commands = _parsers(argv)
+        # else the value of an option in front is taken for the command
+        if argv and argv[0].startswith("-") and argv[0] not in parser._option_string_actions:
+            parser.refuse(argv[:1])
         parsed, unknown = parser.parse_known_args(argv)
         name = parsed.command
         if unknown:
@@ -160,7 +202,19 @@ def _parsers(argv: Sequence[str]) -> tuple[_Parser, dict[str, _Parser]]:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        if parents:
+            one.decisive = "".join(f" {option} {word}" for option, word in _decisive(argv))
         found[name] = one
         if meant and not parents:
             command.add_arguments(one)
     return parser, found
+
+
+def _decisive(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The words that name a loss."""
+    for option in ("--loss", "--base"):
+        for i, word in enumerate(argv):
+            if word == option and i + 1 < len(argv):
+                yield option, argv[i + 1]
+            elif word.startswith(f"{option}="):
+                yield option, word.partition("=")[2]

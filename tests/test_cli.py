@@ -290,10 +290,16 @@ MISTAKES = {
         "accumulation: expected 1 for a loss of sampled responses, got 2; set batch_size",
     ),
     "loss option out of range": (["--beta", "-1"], "beta: expected a number above 0, got -1"),
-    "loss option of another kind": (["--beta", "x"], "--beta: invalid float value: 'x'"),
+    "loss option of another kind": (["--beta", "x"], "error: --beta: expected a number, got 'x'"),
+    "negative in another notation": (
+        ["--learning-rate", "-1e-3"],
+        "learning_rate: expected a number above 0, got -0.001",
+    ),
+    "no value": (["--beta"], "error: --beta: expected one argument"),
+    "choice": (["--dtype", "fp16"], "error: --dtype: expected one of .*; did you mean 'float16'"),
     "option of another loss": (
         ["--loss", "dpo", "--gamma", "1"],
-        "unknown argument --gamma",
+        r"unknown argument --gamma \(see fusedpo train --loss dpo --help\)",
     ),
     "misspelt option": (
         ["--max-step", "3"],
@@ -303,7 +309,7 @@ MISTAKES = {
     "budget": (["--memory-budget", "lots"], "memory_budget: expected a number of bytes"),
     "budget too small": (["--memory-budget", "100"], "memory_budget: expected at least"),
     "tolerance": (["--gradient-tolerance", "1e-6"], "gradient_tolerance: expected 0 .exact.,"),
-    "tolerance that is none": (["--gradient-tolerance", "x"], "invalid float value: 'x'"),
+    "tolerance that is none": (["--gradient-tolerance", "x"], "expected a number, got 'x'"),
     "no steps": (["--max-steps", "0"], "max_steps: expected at least 1, got 0"),
     "no file": (["--dataset", "none.jsonl"], "dataset: expected a file, .*, which does not exist"),
     "no model": (["--model", "./none"], "model: expected a folder .*, which is not a folder"),
@@ -481,10 +487,33 @@ def test_examples_of_several_lines_keep_them(capsys):
     assert not any(re.search(r"\S {3,}\S", line) for line in examples)
 
 
-def test_an_unknown_command_is_one_line(capsys):
-    assert main(["tran"]) == 2
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "command: expected one of 'train', .*, got 'trian'; did you mean 'train'"),
+        (["--verison"], "unknown argument --verison; did you mean --version?"),
+        # not of the command 'demo'
+        (["--model", "demo"], "unknown argument --model "),
+        (["--loss"], "unknown argument --loss "),
+        (["env", "--budget", "-5MiB"], "unknown argument --budget "),
+        (
+            ["plan", "--model", "gpt2", "--budget", "-5MiB"],
+            "--budget: expected a number of bytes .* got '-5MiB'",
+        ),
+        (["plan", "--hidden", "6.5"], "--hidden: expected a whole number, got '6.5'"),
+        (["run", "train.py"], "got train.py; fusedpo run python train.py, for a script"),
+    ],
+)
+def test_a_command_that_cannot_be_read_is_one_line(words, message, capsys):
+    assert main(words) == 2
     error = capsys.readouterr().err
-    assert error.startswith("fusedpo: error: ") and error.count("\n") == 1, error
+    assert re.match(r"fusedpo( \w+)?: error: ", error) and error.count("\n") == 1, error
+    assert re.search(message, error), error
+
+
+def test_an_option_is_said_to_be_unknown_without_far_fetched_others(capsys):
+    assert main(["evaluate", "--model", "m", "--dataset", "d", "--output", "o"]) == 2
+    assert "unknown argument --output (see" in capsys.readouterr().err
 
 
 def test_one_name_for_the_trackers_is_refused_from_python(tmp_path):

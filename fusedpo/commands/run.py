@@ -51,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise bad_value("program", "a program and its arguments", "nothing", remedy)
     if shutil.which(program[0]) is None:
         remedy = "give its path, or activate the environment that it is installed in"
+        if program[0].endswith(".py"):
+            remedy = f"fusedpo run python {program[0]}, for a script"
         raise bad_value("program", "one on the PATH", program[0], remedy)
     options = {
         "memory_budget": arguments.memory_budget,
