@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fusedpo.checks import bad_choice, bad_type, bad_value
+from fusedpo.checks import bad_choice, bad_type, bad_value, count
 from fusedpo.data.padding import pad_sequences
 from fusedpo.recipes.semantic import best_and_worst
 
@@ -41,10 +41,11 @@ def group_advantages(
     if not isinstance(rewards, Tensor):
         got = type(rewards).__name__
         raise bad_type("rewards", "a tensor [B]", got, "pass torch.tensor(rewards)")
-    if group_size < 2 or rewards.dim() != 1 or rewards.numel() % group_size:
+    count("group_size", group_size, 2)
+    if rewards.dim() != 1 or rewards.numel() % group_size:
         raise bad_value(
             "rewards",
-            f"[B], B a multiple of the group size {group_size}, which is at least 2",
+            f"[B], B a multiple of the group size {group_size}",
             str(list(rewards.shape)),
         )
     groups = rewards.double().view(-1, group_size)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from fusedpo.checks import bad_type, bad_value, positive
+from fusedpo.checks import bad_type, bad_value, number, positive, written
+from fusedpo.checks import count as whole
 
 SEPARATOR = "\n\n"
 
@@ -73,7 +74,7 @@ def token_counter(count: Any) -> Callable[[str], int]:
     Raises:
         TypeError: if it is neither.
     """
-    if callable(getattr(count, "encode", None)):
+    if callable(getattr(count, "encode", None)) and not isinstance(count, str):
         return lambda text: len(count.encode(text, add_special_tokens=False))
     if callable(count):
         return count
@@ -116,18 +117,25 @@ def build_contexts(
         seed: of the order and the places; nothing else is random.
 
     Raises:
+        TypeError: naming the argument, for one of another type.
         ValueError: if an argument is out of range, there is no distractor, or the short prompt
             alone exceeds ``max_length``.
     """
     tokens = token_counter(count)
     for argument, texts in (("relevant", relevant), ("distractors", distractors)):
-        if isinstance(texts, str):
-            raise bad_type(argument, "a list of passages", "a str")
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise bad_type(argument, "a list of passages", f"a {type(texts).__name__}")
+        kinds = {type(text).__name__ for text in texts if not isinstance(text, str)}
+        if kinds:
+            raise bad_type(argument, "passages of text", ", ".join(sorted(kinds)))
+    for argument, line in (("instruction", instruction), ("separator", separator)):
+        written(argument, line)
     target = _target(ratio, long_tokens)
-    if depth is not None and not 0 <= depth <= 1:
+    if depth is not None and not 0 <= number("depth", depth) <= 1:
         raise bad_value("depth", "a number in [0, 1]", f"{depth:g}")
-    if short_distractors < 0:
-        raise bad_value("short_distractors", "a number not below 0", str(short_distractors))
+    for argument, value in (("short_distractors", short_distractors), ("max_length", max_length)):
+        if value is not None:
+            whole(argument, value, 0)
     if not relevant:
         raise bad_value("relevant", "at least one passage", "none")
     own = set(relevant)
@@ -188,7 +196,7 @@ def _target(ratio: float | None, long_tokens: int | None) -> Callable[[int], int
     if ratio is None:
         length = int(positive("long_tokens", long_tokens))
         return lambda short: length
-    if not 0 < ratio < 1:
+    if not 0 < number("ratio", ratio) < 1:
         raise bad_value("ratio", "a number in (0, 1)", f"{ratio:g}")
     return lambda short: int(short / ratio)
 
