@@ -313,6 +313,11 @@ MISTAKES = {
     "no steps": (["--max-steps", "0"], "max_steps: expected at least 1, got 0"),
     "no file": (["--dataset", "none.jsonl"], "dataset: expected a file, .*, which does not exist"),
     "no model": (["--model", "./none"], "model: expected a folder .*, which is not a folder"),
+    "no rows that fit": (["--max-length", "0"], "error: max_length: expected at least 2, got 0"),
+    "all held out": (
+        ["--eval-fraction", "0.999"],
+        r"got 0 and \d+ in .*; add rows, lower eval_fraction, which is 0.999, or",
+    ),
     "no checkpoint": (["--resume"], "resume: expected a checkpoint in .*, got none"),
     "tracker": (["--report-to", "wandbb"], "report_to: expected one of .*did you mean 'wandb'"),
     "second tracker": (["--report-to", "none,x"], "report_to: expected one of .* got 'x'"),
@@ -469,6 +474,37 @@ def told_by_help(*words, capsys):
     return capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "more",
+    [["--model", "./none"], ["--max-length", "0"], ["--loss", "grpo", "--reward", "no:such"]],
+    ids=" ".join,
+)
+def test_what_can_be_refused_is_refused_before_rows_are_read(
+    more, folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(inputs, "load", lambda *_, **__: pytest.fail("rows were read"))
+    assert main(arguments(folder, tmp_path / "out", *quick(), *more)) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--eval-fraction", "0.999"], ["--dataset", "one"]], ids=" ".join)
+def test_too_few_rows_are_refused_before_the_model_is_loaded(
+    more, folder, tmp_path, monkeypatch, capsys
+):
+    if "one" in more:
+        (tmp_path / "one.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+        more = ["--dataset", str(tmp_path / "one.jsonl")]
+    monkeypatch.setattr(runs, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert main(arguments(folder, tmp_path / "out", *quick(), *more)) == 2
+    assert "at least one row to train on and one to hold out" in capsys.readouterr().err
+
+
+def test_help_says_beside_which_choice_an_option_has_an_effect(capsys):
+    told = " ".join(told_by_help("train", "--loss", "s-sppo", capsys=capsys).split())
+    assert "width of the bell, with repulsion gauss only (default: 1.0)" in told
+    assert "%%" not in told
+
+
 @pytest.mark.parametrize("name", sorted(losses.available()))
 def test_every_loss_offers_its_hyperparameters(name, capsys):
     told = told_by_help("train", "--loss", name, capsys=capsys)
@@ -554,6 +590,12 @@ JOBS = {
         "compare: expected False with adapters, or with a loss of more than the dataset's own "
         "pairs, got True; leave it out",
     ),
+    "prompts without responses": ({"max_length": 1}, "max_length: expected at least 2, got 1"),
+    "rewards": (
+        {"loss": losses.get("grpo"), "method": Sampled(reward="no_such:module")},
+        'reward: expected "overlap", or module:function that can be imported, got '
+        "'no_such:module' (No module named 'no_such')",
+    ),
     "columns": (
         {"loss": Weighted()},
         "dataset: expected one with the columns pair_weight, which the loss takes, got 'demo'; "
@@ -570,7 +612,41 @@ def test_a_job_that_cannot_be_done_is_refused_when_it_is_made(name, tmp_path):
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 2.5}, {"max_steps": "2"}, {"seed": True}])
+OTHER_TYPES = {
+    "model": (Path("model"), "a folder or a name, as text"),
+    "dataset": (None, "a file, a folder or a name, as text"),
+    "output": ("out", "a pathlib.Path"),
+    "loss": ("simpo", "a loss, such as fusedpo.losses.SimPO()"),
+    "method": ("sapo", "a Method, such as fusedpo.trainers.methods.Pairs()"),
+    "adapters": ({"lora_rank": 4}, "an AdapterSettings"),
+    "columns": ("prompt=question", "a mapping of names"),
+    "training": (None, "a mapping of arguments by their names"),
+    "report_to": (None, "a sequence of names"),
+    "run_name": (3, "a name"),
+    "cpu": ("no", "True or False"),
+    "length_groups": ("yes", "True or False"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_TYPES)
+def test_a_field_of_a_job_has_its_type(name, tmp_path):
+    value, expected = OTHER_TYPES[name]
+    given = {"model": "demo", "dataset": "demo", "output": tmp_path, "loss": losses.SimPO()}
+    message = f"^{name}: expected {re.escape(expected)}, got {re.escape(repr(value))}$"
+    with pytest.raises(TypeError, match=message):
+        TrainJob(**{**given, name: value})
+
+
+@pytest.mark.parametrize("value", ["0.1", None])
+def test_a_fraction_of_a_job_is_a_number(value, tmp_path):
+    with pytest.raises(TypeError, match=r"^eval_fraction: expected a number, got "):
+        TrainJob("demo", "demo", tmp_path, losses.SimPO(), eval_fraction=value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_size": 2.5}, {"max_steps": "2"}, {"seed": True}, {"seed": None}, {"max_length": "9"}],
+)
 def test_a_count_of_a_job_is_a_whole_number(options, tmp_path):
     with pytest.raises(TypeError, match=f"^{next(iter(options))}: expected a whole number, got "):
         TrainJob("demo", "demo", tmp_path, losses.SimPO(), **options)

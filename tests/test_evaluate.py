@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import tiny
 from rich.console import Console
 
 from fusedpo.cli import main
+from fusedpo.data.reading import load
 from fusedpo.losses import DPO, SimPO
 from fusedpo.trainers import evaluation
 from fusedpo.trainers.config import TrainJob
@@ -93,6 +95,32 @@ def test_one_row_is_enough(folder: Path, tmp_path: Path) -> None:
     assert evaluate(job, split=True, console=quiet) == evaluate(job, console=quiet)
 
 
+@pytest.mark.parametrize("splits", [("test",), ("validation", "more"), ("prefs",)])
+def test_a_dataset_of_held_out_rows_alone_is_evaluated_on(
+    splits: tuple[str, ...], folder: Path, tmp_path: Path
+) -> None:
+    """Of one split whatever it is called; of several the one that is held out."""
+    rows = datasets.load_dataset("json", data_files=str(folder / "pairs.jsonl"), split="train")
+    own = {name: rows.select(range(6)) if i == 0 else rows for i, name in enumerate(splits)}
+    datasets.DatasetDict(own).save_to_disk(tmp_path / "held-out")
+    given = (str(folder / "model"), str(tmp_path / "held-out"), Path(), SimPO())
+    job = TrainJob(*given, cpu=True, batch_size=4)
+    said = io.StringIO()
+    found = evaluate(job, console=Console(file=said, width=200))
+    assert "6 pairs to evaluate on" in said.getvalue() and "layout: TRL" in said.getvalue()
+    # there is nothing to take a fraction of
+    assert evaluate(job, split=True, console=Console(quiet=True)) == found
+    with pytest.raises(ValueError, match=r"expected a split named train, got .*; save the split"):
+        load(job.dataset)
+
+
+def test_of_several_splits_one_has_to_be_held_out(folder: Path, tmp_path: Path) -> None:
+    rows = datasets.load_dataset("json", data_files=str(folder / "pairs.jsonl"), split="train")
+    datasets.DatasetDict({"one": rows, "two": rows}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(ValueError, match=r"expected a split named train or test, got one, two;"):
+        load(str(tmp_path / "splits"), to_train=False)
+
+
 def test_below_an_adapter_over_8_bits_is_its_reference(folder: Path, monkeypatch: Any) -> None:
     """No copy of the adapter is made, which such weights would not share."""
     words = f"{SHORT} --loss dpo --lora-rank 4 {TRAIN} --output {folder / 'below'}"
@@ -117,6 +145,7 @@ def test_below_an_adapter_over_8_bits_is_its_reference(folder: Path, monkeypatch
         ("--loss dpo", "reference: expected the model that training began with, which DPO comp"),
         ("--loss simpo --reference {base}", "reference: expected none, as SimPO is evaluated wi"),
         ("--loss sapo", "loss: expected one of rows that stay, got SelfAugmented"),
+        ("--max-length 0", "max_length: expected at least 2, got 0"),
         ("--loss dpo --reference {base}/no", "evaluate: error: reference: expected a folder that"),
         ("--loss dpo --reference {bare}", "evaluate: error: reference: expected a tokenizer besid"),
         ("--quantize 8bit", "quantize: expected none without adapters, as weights of few bits"),

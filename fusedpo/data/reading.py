@@ -33,12 +33,14 @@ class Splits:
         return f"{self.name} {self.unit} {index + 1}"
 
 
-def load(source: str) -> Splits:
+def load(source: str, *, to_train: bool = True) -> Splits:
     """Read preference rows.
 
     Args:
         source: a ``.jsonl`` or ``.json`` file, a file or folder that ``datasets`` reads (parquet,
             csv, ``save_to_disk``), or the name of a dataset on the Hub.
+        to_train: whether there have to be rows to train on. If not, a dataset of held-out rows
+            will do, and so will one with a single split, whatever its name.
 
     Raises:
         FileNotFoundError, ValueError: with the file, the line and what was expected there.
@@ -50,13 +52,13 @@ def load(source: str) -> Splits:
             raise bad_value("dataset", "at least one row", f"none in {path}")
         return Splits(rows, None, str(path), "line" if _is_lines(path) else "item")
     if path.exists():
-        return _from_datasets(path)
+        return _splits(_from_datasets(path), str(path), to_train)
     if path.suffix or not may_be_on_hub(source):
         raise FileNotFoundError(
             f"dataset: expected a file, a folder or the name of a dataset on the Hub, "
             f"got {source!r}, which does not exist"
         )
-    return _from_hub(source)
+    return _splits(_from_hub(source), source, to_train)
 
 
 def _is_lines(path: Path) -> bool:
@@ -107,7 +109,7 @@ def _mapping(row: object, where: str) -> Mapping[str, Any]:
     return row
 
 
-def _from_datasets(path: Path) -> Splits:
+def _from_datasets(path: Path) -> Any:
     import datasets
 
     saved = path.is_dir() and any(
@@ -115,33 +117,41 @@ def _from_datasets(path: Path) -> Splits:
     )
     try:
         if saved:
-            _check_names(path)
-            data = datasets.load_from_disk(str(path))
-        elif path.is_dir():
-            data = datasets.load_dataset(str(path), trust_remote_code=False)
-        else:
-            data = datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path))
+            files = _checked_files(path)
+            # `datasets` saves no file for no rows, and cannot read that
+            return datasets.load_from_disk(str(path)) if files else ()
+        if path.is_dir():
+            return datasets.load_dataset(str(path), trust_remote_code=False)
+        return datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path))
     except Exception as error:
-        got = f"{path}, which `datasets` refuses: {first_line(error)}"
-        raise bad_value("dataset", "a file or folder of rows", got) from error
-    return _splits(data, str(path))
+        # what a reader says is below what `datasets` says of it
+        reason: BaseException = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        got = f"{path}, which `datasets` refuses: {first_line(reason)}"
+        remedy = "see that it has rows, and all of them the same columns"
+        raise bad_value("dataset", "a file or folder of rows", got, remedy) from error
 
 
-def _check_names(folder: Path) -> None:
-    """Files and splits that a saved dataset names are in its folder, not elsewhere."""
+def _checked_files(folder: Path) -> list[str]:
+    """Names of the files of a saved dataset; they and its splits are in its folder, not
+    elsewhere."""
+    files: list[str] = []
     for path in (*folder.glob("dataset_dict.json"), *folder.rglob("state.json")):
         index = json.loads(path.read_text(encoding="utf-8"))
-        names = [*index.get("splits", ()), *(f["filename"] for f in index.get("_data_files", ()))]
-        for name in names:
+        own = [file["filename"] for file in index.get("_data_files", ())]
+        for name in (*index.get("splits", ()), *own):
             if Path(name).name != name:
                 raise ValueError(f"{path} names {name!r}, which is elsewhere")
+        files += own
+    return files
 
 
-def _from_hub(name: str) -> Splits:
+def _from_hub(name: str) -> Any:
     import datasets
 
     try:
-        data = datasets.load_dataset(name, trust_remote_code=False)
+        return datasets.load_dataset(name, trust_remote_code=False)
     except Exception as error:
         raise bad_value(
             "dataset",
@@ -149,20 +159,27 @@ def _from_hub(name: str) -> Splits:
             f"{name!r} ({first_line(error)})",
             "check the spelling, and the network for a Hub name",
         ) from error
-    return _splits(data, name)
 
 
-def _splits(data: Any, name: str) -> Splits:
+def _splits(data: Any, name: str, to_train: bool = True) -> Splits:
     if not isinstance(data, dict):
         data = {"train": data}
-    train = next((s for s in _TRAIN_SPLITS if s in data), None)
-    if train is None:
-        remedy = "save the split to train on by itself, with save_to_disk"
-        raise bad_value(f"dataset {name}", "a split named train", ", ".join(data), remedy)
+    train = next((data[s] for s in _TRAIN_SPLITS if s in data), None)
     held_out = next((data[s] for s in _HELD_OUT_SPLITS if s in data and len(data[s])), None)
-    if not len(data[train]):
+    if train is None and held_out is None and not to_train and len(data) == 1:
+        (held_out,) = data.values()
+    if train is None and (to_train or held_out is None):
+        expected, use = ("train", "train") if to_train else ("train or test", "evaluate")
+        expected = f"a split named {expected}"
+        remedy = f"save the split to {use} on by itself, with save_to_disk"
+        raise bad_value(f"dataset {name}", expected, ", ".join(data), remedy)
+    if not (train or (held_out and not to_train)):
         raise bad_value("dataset", "at least one row", f"none in {name}")
-    return Splits(_Unpadded(data[train]), None if held_out is None else _Unpadded(held_out), name)
+    return Splits(
+        () if train is None else _Unpadded(train),
+        None if held_out is None else _Unpadded(held_out),
+        name,
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ else transformers' ``apply_chat_template`` takes reaches it: the keys of a messa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypedDict
 
@@ -68,6 +68,20 @@ class TokenRow(TypedDict):
     inputs: Mapping[str, float]
 
 
+def some_rows(options: Mapping[str, Any]) -> None:
+    """Refuse a dataset of a trainer that has no rows; of a stream that is not known.
+
+    Args:
+        options: of the trainer, among them its datasets, if it has any.
+    """
+    for name in ("train_dataset", "eval_dataset"):
+        given = options.get(name)
+        for each in given.values() if isinstance(given, dict) else (given,):
+            if isinstance(each, Sized) and not len(each):
+                remedy = "see what it was read from, and what was filtered out of it"
+                raise bad_value(name, "at least one row", "none", remedy)
+
+
 def check_row(row: Mapping[str, Any], where: str, inputs: Sequence[str] = ()) -> Preference:
     """Check one row and find its prompt.
 
@@ -82,6 +96,8 @@ def check_row(row: Mapping[str, Any], where: str, inputs: Sequence[str] = ()) ->
     Raises:
         ValueError, TypeError: naming the place, the column, what was expected and what came.
     """
+    if not isinstance(row, Mapping):
+        raise bad_type(where, f"a mapping with {', '.join(COLUMNS)}", type(row).__name__)
     for column in ("chosen", "rejected", *inputs):
         if row.get(column) is None:
             _missing(row, column, where)

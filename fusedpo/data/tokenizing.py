@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedpo.checks import bad_value
+from fusedpo.checks import bad_type, count
 from fusedpo.data.chat import rendered
 from fusedpo.data.messages import SAYING, shared_length
 from fusedpo.data.rows import COLUMNS, Preference, TokenRow, known_tokens
@@ -54,10 +54,8 @@ def tokenize(
             messages if the tokenizer has no chat template, or its template does not take them or
             leaves out their tools.
     """
-    if max_length < 2:
-        raise bad_value(
-            "max_length", "at least 2, a prompt token and a response token", f"{max_length}"
-        )
+    # a prompt token and a response token
+    count("max_length", max_length, 2)
     kept: list[TokenRow] = []
     dropped: list[str] = []
     truncated = 0
@@ -87,6 +85,9 @@ def tokenize(
 def _chunks(rows: Iterable[Preference], size: int) -> Iterator[list[Preference]]:
     chunk: list[Preference] = []
     for row in rows:
+        if not isinstance(row, Preference):
+            remedy = "check each row first, with check_row(row, where)"
+            raise bad_type("rows", "rows that check_row returns", type(row).__name__, remedy)
         chunk.append(row)
         if len(chunk) == size:
             yield chunk

@@ -1,28 +1,19 @@
-"""What a training run depends on, and what of it ``transformers.Trainer`` is told."""
+"""What a training run depends on."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
-
-import torch
+from typing import Any, Literal, get_args
 
 from fusedpo.benchmarks.compare import is_comparable
-from fusedpo.checks import bad_choice, bad_value, count, in_range, positive
-from fusedpo.data.messages import first_line
+from fusedpo.checks import bad_choice, bad_type, bad_value, count, in_range, number, positive
 from fusedpo.losses import Loss, PreferenceLoss
 from fusedpo.model_head import check_options
-from fusedpo.trainers import processes
 from fusedpo.trainers.adapters import AdapterSettings, is_adapter
 from fusedpo.trainers.methods import method_of
 from fusedpo.trainers.methods.base import TUNED, Defaults, Method
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Autocast = Literal["auto", "none", "bfloat16", "float16"]
@@ -32,7 +23,26 @@ DEMO = "demo"
 # the least of what is counted
 _COUNTS = {
     **dict.fromkeys(("batch_size", "max_steps", "accumulation", "evaluations"), 1),
+    # a prompt token and a response token
+    "max_length": 2,
     **{"save_steps": 0, "seed": 0},
+}
+# what is neither a number nor a choice
+_KINDS: dict[str, tuple[type[Any], str]] = {
+    "model": (str, "a folder or a name, as text"),
+    "dataset": (str, "a file, a folder or a name, as text"),
+    "output": (Path, "a pathlib.Path"),
+    "loss": (Loss, "a loss, such as fusedpo.losses.SimPO()"),
+    "method": (Method, "a Method, such as fusedpo.trainers.methods.Pairs()"),
+    "adapters": (AdapterSettings, "an AdapterSettings"),
+    "columns": (Mapping, "a mapping of names"),
+    "training": (Mapping, "a mapping of arguments by their names"),
+    "report_to": (Sequence, "a sequence of names"),
+    "run_name": (str, "a name"),
+    **dict.fromkeys(
+        ("length_groups", "gradient_checkpointing", "resume", "compare", "cpu"),
+        (bool, "True or False"),
+    ),
 }
 
 # adapters take larger steps than the weights below them
@@ -80,17 +90,18 @@ class TrainJob:
         output: folder to make. It appears whole at the end, or not at all.
         loss: one of ``fusedpo.losses``.
         method: how the loss gets its batches; None: as the loss has it. See ``trainers.methods``.
-        learning_rate: the highest, which a schedule rises to and falls from.
+        learning_rate: the highest one, which the schedule rises to and falls from.
         batch_size: pairs, single responses, or prompts to sample from, on each device.
         epochs: passes over the data, unless max_steps says how long.
-        max_steps: optimizer steps.
+        max_steps: optimizer steps, in the place of epochs.
         accumulation: batches to an optimizer step; 1 where responses are sampled.
         warmup: share of the steps in which the learning rate rises; it then falls as a cosine.
-        max_length: tokens of prompt and response.
+        max_length: tokens of prompt and response together, at most; a longer row loses the start of
+            its prompt first.
         eval_fraction: share of the rows to hold out, if the dataset holds out none itself.
-        evaluations: how many times to evaluate after the start.
-        memory_budget: what the head may hold at a time, in bytes or as 512MiB; by default 256MiB,
-            or on a GPU 3 % of its memory, 4GiB at most.
+        evaluations: how many times to evaluate, beside the one before the first step.
+        memory_budget: memory that the head may take at a time, in bytes or as 512MiB; by default
+            256MiB, or on a GPU 3 % of its memory, 4GiB at most.
         gradient_tolerance: the relative error that a gradient of the head may have, for less time:
             2e-3 is what rounding to bfloat16 costs; 0 is exact.
         length_groups: run rows of nearly one length together, each group in a forward of its own
@@ -98,17 +109,20 @@ class TrainJob:
         dtype: of the weights; ``auto`` as they were saved. Half precision loses small steps.
         autocast: compute dtype over float32 weights; ``auto`` for bfloat16 where a GPU has it.
         gradient_checkpointing: recompute the layers in the backward pass rather than keep them.
-        save_steps: steps between checkpoints in OUTPUT-checkpoints; 0 for none.
-        resume: go on from the newest of these checkpoints, with as many processes as wrote it.
-        report_to: trackers that transformers knows and that are installed, such as tensorboard,
-            trackio, wandb, mlflow; for their files see ``logs``.
+        save_steps: optimizer steps between checkpoints in OUTPUT-checkpoints; 0 for none.
+        resume: go on from the newest checkpoint in OUTPUT-checkpoints, with as many processes as
+            wrote it.
+        report_to: trackers that transformers knows and that are installed, such as wandb,mlflow;
+            their files go to OUTPUT-logs, or beside the checkpoints where there are some.
         run_name: how trackers are to call the run; by default the name of the output.
-        compare: afterwards run one batch with full logits too, for a loss of the dataset's own
-            pairs without further columns; by default for these, if model and dataset are ``demo``.
-        cpu: do not use an accelerator.
-        seed: of weights, split and order.
-        columns: of the dataset, under other names than those that are read: a mapping, or on the
-            command line prompt=question,chosen=yes; NAME= leaves one out (docs/training.md).
+        compare: afterwards set one batch beside a program with full logits, in loss, gradients,
+            time and memory; for pairs of the dataset's own without further columns, and by default
+            for these if model and dataset are ``demo``.
+        cpu: use the CPU, even where there is an accelerator.
+        seed: of random numbers: new weights, which rows are held out, and the order of the others.
+        columns: the dataset's own names of the columns that are read, where they have others, such
+            as prompt=question,chosen=yes; in Python a mapping. NAME= leaves a column out
+            (docs/training.md).
         adapters: those of LoRA that are trained in place of all weights, see ``trainers.adapters``.
         training: further arguments of ``transformers.TrainingArguments``, by their names there:
             those of ``SERVED``.
@@ -146,19 +160,29 @@ class TrainJob:
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        by_default = {f.name: f.default for f in fields(self)}
+        # where None is none of the defaults, it is no value either
+        given = {
+            name: value
+            for name, default in by_default.items()
+            if (value := getattr(self, name)) is not None or default is not None
+        }
+        for name, (kind, expected) in _KINDS.items():
+            if name in given and not isinstance(given[name], kind):
+                raise bad_type(name, expected, repr(given[name]))
         for name in ("learning_rate", "epochs"):
-            if (value := getattr(self, name)) is not None:
-                positive(name, value)
+            if name in given:
+                positive(name, given[name])
         for name, least in _COUNTS.items():
-            if (value := getattr(self, name)) is not None:
-                count(name, value, least)
+            if name in given:
+                count(name, given[name], least)
         if self.seed >= 2**32:
             raise bad_value("seed", "below 2**32", str(self.seed))
         for name, known in (("dtype", get_args(Dtype)), ("autocast", get_args(Autocast))):
             if getattr(self, name) not in known:
                 raise bad_choice(name, getattr(self, name), known)
         in_range("warmup", self.warmup, 0.0, 1.0)
-        if not 0 < self.eval_fraction < 1:
+        if not 0 < number("eval_fraction", self.eval_fraction) < 1:
             raise bad_value("eval_fraction", "a number between 0 and 1", f"{self.eval_fraction:g}")
         check_options(self.memory_budget, "auto", self.gradient_tolerance)
         if self.length_groups is not None and not isinstance(self.loss, PreferenceLoss):
@@ -240,100 +264,3 @@ def _not_served(name: str, value: Any) -> ValueError:
     if name in INSTEAD:
         expected = f"{INSTEAD[name]} in its place, as fusedpo train calls it"
     return bad_value(name, expected, repr(value))
-
-
-def training_arguments(job: TrainJob, rows: int, folder: Path) -> TrainingArguments:
-    """What the trainer of a job on so many rows is told; ``folder`` is for what it leaves.
-
-    Raises:
-        ValueError: for an argument of ``job.training`` that transformers does not take.
-    """
-    from transformers import TrainingArguments
-
-    use_cpu = (
-        job.cpu or processes.asked("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    )
-    autocast = _autocast(job, use_cpu)
-    batch_size = job.batch_size or job.defaults.batch_size
-    steps = _steps(job, math.ceil(rows / (batch_size * processes.count())))
-    arguments = {
-        "output_dir": str(job.logs if job.save_steps or job.report_to else folder),
-        "run_name": job.run_name or job.output.name,
-        "learning_rate": job.learning_rate or job.defaults.learning_rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": math.ceil(job.warmup * steps),
-        "max_steps": steps,
-        "per_device_train_batch_size": batch_size,
-        "per_device_eval_batch_size": batch_size,
-        "gradient_accumulation_steps": job.accumulation,
-        "bf16": autocast == "bfloat16",
-        "fp16": autocast == "float16",
-        "use_cpu": use_cpu,
-        # every parameter takes part in every step
-        "ddp_find_unused_parameters": False,
-        # nothing is gained where there is no copy to a device
-        "dataloader_pin_memory": not use_cpu,
-        # a run that goes on has evaluated then
-        "eval_on_start": not job.resume,
-        "eval_strategy": "steps",
-        "eval_steps": math.ceil(steps / job.evaluations),
-        "logging_steps": max(1, steps // 60),
-        # a NaN is shown, not replaced by the mean so far
-        "logging_nan_inf_filter": False,
-        "save_strategy": "steps" if job.save_steps else "no",
-        "save_steps": job.save_steps or steps,
-        # the trackers are added last, so that they get what other callbacks add to the logs
-        "report_to": "none",
-        "disable_tqdm": True,
-        "seed": job.seed,
-        **job.training,
-    }
-    with _as_asked_for(job):
-        return TrainingArguments(**arguments)
-
-
-def check_optimizer(job: TrainJob, args: TrainingArguments, model: Any) -> None:
-    """Refuse now an optimizer that is not installed and a schedule that lacks an argument."""
-    from transformers import Trainer, get_scheduler
-
-    with _as_asked_for(job):
-        Trainer.get_optimizer_cls_and_kwargs(args, model)
-        get_scheduler(
-            args.lr_scheduler_type,
-            torch.optim.SGD([torch.zeros(1)]),
-            args.get_warmup_steps(args.max_steps),
-            args.max_steps,
-            args.lr_scheduler_kwargs,  # type: ignore[arg-type]
-        )
-
-
-@contextlib.contextmanager
-def _as_asked_for(job: TrainJob) -> Iterator[None]:
-    """What transformers raises, as an error of what it was told by name."""
-    try:
-        yield
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        if not job.training:
-            raise
-        told = ", ".join(f"{name}={value!r}" for name, value in job.training.items())
-        reason = first_line(error)
-        expected = "arguments that transformers.TrainingArguments takes"
-        raise bad_value("training", expected, f"{told} ({reason})") from error
-
-
-def _steps(job: TrainJob, batches: int) -> int:
-    """Optimizer steps of a run with so many batches to an epoch on each process."""
-    steps = job.max_steps
-    if steps is None and job.epochs is None:
-        steps = job.defaults.max_steps
-    if steps is None:
-        epoch = math.ceil(batches / job.accumulation)
-        steps = math.ceil((job.epochs or job.defaults.epochs) * epoch)
-    return steps
-
-
-def _autocast(job: TrainJob, use_cpu: bool) -> str:
-    if job.autocast != "auto":
-        return job.autocast
-    half = not use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return "bfloat16" if half and job.dtype == "float32" else "none"

@@ -18,6 +18,7 @@ from fusedpo.trainers import processes
 from fusedpo.trainers.adapters import AdapterSettings, is_adapter
 from fusedpo.trainers.config import TrainJob
 from fusedpo.trainers.inputs import (
+    check_model,
     load_model,
     read_rows,
     split_rows,
@@ -82,9 +83,13 @@ def _evaluate(
         check_sharding(job)
         _check_method(job)
         _check_reference(job, reference)
+        check_model(job.model)
+        if reference is not None:
+            with called("reference", "model"):
+                check_model(reference)
     console = quiet_console(console)
     with processes.together():
-        name, rows, held_out = read_rows(job, console)
+        name, rows, held_out = read_rows(job, console, to_train=False)
     with processes.together():
         model, tokenizer = _loaded(job)
         ref_model = _reference(job, model, reference)

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 _VOCAB = 8192
 
 
+def check_model(name: str) -> None:
+    """Refuse, before anything is read, what ``load_model`` cannot take for a model."""
+    if name != DEMO:
+        pretrained.check(name)
+
+
 def load_model(job: TrainJob) -> tuple[Any, Any]:
     """The model of a job, and its tokenizer."""
     if job.model == DEMO:
@@ -42,14 +48,25 @@ def demo_passages(seed: int) -> Passages:
     return stdlib_pairs.hold_out(stdlib_pairs.read_passages(), 0.1, seed)
 
 
-def read_rows(job: TrainJob, console: Console) -> tuple[str, list[Any], list[Any] | None]:
-    """The dataset's name, its rows, and those it holds out itself; every row is checked."""
+def read_rows(
+    job: TrainJob, console: Console, *, to_train: bool = True
+) -> tuple[str, list[Any], list[Any] | None]:
+    """The dataset's name, its rows, and those it holds out itself; every row is checked.
+
+    Args:
+        to_train: whether there have to be rows to train on, and rows to hold out of them.
+    """
     if job.dataset == DEMO:
         splits = job.way.demo(demo_passages(job.seed), job.seed)
     else:
         numbers = job.way.numbers(job.loss)
-        splits, layout = read_layout(load(job.dataset), job.way.kind, job.columns, numbers)
+        splits, layout = read_layout(
+            load(job.dataset, to_train=to_train), job.way.kind, job.columns, numbers
+        )
         console.print(layout, markup=False)
+    if to_train and splits.held_out is None:
+        held_out_of_them = _held_out(job, len(splits.train))
+        _check_sizes(job, splits.name, len(splits.train) - held_out_of_them, held_out_of_them)
     check = functools.partial(job.way.checked, splits=splits, loss=job.loss)
     held_out = None if splits.held_out is None else check(splits.held_out)
     return splits.name, check(splits.train), held_out
@@ -66,13 +83,7 @@ def tokenize_rows(
 ) -> tuple[list[Any], list[Any]]:
     """Rows to train on and rows held out."""
     train, held_out = split_rows(job, rows, rows_held_out, model, tokenizer, console)
-    if not train or not held_out:
-        raise bad_value(
-            "dataset",
-            "at least one row to train on and one to hold out",
-            f"{len(train)} and {len(held_out)} in {name}",
-            "add rows, or raise max_length if they were dropped for it",
-        )
+    _check_sizes(job, name, len(train), len(held_out))
     console.print(
         f"dataset: {name}, {len(train)} {job.way.unit} to train on and {len(held_out)} held out, "
         f"{tokens_a_response(job, train)}"
@@ -93,8 +104,24 @@ def split_rows(
     if rows_held_out is not None:
         return train, token_rows(job, rows_held_out, model, tokenizer, console)
     random.Random(job.seed).shuffle(train)
-    size = max(1, round(job.eval_fraction * len(train)))
+    size = _held_out(job, len(train))
     return train[size:], train[:size]
+
+
+def _held_out(job: TrainJob, rows: int) -> int:
+    """How many of these rows are held out."""
+    return max(1, round(job.eval_fraction * rows))
+
+
+def _check_sizes(job: TrainJob, name: str, train: int, held_out: int) -> None:
+    if train < 1 or held_out < 1:
+        raise bad_value(
+            "dataset",
+            "at least one row to train on and one to hold out",
+            f"{train} and {held_out} in {name}",
+            f"add rows, lower eval_fraction, which is {job.eval_fraction:g}, or raise max_length "
+            "if they were dropped for it",
+        )
 
 
 def tokens_a_response(job: TrainJob, rows: list[Any]) -> str:

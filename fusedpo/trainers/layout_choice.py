@@ -18,7 +18,8 @@ def read_rows(
 ) -> tuple[Splits, str]:
     """Rows of a dataset in the columns of a kind, and a line that says what they were taken for.
 
-    The rows to train on decide the layout, all of them; those held out are read by the same.
+    The rows to train on decide the layout, all of them; those held out are read by the same, and
+    decide it where there are no others.
 
     Args:
         splits: as the dataset has them.
@@ -33,13 +34,14 @@ def read_rows(
     """
     parts: list[list[Row]] = [list(splits.train), list(splits.held_out or ())]
     if columns:
-        check_columns(columns, _samples(parts[0]), numbers)
+        check_columns(columns, _samples(parts[0] or parts[1]), numbers)
         parts = [[_renamed(row, columns) for row in part] for part in parts]
-    layout = _find(parts[0], splits, kind)
+    decisive = parts[0] or parts[1]
+    layout = _find(decisive, splits, kind)
     train, held_out = (
         [layout.row(row, splits.where(i)) for i, row in enumerate(part)] for part in parts
     )
-    samples = _samples(parts[0])
+    samples = _samples(decisive)
     names = [name for name in layout.reads if name in samples]
     line = f"layout: {layout.name}, of {_listed(samples, names)}"
     if others := [name for name in samples if name not in names]:

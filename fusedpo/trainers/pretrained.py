@@ -52,6 +52,33 @@ def load(
     return adapted(model, adapters, folder), tokenizer
 
 
+def check(name: str) -> None:
+    """Refuse, before anything is read, what ``load`` cannot take for the place of a model.
+
+    Raises:
+        ValueError, OSError: for a folder without a configuration, and for what is neither a folder
+            nor may be a name on the Hub; of an adapter's folder for its model.
+    """
+    folder = Path(name).expanduser()
+    if is_adapter(folder):
+        _check_place(base_of(folder), f" (the model of {folder})")
+    else:
+        _check_place(name)
+
+
+def _check_place(name: str, whose: str = "") -> None:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            got = f"{path}{whose}, which has none"
+            raise bad_value("model", "a folder with a config.json", got)
+    elif path.is_file() or not may_be_on_hub(name):
+        raise FileNotFoundError(
+            f"model: expected a folder that save_pretrained made or a name on the Hub, "
+            f"got {name!r}{whose}, which is not a folder"
+        )
+
+
 def _whole(
     name: str,
     dtype: torch.dtype | None,
@@ -73,21 +100,14 @@ def _whole(
             raise bad_value("quantize", expected, adapters.quantize, "leave it out")
         model, tokenizer = smollm2.load(dtype or torch.float32)
         return model, tokenizer if own is None else _read(AutoTokenizer, own)
+    _check_place(name, whose)
     path = Path(name).expanduser()
     if path.is_dir():
         # an adapter's configuration tells it, and is read elsewhere too
         name = str(path.resolve())
-        if not (path / "config.json").is_file():
-            got = f"{path}{whose}, which has none"
-            raise bad_value("model", "a folder with a config.json", got)
         # a mistake in these is found in seconds
         for kind, place in ((AutoConfig, name), (AutoTokenizer, own or name)):
             _read(kind, place, whose)
-    elif path.is_file() or not may_be_on_hub(name):
-        raise FileNotFoundError(
-            f"model: expected a folder that save_pretrained made or a name on the Hub, "
-            f"got {name!r}{whose}, which is not a folder"
-        )
     config = quantization(adapters, dtype or torch.bfloat16)
     options: dict[str, Any] = {"dtype": dtype or "auto"}
     if config is not None:

@@ -19,9 +19,10 @@ from fusedpo.data.messages import first_line
 from fusedpo.files import write_json
 from fusedpo.trainers import checkpoints, output, processes
 from fusedpo.trainers.adapters import check_weights
+from fusedpo.trainers.arguments import check_optimizer, training_arguments
 from fusedpo.trainers.comparison import add_comparison
-from fusedpo.trainers.config import TrainJob, check_optimizer, training_arguments
-from fusedpo.trainers.inputs import load_model, read_rows, tokenize_rows
+from fusedpo.trainers.config import TrainJob
+from fusedpo.trainers.inputs import check_model, load_model, read_rows, tokenize_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,6 +58,7 @@ def _run(job: TrainJob, console: Console | None) -> dict[str, Any]:
     console = quiet_console(console)
     with processes.together():
         trackers = _trackers(job)
+        check_model(job.model)
     checkpoint = processes.of_first(lambda: _check_folders(job))
     if checkpoint is not None:
         console.print(f"going on from: {checkpoint}", markup=False)

@@ -527,8 +527,8 @@ _TRAINERS = (
         ),
         ("min(job.max_length, limit)", "job.max_length", "longer than the model can"),
         (
-            "max(1, round(job.eval_fraction * len(train)))",
-            "round(job.eval_fraction * len(train))",
+            "max(1, round(job.eval_fraction * rows))",
+            "round(job.eval_fraction * rows)",
             "nothing is held out",
         ),
     ),
@@ -538,7 +538,7 @@ _TRAINERS = (
         ('entry["step"] == step and any', "any", "an evaluation before the end is the last"),
     ),
     *_in(
-        "fusedpo/trainers/config.py",
+        "fusedpo/trainers/arguments.py",
         "trainers/test_run.py test_files.py",
         (
             "math.ceil(job.warmup * steps)",

@@ -105,11 +105,39 @@ def test_a_folder_without_rows_is_refused_with_the_reason(tmp_path, monkeypatch)
     (folder / "thesis.txt").touch()
     with pytest.raises(ValueError) as error:
         load(str(folder))
-    reason = str(error.value.__cause__).splitlines()[0]
+    reason = "Please pass `features` or at least one example when writing data"
     assert str(error.value) == (
         f"dataset: expected a file or folder of rows, "
-        f"got {folder}, which `datasets` refuses: {reason}"
+        f"got {folder}, which `datasets` refuses: {reason}; "
+        "see that it has rows, and all of them the same columns"
     )
+
+
+def test_an_empty_dataset_is_refused_as_such(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    none = datasets.Dataset.from_list([GOOD]).select([])
+    datasets.DatasetDict({"train": none}).save_to_disk(str(tmp_path / "none"))
+    with pytest.raises(
+        ValueError, match=r"^dataset: expected at least one row, got none in .*none"
+    ):
+        load(str(tmp_path / "none"))
+    (tmp_path / "none.csv").touch()
+    # what the reader of the file says, not that there was an error
+    with pytest.raises(
+        ValueError, match=r"refuses: No columns to parse from file; see that it has"
+    ):
+        load(str(tmp_path / "none.csv"))
+
+
+def test_rows_are_checked_before_they_are_tokenized():
+    with pytest.raises(
+        TypeError, match=r"^rows: expected rows that check_row returns, got dict; c"
+    ):
+        tokenize([GOOD], tiny.tokenizer(), max_length=8)
+    with pytest.raises(TypeError, match=r"^max_length: expected a whole number, got '8'"):
+        tokenize([check_row(GOOD, "row")], tiny.tokenizer(), max_length="8")
+    with pytest.raises(TypeError, match=r"^row 1: expected a mapping with prompt, .*, got str"):
+        check_row("a", "row 1")
 
 
 def test_a_dataset_without_a_train_split_is_refused_with_those_it_has(tmp_path):

@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 
 from fusedpo.losses import SimPO
-from fusedpo.trainers import checkpoints, config
+from fusedpo.trainers import arguments as told
+from fusedpo.trainers import checkpoints
 from fusedpo.trainers import run as runs
 from fusedpo.trainers.config import TrainJob
 from fusedpo.trainers.inputs import tokenize_rows
@@ -49,7 +50,7 @@ def test_a_run_is_as_long_as_asked_for(tmp_path: Path, options: dict, steps: int
 
 
 def test_an_epoch_is_shared_out_among_the_processes(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(config.processes, "count", lambda: 3)
+    monkeypatch.setattr(told.processes, "count", lambda: 3)
     # 50 rows are 17 a process, so 5 batches of 4
     assert arguments(tmp_path, batch_size=4).max_steps == 5
 
@@ -134,7 +135,7 @@ def test_autocast_is_for_full_precision_on_a_gpu_that_has_it(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert config._autocast(job(tmp_path, dtype=dtype, autocast=asked), cpu) == expected
+    assert told._autocast(job(tmp_path, dtype=dtype, autocast=asked), cpu) == expected
 
 
 @pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])

@@ -36,7 +36,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from fusedpo.losses import DPO, SimPO
+from fusedpo.losses import DPO, KTO, ShortToLong, SimPO
 from fusedpo.model_head import aligned_labels, causal_model, fused_forward
 from fusedpo.recipes.short_to_long import ShortToLongCollator
 from fusedpo.trainers.forwards import Batch
@@ -1539,6 +1539,20 @@ def test_rows_that_are_made_as_they_are_asked_for_are_taken(tmp_path):
             "train_dataset: expected rows with prompt_ids",
         ),
         ({"model": tiny.model(), "train_dataset": [[1, 2]]}, "train_dataset: .* got list; make"),
+        ({"model": tiny.model(), "train_dataset": []}, "^train_dataset: expected at least one row"),
+        (
+            {"model": tiny.model(), "eval_dataset": {"a": ROWS, "b": []}},
+            "^eval_dataset: expected at least one row, got none; see what",
+        ),
+        (
+            {"model": tiny.model(), "loss": KTO()},
+            "^data_collator: expected one that makes batches of other rows .*, got none; for "
+            "single responses take fusedpo.trainers.responses.ResponseTrainer",
+        ),
+        (
+            {"model": tiny.model(), "loss": ShortToLong()},
+            "^data_collator: .*, got none; see fusedpo.recipes.short_to_long.ShortToLongCollator",
+        ),
     ],
 )
 def test_what_is_not_a_model_or_rows_of_tokens_is_refused(tmp_path, changes, message):
@@ -1546,6 +1560,11 @@ def test_what_is_not_a_model_or_rows_of_tokens_is_refused(tmp_path, changes, mes
     options = {"loss": SimPO(), "processing_class": tiny.tokenizer(), "train_dataset": ROWS}
     with pytest.raises((TypeError, ValueError), match=message):
         PreferenceTrainer(args=args, **{**options, **changes})
+
+
+def test_an_evaluation_of_no_rows_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^eval_dataset: expected at least one row, got none"):
+        trainer(tmp_path).evaluate([])
 
 
 def test_tokens_that_the_model_has_no_row_for_are_refused(tmp_path):

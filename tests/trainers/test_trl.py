@@ -23,6 +23,7 @@ pytest.importorskip("trl")
 import peft
 import transformers
 import trl
+from datasets import Dataset
 from tiny import tokenizer
 from trainers import trl_runs
 from trainers.trl_runs import (
@@ -498,6 +499,16 @@ def test_a_class_refuses_a_wrong_gradient_tolerance(method):
     for value, error in ((1e-6, ValueError), ("2e-3", TypeError)):
         with pytest.raises(error, match=r"^gradient_tolerance: expected"):
             trl_runs.run(method, trainer_class=cls, gradient_tolerance=value)
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize("method", EVERY)
+def test_a_class_refuses_a_dataset_without_rows(method, name):
+    """TRL ends it by a StopIteration, or trains on nothing without a word."""
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    given = {"train_dataset": rows, name: rows.select([])}
+    with pytest.raises(ValueError, match=rf"^{name}: expected at least one row, got none; see"):
+        getattr(ours, f"Fused{method.upper()}Trainer")(None, **given)
 
 
 def test_it_says_so_in_one_line(capsys, monkeypatch):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedpo.checks import bad_value, written
+from fusedpo.checks import bad_value, count, written
 from fusedpo.data.rows import known_tokens
 from fusedpo.data.tokenizing import Tokenized, split_ids
 from fusedpo.recipes.short_to_long.collator import ShortToLongRow
@@ -46,10 +46,8 @@ def tokenize_rows(
         ValueError: for a token beyond vocab_size; if there is no chat template, or the instruction
             is not found in what it writes.
     """
-    if max_length < 2:
-        raise bad_value(
-            "max_length", "at least 2, a prompt token and a response token", f"{max_length}"
-        )
+    # a prompt token and a response token
+    count("max_length", max_length, 2)
     if chat and tokenizer.chat_template is None:
         raise bad_value("tokenizer", "one with a chat template, as chat is True", "none")
     start: list[int] = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fusedpo.checks import bad_value, positive
+from fusedpo.checks import bad_type, bad_value, positive
 from fusedpo.data.messages import first_line
 from fusedpo.losses import Loss, PolicyLoss
 from fusedpo.losses.base import hyperparameter
@@ -43,9 +43,9 @@ class Sampled(Method):
         lambda name, value: value,
     )
     group_size: int = hyperparameter(8, "responses a prompt", at_least(2))
-    max_new_tokens: int = hyperparameter(48, "of a response", at_least(1))
+    max_new_tokens: int = hyperparameter(48, "tokens of a response, at most", at_least(1))
     updates: int = hyperparameter(2, "optimizer steps on one batch of samples", at_least(1))
-    temperature: float = hyperparameter(1.0, "of sampling", positive)
+    temperature: float = hyperparameter(1.0, "what logits are divided by in sampling", positive)
 
     def check_batch(self, loss: Loss, size: int, accumulation: int) -> None:
         if accumulation != 1:
@@ -61,6 +61,7 @@ class Sampled(Method):
     def check(self, loss: Loss) -> None:
         if not isinstance(loss, PolicyLoss):
             raise bad_value("loss", "a policy loss, of sampled responses", repr(loss))
+        reward_function(self.reward)
 
     def trainer(self, model: Any, args: Any, **options: Any) -> FusedTrainerMixin:
         from fusedpo.trainers.groups import GroupTrainer
@@ -82,9 +83,11 @@ def reward_function(name: str) -> Any:
     if name == "overlap":
         return lambda row, response: token_overlap(response, list(row["chosen_ids"]))
     module, _, function = name.partition(":")
+    expected = '"overlap", or module:function that can be imported'
     try:
-        return getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        expected = '"overlap", or module:function that can be imported'
-        got = f"{name!r} ({first_line(error)})"
-        raise bad_value("reward", expected, got) from error
+        raise bad_value("reward", expected, f"{name!r} ({first_line(error)})") from error
+    if not callable(found):
+        raise bad_type("reward", expected, f"{name!r}, which is a {type(found).__name__}")
+    return found

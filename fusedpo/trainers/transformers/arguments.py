@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from fusedpo.checks import bad_type, bad_value
 from fusedpo.data.padding import RowCollator, check_columns
+from fusedpo.data.rows import some_rows
 from fusedpo.losses import Loss
 from fusedpo.trainers.transformers.reference import BASE
 
@@ -17,6 +18,7 @@ from fusedpo.trainers.transformers.reference import BASE
 def check_given(model: Any, loss: Loss, ref_model: Any, options: Mapping[str, Any]) -> None:
     if not isinstance(loss, Loss):
         raise bad_type("loss", "a loss, such as fusedpo.losses.SimPO()", repr(loss))
+    some_rows(options)
     if (model is None) == (options.get("model_init") is None):
         got = "both" if model is not None else "neither"
         raise bad_value("model", "a model, or None and model_init", got)

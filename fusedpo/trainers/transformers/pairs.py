@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from fusedpo.checks import bad_type
+from fusedpo.checks import bad_type, bad_value
 from fusedpo.data.padding import RowCollator
-from fusedpo.data.rows import vocabulary
+from fusedpo.data.rows import some_rows, vocabulary
 from fusedpo.functional import LossOutput, preference_loss
 from fusedpo.labels import IGNORE_INDEX
 from fusedpo.losses import Loss, PreferenceLoss
@@ -22,6 +22,17 @@ from fusedpo.trainers.length_groups import are_on
 from fusedpo.trainers.transformers.arguments import check_rows
 from fusedpo.trainers.transformers.batches import PreferenceCollator, padding_token
 from fusedpo.trainers.transformers.mixin import FusedTrainerMixin
+
+
+def _check_pairs(loss: PreferenceLoss) -> None:
+    """Refuse a loss of other rows than the batches of pairs have, which are made by default."""
+    if loss.roles == ("chosen", "rejected"):
+        return
+    expected = "one that makes batches of other rows than a chosen and a rejected response"
+    remedy = "see fusedpo.recipes.short_to_long.ShortToLongCollator"
+    if "chosen" not in loss.roles:
+        remedy = "for single responses take fusedpo.trainers.responses.ResponseTrainer"
+    raise bad_value("data_collator", f"{expected}, with {loss!r}", "none", remedy)
 
 
 class PreferenceTrainerMixin(FusedTrainerMixin):
@@ -72,6 +83,7 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
             raise bad_type("loss", "a preference loss, such as fusedpo.losses.SimPO()", repr(loss))
         vocab = vocabulary(model)
         if options.get("data_collator") is None:
+            _check_pairs(loss)
             pad = padding_token(options.get("processing_class"), vocab)
             options["data_collator"] = PreferenceCollator(pad)
         collator: Any = options["data_collator"]
@@ -84,6 +96,11 @@ class PreferenceTrainerMixin(FusedTrainerMixin):
         config = causal_model(self.model).config.get_text_config()
         experts = bool(getattr(config, "output_router_logits", False))
         self.length_groups = are_on(length_groups, self, self.roles, experts=experts)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        # without rows there would be no metrics, and no word of it
+        some_rows({"eval_dataset": eval_dataset})
+        return super().get_eval_dataloader(eval_dataset)
 
     def _examples(self, batch: Mapping[str, Tensor]) -> int:
         borders = batch.get("cu_seqlens")

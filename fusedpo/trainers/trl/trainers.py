@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fusedpo.data.rows import some_rows
 from fusedpo.trainers.trl.concatenated import concatenated_forward
 from fusedpo.trainers.trl.groups import LossOfGroups
 from fusedpo.trainers.trl.pairs import LossOfPairs
@@ -28,6 +29,7 @@ class _Fused:
         config = kwargs.get("args", args[2] if len(args) > 2 else None)
         if gradient_tolerance is None:
             gradient_tolerance = getattr(config, "gradient_tolerance", 0.0)
+        some_rows(kwargs)
         self._fusedpo_options = Options(memory_budget, backend, gradient_tolerance)
         with patched(**vars(self._fusedpo_options)):
             super().__init__(*args, **kwargs)
