@@ -116,15 +116,31 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="scored tokens, hidden size and vocabulary, or a model's head by its name, in place "
         "of the question's own shapes; N counts both responses of two pairs",
     )
-    parser.add_argument("--losses", nargs="+", metavar="LOSS", choices=list(FORMULAS))
-    parser.add_argument("--peers", nargs="+", metavar="PEER", choices=list(PEERS))
+    parser.add_argument(
+        "--losses",
+        nargs="+",
+        metavar="LOSS",
+        choices=list(FORMULAS),
+        help=f"some of {', '.join(FORMULAS)} (default: those of the question)",
+    )
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        metavar="PEER",
+        choices=list(PEERS),
+        help=f"some of {', '.join(PEERS)} (default: all that are installed)",
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="default: float32 on the CPU, bfloat16 elsewhere",
+        help="of hidden states and weights (default: float32 on the CPU, bfloat16 elsewhere)",
     )
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU (default: 2)")
-    parser.add_argument("--seconds", type=float, help="for timing at each point")
+    parser.add_argument("--threads", type=int, default=2, help="threads of the CPU (default: 2)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="for timing at each point (default: by the question, and fewer with --quick)",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer and smaller points")
     parser.add_argument(
         "--output",

@@ -74,8 +74,15 @@ def _part(group: Group, of: list[Field[Any]], defaults: Mapping[str, str]) -> ty
     for f in of:
         kind = _plain(kinds[f.name])
         meaning = f.metadata.get("meaning") or f.metadata.get("help") or meanings.get(f.name, "")
-        nothing = any(f.default is each for each in (MISSING, None, False, ()))
+        # transformers escapes for argparse, which is done below
+        meaning = meaning.replace("%%", "%")
+        if only := f.metadata.get("only"):
+            with_ = (f"{name} {' or '.join(map(str, of))}" for name, of in only.items())
+            meaning += f", with {' and '.join(with_)} only"
+        nothing = any(f.default is each for each in (MISSING, False, ()))
         own = "" if nothing else f"{f.default}"
+        if f.default is None:
+            own = "" if "default" in meaning else "none"
         default = defaults.get(f.name, own)
         told = " ".join(f"{meaning} (default: {default})".split() if default else meaning.split())
         about: dict[str, Any] = {"help": told.replace("%", "%%")}

@@ -63,8 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         said = "" if default is None else f" (default: {default})"
         group.add_argument(option, type=int, default=default, metavar="INT", help=help + said)
 
-    def choice(group: Any, option: str, known: Sequence[str], default: str) -> None:
-        group.add_argument(option, choices=known, default=default, help=f"default: {default}")
+    def choice(group: Any, option: str, known: Sequence[str], default: str, help: str) -> None:
+        said = f"{help} (default: {default})"
+        group.add_argument(option, choices=known, default=default, help=said)
 
     model = parser.add_argument_group("the model")
     model.add_argument(
@@ -72,20 +73,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FOLDER|FILE",
         help="a folder with config.json, a config.json, a Hub name, or one of " + ", ".join(HEADS),
     )
-    number(model, "--hidden", None, "H, in place of --model, with --vocab")
-    number(model, "--vocab", None, "V, in place of --model, with --hidden")
-    model.add_argument("--frozen", action="store_true", help="the weights take no gradient (LoRA)")
+    number(model, "--hidden", None, "hidden size; with --vocab in the place of --model")
+    number(model, "--vocab", None, "vocabulary; with --hidden in the place of --model")
+    model.add_argument(
+        "--frozen", action="store_true", help="the weights take no gradient, as below LoRA"
+    )
     batch = parser.add_argument_group("the loss and its batch")
-    batch.add_argument("--loss", default="simpo", metavar="NAME", help="default: simpo")
+    batch.add_argument(
+        "--loss",
+        default="simpo",
+        metavar="NAME",
+        help="one that fusedpo losses lists (default: simpo)",
+    )
     number(batch, "--tokens", 4096, "scored tokens of one response")
-    number(batch, "--pairs", 1, "of two responses")
+    number(batch, "--pairs", 1, "pairs of two responses in a call")
     number(batch, "--context", 0, "tokens of the prompt before each response, not scored")
     machine = parser.add_argument_group("memory and precision")
     machine.add_argument(
         "--budget",
         metavar="SIZE",
-        help="of the head, as 1GiB (default: 3 %% of the GPU's memory, 4GiB at most; 256MiB on the "
-        "CPU, or where that is not known)",
+        help="memory that the head may take, as 1GiB (default: 3 %% of the GPU's memory, 4GiB "
+        "at most; 256MiB on the CPU, or where that is not known)",
     )
     machine.add_argument(
         "--gradient-tolerance",
@@ -94,27 +102,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FLOAT",
         help="relative error that a gradient of the head may have, as 2e-3 (default: 0, exact)",
     )
-    choice(machine, "--dtype", ("bfloat16", "float16", "float32", "float64"), "bfloat16")
+    dtypes = ("bfloat16", "float16", "float32", "float64")
+    choice(machine, "--dtype", dtypes, "bfloat16", "of hidden states and weights")
     machine.add_argument(
         "--device",
         choices=("cuda", "cpu"),
-        help="default: cuda if there is a GPU here, or with --device-memory; else cpu",
+        help="what to plan for (default: cuda if there is a GPU here, or with --device-memory; "
+        "else cpu)",
     )
     machine.add_argument(
         "--device-memory",
         metavar="SIZE",
-        help="of the GPU, as 80GB (default: that of the one here)",
+        help="memory of the GPU, as 80GB (default: that of the one here)",
     )
-    machine.add_argument("--backend", choices=get_args(Backend), help="default: by the device")
+    machine.add_argument(
+        "--backend",
+        choices=get_args(Backend),
+        help="what computes (default: triton on a GPU that it can run on, else torch)",
+    )
     fit = parser.add_argument_group("what fits")
     fit.add_argument(
         "--fit",
         metavar="SIZE",
-        help="find the longest response that trains in it; with --model, a dense one whose layers "
-        "are known (no mixture of experts)",
+        help="memory of a device, as 80GB: find the longest response that trains in it; with "
+        "--model, a dense one whose layers are known (no mixture of experts)",
     )
-    choice(fit, "--optimizer", get_args(footprint.Optimizer), "adamw")
-    fit.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
+    choice(fit, "--optimizer", get_args(footprint.Optimizer), "adamw", "whose states --fit counts")
+    fit.add_argument("--no-checkpointing", action="store_true", help="--fit keeps all activations")
     parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
 
 

@@ -25,8 +25,18 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--memory-budget", help="what the head may hold at a time: 512MiB, ...")
-    parser.add_argument("--backend", default="auto", help="auto, torch or triton (default: auto)")
+    parser.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="memory that the head may take at a time: 512MiB, ... (default: 256MiB, or on a GPU "
+        "3 %% of its memory, 4GiB at most)",
+    )
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        metavar="NAME",
+        help="auto, torch or triton (default: auto, triton on a GPU that it can run on)",
+    )
     parser.add_argument(
         "--unknown",
         choices=("warn", "raise"),

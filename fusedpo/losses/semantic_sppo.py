@@ -56,9 +56,14 @@ class SemanticSPPO(SPPO):
         one_of("unit_sq_euclid", "cosine", "hinge_sq", "gauss", "none"),
     )
     margin: float = hyperparameter(
-        1.0, "distance that is enough", positive, only={"repulsion": ("hinge_sq",)}
+        1.0,
+        "distance of the hidden states that is enough",
+        positive,
+        only={"repulsion": ("hinge_sq",)},
     )
-    kappa: float = hyperparameter(1.0, "width", positive, only={"repulsion": ("gauss",)})
+    kappa: float = hyperparameter(
+        1.0, "width of the bell", positive, only={"repulsion": ("gauss",)}
+    )
 
     @property
     def inputs(self) -> Mapping[str, Input]:

@@ -65,7 +65,7 @@ class SoftSequence(PolicyLoss):
     tau_neg: float = hyperparameter(
         1.05, "temperature elsewhere (assumed)", positive, only={"gate": _WITH_TAU}
     )
-    gate: Gate = hyperparameter("arctan_log", "which gate", one_of(*GATES))
+    gate: Gate = hyperparameter("arctan_log", "from a token's ratio to its weight", one_of(*GATES))
 
     @property
     def tail(self) -> Tail:

@@ -30,11 +30,11 @@ class AdapterSettings:
     """
 
     lora_rank: int = field(
-        default=0, metadata={"help": "of new LoRA adapters; 0: all weights are trained"}
+        default=0, metadata={"help": "rank of new LoRA adapters; 0: all weights are trained"}
     )
     lora_alpha: float | None = field(
         default=None,
-        metadata={"help": "adapters count alpha / rank times (default: alpha is twice the rank)"},
+        metadata={"help": "adapters count alpha / rank times (default: twice the rank)"},
     )
     lora_dropout: float = field(
         default=0.0, metadata={"help": "share of an adapter's inputs that is left out in training"}

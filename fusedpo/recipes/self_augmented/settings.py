@@ -35,22 +35,24 @@ class PairSettings:
         256, "tokens written anew a response, at most", at_least(1)
     )
     ema_decay: float = hyperparameter(
-        0.5, "of the average", lambda name, value: in_range(name, value, 0, 1)
+        0.5,
+        "share of the average that an update keeps",
+        lambda name, value: in_range(name, value, 0, 1),
     )
-    buffer_size: int = hyperparameter(2000, "pairs kept", at_least(1))
+    buffer_size: int = hyperparameter(2000, "pairs kept to draw from, of each process", at_least(1))
     sample_every: int = hyperparameter(1, "batches drawn for each batch written", at_least(1))
     ema_every: int = hyperparameter(
         1, "steps between updates of the average (2 in the paper)", at_least(1)
     )
     ref_every: int = hyperparameter(
         108,
-        "steps between renewals of the reference, an epoch or so",
+        "steps between renewals of the reference; about an epoch",
         at_least(1),
         only={"ref_mode": ("ema", "policy")},
     )
     ref_mode: RefMode = hyperparameter(
         "ema",
-        "what the reference becomes: the average, or the policy; or it stays",
+        "what the reference becomes: the average, or the policy, or fixed, so that it stays",
         one_of("ema", "policy", "fixed"),
     )
 
