@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fusedpo.engine.cost import Buffers, Problem
+from fusedpo.engine.precision import largest, unit_gain
 from fusedpo.engine.rows import blocks
 from fusedpo.engine.tiles import Range, Tiles
 
@@ -201,9 +202,12 @@ def _put_first(importance: Tensor, targets: Tensor) -> None:
 def _slab_weights(t: Tiles, g: Tensor, logprob: Tensor, sizes: Tensor) -> Tensor:
     """[slabs], the largest |g s| of each times a row's size, relative to the whole gradient."""
     scaled = t.scaled(g).abs()
-    norm = (scaled * -torch.expm1(logprob)).norm()
-    largest = _by_slabs(t, scaled * sizes, 0.0).amax(1)
-    return torch.where(norm > 0, largest / norm, 0.0)
+    missed = scaled * -torch.expm1(logprob)
+    # squares of what is small would be 0, and nothing that is left out would count
+    gain = unit_gain(largest(missed))
+    norm = (missed * gain).norm()
+    of_slabs = _by_slabs(t, scaled * sizes, 0.0).amax(1)
+    return torch.where(norm > 0, of_slabs * gain / norm, 0.0)
 
 
 def _importance(sums: Tensor, weights: Tensor, sizes: Tensor, out: Tensor) -> None:

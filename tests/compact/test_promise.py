@@ -157,15 +157,35 @@ def test_one_long_row_of_the_weight_or_of_the_hidden_states(long: str) -> None:
         assert not faults(case, solve(case, tolerance_), tolerance_)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, -1.0])
-def test_the_scale_of_the_upstream_gradient_does_not_matter(scale: float) -> None:
-    case = random_case()
+@pytest.mark.parametrize("needs", [("hidden", "weight"), ("hidden",), ("weight",)], ids=str)
+@pytest.mark.parametrize("scale", [1e-30, 1e-24, 1e-12, 1e12, 1e20, -1.0])
+def test_the_scale_of_the_upstream_gradient_does_not_matter(
+    scale: float, needs: tuple[str, ...]
+) -> None:
+    """Nor where its squares are beyond the range of fp32."""
+    case = random_case(needs=needs)
     one = solve(case, 2e-3).gradients
     case.upstream = case.upstream * scale
     tolerance.forget()
     other = solve(case, 2e-3).gradients
     for name, gradient in one.items():
         assert relative(other[name].double() / scale, gradient) <= 2e-3, name
+
+
+@pytest.mark.parametrize("needs", [("hidden", "weight"), ("hidden",), ("weight",)], ids=str)
+def test_rows_that_are_all_but_certain(needs: tuple[str, ...]) -> None:
+    """What their probability lacks to 1 has squares beyond the range of fp32.
+
+    And is beyond the precision of float64, so that the exact route is the truth.
+    """
+    case = random_case(needs=needs)
+    case.hidden[:, 0], case.weight[:, 0], case.labels[:] = 8.0, 0.0, 0
+    case.weight[0] = 0.0
+    case.weight[0, 0] = 11.0
+    for _ in range(2):
+        solved, exact = solve(case, 2e-3), solve(case, 0.0)
+        assert float(exact.logprob.min()) > -1e-20
+        assert not shortfalls(solved.gradients, exact.gradients, 2e-3)
 
 
 def test_no_upstream_gradient_gives_zeros() -> None:
