@@ -190,7 +190,7 @@ def plan(
         entropy=p.entropy_value,
         fused=way.fused,
         shards=shards,
-        tolerance=p.tolerance if way.name == "compact" else 0.0,
+        tolerance=_tolerance(p, way.name),
         _problem=p,
         _passes=(cost.forward, cost.backward),
     )
@@ -260,6 +260,10 @@ def _cost(p: Problem, way: Route, n: int, v: int) -> Cost:
     return replace(cost, forward=whole(cost.forward), backward=whole(cost.backward))
 
 
+def _tolerance(p: Problem, route: RouteName) -> float:
+    return p.tolerance if route == "compact" else 0.0
+
+
 def replan(chosen: Plan, route: RouteName, *sizes: int, **options: Unpack[Options]) -> Plan | None:
     """The plan of a route with another plan's tiles; None if it cannot serve the problem.
 
@@ -301,6 +305,7 @@ def _retiled(chosen: Plan, route: RouteName, p: Problem) -> Plan | None:
         buffers=cost.worst,
         needs=needs,
         split=split,
+        tolerance=_tolerance(p, route),
         _problem=p,
         _passes=(cost.forward, cost.backward),
     )

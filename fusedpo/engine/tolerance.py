@@ -76,6 +76,7 @@ class Seen:
     """What a backward has seen. Numbers, or on a device numbers yet to come.
 
     Attributes:
+        rows: that had an upstream gradient.
         share: of the columns, that a product took.
         dropped: the probability that a row left out, a mean.
         left_out: of "hidden" and "head", the sum of squares that it left out, relative to its own.
@@ -83,6 +84,7 @@ class Seen:
         errors: of the gradients that were wanted, relative, as estimated.
     """
 
+    rows: Any
     share: Any
     dropped: Any
     left_out: dict[str, Any]
@@ -92,15 +94,20 @@ class Seen:
     def tensor(self) -> Tensor:
         """All numbers in one tensor."""
         groups = (self.left_out, self.needed, self.errors)
-        every = [self.share, self.dropped, *(v for each in groups for v in each.values())]
+        every = [
+            self.rows,
+            self.share,
+            self.dropped,
+            *(v for each in groups for v in each.values()),
+        ]
         return torch.stack([value.double().reshape(()) for value in every])
 
     def read(self, numbers: list[float]) -> Seen:
         """The same, with the numbers of ``tensor``."""
         left = iter(numbers)
-        share, dropped = next(left), next(left)
+        rows, share, dropped = next(left), next(left), next(left)
         groups = (self.left_out, self.needed, self.errors)
-        return Seen(share, dropped, *({name: next(left) for name in each} for each in groups))
+        return Seen(rows, share, dropped, *({name: next(left) for name in each} for each in groups))
 
 
 @dataclass
@@ -190,9 +197,17 @@ class Record:
         Args:
             growth: of the share, with the slabs of this backward over the smallest.
         """
-        self.share, self.kept = min(1.0, seen.share / growth), seen.share
-        self.dropped, self.errors, self.needed = seen.dropped, seen.errors, seen.needed
-        self.skipped, self.known = 0, True
+        self.skipped = 0
+        self.kept, self.dropped, self.errors = seen.share, seen.dropped, seen.errors
+        # a gradient of zeros, or of what is no number, tells nothing of the next one
+        if seen.rows and not any(map(math.isnan, seen.errors.values())):
+            self._learn(seen, growth)
+        within = all(error <= self.tolerance for error in seen.errors.values())
+        self.breaches += not within
+        return within
+
+    def _learn(self, seen: Seen, growth: float) -> None:
+        self.share, self.needed, self.known = min(1.0, seen.share / growth), seen.needed, True
         for name, error in seen.errors.items():
             if not math.isfinite(error):
                 continue
@@ -204,9 +219,6 @@ class Record:
             # up at once, down slowly: too much kept costs time, too little a backward
             self.coherence[name] = max(found, self.coherence[name] ** (2 / 3) * found ** (1 / 3))
         self._change_parts()
-        within = all(error <= self.tolerance for error in seen.errors.values())
-        self.breaches += not within
-        return within
 
     def note_later(self, seen: Seen, growth: float) -> None:
         """Note a backward whose numbers the device has yet to make, without waiting for them."""

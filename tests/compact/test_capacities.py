@@ -87,7 +87,7 @@ def test_the_first_call_is_exact_and_the_later_ones_are_within_the_tolerance(giv
 def seen(needed: float, error: float) -> Seen:
     names = ("hidden", "head")
     return Seen(
-        0.1, 0.0, *(dict.fromkeys(names, value) for value in (1e-6, needed, error * TOLERANCE))
+        300, 0.1, 0.0, *(dict.fromkeys(names, value) for value in (1e-6, needed, error * TOLERANCE))
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -218,10 +219,66 @@ def test_after_few_rows_that_kept_every_column_there_is_a_plan() -> None:
     linear_logprobs(hidden, case.weight, case.labels, gradient_tolerance=2e-3).sum().backward()
 
 
-def test_what_is_no_number_teaches_a_record_nothing() -> None:
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["hidden", "upstream"])
+def test_what_is_no_number_teaches_a_record_nothing(where: str, bad: float) -> None:
+    """One step that overflowed, as under loss scaling, would be 64 calls by the exact route."""
+    case = random_case(100, needs=("hidden", "weight"))
+    case.hidden *= 3
+    solve(case, 2e-3)
+    before = copy.deepcopy(record(case, 2e-3))
+    assert before.share < 0.5
+    good = getattr(case, where).clone()
+    getattr(case, where)[7] = bad
+    solve(case, 2e-3)
+    after = record(case, 2e-3)
+    assert after.breaches == 1 and any(map(math.isnan, after.errors.values()))
+    for name in ("share", "coherence", "needed", "parts"):
+        assert getattr(after, name) == getattr(before, name), name
+    setattr(case, where, good)
+    assert not faults(case, solve(case, 2e-3), 2e-3)
+
+
+def test_what_is_no_number_is_not_known_yet() -> None:
     kept = tolerance.Record(2e-3)
-    before = dict(kept.coherence)
     left_out = {"hidden": 1.0, "head": math.nan}
-    seen = tolerance.Seen(0.1, math.nan, left_out, {}, {"hidden": math.nan})
+    seen = tolerance.Seen(5, 0.1, math.nan, left_out, {}, {"hidden": math.nan})
     assert not kept.note(seen, 1.0)
-    assert kept.coherence == before and kept.breaches == 1
+    assert kept.breaches == 1 and not kept.known
+    assert kept.coherence == tolerance.Record(2e-3).coherence
+
+
+def test_a_gradient_that_is_beyond_its_range_is_a_breach_of_which_no_size_is_learned() -> None:
+    kept = tolerance.Record(2e-3)
+    left_out = {"hidden": 1.0}
+    assert not kept.note(tolerance.Seen(5, 0.1, 0.2, left_out, {}, {"hidden": math.inf}), 1.0)
+    assert kept.breaches == 1 and kept.parts["hidden"] == 1.0
+    assert kept.coherence == tolerance.Record(2e-3).coherence
+
+
+def test_a_gradient_of_zeros_teaches_a_record_nothing() -> None:
+    """As of a batch whose advantages are 0: nothing is left out of it, whatever is kept."""
+    case = random_case()
+    solve(case, 2e-3)
+    before = copy.deepcopy(record(case, 2e-3))
+    upstream, case.upstream = case.upstream, torch.zeros_like(case.upstream)
+    for _ in range(5):
+        solve(case, 2e-3)
+    after = record(case, 2e-3)
+    for name in ("share", "coherence", "needed", "parts", "known"):
+        assert getattr(after, name) == getattr(before, name), name
+    assert after.errors == {"hidden": 0.0, "head": 0.0} and not after.breaches
+    case.upstream = upstream
+    assert not faults(case, solve(case, 2e-3), 2e-3)
+
+
+def test_a_plan_for_another_tolerance_keeps_to_that_of_the_call() -> None:
+    case = random_case()
+    leaves = {name: t.clone().requires_grad_() for name, t in case.leaves().items()}
+    linear_logprobs(
+        *leaves.values(), case.labels, memory_budget=plan_of(case, 1e-1), gradient_tolerance=1e-4
+    ).backward(case.upstream)
+    exact = solve(case, 0.0)
+    for name, leaf in leaves.items():
+        assert relative(leaf.grad, exact.gradients[name]) <= 1e-4
+    assert record(case, 1e-4).errors and not record(case, 1e-1).errors

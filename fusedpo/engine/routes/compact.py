@@ -226,7 +226,8 @@ def _seen(
     """What the record is told: the same on all ranks, as it decides the route."""
     scaled = t.scaled(g).abs()
     of_rows = entries.complete(lost).abs() / scaled
-    dropped = torch.where(scaled > 0, of_rows, 0.0).sum() / (scaled > 0).sum().clamp(min=1)
+    rows = (scaled > 0).sum()
+    dropped = torch.where(scaled > 0, of_rows, 0.0).sum() / rows.clamp(min=1)
     left_out = {name: squares.sum() for name, squares in kept.left_out.items()}
     taken = kept.taken("hidden" in errors, "head" in errors).to(dropped.dtype)
     parts = torch.stack((taken, dropped, *left_out.values(), *kept.needed.values()))
@@ -236,6 +237,7 @@ def _seen(
         columns = t.shard.total
     taken, dropped, *rest = parts.unbind()
     return Seen(
+        rows=rows,
         share=taken / (kept.slabs * columns),
         dropped=dropped,
         left_out=dict(zip(left_out, rest, strict=False)),
