@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-from fusedpo.engine.cost import Problem, padded
+from fusedpo.engine.cost import Needs, Problem, padded
 from fusedpo.engine.ladder import Step, ladder
 from fusedpo.engine.plan import RouteName
 from fusedpo.engine.routes import ROUTES
@@ -48,8 +48,9 @@ def turning_points(p: Problem) -> set[int]:
 
 def _widest(p: Problem) -> Problem:
     """The costliest problem that any caller with these shapes can have: it decides on the tile, not
-    this caller's needs."""
-    return replace(p, needs=frozenset({"hidden", "weight"}), entropy=p.of_entropy)
+    this caller's needs, nor the tolerance of its gradients and what is known of them."""
+    needs = frozenset[Needs]({"hidden", "weight"})
+    return replace(p, needs=needs, entropy=p.of_entropy, tolerance=0.0, share=0.0)
 
 
 def steps_of(p: Problem) -> tuple[Step, ...]:
