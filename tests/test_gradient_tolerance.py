@@ -438,6 +438,22 @@ def test_in_a_graph_a_gradient_through_the_entropy_is_exact(taken: list[float]) 
 
 
 @pytest.mark.compiled
+def test_in_a_graph_an_untrained_head_soon_takes_the_exact_route(taken: list[float]) -> None:
+    """Every column matters, and column sums are a product more."""
+    torch._dynamo.reset()
+    hidden, weight, labels = confident()
+    flat = (0.01 * hidden.detach()).requires_grad_()
+    compiled = torch.compile(scored, backend="aot_eager", fullgraph=True)
+    exact = torch.autograd.grad(compiled(flat, weight, labels, 0.0), (flat, weight))
+    for _ in range(4):
+        found = torch.autograd.grad(compiled(flat, weight, labels, WITHIN), (flat, weight))
+        assert all(relative(got, true) < WITHIN for got, true in zip(found, exact, strict=True))
+    assert len(taken) == 1
+    assert tolerance.record_of(WITHIN, "cpu", V, H).skipped == 3
+    torch._dynamo.reset()
+
+
+@pytest.mark.compiled
 def test_in_a_graph_there_are_no_metrics_of_it_and_a_wrong_one_is_refused() -> None:
     torch._dynamo.reset()
 

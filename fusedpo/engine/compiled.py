@@ -37,6 +37,7 @@ from fusedpo.engine.routes.recompute import both_gradients
 from fusedpo.engine.rows import Rows, gathers
 from fusedpo.engine.stats import DIFFERENTIABLE, SAVED, STATISTICS
 from fusedpo.engine.tiles import Call, Tiles
+from fusedpo.engine.tolerance import record_of
 
 
 class _Arguments(NamedTuple):
@@ -106,13 +107,17 @@ def _tiles(a: _Arguments, call: Call, *, backward: bool = False) -> Tiles:
 def _gradients(a: _Arguments, call: Call, inputs: Backward) -> tuple[Tensor | None, HeadGradient]:
     """Of hidden and of the head; by few columns where a tolerance makes that cheaper."""
     if a.tolerance and inputs.e is None:
-        within = _plan(a, call.rows, (), call.needs, gradient_tolerance=a.tolerance)
+        record = record_of(a.tolerance, a.hidden.device.type, *a.weight.shape)
+        tolerance, share = record.next_call()
+        options = {"gradient_tolerance": tolerance, "kept_share": share}
+        within = _plan(a, call.rows, (), call.needs, **options)
         exact = 1 + len(call.needs & {"hidden", "weight"})
         if within.route == "compact" and within.products < exact:
             by_columns, route = replace(call, plan=within), route_of(within)
             made = route.forward(_tiles(a, by_columns))
             anew = replace(inputs, stats=made.stats, saved=made.saved, held=made.held)
             return route.backward(_tiles(a, by_columns, backward=True), anew)
+        record.skip()
     tiles = _tiles(a, call, backward=True)
     head = new_output(tiles, weight="weight" in call.needs, bias="bias" in call.needs)
     return both_gradients(tiles, inputs, head, "hidden" in call.needs), head
