@@ -10,7 +10,7 @@ from torch import Tensor
 from fusedpo import checks
 from fusedpo.engine.matmul_settings import own_precision
 from fusedpo.engine.routes import route_of
-from fusedpo.engine.routes.base import Backward
+from fusedpo.engine.routes.base import Backward, graph_is_kept
 from fusedpo.engine.stats import DIFFERENTIABLE, SAVED
 from fusedpo.engine.tiles import Call, Tiles
 
@@ -41,9 +41,13 @@ class Engine(torch.autograd.Function):
             outputs += (tiles.reader.some(call.states).to(tiles.acc),)
         ctx.mark_non_differentiable(*fixed)
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.held, ctx.saved_by_route = call, result.held, len(result.saved)
+        ctx.call, ctx.held, ctx.of_route = call, result.held, None
+        of_route = result.saved
+        if call.tolerance:
+            # the same call, made again by torch.utils.checkpoint, may take another route by then
+            ctx.of_route, of_route = of_route, ()
         vectors = [stats[name] for name in SAVED]
-        ctx.save_for_backward(hidden, weight, bias, *vectors, stats.get("entropy"), *result.saved)
+        ctx.save_for_backward(hidden, weight, bias, *vectors, stats.get("entropy"), *of_route)
         return outputs
 
     @staticmethod
@@ -53,6 +57,10 @@ class Engine(torch.autograd.Function):
         # raises autograd's own error if the graph was freed, or an input was changed in place
         hidden, weight, bias, *vectors = ctx.saved_tensors
         vectors, saved = vectors[: len(SAVED) + 1], tuple(vectors[len(SAVED) + 1 :])
+        if ctx.of_route is not None:
+            saved = ctx.of_route
+            if not graph_is_kept():
+                ctx.of_route = None
         gradients = dict(zip(call.stats, upstream, strict=False))
         g, e = gradients.get("logprob"), gradients.get("entropy")
         of_states = None if call.states is None else upstream[-1]

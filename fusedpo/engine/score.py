@@ -176,6 +176,7 @@ def score(
         softcap=head.softcap,
         scale=batch.scale,
         plan=planned,
+        tolerance=batch.tolerance,
         needs=frozenset(batch.needs),
         stats=tuple(stats),
         differentiable=tuple(differentiable),

@@ -54,6 +54,7 @@ class Call:
         groups: for ``one_pass``, the loss's gradient as far as it is known early.
         states: [K] rows whose hidden states are wanted too.
         shard: of the vocabulary; None: all of it is here.
+        tolerance: relative error of a gradient tensor that is allowed, whatever the route.
     """
 
     rows: Rows
@@ -68,6 +69,7 @@ class Call:
     groups: Groups | None = None
     states: Tensor | None = None
     shard: VocabShard | None = None
+    tolerance: float = 0.0
 
 
 def _flat(hidden: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
