@@ -98,7 +98,7 @@ class Records:
     """What calls have shown, of one program: of others that run in turn it knows nothing."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[object, ...], Record] = {}
+        self._kept: dict[tuple[int, ...] | None, dict[tuple[object, ...], Record]] = {}
 
     @contextlib.contextmanager
     def own(self) -> Iterator[None]:

@@ -46,6 +46,11 @@ class VocabShard:
         return sum(self.sizes[: self.rank])
 
     @property
+    def ranks(self) -> tuple[int, ...]:
+        """Those of the group, in the whole world."""
+        return tuple(dist.get_process_group_ranks(self.group))
+
+    @property
     def total(self) -> int:
         return sum(self.sizes)
 

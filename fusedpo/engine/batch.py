@@ -79,7 +79,7 @@ class Batch:
     @property
     def record(self) -> Record:
         """What earlier calls of this kind have shown about their gradients."""
-        return record_of(self.tolerance, self.device.type, *self.sizes[1:])
+        return record_of(self.tolerance, self.device.type, *self.sizes[1:], self.head.shard)
 
     @property
     def fusable(self) -> bool:

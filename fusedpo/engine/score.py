@@ -71,7 +71,10 @@ def plan_for(
     }
     sizes, fused = batch.sizes, None if batch.fusable else False
     if isinstance(memory_budget, Plan):
-        return _checked(memory_budget, sizes, options, fused)
+        chosen = _checked(memory_budget, sizes, options, fused)
+        if batch.tolerance and options["needs"] and chosen.route != "compact":
+            batch.record.skip()
+        return chosen
     if (
         like is not None
         and (fused is None or not like.fused)

@@ -9,6 +9,7 @@ is measured in each backward.
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fusedpo import checks
+from fusedpo.vocab_shards import VocabShard
 
 LEAST_TOLERANCE = 1e-5
 """Of fp32: below it, the measured error would be rounding."""
@@ -94,13 +96,9 @@ class Seen:
     def tensor(self) -> Tensor:
         """All numbers in one tensor."""
         groups = (self.left_out, self.needed, self.errors)
-        every = [
-            self.rows,
-            self.share,
-            self.dropped,
-            *(v for each in groups for v in each.values()),
-        ]
-        return torch.stack([value.double().reshape(()) for value in every])
+        every = [v for each in groups for v in each.values()]
+        first = self.rows, self.share, self.dropped
+        return torch.stack([value.double().reshape(()) for value in (*first, *every)])
 
     def read(self, numbers: list[float]) -> Seen:
         """The same, with the numbers of ``tensor``."""
@@ -116,6 +114,8 @@ class Record:
 
     Attributes:
         tolerance: theirs.
+        together: whether ranks decide by their records together, so that what one has read of the
+            device the others have to have read too.
         share: the share of columns that a product took last, had its slabs been the smallest.
         coherence: of a gradient, its squared error over the squares of what it left out.
         needed: of a gradient, the share of columns that was enough for the slab with the most.
@@ -131,6 +131,7 @@ class Record:
     """
 
     tolerance: float
+    together: bool = False
     share: float = GUESSED_SHARE
     coherence: dict[str, float] = field(default_factory=_GUESSED_COHERENCE.copy)
     needed: dict[str, float] = field(default_factory=dict)
@@ -142,7 +143,8 @@ class Record:
     kept: float = 1.0
     dropped: float = 0.0
     _breached: bool = False
-    _coming: tuple[Seen, float, Tensor, Any] | None = None
+    _went_exactly: bool = False
+    _coming: list[tuple[Seen, float, Tensor, Any]] = field(default_factory=list)
 
     def allowed(self, gradient: str) -> float:
         """The sum of squares that a gradient may leave out, relative to its own."""
@@ -187,9 +189,10 @@ class Record:
         return breached
 
     def skip(self) -> None:
-        """Note a call that went another way, whose gradients are exact."""
+        """Note a call that goes another way, whose gradients are exact."""
+        self._catch_up()
         self.skipped += 1
-        self.kept, self.dropped, self.errors = 1.0, 0.0, {}
+        self._went_exactly = True
 
     def note(self, seen: Seen, growth: float) -> bool:
         """Note a backward; whether its gradients are within the tolerance.
@@ -197,7 +200,7 @@ class Record:
         Args:
             growth: of the share, with the slabs of this backward over the smallest.
         """
-        self.skipped = 0
+        self.skipped, self._went_exactly = 0, False
         self.kept, self.dropped, self.errors = seen.share, seen.dropped, seen.errors
         # a gradient of zeros, or of what is no number, tells nothing of the next one
         if seen.rows and not any(map(math.isnan, seen.errors.values())):
@@ -229,16 +232,21 @@ class Record:
             host.copy_(numbers, non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
-        self._coming = seen, growth, host, arrived
+        self._coming.append((seen, growth, host, arrived))
 
     def _catch_up(self) -> None:
-        """Read what has arrived of the last backward."""
-        if self._coming is None:
-            return
-        seen, growth, host, arrived = self._coming
-        if arrived is None or arrived.query():
-            self._coming = None
-            self._breached = not self.note(seen.read(host.tolist()), growth)
+        """Take what the calls before this one have shown, as far as it has arrived."""
+        if self._went_exactly:
+            self.kept, self.dropped, self.errors = 1.0, 0.0, {}
+            self._went_exactly = False
+        while self._coming:
+            seen, growth, host, arrived = self._coming[0]
+            if arrived is not None and self.together:
+                arrived.synchronize()
+            if arrived is not None and not arrived.query():
+                break
+            del self._coming[0]
+            self._breached |= not self.note(seen.read(host.tolist()), growth)
 
     def metrics(self) -> dict[str, float]:
         """What the last backward left out, by the names that are logged."""
@@ -250,20 +258,35 @@ class Record:
         }
 
 
-_records: dict[tuple[object, ...], Record] = {}
+# of a process alone, and of the ranks that share a vocabulary: what one of them does alone is not
+# to change, nor to push out, a record by which all decide
+_records: dict[tuple[int, ...] | None, dict[tuple[object, ...], Record]] = {}
 _MOST_RECORDS = 64
+# backwards may run in threads of their own
+_lock = threading.Lock()
 
 
-def record_of(tolerance: float, *kind: object) -> Record:
-    """The record of the calls of a kind, by all that tells kinds apart."""
-    key = (tolerance, *kind)
-    found = _records.pop(key, None) or Record(tolerance)
-    _records[key] = found
-    while len(_records) > _MOST_RECORDS:
-        _records.pop(next(iter(_records)))
+def record_of(
+    tolerance: float, device: str, vocab: int, width: int, shard: VocabShard | None = None
+) -> Record:
+    """The record of the calls of a kind, by all that tells kinds apart.
+
+    Args:
+        device: the type of it.
+        vocab: entries of the head, of the largest slice.
+        shard: of the vocabulary.
+    """
+    key, ranks = (tolerance, device, vocab, width), None if shard is None else shard.ranks
+    with _lock:
+        records = _records.setdefault(ranks, {})
+        found = records.pop(key, None) or Record(tolerance, together=ranks is not None)
+        records[key] = found
+        if len(records) > _MOST_RECORDS:
+            records.pop(next(iter(records)))
     return found
 
 
 def forget() -> None:
     """Forget all records, as for a model that is unlike the last."""
-    _records.clear()
+    with _lock:
+        _records.clear()

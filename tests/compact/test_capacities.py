@@ -132,3 +132,43 @@ def test_the_call_after_a_breach_is_exact(given: bool, monkeypatch: pytest.Monke
     assert not shortfalls(found, truth, 1e-6)
     found, route = step(case, chosen)
     assert route == "compact" and not shortfalls(found, truth, TOLERANCE)
+
+
+def test_a_breach_is_not_forgotten_for_another_backward_of_the_same_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of two heads, or of a head that two losses use."""
+    case = of_few_columns()
+    step(case)
+    step(case)
+    few: Callable[..., dict[str, int]] = lambda *_: {"hidden": 310, "head": 305}  # noqa: E731
+    outs = []
+    for capacities in (few, Record.capacities):
+        leaves = [t.clone().requires_grad_() for t in case.leaves().values()]
+        with monkeypatch.context() as patched:
+            patched.setattr(Record, "capacities", capacities)
+            outs.append(linear_logprobs(*leaves, case.labels, gradient_tolerance=TOLERANCE))
+    for out in outs:
+        out.backward(case.upstream)
+    _, route = step(case)
+    assert route == "exact" and record(case, TOLERANCE).breaches == 1
+
+
+def test_what_ranks_decide_by_together_is_waited_for() -> None:
+    """Or one would have read what is still to arrive at another, and take another route."""
+
+    class Event:
+        waited = False
+
+        def query(self) -> bool:
+            return self.waited
+
+        def synchronize(self) -> None:
+            self.waited = True
+
+    for together in (False, True):
+        kept, found = Record(TOLERANCE, together=together), seen(0.01, 2.0)
+        numbers = torch.tensor([0.0] * 9, dtype=torch.float64)
+        numbers[0], numbers[-2:] = 300, 2 * TOLERANCE
+        kept._coming.append((found, 1.0, numbers, Event()))
+        assert kept.owes_exact() is together and kept.breaches == together

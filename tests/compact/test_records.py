@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,10 +19,13 @@ from compact.shared import (
     solve,
 )
 from oracles import Case, relative, same_bits
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fusedpo import linear_logprobs, plan
 from fusedpo.engine import tolerance
 from fusedpo.engine.plan import Plan
+from fusedpo.engine.routes import compact
 
 NEEDS = [("hidden", "weight"), ("hidden",), ("weight",), ("hidden", "weight", "bias")]
 
@@ -282,3 +287,125 @@ def test_a_plan_for_another_tolerance_keeps_to_that_of_the_call() -> None:
     for name, leaf in leaves.items():
         assert relative(leaf.grad, exact.gradients[name]) <= 1e-4
     assert record(case, 1e-4).errors and not record(case, 1e-1).errors
+
+
+# calls that are made, or made again, in other ways
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("needs", NEEDS, ids=lambda needs: " ".join(needs))
+def test_a_batch_without_a_scored_token_gives_zeros(needs, dtype: torch.dtype) -> None:
+    bias = torch.zeros(1500, dtype=dtype) if "bias" in needs else None
+    case = random_case(needs=needs, bias=bias)
+    case.hidden, case.weight = case.hidden.to(dtype), case.weight.to(dtype)
+    case.labels[:] = -100
+    solved = solve(case, 2e-3)
+    assert solved.plan.route == "compact" and set(solved.gradients) == set(needs)
+    assert all(not gradient.any() for gradient in solved.gradients.values())
+    assert not record(case, 2e-3).breaches and not record(case, 2e-3).known
+
+
+@pytest.mark.parametrize("breached", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_call_that_is_made_again_in_the_backward(use_reentrant: bool, breached: bool) -> None:
+    """By then the record has seen other chunks, and the planner may take another route."""
+    case = random_case(2000, 3000)
+    case.hidden *= 0.05
+    if breached:
+        wrong_record(case)
+    exact = solve(case, 0.0).gradients
+    routes = set()
+    for _ in range(3):
+        hidden, weight = (t.clone().requires_grad_() for t in case.leaves().values())
+        total = hidden.new_zeros(())
+        for rows in torch.arange(2000).split(500):
+
+            def part(hidden: Tensor, rows: Tensor = rows, weight: Tensor = weight) -> Tensor:
+                return linear_logprobs(
+                    hidden,
+                    weight,
+                    case.labels[rows],
+                    memory_budget="1MiB",
+                    gradient_tolerance=2e-3,
+                )
+
+            out = checkpoint(part, hidden[rows], use_reentrant=use_reentrant)
+            total = total + (out * case.upstream[rows]).sum()
+        total.backward()
+        routes.add(record(case, 2e-3).skipped > 0)
+        for name, leaf in (("hidden", hidden), ("weight", weight)):
+            assert relative(leaf.grad, exact[name]) <= 2e-3, name
+    assert True in routes, "or all were by one route"
+
+
+def test_two_graphs_that_wait_for_each_other() -> None:
+    """As the micro-batches of a pipeline: forward, forward, backward, backward."""
+    case, flat = random_case(300, 3000), random_case(300, 3000)
+    flat.hidden *= 0.05
+    flat.weight = case.weight
+    truth = [solve(each, 0.0).gradients for each in (case, flat)]
+    for _ in range(3):
+        leaves = [
+            [t.clone().requires_grad_() for t in each.leaves().values()] for each in (case, flat)
+        ]
+        outs = [
+            linear_logprobs(*own, each.labels, gradient_tolerance=2e-3)
+            for own, each in zip(leaves, (case, flat), strict=True)
+        ]
+        for out, each in zip(outs, (case, flat), strict=True):
+            out.backward(each.upstream)
+        for own, exact in zip(leaves, truth, strict=True):
+            for leaf, gradient in zip(own, exact.values(), strict=True):
+                assert relative(leaf.grad, gradient) <= NOISE * 2e-3
+
+
+def test_calls_of_many_threads_share_their_records() -> None:
+    """And none is lost, or met while it is put in its place."""
+    interval, found = sys.getswitchinterval(), set()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+
+            def ask(i: int) -> None:
+                found.add(id(tolerance.record_of(2e-3, "cpu", 5, 7)))
+                tolerance.record_of(2e-3, "cpu", 10 + i % 50, 7)
+
+            list(pool.map(ask, range(20_000)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(found) == 1
+
+
+# what is said of the last backward
+
+
+def test_a_breach_is_shown_by_the_exact_call_that_it_leads_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = random_case(1024, 3000)
+    case.hidden *= 0.05
+    kept, leaves = record(case, 2e-3), [t.clone().requires_grad_() for t in case.leaves().values()]
+    monkeypatch.setattr(compact.audit, "relative_error", lambda squares: torch.tensor(0.5))
+    said = []
+    for _ in range(3):
+        out = linear_logprobs(*leaves, case.labels, gradient_tolerance=2e-3)
+        said.append(kept.metrics()["head/gradient_error"])
+        out.backward(case.upstream)
+    assert kept.breaches == 1 and kept.skipped == 2
+    assert said == [0.0, 0.5, 0.0]
+
+
+def test_an_exact_call_by_a_plan_that_is_given_is_shown_as_one() -> None:
+    case = random_case()
+    solve(case, 2e-3)
+    assert record(case, 2e-3).metrics()["head/columns_kept"] < 1
+    for _ in range(2):
+        leaves = [t.clone().requires_grad_() for t in case.leaves().values()]
+        linear_logprobs(
+            *leaves,
+            case.labels,
+            memory_budget=plan_of(case, 0.0, route="recompute"),
+            gradient_tolerance=2e-3,
+        ).sum().backward()
+    assert record(case, 2e-3).metrics()["head/columns_kept"] == 1.0
+    assert record(case, 2e-3).metrics()["head/gradient_error"] == 0.0

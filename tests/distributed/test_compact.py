@@ -25,5 +25,9 @@ def test_both_take_the_same_route(two: Processes) -> None:
     assert not two.faults("compact.routes_agree")
 
 
+def test_both_take_the_same_route_whatever_one_did_alone(two: Processes) -> None:
+    assert not two.faults("compact.calls_of_one_rank_alone")
+
+
 def test_parts_of_sequences(two: Processes) -> None:
     assert not two.faults("compact.parts_of_sequences")

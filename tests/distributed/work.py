@@ -35,9 +35,10 @@ from fusedpo.engine.planner import replan
 from fusedpo.engine.rows import Rows
 from fusedpo.engine.stats import STATS
 from fusedpo.engine.tiles import Tiles
-from fusedpo.engine.tolerance import forget, record_of
+from fusedpo.engine.tolerance import Record, forget, record_of
 from fusedpo.head import Head
 from fusedpo.losses import Loss, PolicyLoss
+from fusedpo.vocab_shards import VocabShard
 
 # as in the other tests: memory that nobody has written holds NaN
 conftest.poison(pytest.MonkeyPatch())
@@ -243,7 +244,7 @@ def within_a_tolerance(sizes: Sequence[int]) -> list[str]:
             hidden, mine, labels, vocab_group=world(), gradient_tolerance=tolerance
         )
         of_hidden, of_weight = torch.autograd.grad(logp, (hidden, mine), grad_outputs=upstream)
-        record = record_of(tolerance, "cpu", max(sizes), width)
+        record = shared_record(tolerance, sizes, width)
         for name, mistake, size in (
             ("hidden", of_hidden - exact[0], exact[0].norm()),
             ("weight", of_weight - exact[1][part], exact[1].norm()),
@@ -256,6 +257,12 @@ def within_a_tolerance(sizes: Sequence[int]) -> list[str]:
         if len({repr(each) for each in collect((record.share, record.metrics()))}) != 1:
             found.append(f"step {step}: ranks that will plan another way, or log other numbers")
     return found
+
+
+def shared_record(tolerance: float, sizes: Sequence[int], width: int) -> Record:
+    """Of the ranks that share a vocabulary."""
+    shard = VocabShard(world(), tuple(sizes), dist.get_rank())
+    return record_of(tolerance, "cpu", max(sizes), width, shard)
 
 
 def budgets(name: str, dtype: torch.dtype, budget: str) -> list[str]:

@@ -103,6 +103,8 @@ class Compact:
         return Cost(products, forward, backward, _beside(p, count))
 
     def forward(self, t: Tiles) -> Forward:
+        if not t.count:
+            return Forward(hidden_gradient.forward_pass(t, None), held={"aim": None})
         order = row_order.alike(t, t.plan.slab)
         sums = ColumnSums(t, order)
         stats = hidden_gradient.forward_pass(t, None, sums)
@@ -130,7 +132,7 @@ class Compact:
             whole = out if in_place else t.take("hidden gradient", t.count, t.width)
         head = _accumulators(t)
         order = b.held["order"]
-        if t.count and not _within(t.reordered(order), _reordered(b, order), head, whole):
+        if not _within(t.reordered(order), _reordered(b, order), head, whole):
             # not beside those that take their place
             del out, whole, head
             return _exact(t, b)
@@ -180,7 +182,7 @@ def _accumulators(t: Tiles) -> HeadGradient:
 
 def _record(t: Tiles) -> Record:
     """Of calls like this one, by all that tells kinds apart."""
-    return record_of(t.plan.tolerance, t.hidden.device.type, t.plan.vocab, t.width)
+    return record_of(t.plan.tolerance, t.hidden.device.type, t.plan.vocab, t.width, t.shard)
 
 
 def _within(t: Tiles, b: Backward, head: HeadGradient, hidden: Tensor | None) -> bool:
