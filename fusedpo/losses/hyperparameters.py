@@ -6,7 +6,7 @@ The fields of losses, and of other records of settings.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import field, fields
+from dataclasses import Field, field, fields
 from numbers import Integral
 from types import MappingProxyType
 from typing import Any
@@ -41,6 +41,11 @@ def check_hyperparameters(of: Any) -> None:
     Raises:
         ValueError, TypeError: for a value out of range, of another type, or without an effect.
     """
+    for cls in type(of).__mro__:
+        if any(isinstance(value, Field) for value in vars(cls).values()):
+            # else its hyperparameters would be those of its base, without a word
+            remedy = f"write @dataclass(frozen=True) above class {cls.__name__}"
+            raise bad_type(cls.__name__, "a dataclass, as it has hyperparameters", "none", remedy)
     for f in fields(of):
         if "check" not in f.metadata:
             remedy = f"write {f.name} = fusedpo.losses.base.hyperparameter(default, meaning, check)"

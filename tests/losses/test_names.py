@@ -11,7 +11,7 @@ from losses.exact import DEFAULTS
 
 import fusedpo
 from fusedpo import losses
-from fusedpo.losses import aliases, available, get
+from fusedpo.losses import aliases, available, base, get
 
 # by trainer, what TRL's strings stand for
 TRL = {
@@ -148,6 +148,17 @@ def test_a_plain_field_is_refused_by_name() -> None:
         TypeError, match=r"^extra: expected a field made by hyperparameter, .*write"
     ):
         Plain()
+
+
+def test_a_class_of_hyperparameters_that_is_no_dataclass_is_refused_by_name() -> None:
+    """Its new default would be passed over for that of its base."""
+
+    class Wide(losses.SimPO):
+        gamma: float = base.hyperparameter(3.0, "target margin", lambda name, value: value)
+
+    remedy = r"write @dataclass\(frozen=True\) above class Wide$"
+    with pytest.raises(TypeError, match=rf"^Wide: expected a dataclass, .*, got none; {remedy}"):
+        Wide()
 
 
 @pytest.mark.parametrize(
