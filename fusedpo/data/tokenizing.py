@@ -56,6 +56,8 @@ def tokenize(
     """
     # a prompt token and a response token
     count("max_length", max_length, 2)
+    if not callable(tokenizer):
+        raise bad_type("tokenizer", "a tokenizer of transformers", repr(tokenizer))
     kept: list[TokenRow] = []
     dropped: list[str] = []
     truncated = 0

@@ -136,6 +136,8 @@ def test_rows_are_checked_before_they_are_tokenized():
         tokenize([GOOD], tiny.tokenizer(), max_length=8)
     with pytest.raises(TypeError, match=r"^max_length: expected a whole number, got '8'"):
         tokenize([check_row(GOOD, "row")], tiny.tokenizer(), max_length="8")
+    with pytest.raises(TypeError, match=r"^tokenizer: expected a tokenizer of .*, got 'tok'"):
+        tokenize([check_row(GOOD, "row")], "tok", max_length=8)
     with pytest.raises(TypeError, match=r"^row 1: expected a mapping with prompt, .*, got str"):
         check_row("a", "row 1")
 

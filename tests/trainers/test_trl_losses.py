@@ -507,6 +507,14 @@ def test_arguments_of_the_loss_stay_with_a_model_that_writes(tmp_path) -> None:
     refused(tmp_path, FusedDPOConfig, "beta", "use fused_loss_args", twice)
 
 
+def test_a_loss_is_named_and_not_given(tmp_path) -> None:
+    message = r"^fused_loss: expected the name of a loss, as text, got SimPO\(.*; its hyperparam"
+    with pytest.raises(ValueError, match=message):
+        FusedDPOConfig(str(tmp_path), **COMMON, fused_loss=losses.SimPO())
+    with pytest.raises(ValueError, match=r"^fused_loss: expected one of .* did you mean 'simpo'"):
+        FusedDPOConfig(str(tmp_path), **COMMON, fused_loss="simop")
+
+
 def test_settings_of_a_model_that_writes_need_one(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"self_augmented_args: expected None.*segment_length"):
         FusedDPOConfig(str(tmp_path), **COMMON, self_augmented_args={"segment_length": 4})

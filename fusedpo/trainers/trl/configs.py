@@ -26,7 +26,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.grpo_config import GRPOConfig
 
 from fusedpo import losses
-from fusedpo.checks import bad_choice, bad_type, bad_value
+from fusedpo.checks import bad_choice, bad_type, bad_value, called
 from fusedpo.engine.tolerance import check_tolerance
 from fusedpo.losses import PolicyLoss, PreferenceLoss
 from fusedpo.recipes.self_augmented import Settings
@@ -88,9 +88,13 @@ class ByName:
             if self.fused_loss_args is not None:
                 raise bad_value("fused_loss", "the name of a loss", "None, with fused_loss_args")
             return None
+        if not isinstance(name, str):
+            remedy = "its hyperparameters go into fused_loss_args"
+            raise bad_value("fused_loss", "the name of a loss, as text", repr(name), remedy)
         if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
             raise bad_value("fused_loss", "None with TRL before 1.15", name, "update TRL")
-        return losses.get(name, **given)
+        with called("fused_loss", "loss"):
+            return losses.get(name, **given)
 
     def _named(self) -> tuple[str | None, dict[str, Any]]:
         """The name of the loss, and its hyperparameters."""
