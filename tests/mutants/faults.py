@@ -60,8 +60,13 @@ _TRAINERS = (
         ),
         (
             "        self._left = 0\n        path = None",
-            "        path = None",
+            '        self._left = getattr(self, "_left", 0)\n        path = None',
             "a training begins with the samples of another",
+        ),
+        (
+            "    @torch.no_grad()\n    def _logprobs",
+            "    def _logprobs",
+            "every sample keeps a graph",
         ),
         ("rows[i // self.group_size]", "rows[i % len(rows)]", "rewards of another row"),
         ("with evaluating(model):", "with torch.no_grad():", "old log-probabilities with dropout"),
@@ -260,11 +265,28 @@ _TRAINERS = (
             "",
             "a training begins with another's means",
         ),
+        (
+            "    @torch.no_grad()\n    def _reference",
+            "    def _reference",
+            "the reference makes a graph",
+        ),
         ("config.dispatch_batches = False", "config.dispatch_batches = True", "batches are cut"),
     ),
     *_in(
         "fusedpo/trainers/transformers/pairs.py",
         "trainers/test_transformers.py -k 'repeated or first_examples'",
+        (
+            "if asked and not self.is_in_train and self.ref_model",
+            "if asked and self.ref_model",
+            "evaluation rounds the reference of a training",
+            "trainers/test_transformers.py -k in_its_precision",
+        ),
+        (
+            "with torch.no_grad(), self.compute_loss_context_manager()",
+            "with self.compute_loss_context_manager()",
+            "evaluation makes a graph",
+            "trainers/test_transformers.py -k makes_a_graph",
+        ),
         (
             "before = self.args.process_index * size",
             "before = 0",
@@ -364,6 +386,11 @@ _TRAINERS = (
             'if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):',
             "if True:",
             "the average follows at steps that a scaler skips",
+        ),
+        (
+            'if "loss" not in logs:\n            return',
+            "if not logs:\n            return",
+            "what training makes is logged with evaluation",
         ),
         ("[*self._ahead, *self._again]", "[*self._again, *self._ahead]", "saved in another order"),
         (
@@ -625,6 +652,18 @@ _TRAINERS = (
             'torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])',
             'torch.cat([inputs["ref_rejected_logps"], inputs["ref_chosen_logps"]])',
             "references swapped",
+        ),
+        (
+            'if mode == "train":\n            tokens',
+            "if mode:\n            tokens",
+            "tokens of evaluation are counted as trained on",
+            "trainers/test_trl_losses.py -k of_their_own",
+        ),
+        (
+            "note_metrics(self, mode, found",
+            'note_metrics(self, "train", found',
+            "evaluation in the training's record",
+            "trainers/test_trl_losses.py -k of_their_own",
         ),
     ),
     *_in(

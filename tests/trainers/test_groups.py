@@ -98,6 +98,7 @@ def test_the_old_log_probabilities_are_the_policys(tmp_path: Path, temperature: 
     _, head = hidden_and_head(made.model, input_ids=batch["input_ids"])
     expected = linear_logprobs(states, head.weight, labels, temperature=temperature).detach()
     assert torch.equal(batch["old_logprobs"], expected)
+    assert not batch["old_logprobs"].requires_grad, "or every sample keeps a graph"
 
 
 def test_processes_and_steps_sample_differently(

@@ -432,6 +432,15 @@ def test_policy_learns_and_statistics_are_logged(tmp_path):
         assert all(name in entry for entry in logs)
 
 
+def test_statistics_are_logged_with_training_alone(tmp_path):
+    subject = trainer(tmp_path, loss=SimPO(), follow=False, max_steps=2)
+    subject.train()
+    subject.evaluate(ROWS)
+    *logged, of_evaluation = (set(entry) for entry in subject.state.log_history)
+    assert "eval_loss" in of_evaluation and "buffer/size" not in of_evaluation
+    assert sum("buffer/size" in names for names in logged) == 2
+
+
 @pytest.mark.holds(46)
 @pytest.mark.parametrize(
     ("accumulate", "stop"),

@@ -1071,6 +1071,37 @@ def test_a_loss_that_is_only_looked_at_is_no_part_of_what_is_logged_of_training(
     assert made._train_means.pairs == len(ROWS)
 
 
+def test_neither_evaluation_nor_the_reference_makes_a_graph(tmp_path):
+    """Of adapters over biases that are trained, the reference has them too."""
+    adapters = LoraConfig(target_modules=["q_proj"], bias="all")
+    model = get_peft_model(tiny.model(attention_bias=True), adapters)
+    made = trainer(tmp_path, model, DPO(), ref_model="base")
+    with_graph: list[bool] = []
+
+    def noted(module: Any, args: Any, output: Any) -> None:
+        with_graph.append(output.requires_grad)
+
+    model.get_base_model().model.norm.register_forward_hook(noted)
+    made.train()
+    # the head is looked at, the reference run, and then the policy
+    assert with_graph[-2:] == [False, True]
+    with_graph.clear()
+    made.evaluate()
+    assert len(with_graph) >= 2 and not any(with_graph)
+
+
+def test_an_evaluation_while_it_is_trained_leaves_the_reference_in_its_precision(tmp_path):
+    """As it does the policy, which is cast for one that stands alone."""
+    given = {"bf16_full_eval": True, "eval_strategy": "steps", "eval_steps": 1}
+    made = trainer(tmp_path, None, DPO(), **given)
+    made.train()
+    assert any("eval_loss" in entry for entry in made.state.log_history)
+    assert {p.dtype for p in made.ref_model.parameters()} == {torch.float32}
+    made.evaluate()
+    dtypes = [{p.dtype for p in each.parameters()} for each in (made.model, made.ref_model)]
+    assert dtypes == [{torch.bfloat16}] * 2
+
+
 def test_what_an_earlier_training_had_not_logged_is_no_part_of_the_next(tmp_path):
     """Where the last step of a training is not one of those that are logged at."""
     given = {"learning_rate": 0.0, "logging_steps": 2, "max_steps": 3}

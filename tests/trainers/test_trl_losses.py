@@ -793,10 +793,14 @@ def test_pairs_are_evaluated_on_columns_of_their_own(model, tmp_path) -> None:
         return inner(model, inputs, *rest)
 
     subject._compute_loss = noting
+    tokens = subject._total_train_tokens
     found = subject.evaluate(subject.train_dataset)
     assert [batch["win_rate_chosen"].numel() for batch in seen] == [8, 4]
     each = [expected_of_pairs(policy, losses.SPPO(beta=0.1), b, subject.ref_model) for b in seen]
     assert subject._signature_columns.count("win_rate_chosen") == 1
+    # into a record of their own, and as no tokens of training
+    assert {name for name in found if "margins" in name} == {"eval_rewards/margins"}
+    assert not subject._metrics["train"] and subject._total_train_tokens == tokens
     assert found["eval_loss"] == pytest.approx((2 * each[0] + each[1]) / 3, rel=1e-5)
 
 
