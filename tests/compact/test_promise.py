@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from repository import ROOT
 
 from fusedpo.benchmarks import states
 from fusedpo.benchmarks.states import ADVERSARIAL, States
-from fusedpo.engine import tolerance
+from fusedpo.engine import columns, tolerance
 
 MADE: dict[str, Callable[[], States]] = {
     **ADVERSARIAL,
@@ -155,6 +157,16 @@ def test_one_long_row_of_the_weight_or_of_the_hidden_states(long: str) -> None:
         case.hidden[7] *= 20
     for tolerance_ in (1e-2, 2e-3):
         assert not faults(case, solve(case, tolerance_), tolerance_)
+
+
+def test_a_slab_with_a_long_row_keeps_more_columns() -> None:
+    """What it leaves out is as much larger."""
+    g, logprob, sizes = torch.ones(6), torch.full((6,), -1.0), torch.ones(6)
+    tiles: Any = SimpleNamespace(count=6, plan=SimpleNamespace(slab=2), scaled=lambda g: g)
+    alike = columns._slab_weights(tiles, g, logprob, sizes)
+    sizes[3] = 20.0
+    one_long = columns._slab_weights(tiles, g, logprob, sizes)
+    assert torch.equal(one_long, alike * torch.tensor([1.0, 20.0, 1.0]))
 
 
 @pytest.mark.parametrize("needs", [("hidden", "weight"), ("hidden",), ("weight",)], ids=str)

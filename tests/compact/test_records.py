@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -142,6 +143,25 @@ def test_records_are_kept_apart() -> None:
     assert not record(case, 1e-2).errors and not record(other, 2e-3).errors
     tolerance.forget()
     assert not record(case, 2e-3).errors
+
+
+def test_what_is_learned_does_not_depend_on_the_tile_of_the_backward() -> None:
+    """Slabs are chosen for as many at a time as it has memory for, and columns are audited a block
+    of rows at a time; the last of them, here of little gradient, is one of many."""
+    case, found = random_case(300), []
+    case.upstream[-8:] *= 1e-3
+    for back in ((16, 256), (300, 1500)):
+        tolerance.forget()
+        rows, cols = back
+        chosen = dataclasses.replace(plan_of(case, 2e-3, slab=8), back_rows=rows, back_cols=cols)
+        solve(case, 2e-3, chosen=chosen)
+        found.append(record(case, 2e-3))
+    one, all_ = found
+    assert one.needed == all_.needed and one.share == all_.share
+    assert not one.breaches and not all_.breaches
+    for name, coherence in all_.coherence.items():
+        assert one.coherence[name] == pytest.approx(coherence, rel=1e-2), name
+        assert one.errors[name] == pytest.approx(all_.errors[name], rel=1e-2) != 0, name
 
 
 def test_many_kinds_of_exact_calls_do_not_push_a_record_out() -> None:

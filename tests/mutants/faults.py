@@ -2187,6 +2187,24 @@ _COLUMNS = (
         ("torch.where(here, torch.inf, 0.0)", "torch.zeros_like(here)", "targets are not kept"),
         ("return rest.div_(self._lost[gradient][:, None])", "return rest", "not normalised"),
         (
+            "needed[name] = torch.maximum(needed[name], _count(keep, rest).amax())",
+            "needed[name] = _count(keep, rest).amax()",
+            "the last slabs tell how many columns are needed",
+            "compact/test_records.py -k learned",
+        ),
+        (
+            "left_out[name] += torch.sum(rest, 0, out=memory[0])",
+            "left_out[name] = torch.sum(rest, 0)",
+            "the last slabs tell what is left out",
+            "compact/test_records.py -k learned",
+        ),
+        (
+            "of_slabs = _by_slabs(t, scaled * sizes, 0.0).amax(1)",
+            "of_slabs = _by_slabs(t, scaled, 0.0).amax(1)",
+            "a long row counts as any other",
+            "compact/test_promise.py -k long",
+        ),
+        (
             "gain = unit_gain(largest(missed))",
             "gain = 1.0",
             "of a small gradient nothing matters",
@@ -2275,6 +2293,12 @@ _COLUMNS = (
             "wrong = _difference(t, exact, hidden, sample.chosen)",
             "wrong = exact - hidden[: len(exact)]",
             "other rows",
+        ),
+        (
+            "            r[0] > 0,\n",
+            "            False,\n",
+            "columns are audited by the last block of rows",
+            "compact/test_records.py -k learned",
         ),
         (
             "return cls(chosen, factors.masked_fill_(again, 0.0))",
