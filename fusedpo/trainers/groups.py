@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -265,6 +265,13 @@ class GroupTrainer(FusedTrainer):
         self.log(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
+
+    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: prompts have no labels that a prediction could be held against."""
+        raise NotImplementedError(
+            "predict: expected rows with labels, got a trainer that samples responses to prompts; "
+            "call evaluate(rows) for their rewards, or the model's generate() for the responses"
+        )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Also what of the samples is left to train on; the trainer's state is written last."""

@@ -345,6 +345,12 @@ def test_evaluation_without_rows_is_refused(tmp_path: Path) -> None:
             trainer(tmp_path, eval_dataset=None).evaluate(rows)
 
 
+def test_a_prediction_is_refused(tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    with pytest.raises(NotImplementedError, match=r"predict: .* call evaluate\(rows\)"):
+        made.predict(made.train_dataset)
+
+
 def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GroupTrainer, "_sharded", property(lambda self: True))
     with pytest.raises(ValueError) as error:
