@@ -93,6 +93,15 @@ def test_a_sample_of_what_is_proportional_tells_the_sum(count: int) -> None:
     assert torch.equal(counted, sample.chosen.unique()) and len(sample.chosen) == count
 
 
+@pytest.mark.parametrize("count", [5, 16])
+def test_a_sample_is_from_the_middles_of_even_steps(count: int) -> None:
+    """So that what rises or falls along the places is told as well."""
+    rising = torch.arange(1.0, 1001.0)
+    for values in (rising, rising.flip(0)):
+        sample = Sample.of(torch.ones(1000), count)
+        assert float(sample.sum(values[sample.chosen])) == pytest.approx(500_500, rel=1e-2)
+
+
 def test_what_is_a_large_part_is_in_the_sample() -> None:
     weights = torch.ones(1000)
     weights[[3, 998]] = 200.0

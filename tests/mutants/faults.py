@@ -2295,6 +2295,12 @@ _COLUMNS = (
             "other rows",
         ),
         (
+            "dtype=torch.float64) + 0.5",
+            "dtype=torch.float64) + 0.01",
+            "a sample of where each step begins",
+            "compact/test_audit.py -k sample",
+        ),
+        (
             "            r[0] > 0,\n",
             "            False,\n",
             "columns are audited by the last block of rows",
