@@ -502,6 +502,7 @@ def test_too_few_rows_are_refused_before_the_model_is_loaded(
 def test_help_says_beside_which_choice_an_option_has_an_effect(capsys):
     told = " ".join(told_by_help("train", "--loss", "s-sppo", capsys=capsys).split())
     assert "width of the bell, with repulsion gauss only (default: 1.0)" in told
+    assert "--columns STR" in told and "--optim {adamw_torch," in told
     assert "%%" not in told
 
 

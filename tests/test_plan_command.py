@@ -195,7 +195,7 @@ def test_the_examples_run(line, capsys, tmp_path, monkeypatch) -> None:
         ("--hidden 0 --vocab 10", "--hidden: expected a whole number of at least 1"),
         ("--model gpt2 --budget lots", "--budget: expected a number of bytes or a text with"),
         ("--model gpt2 --fit lots", "--fit: expected a number of bytes or a text with"),
-        ("--model gpt2 --loss simpoo", "loss: expected one of .*did you mean 'simpo'"),
+        ("--model gpt2 --loss simpoo", "--loss: expected one of .*did you mean 'simpo'"),
         ("--model gpt3x.json", "--model: expected a folder with config.json"),
         ("--model=", "--model: expected a folder with config.json, .* got ''"),
         ("", "--model: expected either --model, or --hidden and --vocab, got none of them"),

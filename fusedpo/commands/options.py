@@ -92,8 +92,11 @@ def _part(group: Group, of: list[Field[Any]], defaults: Mapping[str, str]) -> ty
             about |= {"nargs": "?", "const": True, "metavar": "BOOL"}
         elif isinstance(kind, type) and kind in (int, float, str, Path):
             about["metavar"] = kind.__name__.upper()
+        elif not _readable(kind) and group.part.__module__.startswith("fusedpo"):
+            kind = str
+            about["metavar"] = "STR"
         elif not _readable(kind):
-            kind = str if group.part.__module__.startswith("fusedpo") else kinds[f.name]
+            kind = kinds[f.name]
         required = f.default is MISSING and f.default_factory is MISSING
         unless_given: Any = {} if required else {"default": None}
         made.append((f.name, kind, field(metadata=about, **unless_given)))

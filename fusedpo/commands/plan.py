@@ -167,7 +167,8 @@ def _workload(given: argparse.Namespace) -> Workload:
             raise bad_value(f"--{option}", f"a whole number of at least {least}", str(value))
         if value is not None and value > most:
             raise bad_value(f"--{option}", f"a whole number of at most {most}", str(value))
-    loss, device = losses.get(given.loss), _device(given)
+    with called("--loss", "loss"):
+        loss, device = losses.get(given.loss), _device(given)
     by_torch = device.type == "cpu" or given.dtype == "float64"
     backend: Backend = given.backend or ("torch" if by_torch else "triton")
     if backend == "triton" and by_torch:
