@@ -429,3 +429,17 @@ def test_an_exact_call_by_a_plan_that_is_given_is_shown_as_one() -> None:
         ).sum().backward()
     assert record(case, 2e-3).metrics()["head/columns_kept"] == 1.0
     assert record(case, 2e-3).metrics()["head/gradient_error"] == 0.0
+
+
+def test_a_backward_after_an_exact_call_is_the_last_one() -> None:
+    """As of two graphs, the second of them exact, whose backwards are one after the other."""
+    kept = tolerance.Record(2e-3)
+    kept.skip()
+    assert kept.note(tolerance.Seen(5, 0.1, 0.2, {"head": 1.0}, {}, {"head": 1e-3}), 1.0)
+    assert not kept.owes_exact()
+    assert kept.metrics() == {
+        "head/columns_kept": 0.1,
+        "head/dropped_mass": 0.2,
+        "head/gradient_error": 1e-3,
+        "head/breaches": 0.0,
+    }

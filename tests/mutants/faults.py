@@ -2348,6 +2348,12 @@ _COLUMNS = (
             "compact/test_records.py -k threads",
         ),
         (
+            "self.skipped, self._went_exactly = 0, False",
+            "self.skipped = 0",
+            "a call that was exact is shown in the place of a later backward",
+            "compact/test_records.py",
+        ),
+        (
             "self._went_exactly = True",
             "pass",
             "an exact call is shown as the last by columns",
