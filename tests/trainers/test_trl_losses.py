@@ -329,6 +329,27 @@ def test_without_a_name_the_trainer_is_trls(model, tmp_path, make, theirs, ours)
     assert found[0].keys() == plain[0].keys()
 
 
+@pytest.mark.parametrize(
+    ("make", "trainer", "config", "options", "text"),
+    [
+        (pairs, DPOTrainer, FusedDPOConfig, {"fused_loss": "simpo"}, "simpo, of FusedDPOT"),
+        (pairs, DPOTrainer, FusedDPOConfig, {"self_augmented": True}, "self_augmented, of FusedD"),
+        (groups, GRPOTrainer, FusedGRPOConfig, {"fused_loss": "gspo"}, "gspo, of FusedGRPOT"),
+    ],
+)
+def test_trls_own_trainers_refuse_a_loss_by_name(
+    model, tmp_path, make, trainer, config, options, text
+) -> None:
+    """They know nothing of it, and would train with another."""
+    subject = make(model(), tmp_path, trainer, config, **options)
+    with pytest.raises(ValueError, match=f"Unknown loss type: {text}"):
+        subject.train()
+    given = {} if make is pairs else {"num_generations": 4}
+    given["loss_type"] = subject.args.loss_type
+    again = config(str(tmp_path), **COMMON, **options, **given)
+    assert again.the_loss() == subject.args.the_loss()
+
+
 def test_configurations_are_parsed_from_the_command_line() -> None:
     words = ["--output_dir", "x", "--fused_loss", "simpo", "--fused_loss_args"]
     (config,) = HfArgumentParser(FusedDPOConfig).parse_args_into_dataclasses(

@@ -11,7 +11,8 @@ have the long context in ``long_prompt``, and are run in forwards of nearly thei
 ``self_augmented=True`` an average of the model writes the rejected responses, and rows need prompt
 and chosen only. ``FusedGRPOConfig`` takes any policy loss (``sspo``, ``gspo``, ...) in the place of
 ``loss_type``. Without ``fused_loss`` both are TRL's own. With it, they need TRL 1.15, and refuse
-the options of TRL's own formulas, which would have no effect.
+the options of TRL's own formulas, which would have no effect; and TRL's own trainers refuse them,
+at the first step, as ``loss_type`` then names the trainer that has the loss.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import trl.trainer.utils
 from trl.trainer.dpo_config import DPOConfig
@@ -56,6 +57,8 @@ _OF_GRPO = (
 @dataclass
 class ByName:
     """What is added to TRL's configurations."""
+
+    _trainer: ClassVar[str]
 
     fused_loss: str | None = field(
         default=None,
@@ -100,11 +103,19 @@ class ByName:
         """The name of the loss, and its hyperparameters."""
         return self.fused_loss, dictionary("fused_loss_args", self.fused_loss_args)
 
+    @property
+    def _of_fused_loss(self) -> Any:
+        """``loss_type`` in the place of TRL's, so that a trainer of TRL's own says that it does not
+        know it, and does not train with another loss."""
+        return f"{self.fused_loss or 'self_augmented'}, of {self._trainer}"
+
     def _refuse(self, names: Iterable[str], remedy: str) -> None:
         """Raise if one of these options of TRL's was set, whichever of them this TRL has."""
         for f in fields(self):
             default = f.default if f.default_factory is MISSING else f.default_factory()
-            if f.name in names and (got := getattr(self, f.name)) != default:
+            # a configuration may be made of the values of another
+            without = default, self._of_fused_loss if f.name == "loss_type" else default
+            if f.name in names and (got := getattr(self, f.name)) not in without:
                 raise bad_value(f.name, f"{default!r} with this fused_loss", repr(got), remedy)
 
 
@@ -139,6 +150,8 @@ class FusedDPOConfig(ByName, DPOConfig):
             has none.
         self_augmented_args: of ``fusedpo.recipes.self_augmented.Settings``.
     """
+
+    _trainer: ClassVar[str] = "FusedDPOTrainer"
 
     length_groups: bool | None = field(
         default=None,
@@ -185,6 +198,11 @@ class FusedDPOConfig(ByName, DPOConfig):
             self._refuse(("precompute_ref_log_probs",), "leave it out")
         if not loss.needs_reference:
             self._refuse(("sync_ref_model",), "leave it out: the loss has no reference")
+        self.loss_type = self._of_fused_loss
+
+    @property
+    def _of_fused_loss(self) -> list[str]:
+        return [super()._of_fused_loss]
 
     def settings_of_pairs(self) -> Settings:
         """``self_augmented_args``, with the defaults of what they leave out."""
@@ -221,6 +239,8 @@ class FusedGRPOConfig(ByName, GRPOConfig):
         gradient_tolerance: as of ``patch``, unless the trainer is given another.
     """
 
+    _trainer: ClassVar[str] = "FusedGRPOTrainer"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         loss = self.the_loss()
@@ -243,6 +263,7 @@ class FusedGRPOConfig(ByName, GRPOConfig):
                 "sequence_truncate or sequence_mask, as the loss has one ratio a response",
                 mode,
             )
+        self.loss_type = self._of_fused_loss
 
     def the_loss(self) -> Any:
         loss = super().the_loss()
