@@ -226,14 +226,14 @@ def test_it_works_without(names, checkout):
 
 
 EAGER = f"""
-import time, torch
-before = set(sys.modules)
+import time
 start = time.process_time()
+import torch
+before, middle = set(sys.modules), time.process_time()
 import fusedpo
-seconds = time.process_time() - start
 answer = {{
     "eager": sorted((set(sys.modules) - before) & set({OPTIONAL!r})),
-    "seconds": seconds,
+    "share": (time.process_time() - middle) / (middle - start),
 }}
 """
 
@@ -248,5 +248,6 @@ def test_optional_packages_are_not_imported_eagerly(imports):
     assert imports[0]["eager"] == []
 
 
-def test_import_adds_at_most_a_fifth_of_a_second_to_that_of_torch(imports):
-    assert min(one["seconds"] for one in imports) <= 0.2
+def test_import_adds_at_most_a_quarter_to_that_of_torch(imports):
+    """That of transformers, by mistake, would more than double it, on a slow machine too."""
+    assert min(one["share"] for one in imports) <= 0.25
