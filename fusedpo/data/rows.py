@@ -54,7 +54,7 @@ class Preference:
     prompt: Text
     chosen: Text
     rejected: Text
-    where: str
+    where: str = field(compare=False)
     inputs: Mapping[str, float] = field(default_factory=dict)
     template: Mapping[str, Any] = field(default_factory=dict)
 

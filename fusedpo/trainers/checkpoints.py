@@ -40,10 +40,12 @@ def to_resume(folder: Path, method: Method, processes: int) -> str:
             f"checkpoints of {' and '.join(map(str, others))}",
             "go on with as many processes as wrote it",
         )
+    whose = f"without what {type(method).__name__} goes on from"
+    got = [f"{path.name} {whose}" for path in found if by[path] == processes]
     raise bad_value(
         "resume",
         f"a checkpoint in {folder}",
-        "none",
+        got[0] if got else "none",
         "start without resume, and with save_steps, which writes them",
     )
 

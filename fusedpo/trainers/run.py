@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,13 @@ import torch
 from fusedpo.checks import bad_choice, bad_value
 from fusedpo.data.messages import first_line
 from fusedpo.files import write_json
-from fusedpo.trainers import checkpoints, output, processes
+from fusedpo.trainers import checkpoints, one_run, output, processes
 from fusedpo.trainers.adapters import check_weights
 from fusedpo.trainers.arguments import check_optimizer, training_arguments
 from fusedpo.trainers.comparison import add_comparison
 from fusedpo.trainers.config import TrainJob
 from fusedpo.trainers.inputs import check_model, load_model, read_rows, tokenize_rows
+from fusedpo.trainers.one_run import of_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,12 +61,16 @@ def _run(job: TrainJob, console: Console | None) -> dict[str, Any]:
     with processes.together():
         trackers = _trackers(job)
         check_model(job.model)
-    checkpoint = processes.of_first(lambda: _check_folders(job))
+    of_run = _of_run(job)
+    checkpoint = processes.of_first(lambda: _check_folders(job, of_run))
     if checkpoint is not None:
         console.print(f"going on from: {checkpoint}", markup=False)
     # rows before the model: a mistake in them is found in seconds
     with processes.together():
         rows = read_rows(job, console)
+        of_run["dataset"] = one_run.of_rows(rows[1]), job.dataset
+        if checkpoint is not None:
+            one_run.check(Path(checkpoint), "job", of_run)
     with output.staging(job.output) as staging:
         torch.manual_seed(job.seed)
         with processes.together():
@@ -81,6 +87,7 @@ def _run(job: TrainJob, console: Console | None) -> dict[str, Any]:
         with processes.together():
             trainer = make_trainer(job, model, tokenizer, train, held_out, staging / "trainer")
         check_held_out(trainer.eval_dataset)
+        trainer.job_of_run = of_run
         fit(job, trainer, trackers, checkpoint, console)
         metrics = {
             "model": job.model,
@@ -182,11 +189,29 @@ def _trackers(job: TrainJob) -> list[Any]:
     return made
 
 
-def _check_folders(job: TrainJob) -> str | None:
+def _of_run(job: TrainJob) -> dict[str, Any]:
+    """By option, what a run that goes on from a checkpoint has to have in common with the first."""
+    model = Path(job.model).expanduser()
+    adapters = of_options("adapters", job.adapters)
+    for name in ("adapters", "merge_output"):
+        del adapters[name]
+    return {
+        "model": (one_run.of_files(model), job.model) if model.is_dir() else job.model,
+        **of_options("loss", job.loss),
+        **of_options("method", job.way),
+        **adapters,
+        **{name: getattr(job, name) for name in ("dtype", "max_length", "eval_fraction", "seed")},
+        "data_seed": job.training.get("data_seed"),
+    }
+
+
+def _check_folders(job: TrainJob, of_run: Mapping[str, Any]) -> str | None:
     """The checkpoint to go on from, if that is asked for; folders can be written."""
     output.check(job.output)
     if job.resume:
-        return checkpoints.to_resume(job.checkpoints, job.way, processes.count())
+        found = checkpoints.to_resume(job.checkpoints, job.way, processes.count())
+        one_run.check(Path(found), "job", of_run)
+        return found
     if job.save_steps:
         checkpoints.check_none(job.checkpoints, job.way)
     return None

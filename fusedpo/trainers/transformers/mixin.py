@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from fusedpo.model_head import (
 from fusedpo.model_head.forward import AtHead
 from fusedpo.trainers.forwards import Batch, moved
 from fusedpo.trainers.length_groups import in_length_groups
+from fusedpo.trainers.one_run import OneRun, of_options
 from fusedpo.trainers.packing import packing_gap
 from fusedpo.trainers.transformers.arguments import (
     check_arguments,
@@ -45,17 +46,11 @@ from fusedpo.trainers.transformers.reference import (
     reference_arguments,
 )
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:  # mixins are bases of none but Trainers
-    _Base = object
-
-
 # what of a batch is the loss's, beside its own inputs; the rest is the model's
 OF_LOSS = ("advantages", "old_logprobs", "importance_weights")
 
 
-class FusedTrainerMixin(_Base):
+class FusedTrainerMixin(OneRun):
     """What a subclass of ``transformers.Trainer`` needs for a loss of this library.
 
     Stands before Trainer among the bases. A batch has input_ids, attention_mask and labels [B, T],
@@ -185,6 +180,9 @@ class FusedTrainerMixin(_Base):
             for each in (model, self.ref_model):
                 layers: Any = self.args.liger_kernel_config
                 _apply_liger_kernel_to_instance(model=causal_model(each), **layers)
+
+    def _options_of_run(self) -> dict[str, Any]:
+        return of_options("loss", self.loss)
 
     @property
     def _sharded(self) -> bool:

@@ -52,6 +52,12 @@ _OF_GRPO = (
     *("use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta"),
     "entropy_target",
 )
+# of any of TRL's formulas
+OF_FORMULAS = (
+    *dict.fromkeys((*_OF_DPO, *_OF_GRPO)),
+    *("desirable_weight", "undesirable_weight", "cpo_alpha", "simpo_gamma", "alpha"),
+    *("tpo_alpha", "tpo_l_gamma"),
+)
 
 
 @dataclass

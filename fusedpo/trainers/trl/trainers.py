@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fusedpo.data.rows import some_rows
+from fusedpo.trainers.one_run import OneRun, as_told, of_options
 from fusedpo.trainers.trl.concatenated import concatenated_forward
+from fusedpo.trainers.trl.configs import OF_FORMULAS, ByName
 from fusedpo.trainers.trl.groups import LossOfGroups
 from fusedpo.trainers.trl.pairs import LossOfPairs
 from fusedpo.trainers.trl.patching import patched
@@ -15,7 +17,7 @@ from fusedpo.trainers.trl.tpo import tpo_compute_loss
 from fusedpo.trainers.trl.whole_pairs import of_whole_pairs
 
 
-class _Fused:
+class _Fused(OneRun):
     """A trainer that is built while TRL is patched, and keeps what it got then."""
 
     def __init__(
@@ -33,6 +35,13 @@ class _Fused:
         self._fusedpo_options = Options(memory_budget, backend, gradient_tolerance)
         with patched(**vars(self._fusedpo_options)):
             super().__init__(*args, **kwargs)
+
+    def _options_of_run(self) -> dict[str, Any]:
+        loss = self.args.the_loss() if isinstance(self.args, ByName) else None
+        if loss is not None:
+            return of_options("loss", loss)
+        names = [name for name in OF_FORMULAS if hasattr(self.args, name)]
+        return {name: as_told(getattr(self.args, name)) for name in names}
 
 
 class FusedDPOTrainer(_Fused, LossOfPairs, trainer_of("dpo")):  # type: ignore[misc]
