@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import pickle
 import sys
 import types
@@ -509,6 +510,54 @@ def test_a_class_refuses_a_dataset_without_rows(method, name):
     given = {"train_dataset": rows, name: rows.select([])}
     with pytest.raises(ValueError, match=rf"^{name}: expected at least one row, got none; see"):
         getattr(ours, f"Fused{method.upper()}Trainer")(None, **given)
+
+
+WRONG = {
+    "dpo": (["question", "choosen", "rejected"], "choosen", "chosen"),
+    "cpo": (["prompt", "chosen", "reject"], "reject", "rejected"),
+    "orpo": (["prompt", "chosen", "reject"], "reject", "rejected"),
+    "tpo": (["prompt", "chosen", "rejected", "refference"], "refference", "reference"),
+    "kto": (["prompt", "completions", "label"], "completions", "completion"),
+    "sft": (["prompts", "completion"], "prompts", "prompt"),
+    "grpo": (["prompts"], "prompts", "prompt"),
+    "rloo": (["prompts"], "prompts", "prompt"),
+}
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize("method", EVERY)
+def test_a_class_refuses_other_columns(method, name):
+    """TRL ends them by a KeyError, after the model was loaded."""
+    columns, near, missing = WRONG[method]
+    good = trl_runs.data(KINDS[method])
+    wrong = Dataset.from_list([dict.fromkeys(columns, "a")])
+    given = {"train_dataset": good, name: wrong if name == "train_dataset" else {"held": wrong}}
+    told = rf"^{name}: expected the columns .*{missing}.*, got {', '.join(columns)} "
+    told += rf"\({missing} missing\); {missing}: did you mean '{near}'\?"
+    with pytest.raises(ValueError, match=told):
+        getattr(ours, f"Fused{method.upper()}Trainer")(None, **given)
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_a_class_looks_at_what_is_given_by_position(method):
+    cls = getattr(ours, f"Fused{method.upper()}Trainer")
+    names = list(inspect.signature(classes(method)[0].__init__).parameters)[1:]
+    rows = trl_runs.data(KINDS[method])
+    for chosen, message in ((rows.select([]), "at least one row"), (_OTHER, "the columns")):
+        given = {"train_dataset": rows, "eval_dataset": chosen}
+        words = [given.get(name) for name in names[: names.index("eval_dataset") + 1]]
+        with pytest.raises(ValueError, match=rf"^eval_dataset: expected {message}"):
+            cls(*words)
+
+
+_OTHER = Dataset.from_list([{"other": "a"}])
+
+
+def test_rows_of_every_kind_are_taken():
+    for method in EVERY:
+        kinds = getattr(ours, f"Fused{method.upper()}Trainer").columns
+        names = set(trl_runs.data(KINDS[method]).column_names)
+        assert any(set(kind) <= names for kind in kinds)
 
 
 def test_it_says_so_in_one_line(capsys, monkeypatch):
