@@ -61,9 +61,12 @@ def called(name: str, argument: str) -> Iterator[None]:
     """Errors about an argument, under the name that the user gave it by."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         if str(error).startswith(f"{argument}: "):
-            error.args = (name + str(error).removeprefix(argument), *error.args[1:])
+            told = name + str(error).removeprefix(argument)
+            error.args = (told, *error.args[1:])
+            if isinstance(error, ImportError):
+                error.msg = told  # which it shows in their place
         raise
 
 

@@ -82,8 +82,26 @@ def device_named(name: str | None) -> torch.device:
     known = devices()
     by_name = {str(device): device for device in known} | {d.type: d for d in reversed(known)}
     if name is not None and name not in by_name:
-        raise bad_value("device", f"one of {', '.join(by_name)}", repr(name))
+        got, remedy = _not_here(name)
+        raise bad_value("device", f"one of {', '.join(by_name)}", got, remedy)
     return known[:2][-1] if name is None else by_name[name]
+
+
+def _not_here(name: str) -> tuple[str, str]:
+    """Why a device cannot be used here, and what to do: a GPU above all."""
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        return repr(name), ""
+    if kind != "cuda" or torch.cuda.is_available():
+        return f"{name!r}, which is not available here", ""
+    found = host()
+    driver = "an NVIDIA driver" if found["nvidia_driver"] else "no NVIDIA driver"
+    got = f"{name!r}, which is not available here: torch {torch.__version__} is built for "
+    got += f"{found['torch_build']}, beside {driver}"
+    if found["torch_build"] == "CPU":
+        return got, "install a torch that is built for CUDA"
+    return got, "look at the driver (nvidia-smi) and at CUDA_VISIBLE_DEVICES"
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -206,6 +206,32 @@ def test_an_unknown_device_is_a_users_error() -> None:
         run("--device", "gpu")
 
 
+@pytest.mark.parametrize(
+    ("build", "driver", "told"),
+    [
+        (None, False, "is built for CPU, beside no NVIDIA driver; install a torch that is"),
+        (None, True, "is built for CPU, beside an NVIDIA driver; install a torch that is"),
+        ("12.8", True, "is built for CUDA, beside an NVIDIA driver; look at the driver"),
+    ],
+)
+def test_a_gpu_that_is_not_available_is_told_with_what_was_found(
+    monkeypatch: Patch, build: str | None, driver: bool, told: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine, "devices", lambda: [CPU])
+    monkeypatch.setattr(torch.version, "cuda", build)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(machine.Path, "exists", lambda path: driver)
+    for name in ("cuda", "cuda:1"):
+        told_of = (
+            rf"device: expected one of cpu, got '{name}', which is not available here: torch .*"
+        )
+        with pytest.raises(ValueError, match=f"{told_of} {told}"):
+            run("--device", name)
+    with pytest.raises(ValueError, match=r"got 'xpu', which is not available here$"):
+        run("--device", "xpu")
+
+
 def scaled_product(m: Patch) -> None:
     original = precision.multiply
 

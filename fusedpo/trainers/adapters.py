@@ -135,6 +135,25 @@ def need_peft() -> None:
         raise ImportError("adapters need peft, which is not installed: pip install 'fusedpo[lora]'")
 
 
+def need_packages(settings: AdapterSettings, *, from_folder: bool) -> None:
+    """Refuse, before anything is read, to go on without the packages that adapters need.
+
+    Args:
+        settings: of new adapters, and of the weights below.
+        from_folder: the model is a folder of adapters.
+
+    Raises:
+        ImportError: says which is missing, and how it is installed.
+    """
+    if settings.lora_rank or from_folder:
+        need_peft()
+    if settings.quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(
+            f"quantize {settings.quantize!r} needs bitsandbytes, which is not installed: "
+            "pip install 'fusedpo[quantized]'; or leave it out, and take bfloat16 weights"
+        )
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a folder is of an adapter, and not of whole weights."""
     return (folder / _CONFIG).is_file() and not (folder / "config.json").is_file()
@@ -260,11 +279,7 @@ def quantization(settings: AdapterSettings, dtype: Any) -> Any:
     """
     if settings.quantize == "none":
         return None
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(
-            f"quantize {settings.quantize!r} needs bitsandbytes, which is not installed: "
-            "pip install 'fusedpo[quantized]'; or leave it out, and take bfloat16 weights"
-        )
+    need_packages(settings, from_folder=False)
     import transformers
 
     options: dict[str, Any] = {"load_in_8bit": True}

@@ -69,6 +69,14 @@ def training_arguments(job: TrainJob, rows: int, folder: Path) -> TrainingArgume
         return TrainingArguments(**arguments)
 
 
+def check_training(job: TrainJob) -> None:
+    """Refuse, before there is a model, arguments that any model would be refused with."""
+    args = training_arguments(job, 1, job.output)
+    if args.optim_target_modules is not None:  # which layers there are is not known yet
+        args.optim_target_modules = "all-linear"
+    check_optimizer(job, args, torch.nn.Sequential(torch.nn.Linear(1, 1)))
+
+
 def check_optimizer(job: TrainJob, args: TrainingArguments, model: Any) -> None:
     """Refuse now an optimizer that is not installed and a schedule that lacks an argument."""
     from transformers import Trainer, get_scheduler

@@ -83,10 +83,10 @@ def _evaluate(
         check_sharding(job)
         _check_method(job)
         _check_reference(job, reference)
-        check_model(job.model)
+        check_model(job.model, job.adapters)
         if reference is not None:
             with called("reference", "model"):
-                check_model(reference)
+                check_model(reference, AdapterSettings())
     console = quiet_console(console)
     with processes.together():
         name, rows, held_out = read_rows(job, console, to_train=False)

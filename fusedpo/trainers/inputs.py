@@ -12,7 +12,7 @@ from fusedpo.checks import bad_value
 from fusedpo.data.reading import load
 from fusedpo.recipes import stdlib_pairs
 from fusedpo.trainers import pretrained
-from fusedpo.trainers.adapters import adapted
+from fusedpo.trainers.adapters import AdapterSettings, adapted, need_packages
 from fusedpo.trainers.config import DEMO, TrainJob
 from fusedpo.trainers.layout_choice import read_rows as read_layout
 from fusedpo.trainers.methods.base import Passages
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 _VOCAB = 8192
 
 
-def check_model(name: str) -> None:
+def check_model(name: str, adapters: AdapterSettings) -> None:
     """Refuse, before anything is read, what ``load_model`` cannot take for a model."""
-    if name != DEMO:
-        pretrained.check(name)
+    if name == DEMO:
+        need_packages(adapters, from_folder=False)
+    else:
+        pretrained.check(name, adapters)
 
 
 def load_model(job: TrainJob) -> tuple[Any, Any]:

@@ -15,7 +15,14 @@ from fusedpo import smollm2
 from fusedpo.checks import bad_value
 from fusedpo.data.messages import first_line
 from fusedpo.files import may_be_on_hub
-from fusedpo.trainers.adapters import AdapterSettings, adapted, base_of, is_adapter, quantization
+from fusedpo.trainers.adapters import (
+    AdapterSettings,
+    adapted,
+    base_of,
+    is_adapter,
+    need_packages,
+    quantization,
+)
 
 
 def load(
@@ -52,14 +59,19 @@ def load(
     return adapted(model, adapters, folder), tokenizer
 
 
-def check(name: str) -> None:
+def check(name: str, adapters: AdapterSettings | None = None) -> None:
     """Refuse, before anything is read, what ``load`` cannot take for the place of a model.
 
+    Args:
+        name, adapters: as of ``load``.
+
     Raises:
+        ImportError: a package that is needed and missing.
         ValueError, OSError: for a folder without a configuration, and for what is neither a folder
             nor may be a name on the Hub; of an adapter's folder for its model.
     """
     folder = Path(name).expanduser()
+    need_packages(adapters or AdapterSettings(), from_folder=is_adapter(folder))
     if is_adapter(folder):
         _check_place(base_of(folder), f" (the model of {folder})")
     else:
@@ -67,6 +79,9 @@ def check(name: str) -> None:
 
 
 def _check_place(name: str, whose: str = "") -> None:
+    if name == smollm2.NAME:
+        smollm2.need_packages()
+        return
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

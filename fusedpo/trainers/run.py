@@ -20,7 +20,7 @@ from fusedpo.data.messages import first_line
 from fusedpo.files import write_json
 from fusedpo.trainers import checkpoints, one_run, output, processes
 from fusedpo.trainers.adapters import check_weights
-from fusedpo.trainers.arguments import check_optimizer, training_arguments
+from fusedpo.trainers.arguments import check_optimizer, check_training, training_arguments
 from fusedpo.trainers.comparison import add_comparison
 from fusedpo.trainers.config import TrainJob
 from fusedpo.trainers.inputs import check_model, load_model, read_rows, tokenize_rows
@@ -60,7 +60,8 @@ def _run(job: TrainJob, console: Console | None) -> dict[str, Any]:
     console = quiet_console(console)
     with processes.together():
         trackers = _trackers(job)
-        check_model(job.model)
+        check_model(job.model, job.adapters)
+        check_training(job)
     of_run = _of_run(job)
     checkpoint = processes.of_first(lambda: _check_folders(job, of_run))
     if checkpoint is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import sysconfig
 from collections import Counter
 from pathlib import Path
@@ -256,6 +257,21 @@ def test_numbers_that_a_loss_may_take_come_from_the_rows() -> None:
     rows = [{**row, "similarity": 0.0} for row in rows]
     found = Semantic(encoder="/nowhere").checked(rows, splits, losses.SemanticSPPO())
     assert [row.inputs["similarity"] for row in found] == [0.0, 0.0]
+
+
+def test_an_encoder_that_cannot_be_had_is_told_by_its_option(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = tiny.text_rows(2)
+    given = rows, Splits(rows, None, "here"), losses.SemanticSPPO()
+    with pytest.raises(ValueError, match=r"^encoder: expected a folder or a name on the Hub, got"):
+        Semantic(encoder="/nowhere").checked(*given)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    told = (
+        r"^encoder: expected .*, got 'owner/model', which needs sentence-transformers: pip install"
+    )
+    with pytest.raises(ImportError, match=told):
+        Semantic(encoder="owner/model").checked(*given)
 
 
 def test_a_checkpoint_is_saved_when_every_process_has_written(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 from pathlib import Path
@@ -17,6 +18,7 @@ from fusedpo.losses import SimPO
 from fusedpo.trainers import arguments as told
 from fusedpo.trainers import checkpoints
 from fusedpo.trainers import run as runs
+from fusedpo.trainers.adapters import AdapterSettings
 from fusedpo.trainers.config import TrainJob
 from fusedpo.trainers.inputs import tokenize_rows
 from fusedpo.trainers.methods.pairs import Pairs
@@ -244,3 +246,40 @@ def test_arguments_that_cannot_be_served_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         arguments(tmp_path, training=training)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"training": {"optim": "lomo"}}, r"training: .*, got optim='lomo' \(.*lomo"),
+        (
+            {"training": {"optim": "galore_adamw", "optim_target_modules": ["q_proj"]}},
+            r"training: .*, got optim='galore_adamw', .*galore",
+        ),
+        (
+            {"training": {"lr_scheduler_type": "cosine_with_min_lr"}},
+            r"training: .*, got lr_scheduler_type=.* \(.*min_lr",
+        ),
+        ({"adapters": AdapterSettings(lora_rank=2)}, "adapters need peft, which is not installed"),
+        (
+            {"adapters": AdapterSettings(lora_rank=2, quantize="8bit")},
+            "adapters need peft, which is not installed",
+        ),
+    ],
+)
+def test_what_is_not_installed_is_told_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict, message: str
+) -> None:
+    tiny.save(tmp_path / "model")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: find(name, *more) if name != "peft" else None,
+    )
+    for name in ("read_rows", "load_model"):
+        monkeypatch.setattr(runs, name, lambda *anything: pytest.fail("was read"))
+    asked = TrainJob(str(tmp_path / "model"), "rows.jsonl", tmp_path / "out", SimPO(), **options)
+    with pytest.raises((ValueError, ImportError), match=f"^{message}"):
+        runs.run(asked)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}

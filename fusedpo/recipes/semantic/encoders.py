@@ -124,7 +124,8 @@ def sentence_encoder(
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise ImportError(
-            "sentence_encoder needs sentence-transformers: pip install 'fusedpo[semantic]'"
+            f"name: expected an encoder that can be loaded, got {source!r}, which needs "
+            "sentence-transformers: pip install 'fusedpo[semantic]'"
         ) from error
     place = None if device is None else str(device)
     try:

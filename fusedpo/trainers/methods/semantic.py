@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from fusedpo.checks import called
 from fusedpo.data.reading import Splits
 from fusedpo.losses import Loss, SemanticSPPO
 from fusedpo.losses.base import hyperparameter
@@ -37,10 +38,11 @@ class Semantic(Method):
         from fusedpo.recipes import semantic
 
         if all(row.get(semantic.SIMILARITY) is None for row in rows):
-            encode = (
-                semantic.lexical_encoder()
-                if self.encoder == "lexical"
-                else semantic.sentence_encoder(self.encoder)
-            )
+            with called("encoder", "name"):
+                encode = (
+                    semantic.lexical_encoder()
+                    if self.encoder == "lexical"
+                    else semantic.sentence_encoder(self.encoder)
+                )
             rows = semantic.add_columns(list(rows), encode=encode)
         return super().checked(rows, splits, loss)
