@@ -329,12 +329,21 @@ def test_without_a_name_the_trainer_is_trls(model, tmp_path, make, theirs, ours)
     assert found[0].keys() == plain[0].keys()
 
 
+TOLERANT = {"gradient_tolerance": 2e-3}
+
+
 @pytest.mark.parametrize(
     ("make", "trainer", "config", "options", "text"),
     [
         (pairs, DPOTrainer, FusedDPOConfig, {"fused_loss": "simpo"}, "simpo, of FusedDPOT"),
         (pairs, DPOTrainer, FusedDPOConfig, {"self_augmented": True}, "self_augmented, of FusedD"),
         (groups, GRPOTrainer, FusedGRPOConfig, {"fused_loss": "gspo"}, "gspo, of FusedGRPOT"),
+        (pairs, DPOTrainer, FusedDPOConfig, TOLERANT, "sigmoid with gradient_tolerance, of FusedD"),
+        (
+            *(pairs, DPOTrainer, FusedDPOConfig, {**TOLERANT, "loss_type": "ipo"}),
+            "ipo with gradient_tolerance, of FusedD",
+        ),
+        (groups, GRPOTrainer, FusedGRPOConfig, TOLERANT, "dapo with gradient_tolerance, of FusedG"),
     ],
 )
 def test_trls_own_trainers_refuse_a_loss_by_name(
@@ -346,8 +355,22 @@ def test_trls_own_trainers_refuse_a_loss_by_name(
         subject.train()
     given = {} if make is pairs else {"num_generations": 4}
     given["loss_type"] = subject.args.loss_type
-    again = config(str(tmp_path), **COMMON, **options, **given)
+    again = config(str(tmp_path), **COMMON, **{**options, **given})
     assert again.the_loss() == subject.args.the_loss()
+    assert again.loss_type == subject.args.loss_type
+
+
+@pytest.mark.parametrize(("make", "config"), [(pairs, FusedDPOConfig), (groups, FusedGRPOConfig)])
+def test_a_trainer_of_this_library_has_trls_loss_within_the_tolerance(
+    model, tmp_path, make, config
+) -> None:
+    cls = FusedDPOTrainer if make is pairs else FusedGRPOTrainer
+    exact = make(model(), tmp_path, cls, config)
+    subject = make(model(), tmp_path, cls, config, **TOLERANT)
+    assert subject.args.loss_type == exact.args.loss_type
+    assert subject.args.gradient_tolerance == 2e-3 and exact.args.gradient_tolerance == 0.0
+    found, plain = (history(each) for each in (subject, exact))
+    assert found[0]["loss"] == plain[0]["loss"]
 
 
 def test_configurations_are_parsed_from_the_command_line() -> None:

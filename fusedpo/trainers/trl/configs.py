@@ -12,13 +12,15 @@ have the long context in ``long_prompt``, and are run in forwards of nearly thei
 and chosen only. ``FusedGRPOConfig`` takes any policy loss (``sspo``, ``gspo``, ...) in the place of
 ``loss_type``. Without ``fused_loss`` both are TRL's own. With it, they need TRL 1.15, and refuse
 the options of TRL's own formulas, which would have no effect; and TRL's own trainers refuse them,
-at the first step, as ``loss_type`` then names the trainer that has the loss.
+at the first step, as ``loss_type`` then names the trainer that has the loss. So they do with a
+``gradient_tolerance``, which they know nothing of; beside ``patch`` it is an option of that.
 """
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -83,7 +85,25 @@ class ByName:
 
     def __post_init__(self) -> None:
         check_tolerance(self.gradient_tolerance)
+        self.loss_type = self._trls_loss_type  # a configuration may be made of another's values
         super().__post_init__()  # type: ignore[misc]
+        if self.gradient_tolerance and self._named()[0] is None:
+            # as with a fused_loss: a trainer of TRL's own would train with exact gradients
+            self.loss_type = _each(self.loss_type, lambda name: f"{name}{self._with_tolerance}")
+
+    def of_trainer(self) -> Any:
+        """A copy as TRL has it, for a trainer of this library, which knows what else there is."""
+        copied = copy.copy(self)
+        copied.loss_type = self._trls_loss_type
+        return copied
+
+    @property
+    def _trls_loss_type(self) -> Any:
+        return _each(self.loss_type, lambda name: name.removesuffix(self._with_tolerance))
+
+    @property
+    def _with_tolerance(self) -> str:
+        return f" with gradient_tolerance, of {self._trainer}"
 
     def the_loss(self) -> Any:
         """The loss that was named, or None.
@@ -123,6 +143,13 @@ class ByName:
             without = default, self._of_fused_loss if f.name == "loss_type" else default
             if f.name in names and (got := getattr(self, f.name)) not in without:
                 raise bad_value(f.name, f"{default!r} with this fused_loss", repr(got), remedy)
+
+
+def _each(names: Any, change: Callable[[str], str]) -> Any:
+    """One name of a loss, or each of several, changed."""
+    if isinstance(names, list):
+        return [_each(name, change) for name in names]
+    return change(names) if isinstance(names, str) else names
 
 
 def dictionary(name: str, given: dict[str, Any] | str | None) -> dict[str, Any]:

@@ -43,6 +43,10 @@ class _Fused(OneRun):
         config = given.get("args")
         if gradient_tolerance is None:
             gradient_tolerance = getattr(config, "gradient_tolerance", 0.0)
+        if isinstance(config, ByName):
+            own = config.of_trainer()
+            args = tuple(own if each is config else each for each in args)
+            kwargs = {name: own if each is config else each for name, each in kwargs.items()}
         some_rows(given)
         # rows of another kind may be for a collator of their own
         if given.get("data_collator") is None and given.get("formatting_func") is None:
