@@ -58,6 +58,13 @@ SERVED = (
     *("logging_steps", "logging_first_step", "save_total_limit", "ddp_bucket_cap_mb"),
     *("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
 )
+# what has no effect where another option is left out
+_BESIDE = {
+    "save_total_limit": "save_steps",
+    **dict.fromkeys(("metric_for_best_model", "greater_is_better"), "save_steps"),
+    **dict.fromkeys(("run_name", "project"), "report_to"),
+    **{f"trackio_{kind}_id": "report_to" for kind in ("space", "bucket", "static_space")},
+}
 # what others of them are called here
 INSTEAD = {
     "output_dir": "output",
@@ -210,6 +217,11 @@ class TrainJob:
         for name, value in self.training.items():
             if name not in SERVED:
                 raise _not_served(name, value)
+        for name, other in _BESIDE.items():
+            value = getattr(self, name, self.training.get(name))
+            if value is not None and not getattr(self, other):
+                expected = f"none without {other}, where it has no effect"
+                raise bad_value(name, expected, repr(value), f"set {other}, or leave it out")
 
     @property
     def way(self) -> Method:

@@ -283,3 +283,21 @@ def test_what_is_not_installed_is_told_before_anything_is_read(
     with pytest.raises((ValueError, ImportError), match=f"^{message}"):
         runs.run(asked)
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"run_name": "first"}, "run_name: expected none without report_to, .*, got 'first'; set"),
+        (
+            {"training": {"save_total_limit": 2}},
+            "save_total_limit: expected none without save_steps, .*, got 2; set",
+        ),
+        ({"training": {"metric_for_best_model": "loss"}}, "metric_for_best_model: expected none"),
+        ({"training": {"project": "mine"}}, "project: expected none without report_to"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        job(tmp_path, **options)
+    assert job(tmp_path, save_steps=3, report_to=["wandb"], **options)
