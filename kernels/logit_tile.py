@@ -61,9 +61,9 @@ def _locate(target: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
 
     Without a data-dependent shape, so that nothing waits for the device.
     """
-    local = target - start
-    inside = (local >= 0) & (local < columns)
-    return local.clamp(0, columns - 1)[:, None], inside[:, None]
+    local = target[:, None] - start
+    clamped = local.clamp(0, columns - 1)
+    return clamped, clamped == local
 
 
 def fold(
@@ -96,19 +96,20 @@ def fold(
     at_target = z.gather(1, local)
     if stats.plain is not None:
         stats.plain += z.sum(1)
-    torch.where(inside[:, 0], at_target[:, 0], stats.target, out=stats.target)
-    z.scatter_(1, local, at_target.masked_fill(inside, -torch.inf))
+    of_rows = stats.target[:, None]
+    torch.where(inside, at_target, of_rows, out=of_rows)
+    z.scatter_(1, local, at_target.masked_fill_(inside, -torch.inf))
 
     unseen = stats.peak == -torch.inf
     torch.maximum(stats.peak, z.amax(1), out=stats.peak)
-    rise = ((stats.peak - stats.shift) / _LOG_2).ceil().clamp(min=0.0)
+    rise = (stats.peak - stats.shift).div_(_LOG_2).ceil_().clamp_(min=0.0)
     anew = unseen | (rise > MOST_STEPS)
     before = stats.shift.clone()
     peak = stats.peak.masked_fill(stats.peak == -torch.inf, 0.0)
     torch.where(anew, peak, before + rise * _LOG_2, out=stats.shift)
+    rescale = power_of_two(-rise).masked_fill_(anew, 0.0)
     # beyond the range of power_of_two: what is left of the past is 0
-    stats.steps.add_(rise.masked_fill(anew, 2.0 * MOST_STEPS))
-    rescale = power_of_two(-rise).masked_fill(anew, 0.0)
+    stats.steps.add_(rise.masked_fill_(anew, 2.0 * MOST_STEPS))
 
     e = z.sub_(stats.shift[:, None])
     if stats.weighted is not None:

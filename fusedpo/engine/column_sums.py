@@ -30,6 +30,9 @@ PRODUCTS = 16
 # they are found from this many rows of the weight, by so many multiplications
 _SAMPLE, _ROUNDS = 2048, 4
 
+# numbers of the rows in several tiles that are brought to complete statistics at a time
+_AT_ONCE = 2**14
+
 
 def buffers(p: Problem, slab: int, n: int, v: int) -> Buffers:
     """The memory of the sums, with slabs of so many rows and tiles [n, v], in bytes."""
@@ -90,18 +93,20 @@ class ColumnSums:
         self._of_weight[:, -1] = float(self._sums_rows)
         self.row_products = t.take("row products", t.count, PRODUCTS).zero_()
 
-    def add(self, r: Range, c: Range, stats: RowStats, exponentials: Tensor) -> None:
-        """Add a tile, of row block r and vocabulary block c, right after its fold."""
+    def add(
+        self, r: Range, c: Range, stats: RowStats, exponentials: Tensor, weight: Tensor
+    ) -> None:
+        """Add a tile, of row block r and vocabulary block c, right after its fold.
+
+        Its ``rest`` is row_products of the rows. weight: [v, H], which has just been read.
+        """
         t, rows, i = self.t, slice(*r), c[0] // self.t.plan.cols
-        whole = stats.total + torch.exp(self._targets[rows] - stats.shift)
-        weights = torch.where(whole > 0, 1.0 / whole, 0.0)
-        if i:
-            moved = power_of_two(self._steps[i - 1, rows] - stats.steps)
-            self.row_products[rows] *= moved[:, None]
+        whole = torch.sub(self._targets[rows], stats.shift).exp_().add_(stats.total)
+        # of a row that has seen nothing yet, what is left out of the sums is nothing
+        weights = whole.reciprocal_().nan_to_num_(0.0, 0.0, 0.0)
         self._weights[i, rows], self._steps[i, rows] = weights, stats.steps
-        if r[0] == 0:  # its weight has just been read
-            weight, count = t.weight_rows(*c), self.directions.shape[1]
-            directions = self.directions.to(weight.dtype)
+        if r[0] == 0:
+            count, directions = self.directions.shape[1], self.directions.to(weight.dtype)
             torch.mm(weight, directions, out=self._of_weight[slice(*c), :count])
             self.column_sizes[slice(*c)] = torch.linalg.vector_norm(weight, dim=1, dtype=t.acc)
         multiply(self.row_products[rows], exponentials, self._of_weight[slice(*c)], add=True)
@@ -112,12 +117,13 @@ class ColumnSums:
         first, rows = r[0] // slab, r[1] - r[0]
         count = -(-r[1] // slab) - first
         out = self.values[first : first + count, slice(*c)]
-        # rows of the block, slab by slab
-        within = self._by_slabs[slice(*r)] - r[0]
+        if c[0] == 0:  # rows of the block, slab by slab, and where each slab begins
+            starts = torch.arange(first * slab - r[0], rows, slab, device=weights.device)
+            self._within = self._by_slabs[slice(*r)] - r[0], starts.clamp_(min=0)
+        within, starts = self._within
         weights = weights[within]
         if t.plan.on_cpu and exponentials.is_contiguous():
             # a product with zeros for the rows of other slabs takes four times as long
-            starts = (torch.arange(first, first + count) * slab - r[0]).clamp_(min=0)
             out += torch.nn.functional.embedding_bag(
                 within, exponentials, starts, mode="sum", per_sample_weights=weights
             )
@@ -138,10 +144,13 @@ class ColumnSums:
         _relative(self.column_sizes, t.take("squared sizes", t.vocab))
         lacking = torch.ones_like(stats.total) if rescale is None else rescale
         factor = row_factor(stats.logprob, stats.total) * lacking
+        for start, stop in blocks(0, len(self._steps), max(1, _AT_ONCE // max(1, t.count))):
+            some = slice(start, stop)
+            complete = self._sum_slabs(factor * power_of_two(self._steps[some] - stats.steps))
+            ratio = complete / self._sum_slabs(self._weights[some])
+            self._weights[some, : ratio.shape[1]] = ratio.nan_to_num(0.0, 0.0)
         for i, c in enumerate(t.col_blocks()):
-            complete = self._sum_slabs(factor * power_of_two(self._steps[i] - stats.steps))
-            ratio = complete / self._sum_slabs(self._weights[i])
-            self.values[:, slice(*c)] *= ratio.nan_to_num(0.0, 0.0)[:, None]
+            self.values[:, slice(*c)] *= self._weights[i, : len(self.values), None]
         own = t.target_entry(stats.total, stats.target, (0, t.count))
         own = torch.where((t.targets >= 0) & (t.targets < t.vocab), own, 0.0)
         self.row_products *= (lacking / t.gain)[:, None]
@@ -156,10 +165,10 @@ class ColumnSums:
                 values.copy_(torch.index_select(values, 0, self._order, out=memory))
 
     def _sum_slabs(self, values: Tensor) -> Tensor:
-        """[slabs] from [N]."""
-        values = values if self._order is None else values[self._order]
-        missing = -len(values) % self.t.plan.slab
-        return torch.nn.functional.pad(values, (0, missing)).view(-1, self.t.plan.slab).sum(1)
+        """[tiles, slabs] from [tiles, N]."""
+        values = values if self._order is None else values[:, self._order]
+        missing, slab = -values.shape[1] % self.t.plan.slab, self.t.plan.slab
+        return torch.nn.functional.pad(values, (0, missing)).view(len(values), -1, slab).sum(2)
 
 
 def main_directions(t: Tiles, count: int) -> Tensor:
@@ -191,19 +200,18 @@ def _targets_and_sizes(t: Tiles) -> tuple[Tensor, Tensor]:
     """[N] each: logits of the targets, also of those that another rank has, not to the last bit;
     and the 2-norms of the hidden rows."""
     out, sizes = t.vector(2, t.count)
+    safe = t.targets.clamp(0, t.vocab - 1)
     # in the memory of the tile, as much as there is
     most = max(1, t.tile().numel() // t.width)
     for start, stop in blocks(0, t.count, min(FINISHED_ROWS, t.plan.rows, most)):
-        rows, targets = slice(start, stop), t.targets[start:stop]
-        here = (targets >= 0) & (targets < t.vocab)
-        safe = targets.clamp(0, t.vocab - 1)
+        rows = slice(start, stop)
         hidden, products = t.hidden_rows(start, stop), t.take("tile", stop - start, t.width)
-        sizes[rows] = torch.linalg.vector_norm(hidden, dim=1, dtype=t.acc)
-        products = products.copy_(t.weight[safe]).mul_(hidden).sum(1)
-        if t.bias is not None:
-            products += t.bias[safe]
-        head = LogitMap(None, t.call.softcap, t.scale_rows(start, stop))
-        out[rows] = head.apply(products[:, None])[:, 0].masked_fill(~here, 0.0)
+        torch.linalg.vector_norm(hidden, dim=1, dtype=t.acc, out=sizes[rows])
+        torch.sum(products.copy_(t.weight[safe[rows]]).mul_(hidden), 1, out=out[rows])
+    if t.bias is not None:
+        out += t.bias[safe]
+    LogitMap(None, t.call.softcap, t.call.scale).apply(out[:, None])
+    out.masked_fill_(t.targets != safe, 0.0)
     if t.shard is not None:
         t.shard.add_up(out)
     return out, sizes

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusedpo.engine.column_sums import ColumnSums
 from fusedpo.engine.cost import FINISHED_ROWS
+from fusedpo.engine.precision import multiply
 from fusedpo.engine.rows import blocks
 from fusedpo.engine.tiles import Range, Tiles, row_factor
 from fusedpo.kernels.row_stats import RowStats
@@ -138,14 +139,18 @@ def fold_rows(
             products = partial[slice(*r)].zero_()
         elif unscaled is not None:
             products = t.take("row products", n, t.width).zero_()
+        # never both
+        rest = products if sums is None else sums.row_products[slice(*r)]
         for c in t.col_blocks():
-            x = buffer[:n, : c[1] - c[0]]
+            x, weight = buffer[:n, : c[1] - c[0]], t.weight_rows(*c)
             e = None
             if exponentials:
                 e = x if narrow is None else narrow[:n, : c[1] - c[0]]
-            t.fold(x, hidden, r, c, stats, exponentials=e, products=products)
+            t.fold(x, hidden, weight, r, c, stats, exponentials=e, rest=rest)
+            if products is not None and e is not None:
+                multiply(products, e, weight, add=True)
             if sums is not None and e is not None:
-                sums.add(r, c, stats, e)
+                sums.add(r, c, stats, e, weight)
         if unscaled is not None and products is not None and partial is None:
             _finish(t, unscaled, products, stats, r)
     # rows of a slice have to wait for the statistics of the whole vocabulary

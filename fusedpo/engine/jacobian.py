@@ -84,7 +84,7 @@ def _exponentials(
     for i, c in enumerate(t.col_blocks()):
         e = out[:, slice(*c)]
         x = e if tile is None else tile[: r[1] - r[0], : c[1] - c[0]]
-        t.fold(x, hidden, r, c, stats, exponentials=e)
+        t.fold(x, hidden, t.weight_rows(*c), r, c, stats, exponentials=e)
         steps[i] = stats.steps
 
 

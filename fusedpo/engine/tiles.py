@@ -292,30 +292,28 @@ class Tiles:
         self,
         x: Tensor,
         hidden: Tensor,
+        weight: Tensor,
         r: Range,
         c: Range,
         stats: RowStats,
         *,
         exponentials: Tensor | None = None,
-        products: Tensor | None = None,
+        rest: Tensor | None = None,
     ) -> None:
         """Make the logits of one tile and fold them into the statistics of its rows.
 
         Args:
             x: [n, v], memory for the logits.
-            hidden: [n, H] of row block r.
+            hidden, weight: [n, H] of row block r, [v, H] of vocabulary block c.
             exponentials: [n, v], to be filled with exp(z - shift) times softcap's slope.
-            products: [n, H], to which those times the weight are added.
+            rest: [n, K], sums of those of earlier tiles; brought to the new shift, in place.
         """
-        weight, head = self.weight_rows(*c), self.logit_map(r, c)
         multiply(x, hidden, weight.T, add=False)
-        targets = self.targets[slice(*r)]
-        moved = products if c[0] else None
+        head, targets = self.logit_map(r, c), self.targets[slice(*r)]
+        moved = rest if c[0] else None
         self.kernels.fold(
             x, head, targets, c[0], stats, out=exponentials, gain=self.gain, rest=moved
         )
-        if products is not None and exponentials is not None:
-            multiply(products, exponentials, weight, add=True)
 
     def target_entry(self, total: Tensor, target: Tensor, r: Range) -> Tensor:
         """J's entries at the targets, negated, [n]: the total times softcap's slope."""
