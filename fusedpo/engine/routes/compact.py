@@ -46,7 +46,7 @@ _GROWTH = 0.44
 _SLAB_WORK = {True: 5e8, False: 8e10}
 
 # kept columns that are gathered at a time, on the CPU and elsewhere: the best first
-_CHUNKS = {True: (2048, 1024, 512), False: (8192, 4096, 2048, 1024, 512)}
+_CHUNKS = {True: (4096, 2048, 1024, 512), False: (8192, 4096, 2048, 1024, 512)}
 
 
 class Compact:
