@@ -43,7 +43,9 @@ def test_a_device_is_one_that_there_is(monkeypatch: Patch) -> None:
     assert found == ["xpu:0", "cpu", "xpu:0", "xpu:1"]
     with pytest.raises(ValueError) as error:
         machine.device_named("xpu:2")
-    assert str(error.value) == "device: expected one of cpu, xpu:0, xpu:1, xpu, got 'xpu:2'"
+    assert str(error.value) == (
+        "device: expected one of cpu, xpu:0, xpu:1, xpu, got 'xpu:2', which is not available here"
+    )
 
 
 def test_without_an_accelerator_it_is_the_cpu(monkeypatch: Patch) -> None:

@@ -21,6 +21,21 @@ def test_a_declared_buffer_is_the_same_memory_each_time() -> None:
     assert second.data_ptr() == first.data_ptr()
 
 
+def test_what_was_handed_out_is_not_of_memory_that_was_given_up() -> None:
+    space = Workspace({"tile": 64}, CPU)
+    space.take("tile", 2, dtype=torch.float32)
+    whole = space.take("tile", 16, dtype=torch.float32)
+    again = space.take("tile", 2, dtype=torch.float32)
+    assert again.data_ptr() == whole.data_ptr()
+    assert again.untyped_storage().nbytes() == 64
+
+
+def test_a_buffer_has_the_dtype_that_is_asked_for() -> None:
+    space = Workspace({"tile": 64}, CPU)
+    dtypes = [torch.float32, torch.int64, torch.float32, torch.bfloat16]
+    assert [space.take("tile", 4, dtype=dtype).dtype for dtype in dtypes] == dtypes
+
+
 @pytest.mark.parametrize(("name", "rows"), [("tiles", 1), ("tile", 5)])
 def test_memory_that_is_not_declared_cannot_be_had(name: str, rows: int) -> None:
     space = Workspace({"tile": 64}, CPU)

@@ -1880,7 +1880,9 @@ _PROGRAMS = (
         "fusedpo/engine/workspace.py",
         "test_workspace.py",
         ("if total > declared:", "if size > declared:", "parts that are not added up"),
-        ("key[0] == name and key[1] != part", "key[1] != part", "other buffers are counted"),
+        ("other[0] == name and other[1] != part", "other[1] != part", "other buffers are counted"),
+        ("self._views[key] = {}", "self._views.setdefault(key, {})", "memory that was given up"),
+        ("form = (name, part), (dtype, *shape)", "form = (name, part), shape", "another dtype"),
     ),
     *_in(
         "kernels/tail_terms.py",
@@ -2124,6 +2126,12 @@ _COLUMNS = (
             "out[:, start:stop].copy_(part[order])",
             "an order that is applied again rather than undone",
         ),
+        (
+            "rest = products if sums is None else sums.row_products[slice(*r)]",
+            "rest = products",
+            "products of an earlier shift",
+            "compact/test_promise.py compact/test_options.py -m 'not slow'",
+        ),
     ),
     *_in(
         "fusedpo/engine/tiles.py",
@@ -2244,7 +2252,6 @@ _COLUMNS = (
             "pass",
             "targets are not in the sums",
         ),
-        ("self.row_products[rows] *= moved[:, None]", "pass", "products of an earlier shift"),
         (
             "min(FINISHED_ROWS, t.plan.rows, most)",
             "FINISHED_ROWS",
@@ -2258,7 +2265,7 @@ _COLUMNS = (
             "compact/test_row_order.py",
         ),
         (
-            "values if self._order is None else values[self._order]",
+            "values if self._order is None else values[:, self._order]",
             "values",
             "sums brought to the statistics of other rows",
             "compact/test_row_order.py",
