@@ -50,10 +50,15 @@ def bad_type(argument: str, expected: str, got: str, remedy: str = "") -> TypeEr
 def bad_choice(argument: str, got: object, known: Iterable[str], listed: str = "") -> ValueError:
     """listed: of many names, where they are to be seen, rather than in the error."""
     known = tuple(known)
-    near = difflib.get_close_matches(str(got), known, n=3, cutoff=0.5)
-    remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else ""
     names = f"{len(known)} names" if listed else ", ".join(map(repr, known))
-    return bad_value(argument, f"one of {names}", repr(got), f"{remedy} {listed}".strip())
+    remedy = f"{near_names(got, known)} {listed}".strip()
+    return bad_value(argument, f"one of {names}", repr(got), remedy)
+
+
+def near_names(got: object, known: Iterable[str]) -> str:
+    """A question whether one of the known names was meant; empty if none is near."""
+    near = difflib.get_close_matches(str(got), tuple(known), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 @contextlib.contextmanager
@@ -147,12 +152,8 @@ def _has_numbers(argument: str, value: Tensor) -> None:
         remedy = f"pass {argument}.to_dense()"
         raise bad_type(argument, "a dense tensor", str(value.layout), remedy)
     if forward_ad._current_level >= 0 and _tangent(value) is not None:
-        raise bad_value(
-            argument,
-            "a tensor without a tangent",
-            "one of forward-mode differentiation",
-            "use torch.autograd.grad",
-        )
+        got = "one of forward-mode differentiation"
+        raise bad_value(argument, "a tensor without a tangent", got, "use torch.autograd.grad")
 
 
 def _tangent(value: Tensor) -> Tensor | None:
@@ -263,9 +264,8 @@ def label_tensor(
     """labels [...], shaped like hidden without its last axis; their values are not looked at."""
     labels = is_tensor("labels", labels)
     if labels.dtype not in LABELS:
-        raise bad_type(
-            "labels", f"one of {_dtypes(LABELS)}", str(labels.dtype), "pass labels.long()"
-        )
+        got = str(labels.dtype)
+        raise bad_type("labels", f"one of {_dtypes(LABELS)}", got, "pass labels.long()")
     expected = hidden.shape[:-1]
     if labels.shape != expected:
         off_by_one = (

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusedpo.checks import bad_value
+from fusedpo.checks import bad_value, near_names
 from fusedpo.data.messages import first_line
 from fusedpo.files import may_be_on_hub
 
@@ -132,8 +131,8 @@ def read_model(name: str) -> ModelShape:
         raise bad_value("--model", "a JSON object", f"something else in {file}", "mend the file")
     if known := HEADS.get("smollm2-135m" if name == "smollm2" else name.lower()):
         return known
-    near = difflib.get_close_matches(name.lower().rpartition("/")[2], HEADS, n=3, cutoff=0.5)
-    remedy = f"did you mean {' or '.join(near)}?" if near else "or give --hidden and --vocab"
+    near = near_names(name.lower().rpartition("/")[2], HEADS)
+    remedy = near or "or give --hidden and --vocab"
     expected = f"a folder with config.json, a config.json, a Hub name, or one of {', '.join(HEADS)}"
     if path.is_dir() or name.endswith(".json") or not may_be_on_hub(name):
         raise bad_value("--model", expected, repr(name), remedy)

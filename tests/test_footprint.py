@@ -406,7 +406,8 @@ def test_a_model_that_is_not_there_has_near_matches(name, monkeypatch) -> None:
         raise OSError("offline")
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
-    with pytest.raises(ValueError, match=r"--model: expected a folder.*did you mean llama-3.1-8b"):
+    said = r"--model: expected a folder.*did you mean 'llama-3.1-8b'"
+    with pytest.raises(ValueError, match=said):
         model_shapes.read_model(name)
 
 

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 
-from fusedpo.checks import bad_choice, bad_type, bad_value
+from fusedpo.checks import bad_type, bad_value, near_names
 from fusedpo.data.messages import Text, absent, decoded, split_messages, text_of
 
 Ids: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int32]]"
@@ -132,11 +132,11 @@ def check_row(row: Mapping[str, Any], where: str, inputs: Sequence[str] = ()) ->
 
 def _missing(row: Mapping[str, Any], column: str, where: str) -> None:
     present = [name for name, value in row.items() if value is not None]
-    near = str(bad_choice("", column, present)).partition("; ")[2] if present else ""
     needed = f"the columns {', '.join(COLUMNS)}"
     if column not in COLUMNS:
         needed = f"the column {column}, which this loss takes"
-    raise bad_value(where, needed, f"{', '.join(present) or 'none'} ({column} is missing)", near)
+    got = f"{', '.join(present) or 'none'} ({column} is missing)"
+    raise bad_value(where, needed, got, near_names(column, present))
 
 
 def _template(row: Mapping[str, Any], where: str) -> dict[str, Any]:

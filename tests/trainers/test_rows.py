@@ -230,6 +230,7 @@ def test_missing_files_are_refused_without_asking_the_hub(name, monkeypatch):
             r"\(chosen is missing\); did you mean 'choosen'\?",
         ),
         ({"chosen": "b", "rejected": "c"}, r"\(prompt is missing\)"),
+        ({"note; more": "a", "rejected": "c", "prompt": "a"}, r"\(chosen is missing\)$"),
         ({"prompt": "a", "chosen": 1, "rejected": "c"}, "line 7, chosen: expected text, or a list"),
         (
             {"prompt": "a", "chosen": "b", "rejected": [assistant("c")]},

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
-from fusedpo.checks import bad_choice, bad_value
+from fusedpo.checks import bad_value, near_names
 from fusedpo.data.rows import some_rows
 from fusedpo.trainers.one_run import OneRun, as_told, of_options
 from fusedpo.trainers.trl.concatenated import concatenated_forward
@@ -86,8 +86,7 @@ def _check_columns(given: Mapping[str, Any], kinds: tuple[tuple[str, ...], ...])
             nearest = max(there, key=there.__getitem__)
             missing = [name for name in nearest if name not in columns]
             others = [name for name in columns if name not in nearest]
-            hints = (str(bad_choice("", name, others)).partition("; ")[2] for name in missing)
-            near = [f"{n}: {hint}" for n, hint in zip(missing, hints, strict=True) if hint]
+            near = [f"{n}: {hint}" for n in missing if (hint := near_names(n, others))]
             raise bad_value(
                 argument,
                 f"the columns {' or '.join(', '.join(kind) for kind in kinds)}",
