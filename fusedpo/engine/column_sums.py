@@ -174,7 +174,7 @@ class ColumnSums:
 def main_directions(t: Tiles, count: int) -> Tensor:
     """[H, K], an orthonormal basis that holds most of the weight's rows, by subspace iteration."""
     # in the memory of the tile, as much as there is
-    most = max(1, min(_SAMPLE, t.vocab, t.tile().numel() // t.width))
+    most = max(1, min(_SAMPLE, t.vocab, t.tile_numbers // t.width))
     sample = t.weight[:: t.vocab // most][:most]
     rows = t.take("tile", *sample.shape).copy_(sample)
     basis = torch.zeros(t.width, count, dtype=t.acc, device=rows.device)
@@ -202,7 +202,7 @@ def _targets_and_sizes(t: Tiles) -> tuple[Tensor, Tensor]:
     out, sizes = t.vector(2, t.count)
     safe = t.targets.clamp(0, t.vocab - 1)
     # in the memory of the tile, as much as there is
-    most = max(1, t.tile().numel() // t.width)
+    most = max(1, t.tile_numbers // t.width)
     for start, stop in blocks(0, t.count, min(FINISHED_ROWS, t.plan.rows, most)):
         rows = slice(start, stop)
         hidden, products = t.hidden_rows(start, stop), t.take("tile", stop - start, t.width)

@@ -170,7 +170,7 @@ def choose(
 
 def _batches(t: Tiles, count: int) -> Iterator[slice]:
     """As many slabs at a time as the tile has memory for, and at least one."""
-    for start, stop in blocks(0, count, max(1, t.tile().numel() // (3 * t.vocab))):
+    for start, stop in blocks(0, count, max(1, t.tile_numbers // (3 * t.vocab))):
         yield slice(start, stop)
 
 

@@ -51,7 +51,7 @@ def restore_order(t: Tiles, out: Tensor, order: Tensor | None) -> None:
     if order is None:
         return
     # in the memory of the tile, some columns at a time
-    width = max(1, t.tile().numel() // t.count)
+    width = max(1, t.tile_numbers // t.count)
     for start, stop in blocks(0, t.width, width):
         part = t.take("tile", t.count, stop - start).copy_(out[:, start:stop])
         out[:, start:stop].index_copy_(0, order, part)

@@ -211,6 +211,11 @@ class Tiles:
         """
         return self.take("tile", *self._tile)
 
+    @property
+    def tile_numbers(self) -> int:
+        """How many numbers the memory of a tile has room for; it is not made for the question."""
+        return math.prod(self._tile)
+
     def narrow_tile(self) -> Tensor | None:
         """Memory for a tile as products take it, if that is another dtype."""
         if self.operand == self.acc:
