@@ -36,6 +36,8 @@ from fusedpo.vocab_shards import VocabShard
 
 Range = tuple[int, int]
 
+_HANDFUL = 32
+
 
 @dataclass(frozen=True)
 class Call:
@@ -187,9 +189,10 @@ class Tiles:
     def column_major(self, rows: int, columns: int) -> bool:
         """Whether a product [rows, columns] is written faster by columns.
 
-        On a CPU it is where rows are few, as in the slabs of kept columns. Kernels write rows.
+        On a CPU it is where rows are few, as in the slabs of kept columns; but not a handful, where
+        a sum of products takes twice as long by columns. Kernels write rows.
         """
-        return self.plan.on_cpu and self.call.backend == "torch" and rows < columns
+        return self.plan.on_cpu and self.call.backend == "torch" and _HANDFUL < rows < columns
 
     def matrix(
         self, name: str, rows: int, columns: int, most: int, dtype: torch.dtype | None = None
