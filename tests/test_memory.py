@@ -84,8 +84,8 @@ def test_holds_what_the_plan_says(dtype, budget, frozen, softcap, masked) -> Non
     assert bytes_held <= chosen.bytes + vectors, (str(chosen), bytes_held)
     assert bytes_held >= 0.75 * chosen.bytes - vectors, (str(chosen), bytes_held)
     if chosen.route != "retain":
-        # logits are kept in fp32 or better
-        assert seen.largest() < TOKENS * VOCAB // 2 * max(4, dtype.itemsize)
+        # logits are kept in fp32 or better, and never more than those of a tile of half of the rows
+        assert seen.largest() <= TOKENS * VOCAB // 2 * max(4, dtype.itemsize)
 
 
 @pytest.mark.holds(20)
@@ -177,15 +177,15 @@ def test_ignored_rows_are_not_projected() -> None:
         ("recompute", ("hidden", "weight"), 4),
         ("recompute", ("weight",), 3),
         ("retain", ("hidden", "weight"), 3),
-        ("hybrid", ("hidden", "weight"), 3.5),
-        ("hybrid", ("weight",), 2.5),
+        ("hybrid", ("hidden", "weight"), 3.25),
+        ("hybrid", ("weight",), 2.25),
         ("one_pass", ("hidden", "weight"), 3),
     ],
 )
 def test_the_products_are_as_many_as_the_plan_says(route, needs, products) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    # of two row blocks one is retained
+    # of four row blocks three are retained
     tokens = 2 * TOKENS if route == "hybrid" else TOKENS
     made = tensors(torch.float32, masked=False, frozen=True, tokens=tokens)
     hidden, weight, labels = (t.detach() for t in made)

@@ -26,6 +26,15 @@ def padded(columns: int) -> int:
     return -(-columns // 16) * 16
 
 
+def row_stride(vocab: int, *, on_cpu: bool) -> int:
+    """Numbers from the start of a whole row of J to the next.
+
+    On a CPU an odd number of cache lines: rows that are a power of two apart share the same few
+    places of a cache, which products of them read again and again.
+    """
+    return padded(vocab) | 16 if on_cpu else padded(vocab)
+
+
 @dataclass(frozen=True)
 class Cost:
     """The price of a route: matrix products, the buffers of its forward and its backward, and work
@@ -143,6 +152,10 @@ class Problem:
             **self.hidden_rows(n),
             "weight rows": v * self.hidden * self.operand if self.weight_cast else 0,
         }
+
+    def jacobian(self, rows: int) -> int:
+        """Bytes of whole rows of J."""
+        return rows * row_stride(self.vocab, on_cpu=self.on_cpu) * self.operand
 
     def hidden_rows(self, n: int) -> Buffers:
         """Hidden rows in the products' dtype, where they are not read in place."""

@@ -12,14 +12,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fusedpo.engine.cost import padded
+from fusedpo.engine.cost import row_stride
 from fusedpo.engine.tiles import Range, Tiles
 from fusedpo.kernels.row_stats import MOST_STEPS, RowStats, power_of_two
 
 
 def new_rows(t: Tiles, name: str, rows: int) -> Tensor:
     """Memory for rows of J [rows, V] in a declared buffer, in the operands' dtype."""
-    return t.take(name, rows, padded(t.vocab), dtype=t.operand)[:, : t.vocab]
+    stride = row_stride(t.vocab, on_cpu=t.plan.on_cpu)
+    return t.take(name, rows, stride, dtype=t.operand)[:, : t.vocab]
 
 
 def rows_of_jacobian(

@@ -11,8 +11,9 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-# the fastest of those that `fusedpo bench tiles` measures
-_LARGEST_ON_CPU = (1024, 2048)
+# Wide tiles start few products and few small operations. Rows beyond this would be no faster, and
+# make the row blocks larger whose J is held.
+_LARGEST_ON_CPU = (512, 8192)
 _SMALLEST = (16, 128)
 
 # rows of a tile on a GPU, and its bytes at most: fewer rows read the head too often

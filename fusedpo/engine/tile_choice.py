@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-from fusedpo.engine.cost import Needs, Problem, padded
+from fusedpo.engine.cost import Needs, Problem
 from fusedpo.engine.ladder import Step, ladder
 from fusedpo.engine.plan import RouteName
 from fusedpo.engine.routes import ROUTES
@@ -73,7 +73,7 @@ def _threshold(p: Problem, step: Step) -> int:
     least = _least(p, "recompute", step)
     if not step.tall:
         return least
-    full_rows = tile_of(p, step)[0] * padded(p.vocab) * p.operand
+    full_rows = p.jacobian(tile_of(p, step)[0])
     little = _TALL_SHARE * (least + full_rows)
     if p.entropy:
         return little

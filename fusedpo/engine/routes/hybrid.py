@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from fusedpo.engine import hidden_gradient
-from fusedpo.engine.cost import Cost, Problem, padded
+from fusedpo.engine.cost import Cost, Problem
 from fusedpo.engine.head_gradient import HeadGradient, new_output
 from fusedpo.engine.plan import RouteName
 from fusedpo.engine.routes.base import Backward, Forward, scaled_hidden, tall_shapes
@@ -54,7 +54,7 @@ class Hybrid:
     def cost(self, p: Problem, n: int, v: int) -> Cost:
         back, retained = p.back or (n, v), min(p.retained, p.tokens)
         whole = _RECOMPUTE.cost(p, n, v)
-        jacobian = {"retained jacobian": retained * padded(p.vocab) * p.operand}
+        jacobian = {"retained jacobian": p.jacobian(retained)}
         forward = {**whole.forward, **jacobian, **p.steps(retained, v)}
         if "hidden" in p.needs and p.shards > 1:
             forward["row products"] += n * p.hidden * p.acc  # J W of retained rows

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fusedpo.engine import hidden_gradient, jacobian
-from fusedpo.engine.cost import Cost, Problem, padded
+from fusedpo.engine.cost import Cost, Problem
 from fusedpo.engine.head_gradient import HeadGradient, accumulate, scaled_output
 from fusedpo.engine.plan import RouteName
 from fusedpo.engine.routes.base import Backward, Forward, scaled_hidden
@@ -56,7 +56,7 @@ class OnePass:
         buffers = {
             **p.tile(n, v, gradient=True, full_rows=True),
             **p.weight_slice(slab, v, absorbed=False),
-            "row block": slab * padded(p.vocab) * p.operand,
+            "row block": p.jacobian(slab),
             "row products": n * p.hidden * (2 * p.acc) if "hidden" in p.needs else 0,
             "weight gradient accumulators": accumulators * p.vocab * p.hidden * p.acc,
             **p.held_gradient(),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fusedpo.engine import hidden_gradient, jacobian
-from fusedpo.engine.cost import Cost, Problem, padded
+from fusedpo.engine.cost import Cost, Problem
 from fusedpo.engine.head_gradient import HeadGradient, new_output
 from fusedpo.engine.plan import RouteName
 from fusedpo.engine.routes.base import Backward, Forward, tall_shapes
@@ -34,7 +34,7 @@ class Retain:
         buffers = {
             **p.tile(n, v, gradient=True, full_rows=True),
             **p.weight_slice(*back, absorbed=False),
-            "retained jacobian": p.tokens * padded(p.vocab) * p.operand,
+            "retained jacobian": p.jacobian(p.tokens),
             "row products": n * p.hidden * p.acc if "hidden" in p.needs else 0,
             **p.partial(waits=False),
             **p.steps(p.tokens, v),
