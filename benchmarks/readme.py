@@ -52,8 +52,12 @@ def _about(answer: dict[str, Any]) -> str:
 
 
 def headline_machine() -> str:
-    """The first machine that was asked both questions."""
-    return next(m for m, of in answers().items() if {"length", "precision"} <= of.keys())
+    """The first machine that was asked both questions, and had the plans of today."""
+    return next(
+        machine
+        for machine, of in answers().items()
+        if {"length", "precision"} <= of.keys() and not reports.outdated(of["length"])
+    )
 
 
 def headline() -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from fusedpo import tables
 from fusedpo.benchmarks import measure, plots, sweep
 from fusedpo.benchmarks.options import Options, Question, options_of, parser
+from fusedpo.benchmarks.peers import OURS
 from fusedpo.benchmarks.shapes import Case
 
 NOTHING = "Nothing was measured: this question asks of none of the given --losses or --peers."
@@ -56,7 +57,24 @@ def remarks(answer: dict[str, Any]) -> list[str]:
     absent = [f"Not measured: {entry}: {why}." for entry, why in sweep.missing_everywhere(answer)]
     if not answer["rows"]:
         return [NOTHING]
-    return [*(said(answer) if said else []), *absent, *([OUTDATED] if outdated(answer) else [])]
+    before = said(answer) if said else []
+    if kind_of(answer) is sweep:
+        before = [*before, *faster(answer)]
+    return [*before, *absent, *([OUTDATED] if outdated(answer) else [])]
+
+
+def faster(answer: dict[str, Any]) -> list[str]:
+    """A line on where another program was faster than fusedpo with all of its budgets, if any."""
+    timed = [row for row in answer["rows"] if row["median_seconds"]]
+    found = []
+    for group, x in dict.fromkeys((row["group"], row["x"]) for row in timed):
+        here = [row for row in timed if (row["group"], row["x"]) == (group, x)]
+        ours = [row["median_seconds"] for row in here if row["case"]["peer"] == OURS]
+        first = min(here, key=lambda row: row["median_seconds"])
+        if ours and first["case"]["peer"] != OURS:
+            share = 1 - first["median_seconds"] / min(ours)
+            found.append(f"{first['entry']} at {group} {x:g} by {share:.1%}")
+    return [f"Faster than fusedpo: {'; '.join(found)}."] if found else []
 
 
 def outdated(answer: dict[str, Any]) -> bool:

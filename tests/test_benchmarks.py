@@ -438,6 +438,15 @@ def test_a_table_has_times_ratios_bytes_and_reasons() -> None:
     assert all(len(line) == len(columns) for line in lines)
 
 
+def test_what_was_faster_is_said() -> None:
+    """By fusedpo's time, that of its fastest budget; and nothing where it is first."""
+    answer = answer_of(fusedpo=None)
+    assert reports.faster(answer) == ["Faster than fusedpo: full logits at SimPO 32 by 33.3%."]
+    answer["rows"].append({**answer["rows"][1], "median_seconds": 1.5})
+    assert reports.faster(answer) == []
+    assert reports.faster(answer_of()) == []
+
+
 @pytest.fixture
 def measured_at_once(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception]:
     """Memory costs no process here; what is put in for a peer is raised in place of its number."""

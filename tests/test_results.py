@@ -26,7 +26,8 @@ def test_tables_and_plots_are_those_of_the_results():
 
 
 def test_another_number_is_noticed(tmp_path, monkeypatch):
-    (machine, of), *_ = ((m, of) for m, of in ANSWERS.items() if "length" in of)
+    machine = readme.headline_machine()
+    of = ANSWERS[machine]
     changed = {**of, "length": {**of["length"], "rows": [dict(r) for r in of["length"]["rows"]]}}
     for row in changed["length"]["rows"]:
         if row["extra_bytes"] is not None:
@@ -45,8 +46,9 @@ def test_every_picture_belongs_to_a_result():
 
 @pytest.mark.parametrize("answer", answered("length"))
 def test_the_others_are_there_and_hold_more(answer):
-    """At least five of them for DPO and SimPO. With the small budget fusedpo holds least, and with
-    the large one it is the fastest."""
+    """At least five of them for DPO and SimPO. With the small budget fusedpo holds least; with the
+    large one it is the fastest, or it is said which program was faster, and where."""
+    said = "\n".join(reports.remarks(answer))
     points = {(row["group"], row["x"]) for row in answer["rows"]}
     assert {group for group, _ in points} >= {"DPO", "SimPO"}
     assert answer["rows"][0]["case"]["shape"]["vocab"] >= 50_000
@@ -57,7 +59,9 @@ def test_the_others_are_there_and_hold_more(answer):
         small, large = (row for row in here if row["case"]["peer"] == "fusedpo")
         assert small["case"]["budget"] < large["case"]["budget"]
         assert small["extra_bytes"] < min(row["extra_bytes"] for row in others)
-        assert large["median_seconds"] < min(row["median_seconds"] for row in others)
+        first = min(others, key=lambda row: row["median_seconds"])
+        is_first = large["median_seconds"] < first["median_seconds"]
+        assert is_first != (f"{first['entry']} at {point[0]} {point[1]} by " in said)
 
 
 @pytest.mark.parametrize(
